@@ -1,0 +1,129 @@
+"""The one command, `python3 -m tests`: sets itself up, checks everything, stops when one fails.
+
+Without arguments: the checkers, the smoke on every Python, then pytest with branch coverage.
+With arguments: pytest alone, with them (`python3 -m tests -k scheduler -x`).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+SUMMARY = re.compile(r"(=+ )?\d+ (passed|failed|skipped|error|deselected|xfailed|warning)")
+
+# tomllib is imported where a TOML file is read, and its absence has an answer of its own.
+VERMIN = "-t=3.9- --no-tips --violations --exclude tomllib llmq.py"
+CHECKS: dict[str, list[str]] = {
+    "ruff check": ["-m", "ruff", "check", "--quiet", "--output-format=concise"],
+    "ruff format": ["-m", "ruff", "format", "--check", "--quiet"],
+    "mypy --strict": ["-m", "mypy", "--strict", "--no-error-summary"],
+    "vermin 3.9": ["-c", "import vermin; vermin.main()", *VERMIN.split()],
+}
+
+
+def requirements() -> list[str]:
+    """The extra `test` of pyproject.toml, read without a TOML parser: Python 3.9 has none."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r"^test = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
+    assert found, "no extra `test` in pyproject.toml"
+    return [str(line) for line in ast.literal_eval(found.group(1))]
+
+
+def importable(wanted: list[str]) -> bool:
+    """Whether this Python has every package, and the pinned ones as pinned."""
+    for line in wanted:
+        name, pin = re.findall(r"^([\w.-]+)(?:==([\w.]+))?", line)[0]
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        if pin and pin != version:
+            return False
+    return True
+
+
+def prepare(wanted: list[str]) -> None:
+    """Make .venv, or renew it when the requirements have changed since."""
+    stamp = VENV / "llmq-requirements"
+    digest = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == digest:
+        return
+    print("setting up .venv", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
+    if made.returncode:
+        sys.exit("python3 -m venv does not work here; on Debian: apt install python3-venv")
+    pip = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    if code := subprocess.run([*pip, *wanted], check=False).returncode:
+        sys.exit(code)
+    stamp.write_text(digest, encoding="utf-8")
+
+
+def step(name: str, arguments: list[str]) -> None:
+    """Run one check; its output only if it fails, and then the end."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode:
+        print(done.stdout.decode(errors="replace"), f"FAILED: {name}", sep="\n", flush=True)
+        sys.exit(done.returncode)
+    print(f"ok: {name}", flush=True)
+
+
+def run_pytest() -> tuple[int, str]:
+    """Run pytest under coverage, pass its output on as it comes; exit code and last line."""
+    command = [sys.executable, "-m", "coverage", "run", "-m", "pytest"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        output = b""
+        assert process.stdout is not None
+        while data := os.read(process.stdout.fileno(), 65536):
+            output += data
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+    lines = output.decode(errors="replace").splitlines()
+    return process.returncode, next(filter(SUMMARY.match, reversed(lines)), "")
+
+
+def covered() -> None:
+    """Join what all processes covered; the report must reach fail_under."""
+    coverage = [sys.executable, "-m", "coverage"]
+    subprocess.run([*coverage, "combine", "--quiet"], check=False)
+    if code := subprocess.run([*coverage, "report"], check=False).returncode:
+        print("FAILED: coverage", flush=True)
+        sys.exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    os.chdir(ROOT)
+    wanted = requirements()
+    if Path(sys.prefix).resolve() != VENV.resolve() and not importable(wanted):
+        prepare(wanted)
+        os.execv(PYTHON, [str(PYTHON), "-m", "tests", *arguments])  # noqa: S606
+    if arguments:
+        return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
+    for name, command in CHECKS.items():
+        step(name, command)
+    if code := subprocess.run([sys.executable, "-m", "tests.smoke"], check=False).returncode:
+        return code
+    subprocess.run([sys.executable, "-m", "coverage", "erase"], check=False)
+    code, summary = run_pytest()
+    if code:
+        return code
+    covered()
+    print(summary, flush=True)  # last again: it says how many tests ran
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
