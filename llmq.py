@@ -1,0 +1,4457 @@
+#!/usr/bin/env python3
+"""llmq: one queue in front of the local LLM runners of a box.
+
+    cron job ─────┐                                   ┌──► Ollama
+    browser ──────┤      ┌─────────────────────┐      ├──► llama.cpp
+    coding agent ─┼────► │ llmq: urgent first, │ ───► ┼──► LM Studio
+    chat window ──┘      │ one at a time       │      └──► vLLM
+                         └─────────────────────┘
+
+Everybody asks llmq instead of the runner.  Each request waits its turn, goes to a runner that has
+its model and a free slot, and ends in exactly one truthful answer: a failure never looks like a
+success, a client that left costs nothing, a runner is never asked for more than its slots.
+
+    python3 llmq.py             serve on http://127.0.0.1:11500
+    python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
+    python3 llmq.py --help      everything else
+
+The map.  A section uses only what stands above it; nothing above 9 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 11: the life of one request.
+
+  A  Words
+     1. Errors        what a client is told instead of an answer
+     2. Tools         durations, sizes, averages, JSON
+     3. Settings      every setting, declared once
+  B  The queue
+     4. Clients       who asks, and how urgently
+     5. Backends      who serves: runners, their devices, slots, models and health
+     6. Scheduler     who goes next
+  C  HTTP
+     7. Messages      bytes to heads and bodies, and back
+     8. Dialects      what an OpenAI request asks for, how its answer ends
+     9. Transport     sockets towards the clients
+    10. Upstream      sockets towards the runners
+  D  The gateway
+    11. Gateway       the life of one request
+    12. Desk          where requests come in, what the outside may see and change
+    13. Background    what runs beside the requests: probes and the sweep
+  E  Doors
+    14. Routes        which path leads where, and who may go there
+    15. Demo          a runner that only echoes
+    16. Service       start, reload, drain, stop
+    17. Command line  serve, status, mode, config
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 - 3.8 can parse this file, so that it says so
+    sys.stderr.write("llmq needs Python 3.9 or newer, this is " + sys.version.split()[0] + "\n")
+    sys.exit(2)
+
+import argparse
+import asyncio
+import contextlib
+import enum
+import functools
+import gc
+import heapq
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import struct
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from http import HTTPStatus
+from itertools import count
+from typing import Any, Callable, NamedTuple, NoReturn, Union
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("llmq")
+
+
+# ==== 1. Errors ===================================================================================
+# One tree.  Pure code raises it, foreign exceptions are translated into it where they are met, and
+# `render_error` in section 8 turns it into bytes.  Status and code stand on the class, once.
+
+
+class LlmqError(Exception):
+    """What a client is told instead of an answer."""
+
+    status, code = 500, "internal_error"
+    retry_after: int | None = None  # seconds, for the Retry-After header
+    should_retry = True  # False tells SDKs not to send the same request again
+    again = False  # nothing of an answer arrived, so another attempt is allowed
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param  # the member of the request that is at fault
+
+
+class BadRequest(LlmqError):
+    status, code = 400, "bad_request"
+
+
+class ForbiddenHost(LlmqError):
+    status, code = 403, "forbidden_host"
+
+
+class ForbiddenOrigin(LlmqError):
+    status, code = 403, "forbidden_origin"
+
+
+class NotFound(LlmqError):
+    status, code = 404, "not_found"
+
+
+class ModelNotFound(LlmqError):
+    status, code = 404, "model_not_found"
+
+
+class MethodNotAllowed(LlmqError):
+    status, code = 405, "method_not_allowed"
+
+
+class RequestTimeout(LlmqError):
+    status, code = 408, "request_timeout"
+
+
+class Conflict(LlmqError):
+    status, code = 409, "conflict"
+
+
+class BodyTooLarge(LlmqError):
+    status, code = 413, "body_too_large"
+
+
+class UriTooLong(LlmqError):
+    status, code = 414, "uri_too_long"
+
+
+class UnsupportedMediaType(LlmqError):
+    status, code = 415, "unsupported_media_type"
+
+
+class QueueFull(LlmqError):
+    status, code = 429, "queue_full"
+
+
+class HeadersTooLarge(LlmqError):
+    status, code = 431, "headers_too_large"
+
+
+class ClientLeft(LlmqError):
+    """Nobody is there to be told; the log says so.  499 is nginx's number for it."""
+
+    status, code = 499, "client_left"
+
+
+class Cancelled(LlmqError):
+    status, code, should_retry = 499, "cancelled", False
+
+
+class MethodUnknown(LlmqError):
+    status, code = 501, "not_implemented"
+
+
+class BackendError(LlmqError):
+    """The runner broke the connection, the protocol or its answer."""
+
+    status, code = 502, "backend_error"
+
+
+class BackendUnreached(BackendError):
+    """No byte of an answer came, so nothing was generated that anybody has seen."""
+
+    again = True
+
+
+class BackendRefused(BackendUnreached):
+    """Nobody listens there."""
+
+
+class BackendLoading(BackendUnreached):
+    status, code, retry_after = 503, "backend_loading", 5
+
+
+class BackendAnswer(LlmqError):
+    """The runner itself answered with an error; its words are passed on."""
+
+    code = "backend_answer"
+
+    def __init__(self, status: int, message: str, body: bytes, retry_after: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body  # an error object as the runner wrote it, or empty
+        if retry_after and retry_after.isdecimal():
+            self.retry_after = int(retry_after[:9])
+
+
+class Overloaded(LlmqError):
+    status, code, retry_after = 503, "overloaded", 1
+
+
+class WaitTimeout(LlmqError):
+    status, code, retry_after, should_retry = 503, "wait_timeout", 30, False
+
+
+class BackendDown(LlmqError):
+    status, code, retry_after = 503, "backend_down", 10
+
+
+class ShuttingDown(LlmqError):
+    status, code, retry_after = 503, "shutting_down", 5
+
+
+class BackendTimeout(LlmqError):
+    status, code = 504, "backend_timeout"
+
+
+class VersionNotSupported(LlmqError):
+    status, code = 505, "version_not_supported"
+
+
+class LoopDetected(LlmqError):
+    status, code = 508, "loop_detected"
+
+
+class ConfigError(Exception):
+    """A mistake in a file, variable or flag: one line that names place, key and cure."""
+
+
+class StartError(Exception):
+    """It cannot work as configured, and will not by trying again: port taken, nobody there."""
+
+
+# ==== 2. Tools ====================================================================================
+# Small pure helpers that several sections share.
+
+KIB, MIB = 1024, 1024 * 1024
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(i?)B?|B)?", re.IGNORECASE)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `300`, `1.5s`, `2m`, `90000ms`; ValueError otherwise."""
+    match = DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError("write a duration like 300, 1.5s or 2m")
+    return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `4096`, `512KiB`, `8MiB`, `1GB`; ValueError otherwise."""
+    match = SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError("write a size like 4096, 512KiB or 8MiB")
+    power = " KMG".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1000 if match[2] and not match[3] else KIB) ** power)
+
+
+def render_json(value: object) -> bytes:
+    """Compact JSON in ASCII, so that no lone surrogate or control character can break a line."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def printable(text: str, limit: int = 128) -> str:
+    """What may stand in a log line or a terminal: no control characters, no endless names."""
+    short = text if len(text) <= limit else text[: limit - 1] + "…"
+    return short if short.isprintable() else re.sub(r"[^ -~\xa1-\ud7ff\ue000-\uffef]", "?", short)
+
+
+class Average:
+    """A moving average over the last ten or so values; None before the first."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else self.value + 0.2 * (value - self.value)
+
+
+# ==== 3. Settings =================================================================================
+# Every setting is declared once, as a field of the dataclass of its table: the annotation is its
+# type, `setting()` its default, help and bounds.  Flags, LLMQ_* variables, the check of the file,
+# --help and the README's table are derived.  Defaults < file < environment < flags; each value is
+# parsed while its source is known, so that a mistake is told with place, key and cure.
+
+Duration = float  # seconds
+Size = int  # bytes
+Names = tuple[str, ...]
+KINDS = ("", "ollama", "llamacpp", "lmstudio", "vllm", "openai")
+LEVELS = ("debug", "info", "warning", "error")
+SHORT = 0.01  # seconds; no deadline makes sense below
+
+
+def setting(
+    default: Any, help: str, *, also: str = "", least: float = 0, choices: Names = ()
+) -> Any:
+    """Declare a setting; `also` is a foreign variable that sets it too, `least` its lower bound."""
+    return field(
+        default=default, metadata={"help": help, "also": also, "least": least, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    host: str = setting("", "address to listen on; empty: loopback, IPv4 and IPv6", also="HOST")
+    port: int = setting(11500, "port to listen on; 0: any free one", also="PORT")
+    allowed_hosts: Names = setting((), "further names that clients may use for this box")
+    cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
+    allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
+    head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", least=SHORT)
+    body_timeout: Duration = setting(30.0, "between two pieces of a request body", least=SHORT)
+    upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", least=SHORT)
+    keep_alive: Duration = setting(30.0, "an idle client connection is kept open", least=SHORT)
+    stall_timeout: Duration = setting(60.0, "a client that takes nothing is gone", least=SHORT)
+    drain_timeout: Duration = setting(30.0, "for running requests to finish when stopping")
+    max_body: Size = setting(32 * MIB, "the largest request body", least=1)
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    slots: int = setting(1, "requests at once on a device that names no number", least=1)
+    max_depth: int = setting(10000, "requests that may wait; one client at most half", least=1)
+    max_queued_bytes: Size = setting(512 * MIB, "their bodies; one client at most half", least=1)
+    max_attempts: int = setting(2, "attempts in all at a backend", also="LLM_MAX_ATTEMPTS", least=1)
+    max_wait_high: Duration = setting(0.0, "longest wait of class high; 0: no limit")
+    max_wait_normal: Duration = setting(0.0, "longest wait of class normal; 0: no limit")
+    max_wait_low: Duration = setting(0.0, "longest wait of class low; 0: no limit")
+    down_wait: Duration = setting(60.0, "longest wait while all backends of a model are down")
+
+
+@dataclass(frozen=True)
+class UpstreamSettings:
+    model: str = setting("", "for requests that name none; empty: the first", also="OLLAMA_MODEL")
+    connect_timeout: Duration = setting(5.0, "to connect to a backend", least=SHORT)
+    first_byte_timeout: Duration = setting(
+        600.0, "to the first byte of an answer's body", also="LLM_TIMEOUT_MS", least=SHORT
+    )
+    idle_timeout: Duration = setting(120.0, "between two pieces of an answer", least=SHORT)
+    probe_interval: Duration = setting(10.0, "between two looks at a backend", least=SHORT)
+    probe_timeout: Duration = setting(2.0, "for such a look", least=SHORT)
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    format: str = setting("text", "of the log: text or json", choices=("text", "json"))
+    level: str = setting("info", "least severity logged", choices=LEVELS)
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """[devices.NAME]: what backends on one host share, one GPU usually."""
+
+    slots: int = setting(1, "requests at once", least=1)
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """[backends.NAME]: one runner."""
+
+    url: str = setting("", "http://host:port of the runner")
+    device: str = setting("", "the device it shares; empty: its host")
+    slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
+    kind: str = setting("", "what it is; empty: asked", choices=KINDS)
+    key: str = setting("", "sent to it as bearer token; never taken from a client")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; no backends means that they are looked for."""
+
+    server: ServerSettings = field(default_factory=ServerSettings)
+    queue: QueueSettings = field(default_factory=QueueSettings)
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    devices: dict[str, DeviceSettings] = field(default_factory=dict)
+    backends: dict[str, BackendSettings] = field(default_factory=dict)
+
+
+TABLES: dict[str, Any] = {
+    "server": ServerSettings,
+    "queue": QueueSettings,
+    "upstream": UpstreamSettings,
+    "log": LogSettings,
+}
+NAMED_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
+ADDRESS = ("server.host", "server.port")  # a reload cannot move the door
+Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
+
+
+class Setting(NamedTuple):
+    """One row of the table of settings; `key` is dotted, as in `queue.max_depth`."""
+
+    key: str
+    type: str
+    default: Any
+    help: str
+    also: str
+    least: float
+    choices: Names
+
+    @property
+    def flag(self) -> str:
+        name = self.key.split(".")[1]
+        return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "LLMQ_" + self.key.replace(".", "_").upper()
+
+    @property
+    def shown_default(self) -> str:
+        if self.type == "Size":
+            return f"{self.default // MIB}MiB"
+        if self.type == "Duration":
+            return f"{self.default:g}s"
+        if self.type == "Names":
+            return ", ".join(self.default)
+        return (
+            {True: "on", False: "off"}[self.default] if self.type == "bool" else str(self.default)
+        )
+
+
+def settings_of(table: str, cls: Any) -> Iterator[Setting]:
+    for one in fields(cls):
+        yield Setting(f"{table}.{one.name}", str(one.type), one.default, **one.metadata)
+
+
+def known_settings() -> Iterator[Setting]:
+    """Every setting of the fixed tables, in the order of declaration."""
+    for table, cls in TABLES.items():
+        yield from settings_of(table, cls)
+
+
+def settings_markdown() -> str:
+    """The README's table of settings."""
+    lines = ["| flag | variable | default | what |", "|---|---|---|---|"]
+    for row in known_settings():
+        variables = f"`{row.variable}`" + (f", `{row.also}`" if row.also else "")
+        lines.append(f"| `{row.flag}` | {variables} | {row.shown_default} | {row.help} |")
+    return "\n".join(lines)
+
+
+def parse_int(raw: Any) -> int:
+    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
+        raise ValueError("wants a whole number")
+    return int(raw)
+
+
+def parse_amount(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """A parser of durations or sizes, which files may also write as plain numbers."""
+
+    def parse_raw(raw: Any) -> Any:
+        if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
+            raw = ""  # which no amount is
+        return parse(str(raw))
+
+    return parse_raw
+
+
+def parse_text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError("wants a text")  # one type for all that is wrong
+    return raw
+
+
+def parse_bool(raw: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    word = str(raw).lower()
+    if word not in words:
+        raise ValueError("wants true or false")
+    return words[word]
+
+
+def parse_names(raw: Any) -> Names:
+    items = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise ValueError("wants a list of texts")
+    return tuple(item.strip() for item in items if item.strip())
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "int": parse_int,
+    "Duration": parse_amount(parse_duration),
+    "Size": parse_amount(parse_size),
+    "str": parse_text,
+    "bool": parse_bool,
+    "Names": parse_names,
+}
+
+
+def parse_value(source: str, row: Setting, raw: Any) -> Any:
+    """The value of a setting; ConfigError names source, key and cure."""
+    try:
+        value = PARSERS[row.type](raw)
+        if row.choices and value not in row.choices:
+            raise ValueError("choose one of " + ", ".join(filter(None, row.choices)))
+        if row.type in ("int", "Duration", "Size") and value < row.least:
+            raise ValueError(f"wants at least {row.least:g}")
+        if row.key == "server.port" and value > 0xFFFF:
+            raise ValueError("a port is at most 65535")
+    except ValueError as error:
+        name = f"{row.flag} " if source == "command line" else ""
+        raise ConfigError(
+            f"{source}: {name}{row.key} = {printable(str(raw), 60)}: {error}"
+        ) from None
+    return value
+
+
+def unknown(source: str, what: str, word: str, known: Iterable[str]) -> ConfigError:
+    """The cure for a misspelt word: the nearest known one, else all of them."""
+    import difflib
+
+    choices = sorted(known)
+    near = difflib.get_close_matches(word, choices, 1)
+    cure = f"did you mean {near[0]}?" if near else "known: " + ", ".join(choices)
+    return ConfigError(f"{source}: unknown {what} {printable(word)}; {cure}")
+
+
+def file_layer(path: str, document: Any) -> Layer:
+    """The values of a parsed configuration file, flattened to dotted keys."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: wants tables like [server], not a list or a bare value")
+    flat: dict[str, Any] = {}
+    for table, values in document.items():
+        if table not in TABLES and table not in NAMED_TABLES:
+            raise unknown(path, "table", table, [*TABLES, *NAMED_TABLES])
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {table}: wants a table, write [{table}]")
+        if table in NAMED_TABLES:
+            flat[table] = values
+        else:
+            flat.update({f"{table}.{name}": value for name, value in values.items()})
+    return path, flat
+
+
+def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
+    """The values that variables set, llmq's own names above the foreign ones; and what to tell."""
+    foreign: list[Layer] = []
+    own: list[Layer] = []
+    notes = []
+    rows = {row.variable: row for row in known_settings()}
+    for row in rows.values():
+        value = environ.get(row.also) if row.also else None
+        if value and row.also == "HOST" and not is_address(value):
+            notes.append(f"HOST={printable(value)} ignored: neither an IP address nor localhost")
+        elif value:
+            value = value + "ms" if row.also.endswith("_MS") else value
+            foreign.append((f"variable {row.also}", {row.key: value}))
+    for name, value in environ.items():
+        if name in rows:
+            own.append((f"variable {name}", {rows[name].key: value}))
+        elif name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES:
+            raise unknown("environment", "variable", name, rows)
+    for name, layers in (("OLLAMA_URL", foreign), ("LLMQ_BACKENDS", own)):
+        if environ.get(name):
+            layers.append((f"variable {name}", {"backends": list(parse_names(environ[name]))}))
+    return foreign + own, notes
+
+
+def is_address(host: str) -> bool:
+    """An IP literal or `localhost`: what shells do not export by accident."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
+
+
+def merge_layers(layers: Iterable[Layer]) -> Settings:
+    """One Settings from layers in rising precedence; ConfigError names place, key and cure."""
+    rows = {row.key: row for row in known_settings()}
+    values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    found: dict[str, Any] = {table: {} for table in NAMED_TABLES}
+    for source, raw in layers:
+        for key, value in raw.items():
+            if key in NAMED_TABLES:
+                found[key] = parse_named(source, key, value)
+            elif key in rows:
+                table, _, name = key.partition(".")
+                values[table][name] = parse_value(source, rows[key], value)
+            else:
+                raise unknown(source, "key", key, rows)
+    found.update({table: cls(**values[table]) for table, cls in TABLES.items()})
+    return Settings(**found)
+
+
+def build_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from dotted keys, as in {"queue.slots": 2, "backends": ["http://127.0.0.1:8080"]}."""
+    return merge_layers([("settings", dict(values))])
+
+
+def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
+    """[backends.NAME] and [devices.NAME]; backends also as a list of `URL` or `NAME=URL`."""
+    if isinstance(raw, (list, tuple)):
+        pairs = [named_url(str(item)) for item in raw]
+        raw = dict(pairs)
+        if len(raw) != len(pairs):
+            raise ConfigError(f"{source}: {table}: a name or url stands there twice")
+    cls, result = NAMED_TABLES[table], {}
+    for name, values in raw.items() if isinstance(raw, dict) else [("", None)]:
+        where = f"{source}: {table}.{printable(name)}"
+        if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
+            raise ConfigError(
+                f"{where}: wants a table, write [{table}.NAME] with letters and digits"
+            )
+        rows = {row.key.split(".")[-1]: row for row in settings_of(f"{table}.{name}", cls)}
+        for key in values:
+            if key not in rows:
+                raise unknown(where, "key", key, rows)
+        found = {key: parse_value(source, rows[key], value) for key, value in values.items()}
+        if table == "backends":
+            found["url"] = parse_url(where, found.get("url", ""))
+        result[name] = cls(**found)
+    return result
+
+
+def named_url(item: str) -> tuple[str, dict[str, str]]:
+    """`gpu=http://box:8000` or a bare URL, which is named after its host and port."""
+    name, mark, url = item.partition("=")
+    if not mark or "/" in name:
+        name, url = "", item
+    place = url.partition("//")[2] or url
+    return name or place.rpartition("@")[2].partition("/")[0][:64], {"url": url}
+
+
+def parse_url(where: str, url: str) -> str:
+    """A base URL without path, query or credentials, and no slash at its end."""
+    cure = "wants a url like http://host:port"
+    try:
+        parts = urlsplit(url if "//" in url else "http://" + url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if parts.username or parts.password:
+            valid, cure = False, "put the password into `key`, not into the url"
+        elif parts.path.strip("/") not in ("", "v1") or parts.query:
+            valid, cure = False, "wants a url without a path"
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{where}.url: {cure}")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def render_settings(settings: Settings) -> dict[str, Any]:
+    """The settings as the tables of a JSON configuration file."""
+    tables: dict[str, Any] = {table: vars(getattr(settings, table)) for table in TABLES}
+    for table in NAMED_TABLES:
+        tables[table] = {name: vars(one) for name, one in getattr(settings, table).items()}
+    return tables
+
+
+# ==== 4. Clients ==================================================================================
+# Who asks, and how urgently.  Without keys a name is courtesy, not protection: it keeps apart the
+# programs of people who trust each other.  Foreign web pages are told apart by their Origin, which
+# browsers do not let them choose.
+
+NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9._@/:-]")
+NAME_LENGTH = 64
+MOST_CLIENTS = 1000  # remembered at once; whoever has nothing waiting is forgotten first
+MOST_PER_ORIGIN = 16  # requests of one foreign web page that may wait
+ORIGIN = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?"
+)
+EXTENSION_SCHEMES = ("chrome-extension", "moz-extension", "safari-web-extension", "vscode-webview")
+
+
+class Priority(enum.IntEnum):
+    """The class of a request: a smaller number goes first and never interrupts what runs."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+PRIORITY_WORDS = {priority.word: priority for priority in Priority}
+SERVICE_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}
+
+
+def parse_priority(value: object, param: str = "priority") -> Priority | None:
+    """The class that a `priority` field or header asks for; None where it asks for none."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return Priority.HIGH if value else Priority.NORMAL
+    if isinstance(value, str) and value in PRIORITY_WORDS:
+        return PRIORITY_WORDS[value]
+    hint = ", a number has no meaning here" if isinstance(value, (int, float)) else ""
+    raise BadRequest(f'{param} is true, "high", "normal" or "low"{hint}', param=param)
+
+
+def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
+    """Body field > X-Queue-Priority > service_tier > the client's own class, normal."""
+    asked = parse_priority(body.get("priority"))
+    if asked is None:
+        asked = parse_priority(header and header.lower(), "X-Queue-Priority")
+    if asked is None:
+        tier = body.get("service_tier")
+        asked = SERVICE_TIERS.get(tier) if isinstance(tier, str) else None
+    return Priority.NORMAL if asked is None else asked
+
+
+def client_name(user_id: str | None, origin: str | None, agent: str | None) -> str:
+    """`user:` + X-User-ID, else `app:` + Origin or first User-Agent word without its version."""
+    words = (agent or "").partition("/")[0].split()
+    if user_id:
+        name = "user:" + user_id
+    elif origin or words:
+        name = "app:" + (origin or words[0])
+    else:
+        return "anonymous"
+    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or literal can only be this box itself."""
+    if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=256)
+def is_foreign(origin: str, trusted: Names) -> bool:
+    """Whether an Origin is a web page from elsewhere; `null` (a sandboxed frame) is."""
+    match = ORIGIN.fullmatch(origin)
+    if not match or origin in trusted:
+        return not match
+    scheme, host = match[1].lower(), match[2].lower()
+    return scheme not in EXTENSION_SCHEMES and (
+        scheme not in ("http", "https") or not is_loopback(host)
+    )
+
+
+class Client:
+    """One name that asks, and what it has had so far."""
+
+    __slots__ = ("done", "failed", "name", "queued_bytes", "running", "served", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waiting = 0
+        self.queued_bytes = 0
+        self.running = 0
+        self.served = 0.0  # seconds of backend time
+        self.done = 0
+        self.failed = 0
+
+
+class Clients:
+    """The clients that llmq remembers, the latest to ask last."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[str, Client] = OrderedDict()
+
+    def named(self, name: str) -> Client:
+        """The client of this name; past the limit the longest silent idle one is forgotten."""
+        client = self.known.get(name)
+        if client is None:
+            if len(self.known) >= MOST_CLIENTS:
+                idle = (one for one in self.known.values() if not one.waiting and not one.running)
+                forgotten = next(idle, None)
+                if forgotten is not None:
+                    del self.known[forgotten.name]
+            client = self.known[name] = Client(name)
+        self.known.move_to_end(name)
+        return client
+
+
+# ==== 5. Backends =================================================================================
+# Who serves.  A backend is one runner, a device what runners on one host share: a request starts
+# only where both have a free slot.  Health is one small state machine per backend, fed by probes
+# and by requests; what a backend has (models, which of them loaded) is what its last probe told.
+
+LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
+EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
+FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the backend is down
+LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
+FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
+LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
+
+
+class State(enum.Enum):
+    """Of a backend.  Only one that is up is sent requests."""
+
+    UNKNOWN = "unknown"  # not asked yet
+    UP = "up"
+    LOADING = "loading"  # it answers 503 because it loads a model: no failure
+    DOWN = "down"
+    REFUSED = "refused"  # never to be used: it is this llmq itself
+
+
+class Device:
+    """What backends share; `busy` never exceeds `slots`."""
+
+    __slots__ = ("busy", "name", "slots")
+
+    def __init__(self, name: str, slots: int) -> None:
+        self.name = name
+        self.slots = slots
+        self.busy = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one probe learned of a backend."""
+
+    kind: str
+    entries: tuple[dict[str, Any], ...]  # its models as its /v1/models shows them
+    models: Names  # their names
+    loaded: Names
+    latency: float  # seconds
+
+
+def model_key(name: str) -> str:
+    """Names that differ only in case or in a `:latest` tail mean the same model."""
+    key = name.lower()
+    return key[: -len(":latest")] if key.endswith(":latest") else key
+
+
+class Backend:
+    """One runner: where it is, what it has, how it does."""
+
+    def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
+        self.name = name
+        self.url = settings.url
+        self.authority = settings.url.partition("://")[2]
+        self.kind = settings.kind
+        self.key = settings.key
+        self.slots = settings.slots
+        self.device = device
+        self.busy = 0
+        self.draining = False
+        self.state = State.UNKNOWN
+        self.error: str | None = None  # why it is not up, in words
+        self.failures = 0  # in a row
+        self.since = 0.0  # when it went down, monotonic
+        self.backoff = FIRST_BACKOFF
+        self.next_probe = 0.0  # when it is to be looked at, monotonic
+        self.told = False  # it has told its models at least once
+        self.models: dict[str, list[str]] = {}  # model key -> names as the backend spells them
+        self.report: Report | None = None
+        self.delivered = float("-inf")  # when it last sent bytes of an answer
+        self.used = 0.0  # when it was last given a request
+
+    @property
+    def most(self) -> int:
+        """Requests that it may have at once."""
+        return min(self.slots or self.device.slots, self.device.slots)
+
+    @property
+    def room(self) -> int:
+        return min(self.most - self.busy, self.device.slots - self.device.busy)
+
+    @property
+    def usable(self) -> bool:
+        return self.state is State.UP and not self.draining
+
+    def serves(self, key: str) -> bool:
+        """Whether it has the model; one that never told is believed to."""
+        return key in self.models or not self.told
+
+    def name_for(self, asked: str) -> str:
+        """The model's name as this backend spells it."""
+        names = self.models.get(model_key(asked), [asked])
+        return asked if asked in names else names[0]
+
+    def is_loaded(self, key: str) -> bool:
+        return self.report is not None and any(
+            model_key(name) == key for name in self.report.loaded
+        )
+
+    def succeeded(self, now: float, report: Report | None, interval: float) -> None:
+        """A probe (with its report) or a request got through."""
+        self.failures, self.error, self.backoff = 0, None, FIRST_BACKOFF
+        if report is not None:
+            self.told, self.report, self.kind = True, report, report.kind
+            self.models = {}
+            for name in report.models:
+                self.models.setdefault(model_key(name), []).append(name)
+            self.state = State.UP
+            self.next_probe = now + interval
+
+    def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
+        """A probe or request failed: look again at once.
+
+        Three in a row, or nobody listening (`refused`), and only probes go there, later and
+        later, until one gets through.
+        """
+        self.failures += 1
+        self.error = why
+        if self.state is State.DOWN:
+            self.backoff = min(2 * self.backoff, interval)
+            self.next_probe = now + self.backoff
+        elif refused or self.state is State.UNKNOWN or self.failures >= FAILURES_TO_OPEN:
+            self.state, self.since = State.DOWN, now
+            self.next_probe = now + self.backoff
+        else:
+            self.next_probe = now
+
+    def loads(self, now: float, why: str) -> None:
+        self.state, self.error, self.next_probe = State.LOADING, why, now + LOADING_INTERVAL
+
+    def refuse(self, now: float, why: str, interval: float) -> None:
+        self.state, self.error, self.since = State.REFUSED, why, now
+        self.next_probe = now + interval
+
+
+def read_models(payload: Any) -> tuple[dict[str, Any], ...]:
+    """The entries of a `GET /v1/models` answer; ValueError when it is not one."""
+    data = payload.get("data") if isinstance(payload, dict) else None
+    if data is None and isinstance(payload, dict) and payload.get("object") == "list":
+        data = []  # Ollama without a model
+    if not isinstance(data, list) or not all(isinstance(one, dict) and "id" in one for one in data):
+        raise ValueError("its /v1/models is no list of models")
+    return tuple(data)
+
+
+def read_kind(entries: Sequence[dict[str, Any]]) -> str:
+    """The kind of runner that `owned_by` in its `/v1/models` gives away, or ''."""
+    owners = {one.get("owned_by") for one in entries}
+    return "llamacpp" if "llamacpp" in owners else "vllm" if "vllm" in owners else ""
+
+
+def read_loaded(kind: str, models: Names, payload: Any) -> Names:
+    """The loaded models: Ollama's /api/ps and LM Studio's /api/v0/models tell, others have all."""
+    try:
+        if kind == "ollama":
+            return tuple(str(one["name"]) for one in payload["models"])
+        if kind == "lmstudio":
+            return tuple(str(one["id"]) for one in payload["data"] if one.get("state") == "loaded")
+    except (TypeError, KeyError, AttributeError):
+        return ()
+    return models
+
+
+def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
+    """Among backends with room: the model already loaded, then most room, then longest unused."""
+    if not candidates:
+        return None
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda one: (not one.is_loaded(key), -one.room, one.used))
+
+
+class Fleet:
+    """All backends and their devices, as configured or found."""
+
+    def __init__(self) -> None:
+        self.backends: dict[str, Backend] = {}
+        self.devices: dict[str, Device] = {}
+        self.shrunk = 0.0  # when a backend was last removed, monotonic
+
+    def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
+        """Take in a backend; `device` is the name of what it shares, `slots` that device's."""
+        shared = self.devices.setdefault(device, Device(device, slots))
+        shared.slots = slots
+        self.backends[name] = backend = Backend(name, settings, shared)
+        return backend
+
+    def remove(self, name: str, now: float) -> None:
+        """Take out a backend: what runs there ends in peace, what waited is judged again."""
+        gone = self.backends.pop(name)
+        gone.draining = True
+        self.shrunk = now
+        if not any(one.device is gone.device for one in self.backends.values()):
+            del self.devices[gone.device.name]
+
+    def serving(self, key: str) -> list[Backend]:
+        """Every backend that has the model, or may have it, whatever its state."""
+        return [
+            one
+            for one in self.backends.values()
+            if one.serves(key) and one.state is not State.REFUSED and not one.draining
+        ]
+
+    def candidates(self, key: str, avoid: Backend | None) -> list[Backend]:
+        """Backends where a request could start now, without the one it failed at unless alone."""
+        able = [one for one in self.backends.values() if one.usable and key in one.models]
+        if avoid is not None:
+            able = [one for one in able if one is not avoid] or able
+        return [one for one in able if one.room > 0]
+
+    def has_room(self) -> bool:
+        return any(one.busy < one.slots for one in self.devices.values())
+
+    def down_since(self, key: str) -> float | None:
+        """When the last backend of this model went down; None while one is up or loads."""
+        serving = self.serving(key)
+        if any(one.state is not State.DOWN for one in serving):
+            return None
+        return max((one.since for one in serving), default=self.shrunk)
+
+    def knows(self, asked: str) -> bool | None:
+        """True: some backend has the model.  False: all have told and none has.  None: not sure."""
+        key = model_key(asked)
+        enabled = [one for one in self.backends.values() if one.state is not State.REFUSED]
+        if any(key in one.models for one in enabled):
+            return True
+        return False if enabled and all(one.told for one in enabled) else None
+
+    def check_spelling(self, asked: str) -> None:
+        """BadRequest when the name means two models of one backend and equals neither."""
+        for one in self.backends.values():
+            names = one.models.get(model_key(asked), [])
+            if len(names) > 1 and asked not in names:
+                raise BadRequest(
+                    f"model {printable(asked)!r} means {' or '.join(names)}", param="model"
+                )
+
+    def default_model(self) -> str | None:
+        """The first model of the first backend that is not for embeddings."""
+        for one in self.backends.values():
+            if one.report is not None:
+                for name in one.report.models:
+                    if not EMBEDDING.search(name):
+                        return name
+        return None
+
+
+# ==== 6. Scheduler ================================================================================
+# Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
+# grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
+# exactly once, and each way gives back what the ticket held.
+#
+# A lane is what one client has waiting of one class and model, oldest first.  Per (class, model)
+# one heap of (tag, client) orders the lanes; a lane's tag is the number of its oldest ticket, so
+# lanes go first come, first served.  Tags only rise while a lane waits, so a stale top is re-keyed
+# where it stands, and picking costs the same at any depth.  (Fair share is to replace the tag by
+# the client's served time, caps to pass over a surfaced lane, overdue starts and affinity to
+# choose among the tops in `_pick`: each has its place, none is here yet.)
+
+
+class Mode(enum.Enum):
+    OPEN = "open"
+    PRIORITY = "priority"  # only high starts, the rest waits safely
+    PAUSED = "paused"  # none starts
+
+
+class TicketState(enum.Enum):
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+MOVES = {  # the legal moves of a ticket
+    (TicketState.NEW, TicketState.WAITING),
+    (TicketState.WAITING, TicketState.WAITING),  # to another class
+    (TicketState.WAITING, TicketState.RUNNING),
+    (TicketState.WAITING, TicketState.ENDED),
+    (TicketState.RUNNING, TicketState.WAITING),  # for another attempt
+    (TicketState.RUNNING, TicketState.ENDED),
+}
+
+
+class Ticket:
+    """One request in the queue."""
+
+    __slots__ = (
+        "arrived", "attempts", "avoid", "backend", "client", "deadline", "foreign",
+        "id", "model", "number", "priority", "size", "started", "state",
+    )  # fmt: skip
+
+    def __init__(
+        self, ident: str, client: Client, model: str, priority: Priority, size: int = 0
+    ) -> None:
+        self.id = ident
+        self.client = client
+        self.model = model  # a model key
+        self.priority = priority
+        self.size = size  # bytes of its body
+        self.foreign = False  # it came from a web page elsewhere
+        self.number = 0  # order of arrival
+        self.arrived = 0.0
+        self.started = 0.0
+        self.deadline: float | None = None
+        self.attempts = 0
+        self.backend: Backend | None = None
+        self.avoid: Backend | None = None  # where the last attempt failed
+        self.state = TicketState.NEW
+
+    def move(self, state: TicketState) -> None:
+        if (self.state, state) not in MOVES:
+            raise RuntimeError(f"ticket {self.id} cannot go from {self.state} to {state}")
+        self.state = state
+
+
+class Lane:
+    """What one client has waiting of one class and model, by number, oldest first."""
+
+    __slots__ = ("tag", "tickets")
+
+    def __init__(self) -> None:
+        self.tickets: OrderedDict[int, Ticket] = OrderedDict()
+        self.tag = -1  # its key in the heap; other entries of this lane there are stale
+
+    @property
+    def head(self) -> Ticket:
+        return next(iter(self.tickets.values()))
+
+
+LaneKey = tuple[Priority, str, str]  # class, client, model
+Heap = list[tuple[int, str]]  # (tag, client), one valid entry per lane
+Forecast = dict[str, tuple[int, float, str]]  # ticket id -> position, eta in seconds, reason
+
+
+class Scheduler:
+    """The queue."""
+
+    def __init__(self, fleet: Fleet, limits: QueueSettings) -> None:
+        self.fleet = fleet
+        self.limits = limits
+        self.mode = Mode.OPEN
+        self.waiting: dict[str, Ticket] = {}
+        self.running: dict[str, Ticket] = {}
+        self.queued_bytes = 0
+        self.service = Average()  # seconds that a request runs
+        self._numbers = count()
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._heaps: dict[Priority, dict[str, Heap]] = {priority: {} for priority in Priority}
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+
+    # ---- coming and going
+
+    def submit(self, ticket: Ticket, now: float) -> None:
+        """Let a new ticket wait; QueueFull when there is no place for it."""
+        self._check_room(ticket)
+        ticket.number = next(self._numbers)
+        ticket.arrived = now
+        longest = getattr(self.limits, "max_wait_" + ticket.priority.word)
+        if longest:
+            ticket.deadline = now + longest
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
+            if len(self._deadlines) > 2 * len(self.waiting) + 64:  # mostly of tickets long gone
+                self._deadlines = [one for one in self._deadlines if one[2].id in self.waiting]
+                heapq.heapify(self._deadlines)
+        self._enter(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a waiting ticket."""
+        self._leave(ticket)
+        ticket.move(TicketState.ENDED)
+
+    def finish(self, ticket: Ticket, now: float) -> None:
+        """End a running ticket and give its slot back."""
+        self._free(ticket, now)
+        ticket.move(TicketState.ENDED)
+
+    def retry(self, ticket: Ticket, now: float) -> None:
+        """Back to the head of its lane, with its arrival time; its backend is avoided."""
+        ticket.avoid = ticket.backend
+        self._free(ticket, now)
+        self._enter(ticket)
+
+    def reprioritise(self, ticket: Ticket, priority: Priority) -> None:
+        """Move a waiting ticket to another class, where it stands by its arrival."""
+        self._leave(ticket)
+        ticket.priority = priority
+        self._enter(ticket)
+
+    def expire(self, now: float) -> list[tuple[Ticket, LlmqError]]:
+        """End the tickets that have waited as long as they may, each with what to say."""
+        ended: list[tuple[Ticket, LlmqError]] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, ticket = heapq.heappop(self._deadlines)
+            if ticket.state is TicketState.WAITING:
+                waited = now - ticket.arrived
+                ended.append(
+                    (ticket, WaitTimeout(f"waited {waited:.1f} s, the limit of its class"))
+                )
+                self.cancel(ticket)
+        return ended + self._expire_down(now)
+
+    def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
+        ended: list[tuple[Ticket, LlmqError]] = []
+        for model in {model for heaps in self._heaps.values() for model in heaps}:
+            unknown = self.fleet.knows(model) is False
+            since = self.fleet.down_since(model)
+            if not unknown and since is None:
+                continue
+            for ticket in [one for one in self.waiting.values() if one.model == model]:
+                if unknown:
+                    ended.append((ticket, ModelNotFound(f"model {model!r} is gone")))
+                elif (
+                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
+                ):
+                    ended.append((ticket, BackendDown(f"every backend of model {model!r} is down")))
+                else:
+                    continue
+                self.cancel(ticket)
+        return ended
+
+    # ---- who goes next
+
+    def dispatch(self, now: float) -> list[tuple[Ticket, Backend]]:
+        """Start every ticket that can start now; the caller sends each to its backend."""
+        started: list[tuple[Ticket, Backend]] = []
+        while self.waiting and self.mode is not Mode.PAUSED and self.fleet.has_room():
+            found = self._pick()
+            if found is None:
+                break
+            ticket, backend = found
+            self._leave(ticket)
+            ticket.move(TicketState.RUNNING)
+            ticket.backend, ticket.started = backend, now
+            ticket.attempts += 1
+            ticket.client.running += 1
+            backend.busy += 1
+            backend.device.busy += 1
+            backend.used = now
+            self.running[ticket.id] = ticket
+            started.append(found)
+        return started
+
+    def _pick(self) -> tuple[Ticket, Backend] | None:
+        """The most urgent class first; inside it, over the models that can start, the least tag."""
+        for priority, heaps in self._heaps.items():
+            if self.mode is Mode.PRIORITY and priority is not Priority.HIGH:
+                return None
+            best: tuple[Ticket, Backend] | None = None
+            for model in list(heaps):
+                head = self._top(priority, model)
+                if head is None or (best is not None and best[0].number < head.number):
+                    continue
+                backend = pick_backend(self.fleet.candidates(model, head.avoid), model)
+                if backend is not None:
+                    best = head, backend
+            if best is not None:
+                return best
+        return None
+
+    def _top(self, priority: Priority, model: str) -> Ticket | None:
+        """The head of the first lane of a class and model; cleans the heap as it looks."""
+        heaps = self._heaps[priority]
+        heap = heaps[model]
+        while heap:
+            tag, client = heap[0]
+            lane = self._lanes.get((priority, client, model))
+            if lane is None or lane.tag != tag:
+                heapq.heappop(heap)
+            elif lane.head.number != tag:
+                lane.tag = lane.head.number
+                heapq.heapreplace(heap, (lane.tag, client))
+            else:
+                return lane.head
+        del heaps[model]
+        return None
+
+    # ---- bookkeeping
+
+    def _check_room(self, ticket: Ticket) -> None:
+        limits, client = self.limits, ticket.client
+        if len(self.waiting) >= limits.max_depth:
+            raise self._full(f"{len(self.waiting)} requests are waiting, the queue is full")
+        if self.queued_bytes + ticket.size > limits.max_queued_bytes:
+            raise self._full("the waiting requests hold all the memory they may")
+        if client.waiting >= max(1, limits.max_depth // 2):
+            raise self._full(f"{client.name} has {client.waiting} requests waiting, half the queue")
+        if client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
+            raise self._full(f"{client.name} holds half the memory of the queue")
+        if ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
+            raise self._full(f"a web page may have {MOST_PER_ORIGIN} requests waiting")
+
+    def _full(self, message: str) -> QueueFull:
+        error = QueueFull(message)
+        error.retry_after = self.predicted_wait()
+        return error
+
+    def predicted_wait(self) -> int:
+        """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
+        slots = sum(device.slots for device in self.fleet.devices.values()) or 1
+        seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
+        return max(1, min(60, round(seconds)))
+
+    def _enter(self, ticket: Ticket) -> None:
+        ticket.move(TicketState.WAITING)
+        key = (ticket.priority, ticket.client.name, ticket.model)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane()
+        newest = next(reversed(lane.tickets), -1)
+        lane.tickets[ticket.number] = ticket
+        if newest > ticket.number:  # it comes back: to its place by arrival
+            for number in [number for number in lane.tickets if number > ticket.number]:
+                lane.tickets.move_to_end(number)
+        if lane.head is ticket:
+            lane.tag = ticket.number
+            heap = self._heaps[ticket.priority].setdefault(ticket.model, [])
+            heapq.heappush(heap, (lane.tag, ticket.client.name))
+            if len(heap) > 2 * len(self._lanes) + 64:  # mostly stale: keep the valid entries
+                heap[:] = {entry for entry in heap if self._is_valid(entry, ticket)}
+                heapq.heapify(heap)
+        self.waiting[ticket.id] = ticket
+        self.queued_bytes += ticket.size
+        ticket.client.waiting += 1
+        ticket.client.queued_bytes += ticket.size
+
+    def _is_valid(self, entry: tuple[int, str], ticket: Ticket) -> bool:
+        lane = self._lanes.get((ticket.priority, entry[1], ticket.model))
+        return lane is not None and lane.tag == entry[0]
+
+    def _leave(self, ticket: Ticket) -> None:
+        key = (ticket.priority, ticket.client.name, ticket.model)
+        lane = self._lanes[key]
+        del lane.tickets[ticket.number]
+        if not lane.tickets:
+            del self._lanes[key]
+        del self.waiting[ticket.id]
+        self.queued_bytes -= ticket.size
+        ticket.client.waiting -= 1
+        ticket.client.queued_bytes -= ticket.size
+
+    def _free(self, ticket: Ticket, now: float) -> None:
+        backend = ticket.backend
+        del self.running[ticket.id]
+        assert backend is not None  # a running ticket has one
+        backend.busy -= 1
+        backend.device.busy -= 1
+        ticket.client.running -= 1
+        ticket.client.served += now - ticket.started
+
+    # ---- what the outside may know
+
+    def in_order(self) -> list[Ticket]:
+        """The waiting tickets as they would start if each could: by class, then by arrival."""
+        return sorted(self.waiting.values(), key=lambda one: (one.priority, one.number))
+
+    def forecast(self) -> Forecast:
+        """Position, expected wait and reason of every waiting ticket, in one pass."""
+        service = self.service.value or 1.0
+        ahead: dict[str, int] = {}
+        result: Forecast = {}
+        for position, ticket in enumerate(self.in_order(), 1):
+            able = [one for one in self.fleet.serving(ticket.model) if one.usable]
+            device = able[0].device if able else None
+            name = device.name if device else ""
+            slots = device.slots if device else 1
+            ahead[name] = ahead.get(name, 0) + 1
+            result[ticket.id] = (
+                position,
+                ahead[name] * service / slots,
+                self._reason(ticket, able),
+            )
+        return result
+
+    def _reason(self, ticket: Ticket, able: Sequence[Backend]) -> str:
+        if self.mode is Mode.PAUSED:
+            return "paused"
+        if self.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
+            return "priority mode: only high starts"
+        if not able:
+            states = {one.state for one in self.fleet.serving(ticket.model)}
+            return "model is loading" if State.LOADING in states else "backend down"
+        busy = able[0].device
+        return f"{busy.name} busy ({busy.busy}/{busy.slots})" if busy.busy >= busy.slots else "next"
+
+
+# ==== 7. Messages =================================================================================
+# HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out, nothing awaited.  Strict where
+# leniency has been a hole: what a lenient peer and we would read differently is refused, never
+# repaired.  `parse_request_head` and `parse_response_head` share the grammar of the fields; the
+# three body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
+
+REQUEST_LINE_LIMIT = 8 * KIB
+FIELD_LIMIT = 16 * KIB
+HEAD_LIMIT = 64 * KIB
+FIELDS_LIMIT = 100
+CHUNK_LINE_LIMIT = 256  # size and extension of one chunk
+TRAILER_LIMIT = 8 * KIB
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
+# One field line; the value's own white space is cut afterwards.  No obs-fold (RFC 9112 s.5.2), no
+# control characters (RFC 9110 s.5.5), no space before the colon (RFC 9112 s.5.1).
+FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
+DIGITS = re.compile(r"[0-9]+")
+HEX_DIGITS = re.compile(rb"[0-9A-Fa-f]{1,16}")
+CHUNK_EXTENSION = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
+CHUNKED = -1  # in place of a length
+UNTIL_CLOSE = -2
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+REASONS[499] = "Client Closed Request"
+
+Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
+Fields = tuple[tuple[str, str], ...]  # of a head that is to be rendered
+
+
+class Request:
+    """A request as it came; `body` is filled in when it has arrived whole."""
+
+    __slots__ = ("body", "headers", "method", "minor", "path", "query", "target")
+
+    def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
+        self.method = method
+        self.target = target
+        self.minor = minor  # 1 for HTTP/1.1 and above
+        self.headers = headers
+        self.body = b""
+        self.path, _, self.query = target.partition("?")
+
+    @property
+    def keep_alive(self) -> bool:
+        """RFC 9112 s.9.3: `close` ends a connection, HTTP/1.0 needs to ask for another request."""
+        options = connection_options(self.headers)
+        return "close" not in options and (self.minor >= 1 or "keep-alive" in options)
+
+
+class ResponseHead(NamedTuple):
+    status: int
+    minor: int
+    headers: Headers
+
+
+def connection_options(headers: Headers) -> set[str]:
+    value = headers.get("connection")
+    return {option.strip().lower() for option in value.split(",")} if value else set()
+
+
+def parse_fields(text: str) -> Headers:
+    """Field lines, each ended by CRLF; ValueError for anything else."""
+    if not FIELD_LINES.fullmatch(text):
+        raise ValueError("malformed header line")
+    headers: Headers = {}
+    for line in text.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def parse_request_head(head: bytes) -> Request:
+    """A request from its head, CRLF CRLF included; raises what the client is to be told."""
+    text = head.decode("latin-1").lstrip("\r\n")  # RFC 9112 s.2.2: skip empty lines before it
+    line, _, rest = text.partition("\r\n")
+    if len(line) > REQUEST_LINE_LIMIT:
+        raise UriTooLong(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise BadRequest("malformed request line")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise VersionNotSupported("llmq speaks HTTP/1.1")
+    if rest.count("\r\n") > FIELDS_LIMIT + 1 or any(
+        len(one) > FIELD_LIMIT for one in rest.split("\r\n")
+    ):
+        raise HeadersTooLarge(f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes")
+    try:
+        headers = parse_fields(rest[:-2])
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+    request = Request(method, target, min(int(minor), 1), headers)
+    check_target(request)
+    return request
+
+
+def check_target(request: Request) -> None:
+    """Origin-form or absolute-form, whose authority replaces Host; `*` for OPTIONS alone."""
+    target = request.target
+    if target.startswith("/") or (target == "*" and request.method == "OPTIONS"):
+        return
+    scheme, mark, rest = target.partition("://")
+    if mark and scheme.lower() in ("http", "https") and request.method != "CONNECT":
+        authority, slash, path = rest.partition("/")
+        authority, question, query = authority.partition("?")
+        if "host" in request.headers:
+            parse_host(request.headers["host"])  # two of them are refused even here
+            request.headers["host"] = authority
+        request.path, _, request.query = (slash + path or "/" + question + query).partition("?")
+    elif request.method != "CONNECT":  # which routing refuses by its method
+        raise BadRequest("malformed request target")
+
+
+def parse_host(value: str) -> str:
+    """The name in a Host field, lower case, brackets kept; BadRequest when malformed."""
+    match = HOST.fullmatch(value)
+    if not match:
+        raise BadRequest("malformed Host")
+    return match[1].lower()
+
+
+def parse_response_head(head: bytes) -> ResponseHead:
+    """A response from its head, CRLF CRLF included; ValueError when it is none."""
+    line, _, rest = head.decode("latin-1").partition("\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if not match:
+        raise ValueError("malformed status line")
+    return ResponseHead(int(match[2]), int(match[1]), parse_fields(rest[:-2]))
+
+
+def request_length(request: Request) -> int:
+    """Bytes of the body that follows, or CHUNKED (RFC 9112 s.6.3); never a guess."""
+    headers = request.headers
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None or request.minor == 0:
+            raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise MethodUnknown("the only transfer coding understood is chunked")
+        return CHUNKED
+    if length is None:
+        return 0
+    if not DIGITS.fullmatch(length):
+        raise BadRequest("malformed Content-Length")
+    if len(length) > 18:
+        raise BodyTooLarge("Content-Length beyond any limit")
+    return int(length)
+
+
+def response_length(head: ResponseHead) -> int:
+    """Bytes of the body that follows, CHUNKED or UNTIL_CLOSE; ValueError when it contradicts."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None:
+            raise ValueError("contradictory framing")
+        return CHUNKED
+    if head.status in (204, 304):
+        return 0
+    if length is None:
+        return UNTIL_CLOSE
+    if not DIGITS.fullmatch(length) or len(length) > 18:
+        raise ValueError("malformed Content-Length")
+    return int(length)
+
+
+def parse_chunk_line(line: bytes) -> int:
+    """The size in a chunk's first line, given without its CRLF; ValueError when malformed."""
+    size, mark, extension = line.partition(b";")
+    if mark:
+        size = size.rstrip(b" \t")
+    if not HEX_DIGITS.fullmatch(size) or not CHUNK_EXTENSION.fullmatch(extension):
+        raise ValueError("malformed chunk size")
+    return int(size, 16)
+
+
+class LengthBody:
+    """A body of known length."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+        self.surplus = b""
+
+    def feed(self, data: bytes) -> bytes:
+        if not data and not self.done:
+            raise ValueError("the body ends before its length")
+        payload, self.surplus = data[: self.left], data[self.left :]
+        self.left -= len(payload)
+        self.done = self.left == 0
+        return payload
+
+
+class CloseBody:
+    """A body that the end of the connection ends."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.surplus = b""
+
+    def feed(self, data: bytes) -> bytes:
+        self.done = not data
+        return data
+
+
+class ChunkedBody:
+    """A chunked body (RFC 9112 s.7.1); the same payload however the bytes are cut."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.surplus = b""
+        self._left = 0  # of the chunk at hand, its CRLF included
+        self._held = b""  # an incomplete line
+        self._trailers = -1  # bytes of trailers so far, once the last chunk has come
+
+    @property
+    def wants(self) -> int:
+        """Bytes that the chunk at hand still has, its CRLF included; 0: a line comes next."""
+        return self._left
+
+    def feed(self, data: bytes) -> bytes:
+        if not data:
+            raise ValueError("the body ends before its last chunk")
+        if self._held:
+            data, self._held = self._held + data, b""
+        at = 0
+        pieces: list[bytes] = []
+        while at < len(data) and not self.done:
+            if self._left:
+                at = self._take(data, at, pieces)
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                self._hold(data[at:])
+                return b"".join(pieces)
+            self._line(data[at : end + 1])
+            at = end + 1
+        self.surplus = data[at:]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        """Payload, then the chunk's own CRLF, as far as they are there."""
+        payload = self._left - 2
+        if payload > 0:
+            piece = data[at : at + payload]
+            pieces.append(piece)
+            self._left -= len(piece)
+            return at + len(piece)
+        expected = b"\r" if self._left == 2 else b"\n"
+        if data[at : at + 1] != expected:
+            raise ValueError("a chunk is not followed by CRLF")
+        self._left -= 1
+        return at + 1
+
+    def _hold(self, line: bytes) -> None:
+        if len(line) > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
+            raise ValueError("a line of the chunked body is too long")
+        self._held = line
+
+    def _line(self, line: bytes) -> None:
+        """A chunk's first line, or one of the trailers, which are read and dropped."""
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line of the chunked body does not end in CRLF")
+        if self._trailers >= 0:
+            self._trailers += len(line)
+            if self._trailers > TRAILER_LIMIT:
+                raise ValueError("too many trailers")
+            self.done = line == b"\r\n"
+            if not self.done:
+                parse_fields(line.decode("latin-1"))
+            return
+        if len(line) > CHUNK_LINE_LIMIT:
+            raise ValueError("a line of the chunked body is too long")
+        size = parse_chunk_line(line[:-2])
+        if size:
+            self._left = size + 2
+        else:
+            self._trailers = 0
+
+
+Body = Union[LengthBody, CloseBody, ChunkedBody]
+
+
+def body_decoder(length: int) -> Body:
+    if length == CHUNKED:
+        return ChunkedBody()
+    return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
+
+
+def render_head(first: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """A head; whoever passes a value from outside has it from a parsed, hence clean, field."""
+    lines = [first]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+
+def render_chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+# ==== 8. Dialects =================================================================================
+# What the bodies mean, pure.  A request is passed on byte for byte: its top-level members are
+# located, and only the spans of `model` and of llmq's own fields are replaced or cut.  An answer
+# is watched, not parsed: what tells an end, an error or the usage is looked for, the rest passes.
+
+DEPTH_LIMIT = 100  # of nested arrays and objects; Pythons differ in what they survive
+EXTENSIONS = ("priority", "numCtx")  # llmq's own fields, never shown to a backend
+MODEL_LENGTH = 512
+WHITE = re.compile(r"[ \t\n\r]*")  # RFC 8259 s.2
+WATCHED_LINE = 64 * KIB  # a longer line of a stream is passed on without a look
+PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
+DONE_LINE = re.compile(rb"(?:\A|\n)data: ?\[DONE\]")
+ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON = json.JSONDecoder(parse_constant=refuse_constant)
+# The decoder's own scanners, in C: (text, index) -> (value, index behind it).
+scan_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
+scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+
+
+class Member(NamedTuple):
+    """One top-level member of a JSON object and where it stands in the text."""
+
+    name: str
+    value: Any
+    start: int  # of its name
+    value_start: int
+    end: int  # of its value
+
+
+def decode_json(body: bytes) -> str:
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not UTF-8") from None
+
+
+def locate_members(text: str) -> list[Member]:
+    """The members of the JSON object that `text` is; BadRequest says where it is none."""
+    try:
+        members = scan_members(text)
+    except RecursionError:
+        raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}") from None
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if text.count("{") + text.count("[") > DEPTH_LIMIT:
+        check_depth([member.value for member in members])
+    names = {member.name for member in members}
+    if len(names) != len(members):
+        raise BadRequest("the body has the same key twice")
+    return members
+
+
+def skip_white(text: str, at: int) -> int:
+    match = WHITE.match(text, at)
+    return match.end() if match else at
+
+
+def scan_members(text: str) -> list[Member]:
+    at = skip_white(text, 0)
+    if text[at : at + 1] != "{":
+        raise ValueError("it is not an object")
+    members: list[Member] = []
+    at = skip_white(text, at + 1)
+    while text[at : at + 1] != "}" or members:
+        if text[at : at + 1] != '"':
+            raise ValueError(f"a name in quotes is wanted at character {at}")
+        start = at
+        name, at = scan_string(text, at + 1)
+        at = skip_white(text, at)
+        if text[at : at + 1] != ":":
+            raise ValueError(f"a colon is wanted at character {at}")
+        value_start = skip_white(text, at + 1)
+        try:
+            value, at = scan_value(text, value_start)
+        except StopIteration:
+            raise ValueError(f"a value is wanted at character {value_start}") from None
+        members.append(Member(name, value, start, value_start, at))
+        at = skip_white(text, at)
+        if text[at : at + 1] != ",":
+            break
+        at = skip_white(text, at + 1)
+    if text[at : at + 1] != "}":
+        raise ValueError(f"a comma or a brace is wanted at character {at}")
+    if skip_white(text, at + 1) != len(text):
+        raise ValueError(f"something follows it at character {at + 1}")
+    return members
+
+
+def check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEPTH_LIMIT:
+            raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}")
+        inner: list[Any] = []
+        for one in level:
+            inner += one.values() if isinstance(one, dict) else one
+        level = [one for one in inner if isinstance(one, (dict, list))]
+
+
+def cut_members(text: str, members: Sequence[Member], names: Iterable[str]) -> str:
+    """The text without these members; every other byte stays as it was."""
+    kept = [member for member in members if member.name not in names]
+    if len(kept) == len(members):
+        return text
+    if not kept:
+        return text[: members[0].start] + text[members[-1].end :]
+    pieces = [text[: members[0].start]]
+    for member in kept[:-1]:
+        following = members[members.index(member) + 1]
+        pieces.append(text[member.start : following.start])
+    pieces.append(text[kept[-1].start : kept[-1].end] + text[members[-1].end :])
+    return "".join(pieces)
+
+
+class Question(NamedTuple):
+    """What a client asks, as far as llmq needs to know."""
+
+    model: str  # as asked for; empty: none was named
+    stream: bool
+    priority: Priority
+    body: bytes  # without llmq's own fields
+    model_span: tuple[int, int]  # of the model's value in the body; empty where it is to be added
+
+    def body_for(self, model: str) -> bytes:
+        """The body, naming the model as the backend does."""
+        start, end = self.model_span
+        if model == self.model:
+            return self.body
+        name = render_json(model)
+        if start == end:  # added as the first member; a chat has others
+            name = b'"model":' + name + b","
+        return self.body[:start] + name + self.body[end:]
+
+
+def read_chat(body: bytes, priority_header: str | None = None) -> Question:
+    """An OpenAI chat completion request; BadRequest names the offending member."""
+    text = decode_json(body)
+    members = locate_members(text)
+    values = {member.name: member.value for member in members}
+    check_chat(values)
+    priority = asked_priority(values, priority_header)
+    if any(name in values for name in EXTENSIONS):
+        text = cut_members(text, members, EXTENSIONS)
+        members = locate_members(text)
+        body = text.encode()
+    model = values.get("model") or ""
+    model = model if model.strip() else ""
+    span = (0, 0)
+    for member in members:
+        if member.name == "model":
+            span = (member.value_start, member.end)
+    if span == (0, 0):
+        span = (members[0].start, members[0].start)
+    if not text.isascii():  # from characters to bytes
+        span = (len(text[: span[0]].encode()), len(text[: span[1]].encode()))
+    return Question(model, values.get("stream") is True, priority, body, span)
+
+
+def check_chat(values: Mapping[str, Any]) -> None:
+    model, messages, stream = values.get("model"), values.get("messages"), values.get("stream")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest("model is a text", param="model")
+    if model and len(model) > MODEL_LENGTH:
+        raise BadRequest(f"a model's name has at most {MODEL_LENGTH} characters", param="model")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages is a list of at least one message", param="messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise BadRequest("each of messages is an object", param="messages")
+    if stream is not None and not isinstance(stream, bool):
+        raise BadRequest("stream is true or false", param="stream")
+    context = values.get("numCtx")
+    if context is not None and (
+        isinstance(context, bool) or not isinstance(context, int) or context < 1
+    ):
+        raise BadRequest("numCtx is a whole number above 0", param="numCtx")
+
+
+def error_object(error: LlmqError) -> dict[str, Any]:
+    kind = ERROR_TYPES.get(error.status)
+    if kind is None:
+        kind = "api_error" if error.status >= 500 else "invalid_request_error"
+    return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+
+
+def render_error(error: LlmqError) -> bytes:
+    """The body of an error answer: the runner's own where it wrote a proper one."""
+    if isinstance(error, BackendAnswer) and error.body:
+        return error.body
+    return render_json({"error": error_object(error)})
+
+
+def render_stream_error(error: LlmqError, watch: StreamWatch | None) -> bytes:
+    """An error after the head of a stream: SDKs raise on it, and no [DONE] follows."""
+    start = b"\n\ndata: " if watch is not None and watch.inside else b"data: "
+    return start + render_json({"error": error_object(error)}) + b"\n\n"
+
+
+def read_error(status: int, body: bytes) -> tuple[str, bytes]:
+    """What a backend's error answer says, and the body if it is an error object to pass on."""
+    try:
+        document = json.loads(body)
+        error = document["error"] if "error" in document else document["detail"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return f"the backend answered {status}", b""
+    if isinstance(error, dict) and isinstance(error.get("message"), str) and error["message"]:
+        return error["message"], body
+    text = error if isinstance(error, str) and error else f"the backend answered {status}"
+    return text[:1000], b""
+
+
+def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
+    """What a client is told of a backend's answer that is not 200."""
+    message, error_body = read_error(head.status, body)
+    if head.status < 400:
+        return BackendError(f"the backend answered {head.status}; redirects are not followed")
+    if head.status in (401, 403):
+        return BackendError(f"the backend refuses llmq's key: {message}")
+    if head.status == 503 and LOADING.search(message):
+        return BackendLoading(message)
+    return BackendAnswer(head.status, message, error_body, head.headers.get("retry-after"))
+
+
+def read_usage(document: Any) -> int | None:
+    """The number of tokens an answer says it has; llama.cpp's timings where there is no usage."""
+    if not isinstance(document, dict):
+        return None
+    for table, name in (("usage", "completion_tokens"), ("timings", "predicted_n")):
+        found = document.get(table)
+        if isinstance(found, dict) and isinstance(found.get(name), int):
+            return int(found[name])
+    return None
+
+
+def read_whole(body: bytes) -> int | None:
+    """The token count of a whole answer; BackendError when it is not one, or says it failed."""
+    if len(body) > PARSED_ANSWER:  # embeddings by the megabyte: look at the ends only
+        if body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
+            return None
+        raise BackendError("the backend's answer is not JSON")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BackendError("the backend's answer is not JSON") from None
+    if not isinstance(document, dict) or document.get("error"):
+        raise BackendError("the backend's answer is " + read_error(200, body)[0])
+    return read_usage(document)
+
+
+class StreamWatch:
+    """Looks through an SSE stream that passes by, and shows the client whole lines.
+
+    [DONE] and what follows it is kept back until the body has ended as HTTP says it must: a
+    runner that is interrupted may send it all the same (llama-cpp-python does).
+    """
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.tokens: int | None = None
+        self.ended = b""  # [DONE] and the rest, kept back
+        self.inside = False  # what was shown ends inside a line, too long to be held
+        self._line = b""  # the incomplete last line
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes that may be shown to the client; BackendError when they tell of one."""
+        if self.ended:
+            self.ended += data
+            return b""
+        hidden = 1 if self.inside else 0
+        seen = b"?" * hidden + self._line + data
+        end, self._line = len(seen), b""
+        match = DONE_LINE.search(seen) if b"[DONE]" in seen else None
+        if match:
+            end = seen.index(b"data", match.start())
+            self.ended = seen[end:]
+        else:
+            cut = seen.rfind(b"\n") + 1
+            self.inside = end - cut > WATCHED_LINE or (self.inside and not cut)
+            if not self.inside:
+                end, self._line = cut, seen[cut:]
+        self._inspect(seen[:end])
+        return seen[hidden:end]
+
+    def _inspect(self, lines: bytes) -> None:
+        self.events += lines.count(b"data:")
+        if b'"error"' not in lines and b'"usage"' not in lines and b'"timings"' not in lines:
+            return
+        for line in lines.splitlines():
+            name, _, value = line.partition(b":")
+            if name not in (b"data", b"error"):
+                continue
+            try:
+                document = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+            if name == b"error" or (isinstance(document, dict) and document.get("error")):
+                whole = value if name == b"data" else b'{"error":' + value + b"}"
+                raise BackendError(read_error(500, whole)[0])
+            self.tokens = read_usage(document) or self.tokens
+
+    def finish(self) -> bytes:
+        """What was kept back, now that the body has ended; BackendError when no [DONE] came."""
+        if not self.ended:
+            raise BackendError("the backend's answer ended before it was complete")
+        return self.ended
+
+
+# ==== 9. Transport ================================================================================
+# The first section that awaits: asyncio streams, the server's side.  One coroutine reads and writes
+# a connection; whoever wants to end its wait sets an error on its reader (`interrupt`), so that it
+# surfaces where the wait is.  Deadlines are numbers on the connection that a sweep compares four
+# times a second: a timer per request costs more and says no more.  (`wait_for` around a read
+# swallows cancels on some Pythons, and two coroutines in `drain()` fail on 3.9.)
+
+READ_SIZE = 64 * KIB
+READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in flight
+ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
+UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
+LINGER_SECONDS, LINGER_BYTES = 2.0, 8 * MIB  # after an early answer, so that no reset destroys it
+SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
+IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
+BACKLOG = 1024  # connections that the kernel holds for us
+ACCEPT_BURST = 16  # accepted in one turn of the loop, so that those hung up on are closed meanwhile
+
+
+class Inbox(asyncio.StreamReader):
+    """A StreamReader that tells at once, and unasked, that its peer has left."""
+
+    def __init__(self, head_limit: int) -> None:
+        super().__init__(limit=head_limit, loop=asyncio.get_running_loop())
+        self.received = 0  # bytes, ever
+        self.room: int | None = None  # bytes that may still be read ahead; None: any number
+        self.overrun = False  # more came than that, and was dropped
+        self.ended = False  # the peer has closed, or reset
+        self.broken = False  # it was a reset
+        self.on_end: Callable[[], None] | None = None
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        self.received += len(data)
+        if self.room is not None:
+            self.room -= len(data)
+            if self.room < 0:
+                self.overrun = True
+                return
+        super().feed_data(data)
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        if not self.ended:
+            self.ended = True
+            if self.on_end is not None:
+                self.on_end()
+
+    def set_exception(self, _exc: BaseException) -> None:
+        """A reset: what came before it is still read."""
+        self.broken = True
+        self.feed_eof()
+
+    def interrupt(self, error: LlmqError) -> None:
+        """Let whoever reads, or will, meet this error instead."""
+        super().set_exception(error)
+
+
+class Exchange:
+    """One request, and the one way to answer it."""
+
+    __slots__ = (
+        "_chunked", "_head", "_unread", "connection", "finished", "headers", "id", "keep",
+        "length", "request", "request_id", "status",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection, request: Request) -> None:
+        self.connection = connection
+        self.request = request
+        self.length = request_length(request)
+        self.headers: Fields = ()  # for the head of whatever answer comes
+        self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
+        self.keep = request.keep_alive
+        self.status = 0  # of the head that is on its way
+        self.finished = False
+        self._head = b""  # waits for the first bytes of its body
+        self._chunked = False
+        self._unread = self.length != 0
+
+    @property
+    def started(self) -> bool:
+        return self.status != 0
+
+    @property
+    def gone(self) -> bool:
+        """The client has left: on TCP a half-close looks the same, and counts the same."""
+        return self.connection.reader.ended
+
+    async def watch(self, left: Callable[[], None]) -> None:
+        """Call `left` when the client leaves; until the answer's end nothing hides that."""
+        await self.connection.bound_read_ahead()
+        self.connection.reader.on_end = left
+
+    async def read_body(self, limit: int) -> None:
+        """Fill in the request's body; BodyTooLarge before anything is read where length tells."""
+        if self.length > limit:
+            self.keep = False
+            raise BodyTooLarge(f"a request body has at most {limit} bytes here")
+        if self._unread:
+            if self.expects_continue:
+                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.body = await self.connection.read_body(self.length, limit)
+            self._unread = False
+
+    @property
+    def expects_continue(self) -> bool:
+        return (
+            self.request.minor >= 1
+            and self.request.headers.get("expect", "").lower() == "100-continue"
+        )
+
+    def respond(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        headers: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """The whole answer, in one write."""
+        if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
+            self.keep = False
+        framing = (
+            []
+            if status == 204
+            else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+        )
+        self.finished = True
+        shown = b"" if self.request.method == "HEAD" else body
+        self.connection.write(self._render_head(status, framing, headers) + shown)
+
+    def start(
+        self, status: int, content_type: str, headers: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        """An answer in pieces; its head leaves with the first of them."""
+        self._chunked = self.request.minor >= 1
+        framing = [("Content-Type", content_type), ("Cache-Control", "no-cache")]
+        if self._chunked:
+            framing.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.keep = False
+        self._head = self._render_head(status, framing, headers)
+
+    def _render_head(
+        self, status: int, framing: list[tuple[str, str]], headers: Iterable[tuple[str, str]]
+    ) -> bytes:
+        self.status = status
+        server = self.connection.server
+        ending = []
+        if not self.keep or server.closing:
+            self.keep = False
+            ending.append(("Connection", "close"))
+        elif self.request.minor == 0:
+            ending.append(("Connection", "keep-alive"))
+        ids = [("X-Request-Id", self.request_id), ("request-id", self.request_id)]
+        ids.append(("X-LLMQ-Id", self.id))
+        first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
+        date = ("Date", server.date)
+        return render_head(first, [date, *framing, *ids, *self.headers, *headers, *ending])
+
+    def send(self, data: bytes) -> None:
+        payload = render_chunk(data) if self._chunked and data else data
+        if self._head:
+            payload, self._head = self._head + payload, b""
+        self.connection.write(payload)
+
+    def finish(self, data: bytes = b"") -> None:
+        """The end of an answer in pieces, as its framing says a complete one ends."""
+        self.finished = True
+        last = LAST_CHUNK if self._chunked else b""
+        payload = render_chunk(data) if self._chunked and data else data
+        self.connection.write(self._head + payload + last)
+        self._head = b""
+
+    def fail(self, data: bytes) -> None:
+        """A last word in the stream, then an end that no client can take for a complete one."""
+        self.send(data)
+        self.finished, self.keep = True, False
+        self.connection.reset_at_end = not self._chunked
+
+    @property
+    def blocked(self) -> bool:
+        """The client is so far behind that the runner has to wait."""
+        return self.connection.unsent > ANSWER_BUFFER
+
+    async def catch_up(self) -> None:
+        """Wait until a client that is far behind has caught up; ClientLeft when it does not."""
+        try:
+            await self.connection.writer.drain()
+        except ConnectionError:
+            raise ClientLeft("the client left") from None
+
+    def abort(self) -> None:
+        self.connection.abort()
+
+    async def skip_body(self) -> None:
+        """Read past the body of a request that was answered without it."""
+        if self._unread and self.keep:
+            await self.connection.read_body(self.length, UNREAD_BODY)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Phase(enum.Enum):
+    IDLE = "idle"  # between requests
+    HEAD = "head"
+    BODY = "body"
+    BUSY = "busy"  # the request is being answered
+    LINGER = "linger"
+
+
+class Connection:
+    """A client's connection: requests one after the other, each answered before the next."""
+
+    __slots__ = (
+        "consumed", "crowded", "deadline", "heard", "heard_at", "phase", "reader", "reset_at_end",
+        "server", "since", "taken", "taken_at", "writer", "written",
+    )  # fmt: skip
+
+    def __init__(self, server: HttpServer, reader: Inbox, writer: asyncio.StreamWriter) -> None:
+        self.server = server
+        self.reader = reader
+        self.writer = writer
+        self.crowded = False  # it came above the cap
+        self.reset_at_end = False
+        self.consumed = 0  # bytes of what was received that have been read
+        self.written = 0
+        self.taken, self.taken_at = 0, 0.0  # what the client had taken when it last took anything
+        self.heard, self.heard_at = 0, 0.0  # likewise of what it sent
+        self.phase, self.deadline = Phase.IDLE, 0.0
+        self.enter(Phase.IDLE, server.settings.head_timeout)
+
+    @property
+    def unsent(self) -> int:
+        return self.writer.transport.get_write_buffer_size()
+
+    @property
+    def idle(self) -> bool:
+        return self.phase is Phase.IDLE and self.reader.received == self.consumed
+
+    def enter(self, phase: Phase, limit: float | None = None) -> None:
+        self.phase, self.since = phase, time.monotonic()
+        self.deadline = self.since + limit if limit else 0.0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self.writer.write(data)
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
+
+    async def run(self) -> None:
+        """Until the client leaves, misbehaves, or nothing more is wanted of it."""
+        try:
+            while await self.serve_one():
+                self.enter(Phase.IDLE, self.server.settings.keep_alive)
+            await self.close()
+        except (ConnectionError, ClientLeft):
+            self.abort()
+        except Exception:
+            log.exception("connection failed")
+            self.abort()
+        finally:
+            self.writer.close()
+            self.server.connections.pop(self, None)
+
+    async def serve_one(self) -> bool:
+        """One request; False when the connection is done."""
+        exchange = None
+        try:
+            request = await self.read_head()
+            if request is None:
+                return False
+            exchange = Exchange(self, request)
+            self.enter(Phase.BUSY)
+            await self.server.handler(exchange)
+        except LlmqError as error:  # while it was read: where the next would begin is not known
+            if not isinstance(error, ClientLeft) and (exchange is None or not exchange.started):
+                self.refuse(error)
+            return False
+        finally:
+            self.reader.on_end, self.reader.room = None, None
+        if exchange.finished and exchange.keep and not self.reader.overrun:
+            await exchange.skip_body()
+            return not self.reader.ended
+        return False
+
+    async def bound_read_ahead(self) -> None:
+        """From now on a client that leaves is seen: reading never pauses, but forgets."""
+        ahead = self.reader.received - self.consumed
+        if ahead > READ_AHEAD:
+            self.consumed += len(await self.reader.read(ahead))
+            self.reader.overrun = True
+        self.reader.room = max(0, READ_AHEAD - ahead)
+
+    async def read_head(self) -> Request | None:
+        skipped = 0
+        while True:
+            try:
+                head = await self.reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                return None
+            except asyncio.LimitOverrunError:
+                raise await self.too_long() from None
+            self.consumed += len(head)
+            if head.strip(b"\r\n"):
+                return parse_request_head(head)
+            skipped += len(head)
+            if skipped > HEAD_LIMIT:
+                raise BadRequest("nothing but empty lines")
+
+    async def too_long(self) -> LlmqError:
+        start = (await self.reader.read(REQUEST_LINE_LIMIT)).lstrip(b"\r\n")
+        self.consumed += REQUEST_LINE_LIMIT
+        if b"\r\n" in start:
+            return HeadersTooLarge(f"the header fields are limited to {HEAD_LIMIT} bytes")
+        return UriTooLong(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes")
+
+    async def read_body(self, length: int, limit: int) -> bytes:
+        self.enter(Phase.BODY, self.server.settings.upload_timeout)
+        self.heard, self.heard_at = self.reader.received, time.monotonic()
+        try:
+            if length != CHUNKED:
+                body = await self.reader.readexactly(length)
+                self.consumed += length
+            else:
+                body = await self.read_chunks(limit)
+        except asyncio.IncompleteReadError:
+            raise ClientLeft("the client left before its request was complete") from None
+        self.enter(Phase.BUSY)
+        return body
+
+    async def read_chunks(self, limit: int) -> bytes:
+        decoder, pieces, size = ChunkedBody(), [], 0
+        try:
+            while not decoder.done:
+                if size + decoder.wants > limit + 2:
+                    raise BodyTooLarge(f"a request body has at most {limit} bytes here")
+                if decoder.wants:
+                    data = await self.reader.readexactly(decoder.wants)
+                else:
+                    data = await self.reader.readuntil(b"\n")
+                self.consumed += len(data)
+                payload = decoder.feed(data)
+                size += len(payload)
+                pieces.append(payload)
+        except (ValueError, asyncio.LimitOverrunError) as error:
+            raise BadRequest(f"malformed chunked body: {error}") from None
+        return b"".join(pieces)
+
+    def refuse(self, error: LlmqError) -> None:
+        """Answer what could not be read as a request; nothing behind it will be."""
+        body = render_error(error)
+        headers = [
+            ("Date", self.server.date),
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Access-Control-Allow-Origin", "*"),
+            ("Connection", "close"),
+        ]
+        self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
+
+    async def close(self) -> None:
+        """Send what is left, then wait a little for the client to hang up first.
+
+        Closing with unread input would make the kernel send a reset that destroys the answer.
+        """
+        if self.reader.ended or self.writer.transport.is_closing():
+            self.abort()  # nobody is there to take what is left
+            return
+        self.enter(Phase.LINGER, LINGER_SECONDS)
+        if self.reset_at_end:
+            self.writer.transport.set_write_buffer_limits(high=0)
+            await self.writer.drain()
+            raw = self.writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.abort()
+            return
+        self.writer.write_eof()
+        end = self.reader.received + LINGER_BYTES
+        while await self.reader.read(READ_SIZE) and self.reader.received < end:
+            pass
+
+    def sweep(self, now: float) -> None:
+        """End what has taken too long; called four times a second."""
+        unsent = self.unsent
+        if unsent:
+            taken = self.written - unsent
+            if taken != self.taken or not self.taken_at:
+                self.taken, self.taken_at = taken, now
+            elif now - self.taken_at >= self.server.settings.stall_timeout:
+                self.abort()
+            return
+        self.taken_at = 0.0
+        settings, heard = self.server.settings, self.reader.received
+        if self.phase is Phase.IDLE and heard > self.consumed:
+            self.enter(Phase.HEAD, settings.head_timeout)
+        if self.phase is Phase.BODY:
+            if heard != self.heard:
+                self.heard, self.heard_at = heard, now
+            elif now - self.heard_at >= settings.body_timeout:
+                self.reader.interrupt(RequestTimeout("the request body did not arrive in time"))
+        if self.deadline and now >= self.deadline:
+            if self.phase in (Phase.IDLE, Phase.LINGER):
+                self.abort()
+            else:
+                self.reader.interrupt(RequestTimeout("the request did not arrive in time"))
+
+
+class HttpServer:
+    """Listens, and lets a handler answer each request."""
+
+    def __init__(self, handler: Handler, settings: ServerSettings, most: int) -> None:
+        self.handler = handler
+        self.settings = settings
+        self.most = most  # connections that are served; a few more are told so
+        self.connections: dict[Connection, asyncio.Task[None]] = {}
+        self.closing = False
+        self.date = ""
+        self._servers: list[asyncio.AbstractServer] = []
+        self.sweep(time.monotonic())
+
+    async def listen(self, host: str, port: int) -> int:
+        """Open one listening socket; the port, which is new where 0 was asked for."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._protocol, sock=listening, backlog=ACCEPT_BURST)
+        listening.listen(BACKLOG)  # asyncio takes one number for both
+        self._servers.append(server)
+        return int(listening.getsockname()[1])
+
+    def _protocol(self) -> asyncio.StreamReaderProtocol:
+        loop = asyncio.get_running_loop()
+        return asyncio.StreamReaderProtocol(
+            Inbox(HEAD_LIMIT + REQUEST_LINE_LIMIT), self._opened, loop=loop
+        )
+
+    def _opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert isinstance(reader, Inbox)  # `_protocol` made it
+        writer.transport.set_write_buffer_limits(high=ANSWER_BUFFER)
+        if len(self.connections) >= self.most + SPARE_CONNECTIONS and not self._make_room():
+            writer.transport.abort()
+            return
+        connection = Connection(self, reader, writer)
+        connection.crowded = len(self.connections) >= self.most
+        task = asyncio.get_running_loop().create_task(connection.run())
+        self.connections[connection] = task
+
+    def _make_room(self) -> bool:
+        """Hang up on the oldest connection on which nothing has been going on for a moment."""
+        now = time.monotonic()
+        for connection in self.connections:
+            if connection.idle and now - connection.since >= IDLE_GRACE:
+                del self.connections[connection]
+                connection.abort()
+                return True
+        return False
+
+    def sweep(self, now: float) -> None:
+        self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        for connection in list(self.connections):
+            connection.sweep(now)
+
+    def quiesce(self) -> None:
+        """Answer what is being answered, then close each connection; idle ones at once."""
+        self.closing = True
+        for connection in list(self.connections):
+            if connection.idle:
+                connection.abort()
+
+    async def close(self) -> None:
+        """Stop listening and end every connection, whatever it does."""
+        self.closing = True
+        for server in self._servers:
+            server.close()
+        for connection in list(self.connections):
+            connection.abort()
+        tasks = list(self.connections.values())
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)
+            for task in late:
+                task.cancel()
+
+
+# ==== 10. Upstream ================================================================================
+# The other side: connections to backends, one request at a time on each, kept for the next while
+# they are known to be clean.  What breaks is translated here, where it is met.
+
+POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
+ANSWER_LIMIT = 64 * MIB  # of a whole answer
+
+
+class Upstream:
+    """A connection to a backend; one request at a time, kept for the next if all went well."""
+
+    def __init__(self, backend: Backend, reader: Inbox, writer: asyncio.StreamWriter) -> None:
+        self.backend = backend
+        self.reader = reader
+        self.writer = writer
+        self.body: Body = CloseBody()
+        self.reused = False
+        self.keep_until = 0.0  # monotonic, while idle
+        self.idle_mark = 0  # bytes received when it became idle
+        self._keep_alive = False
+        self._mark = 0  # bytes received before the request at hand was sent
+
+    def send(self, wire: bytes) -> None:
+        """One request, in one write."""
+        self._mark, self._keep_alive = self.reader.received, False
+        self.writer.write(wire)
+
+    @property
+    def answered(self) -> bool:
+        """Whether any byte of an answer has come."""
+        return self.reader.received > self._mark
+
+    async def read_head(self) -> ResponseHead:
+        """The head of the answer, interim ones skipped; raises what broke it."""
+        try:
+            head = parse_response_head(await self.reader.readuntil(b"\r\n\r\n"))
+            while head.status < 200 and head.status != 101:
+                head = parse_response_head(await self.reader.readuntil(b"\r\n\r\n"))
+            self.body = body_decoder(response_length(head))
+        except asyncio.IncompleteReadError:
+            if self.answered:
+                raise BackendError("the backend broke off inside the head of its answer") from None
+            raise BackendUnreached("the backend closed the connection without an answer") from None
+        except asyncio.LimitOverrunError:
+            raise BackendError("the head of the backend's answer is too large") from None
+        except ValueError as error:
+            raise BackendError(f"the backend's answer is not HTTP: {error}") from None
+        self._remember(head)
+        return head
+
+    def _remember(self, head: ResponseHead) -> None:
+        options = connection_options(head.headers)
+        self._keep_alive = head.minor >= 1 and "close" not in options
+        announced = re.search(r"timeout=(\d{1,6})", head.headers.get("keep-alive", ""))
+        self.keep_until = min(POOL_SECONDS, int(announced[1]) - 1.0) if announced else POOL_SECONDS
+
+    async def read_piece(self) -> bytes:
+        """The next bytes of the body, b'' at its end; BackendError when it is cut or malformed."""
+        while not self.body.done:
+            data = await self.reader.read(READ_SIZE)
+            if not data and self.reader.broken:
+                raise BackendError("the backend broke the connection")
+            try:
+                payload = self.body.feed(data)
+            except ValueError as error:
+                raise BackendError(f"the backend's answer is broken: {error}") from None
+            if payload:
+                return payload
+        return b""
+
+    async def read_rest(self, limit: int, heard: Callable[[], None] | None = None) -> bytes:
+        """The rest of the body, at once; `heard` is called for each piece."""
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            piece = await self.read_piece()
+            if not piece:
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            size += len(piece)
+            if heard is not None:
+                heard()
+            if size > limit:
+                raise BackendError(f"the backend's answer is larger than {limit} bytes")
+            pieces.append(piece)
+
+    @property
+    def reusable(self) -> bool:
+        body = self.body
+        whole = body.done and not body.surplus
+        return self._keep_alive and whole and not self.reader.ended and not self.reader.exception()
+
+    def interrupt(self, error: LlmqError) -> None:
+        self.reader.interrupt(error)
+
+    async def close(self) -> None:
+        """Close, and return when it is closed: only then may the slot be handed on."""
+        self.writer.transport.abort()
+        with contextlib.suppress(Exception):  # whatever ended it has been told already
+            await self.writer.wait_closed()
+
+
+async def dial(backend: Backend) -> Upstream:
+    """A fresh connection to a backend; OSError when there is none."""
+    parts = urlsplit(backend.url)
+    tls = None
+    if parts.scheme == "https":
+        import ssl
+
+        tls = ssl.create_default_context()
+    loop = asyncio.get_running_loop()
+    reader = Inbox(HEAD_LIMIT)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    port = parts.port or (443 if tls else 80)
+    transport, _ = await loop.create_connection(
+        lambda: protocol, parts.hostname or "", port, ssl=tls
+    )
+    return Upstream(backend, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+
+
+class Pool:
+    """Idle connections to the backends, the latest used first."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Backend, list[Upstream]] = {}
+
+    def take(self, backend: Backend, now: float) -> Upstream | None:
+        """A connection that is open as far as can be known."""
+        idle = self._idle.get(backend, [])
+        while idle:
+            upstream = idle.pop()
+            upstream.reader.on_end = None
+            stray = upstream.reader.received != upstream.idle_mark  # nobody's answer
+            if now < upstream.keep_until and not upstream.reader.ended and not stray:
+                upstream.reused = True
+                return upstream
+            upstream.writer.close()
+        return None
+
+    def give(self, upstream: Upstream, now: float) -> None:
+        upstream.keep_until += now
+        upstream.idle_mark = upstream.reader.received
+        idle = self._idle.setdefault(upstream.backend, [])
+        idle.append(upstream)
+        upstream.reader.on_end = functools.partial(self._drop, idle, upstream)
+
+    def _drop(self, idle: list[Upstream], upstream: Upstream) -> None:
+        if upstream in idle:
+            idle.remove(upstream)
+        upstream.writer.close()
+
+    def sweep(self, now: float) -> None:
+        for backend, idle in list(self._idle.items()):
+            for upstream in [one for one in idle if now >= one.keep_until]:
+                self._drop(idle, upstream)
+            if not idle:
+                del self._idle[backend]
+
+    def close(self) -> None:
+        self.sweep(float("inf"))
+
+
+# ==== 11. Gateway =================================================================================
+# The story.  `Gateway.serve` is one request from its arrival to its one answer; each of its steps
+# is a method below it.  Two rules hold everything together: whoever wants to end a call early
+# calls `Gateway.stop` with the reason, and a slot is given back in `give_back` alone, after the
+# connection to the backend is closed or back in the pool, on every way out.
+
+UPSTREAM_PATH = "/v1/chat/completions"
+RELAYED_REQUEST = ("accept", "content-type", "user-agent", "openai-beta", "traceparent")
+RELAYED_ANSWER = ("openai-processing-ms", "retry-after")
+RATE_LIMITS = "x-ratelimit-"
+ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
+RECENT = 50  # ended requests that the snapshot shows
+NEVER = float("inf")
+NO_HEADERS: Headers = {}
+
+
+class Call:
+    """One request on its way: who asked, what for, and how far it has come."""
+
+    __slots__ = (
+        "connecting", "deadline", "error", "exchange", "first_byte", "head", "model", "question",
+        "ticket", "turn", "upstream", "watch",
+    )  # fmt: skip
+
+    def __init__(self, exchange: Exchange, ticket: Ticket, question: Question, model: str) -> None:
+        self.exchange = exchange
+        self.ticket = ticket
+        self.question = question
+        self.model = model  # as resolved, in the words of the client
+        self.head = b""  # of the request to a backend, as far as all get it alike
+        self.turn: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
+        self.upstream: Upstream | None = None  # while it has one
+        self.connecting: asyncio.Task[Upstream] | None = None
+        self.watch: StreamWatch | None = None
+        self.deadline = NEVER  # for the backend's next byte, monotonic
+        self.first_byte = 0.0
+        self.error: LlmqError | None = None  # why it was stopped or failed
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """What an answer says of the way it took."""
+        ticket = self.ticket
+        if ticket.backend is None:
+            return []
+        waited = str(round(1000 * (ticket.started - ticket.arrived)))
+        return [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+
+    def wire(self, backend: Backend) -> bytes:
+        """The request as this backend is to get it, in one piece."""
+        body = self.question.body_for(backend.name_for(self.model))
+        lines = f"Host: {backend.authority}\r\nContent-Length: {len(body)}\r\n\r\n"
+        if backend.key:
+            lines = f"Authorization: Bearer {backend.key}\r\n{lines}"
+        return self.head + lines.encode("latin-1") + body
+
+
+class Record(NamedTuple):
+    """What remains of a request when it has ended; also its line in the log."""
+
+    id: str
+    request_id: str
+    client: str
+    priority: str
+    model: str
+    route: str
+    backend: str
+    wait_s: float
+    first_s: float | None  # from arrival to the first byte of the answer's body
+    total_s: float
+    tokens: int | None
+    status: int
+    outcome: str  # `done`, or the code of the error
+
+    def facts(self) -> dict[str, Any]:
+        facts = self._asdict()
+        facts["class"] = facts.pop("priority")
+        return facts
+
+    def __str__(self) -> str:
+        first = "-" if self.first_s is None else f"{self.first_s:.3f}"
+        tokens = "-" if self.tokens is None else self.tokens
+        return (
+            f"{self.status} {self.route} id={self.id} client={self.client} class={self.priority} "
+            f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
+            f"first={first} total={self.total_s:.3f} tokens={tokens} outcome={self.outcome}"
+        )
+
+
+class Answer(NamedTuple):
+    """The end of a backend's answer: all of a whole one, the last bytes of a stream."""
+
+    body: bytes
+    streamed: bool
+    content_type: str
+    headers: list[tuple[str, str]]
+    tokens: int | None
+
+
+def record_of(call: Call, answer: Answer | None, now: float) -> Record:
+    """The record of a call that ends now."""
+    ticket, error = call.ticket, call.error
+    arrived = ticket.arrived or now
+    return Record(
+        id=ticket.id,
+        request_id=call.exchange.request_id,
+        client=ticket.client.name,
+        priority=ticket.priority.word,
+        model=printable(call.model),
+        route=call.exchange.request.path,
+        backend=ticket.backend.name if ticket.backend else "",
+        wait_s=round((ticket.started or now) - arrived, 4),
+        first_s=round(call.first_byte - arrived, 4) if call.first_byte else None,
+        total_s=round(now - arrived, 4),
+        tokens=answer.tokens if answer else call.watch.tokens if call.watch else None,
+        status=call.exchange.status or (error.status if error else 200),
+        outcome=error.code if error else "done",
+    )
+
+
+async def no_look() -> None:
+    """In place of the look at the backends, until the monitor of section 13 is there."""
+
+
+class Gateway:
+    """Lets calls wait, sends them on, and answers them."""
+
+    def __init__(self, settings: Settings, instance: str, now: Callable[[], float]) -> None:
+        self.settings = settings
+        self.instance = instance  # random, tells this llmq from others
+        self.now = now
+        self.started = now()
+        self.fleet = Fleet()
+        self.clients = Clients()
+        self.scheduler = Scheduler(self.fleet, settings.queue)
+        self.pool = Pool()
+        self.calls: dict[str, Call] = {}  # waiting and running
+        self.recent: deque[Record] = deque(maxlen=RECENT)
+        self.outcomes: dict[str, int] = {}
+        self.changes = 0  # counts up with everything that a snapshot shows
+        self.draining = False
+        self.config_error: str | None = None  # what the last reload complained about
+        self.look: Callable[[], Awaitable[None]] = no_look  # asks every backend what it has, now
+        self.trouble: Callable[[], None] = lambda: None  # a backend is to be looked at
+
+    # ---- the story
+
+    async def serve(self, call: Call) -> None:
+        """The life of one request: wait, ask, answer; again where that is allowed."""
+        answer = None
+        try:
+            await self.enqueue(call)
+            while answer is None:
+                backend = await call.turn
+                answer = await self.attempt(call, backend)
+            self.deliver(call, answer)
+        except LlmqError as error:
+            self.tell(call, error)
+        finally:
+            self.settle(call, answer)
+
+    async def enqueue(self, call: Call) -> None:
+        """Let the call wait for its turn, and watch whether its client does."""
+        self.scheduler.submit(call.ticket, self.now())
+        self.calls[call.ticket.id] = call
+        await call.exchange.watch(functools.partial(self.leave, call))
+        if call.exchange.gone:
+            self.leave(call)
+        self.pump()
+
+    async def attempt(self, call: Call, backend: Backend) -> Answer | None:
+        """Ask the granted backend; None when the call waits again for another attempt."""
+        failure: LlmqError | None = LlmqError("the call broke off")
+        again, answer = False, None
+        try:
+            head = await self.ask(call, backend)
+            answer = await self.read_answer(call, head)
+            failure = None
+        except LlmqError as error:
+            failure = call.error or error
+        finally:
+            again = await self.give_back(call, backend, failure)
+        if failure is not None and not again:
+            raise call.error or failure
+        return answer
+
+    def deliver(self, call: Call, answer: Answer) -> None:
+        """The end of the answer to the client; its slot has been handed on by now."""
+        if answer.streamed:
+            call.exchange.finish(answer.body)
+        else:
+            headers = answer.headers + call.headers
+            call.exchange.respond(200, answer.body, answer.content_type, headers)
+
+    def tell(self, call: Call, error: LlmqError) -> None:
+        """The truth about a call that failed, before the head or after it."""
+        call.error = error
+        if call.exchange.started:
+            call.exchange.fail(render_stream_error(error, call.watch))
+        elif not isinstance(error, ClientLeft):
+            headers = error_headers(error) + call.headers
+            call.exchange.respond(error.status, render_error(error), headers=headers)
+
+    def settle(self, call: Call, answer: Answer | None) -> None:
+        """One record and one line in the log for every call, however it ended."""
+        self.calls.pop(call.ticket.id, None)
+        if answer is not None:
+            call.error = None
+            call.ticket.client.done += 1
+        else:
+            call.error = call.error or LlmqError("the call broke off")
+            call.ticket.client.failed += 1
+        self.keep(record_of(call, answer, self.now()))
+
+    def keep(self, record: Record) -> None:
+        self.recent.append(record)
+        self.outcomes[record.outcome] = self.outcomes.get(record.outcome, 0) + 1
+        self.changes += 1
+        log.info(record)
+
+    # ---- steps of the story
+
+    def pump(self) -> None:
+        """Start whatever can start.
+
+        A connection from the pool gets its request right here, before anything else is done, so
+        that no runner idles for a turn of the loop.
+        """
+        now = self.now()
+        for ticket, backend in self.scheduler.dispatch(now):
+            call = self.calls[ticket.id]
+            call.upstream = self.pool.take(backend, now)
+            if call.upstream is not None:
+                call.upstream.send(call.wire(backend))
+            call.deadline = now + self.settings.upstream.first_byte_timeout
+            call.turn.set_result(backend)
+        self.changes += 1
+
+    async def ask(self, call: Call, backend: Backend) -> ResponseHead:
+        """The head of the backend's answer.
+
+        A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
+        request there, so that is no attempt.
+        """
+        if call.upstream is not None:
+            try:
+                return await call.upstream.read_head()
+            except BackendUnreached:
+                if not call.upstream.reused:
+                    raise
+            await call.upstream.close()
+            call.upstream = None
+        call.upstream = await self.connect(call, backend)
+        if call.error is not None:
+            raise call.error
+        call.upstream.send(call.wire(backend))
+        return await call.upstream.read_head()
+
+    async def connect(self, call: Call, backend: Backend) -> Upstream:
+        task = call.connecting = asyncio.ensure_future(dial(backend))
+        try:
+            await asyncio.wait({task}, timeout=self.settings.upstream.connect_timeout)
+        finally:
+            call.connecting = None
+            task.cancel()  # which does nothing to one that is done
+        if not task.done():
+            raise BackendUnreached(f"connecting to {backend.name} timed out")
+        if task.cancelled():
+            raise call.error or ClientLeft("the client left")
+        try:
+            return task.result()
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise BackendRefused(f"cannot connect to {backend.name}: {why}") from None
+
+    async def read_answer(self, call: Call, head: ResponseHead) -> Answer:
+        """The answer behind a head: a stream passes by here, a whole one is read first."""
+        upstream = call.upstream
+        assert upstream is not None  # `ask` made it
+        if head.status != HTTPStatus.OK:
+            raise read_refusal(head, await upstream.read_rest(ERROR_BODY))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise BackendError("the backend's answer is compressed, unasked")
+        kind = head.headers.get("content-type", "application/json")
+        headers = [
+            item
+            for item in head.headers.items()
+            if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
+        ]
+        heard = functools.partial(self.heard, call, upstream.backend)
+        if call.question.stream and kind.startswith("text/event-stream"):
+            watch = call.watch = StreamWatch()
+            rest = await self.relay(call, watch, upstream, kind, headers)
+            return Answer(rest, True, kind, headers, watch.tokens)
+        body = await upstream.read_rest(ANSWER_LIMIT, heard)
+        return Answer(body, False, kind, headers, read_whole(body))
+
+    async def relay(
+        self,
+        call: Call,
+        watch: StreamWatch,
+        upstream: Upstream,
+        kind: str,
+        headers: list[tuple[str, str]],
+    ) -> bytes:
+        """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
+        exchange = call.exchange
+        while True:
+            shown = watch.feed(await upstream.read_piece())
+            self.heard(call, upstream.backend)
+            done = upstream.body.done
+            if done:
+                shown += watch.finish()
+            if shown and not exchange.started:
+                exchange.start(200, kind, headers + call.headers)
+            if done:
+                return shown
+            if shown:
+                exchange.send(shown)
+                if exchange.blocked:
+                    call.deadline = NEVER  # the client is slow, not the backend
+                    await exchange.catch_up()
+                    self.heard(call, upstream.backend)
+
+    def heard(self, call: Call, backend: Backend) -> None:
+        """A piece of the answer's body has come."""
+        now = backend.delivered = self.now()
+        call.first_byte = call.first_byte or now
+        call.deadline = now + self.settings.upstream.idle_timeout
+
+    async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
+        """The one place where a slot is given back; True when the call waits for another attempt.
+
+        The connection is closed, or known to be clean, before anybody else gets the slot.
+        """
+        ticket, upstream = call.ticket, call.upstream
+        call.upstream, call.deadline = None, NEVER
+        if upstream is not None and upstream.reusable:
+            self.pool.give(upstream, self.now())
+        elif upstream is not None:
+            await upstream.close()
+        now = self.now()
+        self.judge(backend, failure, now)
+        again = (
+            failure is not None
+            and failure.again
+            and call.error is None
+            and not self.draining
+            and ticket.attempts < self.settings.queue.max_attempts
+        )
+        if again:
+            call.turn = asyncio.get_running_loop().create_future()
+            self.scheduler.retry(ticket, now)
+        else:
+            if failure is None:
+                self.scheduler.service.add(now - ticket.started)
+            self.scheduler.finish(ticket, now)
+        self.pump()
+        return again
+
+    def judge(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
+        """What an attempt says about the health of its backend."""
+        interval = self.settings.upstream.probe_interval
+        if failure is None:
+            backend.succeeded(now, None, interval)
+        elif isinstance(failure, BackendLoading):
+            backend.loads(now, failure.message)
+            self.trouble()
+        elif isinstance(failure, (BackendError, BackendTimeout)):
+            refused = isinstance(failure, BackendRefused)
+            backend.failed(now, failure.message, interval, refused=refused)
+            self.trouble()
+
+    # ---- ending calls early
+
+    def stop(self, call: Call, error: LlmqError) -> None:
+        """End a call for this reason, wherever it is; does nothing to one that has ended."""
+        if call.error is not None:
+            return
+        if call.ticket.state is TicketState.WAITING:
+            self.scheduler.cancel(call.ticket)
+            self.end_wait(call, error)
+        elif call.ticket.state is TicketState.RUNNING:
+            call.error = error
+            if call.upstream is not None:
+                call.upstream.interrupt(error)
+            if call.connecting is not None:
+                call.connecting.cancel()
+            if call.exchange.blocked:  # nothing could reach a client that far behind
+                call.exchange.abort()
+
+    def leave(self, call: Call) -> None:
+        self.stop(call, ClientLeft("the client left"))
+
+    def end_wait(self, call: Call, error: LlmqError) -> None:
+        """The ticket is out of the queue: wake its call with the reason."""
+        call.error = error
+        call.turn.set_exception(error)
+        self.changes += 1
+
+    def sweep(self, now: float) -> None:
+        """End what has waited too long, for a slot or for a backend's next byte."""
+        for ticket, error in self.scheduler.expire(now):
+            self.end_wait(self.calls[ticket.id], error)
+        limits = self.settings.upstream
+        for ticket in list(self.scheduler.running.values()):
+            call = self.calls[ticket.id]
+            if now >= call.deadline:
+                limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
+                self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
+        self.pool.sweep(now)
+
+
+def error_headers(error: LlmqError) -> list[tuple[str, str]]:
+    headers = []
+    if error.retry_after is not None:
+        headers.append(("Retry-After", str(max(1, error.retry_after))))
+    if not error.should_retry:
+        headers.append(("x-should-retry", "false"))
+    return headers
+
+
+# ==== 12. Desk ====================================================================================
+# Where the outside meets the gateway: requests become calls, snapshots show names, numbers and
+# states (never a word of a prompt or an answer), orders change what waits.
+
+SHOWN_WAITING = 100  # waiting requests that it shows unless asked for all
+FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
+
+
+class Desk:
+    """Takes requests in, shows what goes on, takes orders."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self._forecast: Forecast = {}
+        self._forecast_at = float("-inf")
+
+    # ---- requests
+
+    async def admit(self, exchange: Exchange) -> Call:
+        """Read the request and make it a call; raises what is wrong with it."""
+        gateway, request = self.gateway, exchange.request
+        headers = request.headers
+        try:
+            if gateway.draining:
+                raise ShuttingDown("llmq is shutting down")
+            question = read_chat(request.body, headers.get("x-queue-priority"))
+            model = await self.resolve_model(question.model)
+        except LlmqError as error:
+            gateway.keep(Record(
+                exchange.id, exchange.request_id, "-", "-", "", request.path, "", 0.0, None, 0.0,
+                None, error.status, error.code,
+            ))  # fmt: skip
+            raise
+        origin = headers.get("origin")
+        foreign = origin is not None and is_foreign(origin, gateway.settings.server.cors_origins)
+        user = None if foreign else headers.get("x-user-id")
+        client = gateway.clients.named(client_name(user, origin, headers.get("user-agent")))
+        priority = max(question.priority, Priority.NORMAL) if foreign else question.priority
+        ticket = Ticket(exchange.id, client, model_key(model), priority, len(question.body))
+        ticket.foreign = foreign
+        call = Call(exchange, ticket, question, model)
+        call.head = self.render_upstream_head(request)
+        request.body, request.headers = b"", NO_HEADERS  # what waits, waits with little luggage
+        return call
+
+    async def resolve_model(self, asked: str) -> str:
+        """The model that is meant; ModelNotFound only when no backend can have it."""
+        gateway, fleet = self.gateway, self.gateway.fleet
+        if any(one.state is State.UNKNOWN for one in fleet.backends.values()):
+            await gateway.look()
+        asked = asked or gateway.settings.upstream.model or fleet.default_model() or ""
+        if not asked:
+            raise BackendDown("no backend has told its models yet; name one in `model`")
+        fleet.check_spelling(asked)
+        if fleet.knows(asked) is False:
+            await gateway.look()
+            if fleet.knows(asked) is False:
+                raise ModelNotFound(f"model {printable(asked)!r} not found", param="model")
+        return asked
+
+    def render_upstream_head(self, request: Request) -> bytes:
+        """The lines that every backend gets alike."""
+        path = f"{UPSTREAM_PATH}?{request.query}" if request.query else UPSTREAM_PATH
+        head = f"POST {path} HTTP/1.1\r\nVia: 1.1 llmq-{self.gateway.instance}\r\n"
+        head += "Accept-Encoding: identity\r\n"
+        for name in RELAYED_REQUEST:
+            if name in request.headers:
+                head += f"{name}: {request.headers[name]}\r\n"
+        return head.encode("latin-1")
+
+    # ---- what the outside may see
+
+    def snapshot(self, *, everything: bool = False) -> dict[str, Any]:
+        """The state of it all."""
+        gateway, now = self.gateway, self.gateway.now()
+        scheduler, fleet = gateway.scheduler, gateway.fleet
+        if now - self._forecast_at >= FORECAST_SECONDS:
+            self._forecast, self._forecast_at = scheduler.forecast(), now
+        waiting = scheduler.in_order()
+        by_class = {priority.word: 0 for priority in Priority}
+        for ticket in waiting:
+            by_class[ticket.priority.word] += 1
+        oldest = min((ticket.arrived for ticket in waiting), default=now)
+        shown = waiting if everything else waiting[:SHOWN_WAITING]
+        return {
+            "version": __version__,
+            "mode": scheduler.mode.value,
+            "uptime_s": round(now - gateway.started, 1),
+            "draining": gateway.draining,
+            "queue": {
+                "waiting": len(waiting),
+                "running": len(scheduler.running),
+                "oldest_wait_s": round(now - oldest, 3),
+                "by_class": by_class,
+                "full_at": scheduler.limits.max_depth,
+            },
+            "requests": [
+                self.show_ticket(one, now) for one in (*scheduler.running.values(), *shown)
+            ],
+            "requests_total": dict(gateway.outcomes),
+            "devices": [
+                {"name": one.name, "slots": one.slots, "busy": one.busy}
+                for one in fleet.devices.values()
+            ],
+            "backends": [show_backend(one) for one in fleet.backends.values()],
+            "clients": [show_client(one) for one in gateway.clients.known.values()],
+            "recent": [record.facts() for record in reversed(gateway.recent)],
+            "config_error": gateway.config_error,
+        }
+
+    def show_ticket(self, ticket: Ticket, now: float) -> dict[str, Any]:
+        call = self.gateway.calls[ticket.id]
+        facts: dict[str, Any] = {
+            "id": ticket.id,
+            "request_id": call.exchange.request_id,
+            "client": ticket.client.name,
+            "class": ticket.priority.word,
+            "model": printable(call.model),
+            "route": call.exchange.request.path,
+            "state": ticket.state.value,
+            "tokens": call.watch.events if call.watch else 0,
+        }
+        if ticket.state is TicketState.WAITING:
+            newcomer = (len(self._forecast) + 1, None, "just arrived")
+            position, eta, reason = self._forecast.get(ticket.id, newcomer)
+            eta = eta if eta is None else round(eta, 1)
+            facts.update(position=position, eta_s=eta, reason=reason, backend=None)
+            facts["waited_s"] = round(now - ticket.arrived, 3)
+        else:
+            assert ticket.backend is not None  # it runs there
+            facts.update(position=0, eta_s=0, reason="", backend=ticket.backend.name)
+            facts["waited_s"] = round(ticket.started - ticket.arrived, 3)
+        return facts
+
+    # ---- what it may change
+
+    def set_mode(self, mode: Mode) -> None:
+        self.gateway.scheduler.mode = mode
+        self.gateway.pump()
+
+    def find(self, ident: str) -> Call:
+        if ident not in self.gateway.calls:
+            raise NotFound(f"no request {printable(ident)} is waiting or running")
+        return self.gateway.calls[ident]
+
+    def cancel(self, call: Call) -> None:
+        self.gateway.stop(call, Cancelled("cancelled on request"))
+
+    def cancel_waiting(self, client: str | None) -> int:
+        """Cancel every waiting request, or those of one client; their number."""
+        waiting = list(self.gateway.scheduler.waiting.values())
+        found = [one for one in waiting if client is None or one.client.name == client]
+        for ticket in found:
+            self.cancel(self.gateway.calls[ticket.id])
+        return len(found)
+
+    def reprioritise(self, call: Call, priority: Priority) -> None:
+        if call.ticket.state is not TicketState.WAITING:
+            raise Conflict("only a waiting request can change its class")
+        self.gateway.scheduler.reprioritise(call.ticket, priority)
+        self.gateway.pump()
+
+    def drain(self) -> None:
+        """Let nothing new in; what waits is told, what runs may finish."""
+        self.gateway.draining = True
+        for ticket in list(self.gateway.scheduler.waiting.values()):
+            self.gateway.stop(self.gateway.calls[ticket.id], ShuttingDown("llmq is shutting down"))
+
+
+def show_backend(backend: Backend) -> dict[str, Any]:
+    report = backend.report
+    return {
+        "name": backend.name,
+        "url": backend.url,
+        "kind": backend.kind or None,
+        "device": backend.device.name,
+        "state": "draining" if backend.draining else backend.state.value,
+        "slots": backend.most,
+        "busy": backend.busy,
+        "models": [name for names in backend.models.values() for name in names],
+        "loaded": list(report.loaded) if report else [],
+        "latency_ms": round(1000 * report.latency, 1) if report else None,
+        "error": backend.error,
+    }
+
+
+def show_client(client: Client) -> dict[str, Any]:
+    return {
+        "name": client.name,
+        "waiting": client.waiting,
+        "running": client.running,
+        "served_s": round(client.served, 3),
+        "done": client.done,
+        "failed": client.failed,
+    }
+
+
+# ==== 13. Background ==============================================================================
+# What runs beside the requests.  Each is one loop around one `step`: the monitor looks at the
+# backends when they are due, the finder for runners nobody named, the feed renders the snapshot
+# once for all who watch, the sweep ends what took too long.
+
+SWEEP_SECONDS = 0.25
+FEED_SECONDS = 0.25  # between two snapshots that watchers get
+FIND_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # between two looks that requests for unknown models cause
+LOCAL_RUNNERS = {  # where runners listen by default; all but Ollama must identify themselves
+    "ollama": "http://127.0.0.1:11434",
+    "lmstudio": "http://127.0.0.1:1234",
+    "llamacpp": "http://127.0.0.1:8080",
+    "vllm": "http://127.0.0.1:8000",
+}
+PROBE_BODY = 8 * MIB
+
+
+async def fetch(backend: Backend, path: str) -> tuple[int, Any]:
+    """Status and parsed JSON (None where it is none) of a GET; OSError or BackendError."""
+    upstream = await dial(backend)
+    try:
+        key = [("Authorization", f"Bearer {backend.key}")] if backend.key else []
+        own = [("Host", backend.authority), ("Accept", "application/json"), ("Connection", "close")]
+        upstream.send(render_head(f"GET {path} HTTP/1.1", own + key))
+        head = await upstream.read_head()
+        body = await upstream.read_rest(PROBE_BODY)
+    finally:
+        await upstream.close()
+    try:
+        return head.status, json.loads(body)
+    except (ValueError, RecursionError):
+        return head.status, None
+
+
+class SelfFound(Exception):
+    """The backend is this very llmq."""
+
+
+async def inspect(backend: Backend, instance: str) -> Report:
+    """One look at a backend; raises OSError, LlmqError, ValueError or SelfFound."""
+    began = time.monotonic()
+    if not backend.told:
+        _, version = await fetch(backend, "/api/version")
+        if isinstance(version, dict) and version.get("instance") == instance:
+            raise SelfFound
+    status, payload = await fetch(backend, "/v1/models")
+    latency = time.monotonic() - began
+    if status != 200:
+        raise read_refusal(ResponseHead(status, 1, {}), render_json(payload))
+    entries = read_models(payload)
+    models = tuple(str(entry["id"]) for entry in entries)
+    kind = backend.kind or read_kind(entries) or await identify(backend)
+    path = {"ollama": "/api/ps", "lmstudio": "/api/v0/models"}.get(kind)
+    loaded = read_loaded(kind, models, (await fetch(backend, path))[1] if path else None)
+    return Report(kind, entries, models, loaded, latency)
+
+
+async def identify(backend: Backend) -> str:
+    """The kind of a runner whose list of models does not give it away."""
+    for path, table, kind in (
+        ("/api/version", "version", "ollama"),
+        ("/api/v0/models", "data", "lmstudio"),
+    ):
+        status, payload = await fetch(backend, path)
+        if status == 200 and isinstance(payload, dict) and table in payload:
+            return kind
+    return "openai"
+
+
+class Monitor:
+    """Keeps what llmq knows of its backends fresh."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.wake = asyncio.Event()
+        self.looked = float("-inf")
+        self._flights: dict[Backend, asyncio.Task[None]] = {}
+        gateway.look = self.look
+        gateway.trouble = self.wake.set
+
+    async def run(self) -> None:
+        while True:
+            self.wake.clear()
+            self.step(time.monotonic())
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.wake.wait(), SWEEP_SECONDS)
+
+    def step(self, now: float) -> None:
+        """Start a probe of each backend that is due and has none under way."""
+        for backend in list(self.gateway.fleet.backends.values()):
+            if now >= backend.next_probe:
+                self.start_probe(backend)
+
+    def start_probe(self, backend: Backend) -> asyncio.Task[None]:
+        if backend not in self._flights:
+            self._flights[backend] = asyncio.ensure_future(self.probe(backend))
+        return self._flights[backend]
+
+    async def look(self) -> None:
+        """A fresh look at every backend, shared by all who want one, at most one a second."""
+        now = time.monotonic()
+        fresh = now - self.looked < LOOK_SECONDS
+        if not fresh:
+            self.looked = now
+        backends = list(self.gateway.fleet.backends.values())
+        due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
+        flights = {flight for flight in due if flight is not None}
+        if flights:
+            await asyncio.wait(flights)
+
+    async def probe(self, backend: Backend) -> None:
+        settings = self.gateway.settings.upstream
+        task = asyncio.ensure_future(inspect(backend, self.gateway.instance))
+        try:
+            await asyncio.wait({task}, timeout=settings.probe_timeout)
+            self.conclude(backend, task, time.monotonic())
+        finally:
+            task.cancel()
+            self._flights.pop(backend, None)
+            self.gateway.pump()
+
+    def conclude(self, backend: Backend, task: asyncio.Task[Report], now: float) -> None:
+        """Tell the backend what came of looking at it."""
+        interval = self.gateway.settings.upstream.probe_interval
+        was = backend.state
+        try:
+            if task.done():
+                backend.succeeded(now, task.result(), interval)
+            elif now - backend.delivered < LATELY:
+                backend.next_probe = now + interval  # slow, but at work
+            else:
+                backend.failed(now, "does not answer", interval)
+        except SelfFound:
+            backend.refuse(now, "this is llmq itself", interval)
+        except BackendLoading as error:
+            backend.loads(now, error.message)
+        except OSError as error:
+            why = error.strerror or "cannot connect"
+            backend.failed(now, why, interval, refused=isinstance(error, ConnectionRefusedError))
+        except (LlmqError, ValueError) as error:
+            backend.failed(now, str(error), interval)
+        if backend.state is not was:
+            log.info(
+                "backend %s is %s%s",
+                backend.name,
+                backend.state.value,
+                f": {backend.error}" if backend.error else "",
+            )
+
+    def close(self) -> None:
+        for flight in self._flights.values():
+            flight.cancel()
+
+
+class Finder:
+    """Looks for runners on this box when none is configured."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def run(self) -> None:
+        while True:
+            await self.step()
+            await asyncio.sleep(FIND_SECONDS)
+
+    async def step(self) -> None:
+        """One round over the places where runners listen by default."""
+        known = {one.url for one in self.gateway.fleet.backends.values()}
+        missing = [(kind, url) for kind, url in LOCAL_RUNNERS.items() if url not in known]
+        tasks = [asyncio.ensure_future(self.try_place(kind, url)) for kind, url in missing]
+        if tasks:
+            _, late = await asyncio.wait(
+                tasks, timeout=self.gateway.settings.upstream.probe_timeout
+            )
+            for task in late:
+                task.cancel()
+
+    async def try_place(self, kind: str, url: str) -> None:
+        probe = Backend(kind, BackendSettings(url=url), Device("", 1))
+        try:
+            report = await inspect(probe, self.gateway.instance)
+        except (OSError, LlmqError, ValueError, SelfFound):
+            return
+        if report.kind == kind:
+            self.gateway.fleet.add(
+                kind,
+                BackendSettings(url=url, kind=kind),
+                "local",
+                self.gateway.settings.queue.slots,
+            )
+            self.gateway.trouble()
+
+
+class Feed:
+    """The snapshot as it changes, rendered once for all who watch."""
+
+    def __init__(self, gateway: Gateway, desk: Desk) -> None:
+        self.gateway = gateway
+        self.desk = desk
+        self.latest = b""
+        self.watchers = 0
+        self._rendered = -1
+        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        while True:
+            self.step()
+            await asyncio.sleep(FEED_SECONDS)
+
+    def step(self) -> None:
+        """Render if anything changed and anybody watches; wake those who wait for it."""
+        if self.watchers and self._rendered != self.gateway.changes:
+            self._rendered = self.gateway.changes
+            self.latest = render_json(self.desk.snapshot())
+            self._next.set_result(None)
+            self._next = asyncio.get_running_loop().create_future()
+
+    async def next(self, timeout: float) -> bool:
+        """Wait for a newer snapshot; False when none came in time."""
+        done, _ = await asyncio.wait({self._next}, timeout=timeout)
+        return bool(done)
+
+
+class Sweeper:
+    """Compares all deadlines with the clock."""
+
+    def __init__(self, gateway: Gateway, servers: Sequence[HttpServer]) -> None:
+        self.gateway = gateway
+        self.servers = servers
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.step(time.monotonic())
+
+    def step(self, now: float) -> None:
+        for server in self.servers:
+            server.sweep(now)
+        self.gateway.sweep(now)
+
+
+# ==== 14. Routes ==================================================================================
+# A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
+# row's handler runs, one place has checked Host, Origin and method and has read the body: there is
+# no path around it.
+
+EXPOSED = "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+HEADER_NAME = re.compile(TOKEN)
+PREFLIGHT_SECONDS = "600"
+EVENT_PING_SECONDS = 10.0
+CONTROL_BODY = 64 * KIB
+OLLAMA_VERSION = "0.30.0"  # what clients of Ollama are told, some choose features by it
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    OPEN = "everybody"  # also pages from elsewhere
+    OWNER = "no foreign page"  # shows or changes what belongs to others
+
+
+class Door:
+    """What handlers need: the gateway, its snapshots, and a way to reload."""
+
+    def __init__(
+        self, gateway: Gateway, feed: Feed, names: Iterable[str], reload: Callable[[], None]
+    ) -> None:
+        self.gateway = gateway
+        self.feed = feed
+        self.desk = feed.desk
+        self.names = frozenset(names)  # of this box, lower case
+        self._numbers = count(1)
+        self.reload = reload
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer one request; whatever goes wrong, it is told in one way."""
+        given = exchange.request.headers.get("x-request-id", "")
+        exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
+        exchange.request_id = given if REQUEST_ID.fullmatch(given) else exchange.id
+        try:
+            handler, argument = self.enter(exchange)
+            await handler(self, exchange, argument)
+        except LlmqError as error:
+            if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
+                raise
+            exchange.respond(error.status, render_error(error), headers=error_headers(error))
+        except Exception:
+            log.exception("request failed")
+            if exchange.started:
+                exchange.abort()
+                return
+            exchange.keep = False
+            exchange.respond(500, render_error(LlmqError("llmq failed; its log says how")))
+
+    def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
+        """Everything that is checked before a handler runs."""
+        request = exchange.request
+        origin = request.headers.get("origin")
+        trusted = self.gateway.settings.server.cors_origins
+        self.check_host(exchange)
+        route, argument = match_route(request)
+        exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
+        if request.method == "OPTIONS":
+            return preflight, argument
+        if route is None:
+            raise NotFound(f"there is no {printable(request.path)}")
+        if request.method not in METHODS:
+            raise MethodUnknown(f"method {printable(request.method, 20)} is not known")
+        if request.method not in route.methods:
+            exchange.headers += (("Allow", ", ".join((*route.methods, "OPTIONS"))),)
+            raise MethodNotAllowed(f"{route.path} takes {', '.join(route.methods)}")
+        check_origin(request, route, trusted)
+        if exchange.connection.crowded:
+            exchange.keep = False
+            if route.path != "/health":
+                raise Overloaded("too many connections")
+        return route.handler(request.method), argument
+
+    def check_host(self, exchange: Exchange) -> None:
+        """DNS rebinding makes a page same-origin with us, but it cannot hide the name it used."""
+        keep, exchange.keep = exchange.keep, False
+        value = exchange.request.headers.get("host")
+        if value is None and exchange.request.minor >= 1:
+            raise BadRequest("an HTTP/1.1 request needs a Host")
+        name = parse_host(value) if value is not None else "localhost"
+        if not is_own_name(name, self.names):
+            raise ForbiddenHost(
+                f"host {printable(name)!r} is not llmq's; start it with --allowed-host NAME"
+            )
+        exchange.keep = keep
+
+
+@functools.lru_cache(maxsize=256)
+def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
+    """CORS headers.
+
+    There are no cookies to ride on, so everybody may read answers, but not what belongs to
+    others.
+    """
+    if access is Access.OPEN and "*" in trusted:
+        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
+    if origin is None or is_foreign(origin, trusted):
+        return (("Vary", "Origin"),)
+    exposed = ("Access-Control-Expose-Headers", EXPOSED)
+    return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), exposed)
+
+
+@functools.lru_cache(maxsize=256)
+def is_own_name(name: str, names: frozenset[str]) -> bool:
+    """IP literals have no DNS record to flip; names must be this box's.
+
+    `names` also holds `*.internal`, and `*` for any name without a dot.
+    """
+    if name in names or is_loopback(name):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        first, dot, _ = name.partition(".")
+        return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
+    return True
+
+
+def check_origin(request: Request, route: Route, trusted: Names) -> None:
+    if route.access is Access.OPEN:
+        return
+    origin = request.headers.get("origin")
+    if origin is not None and is_foreign(origin, trusted):
+        raise ForbiddenOrigin("pages from elsewhere may not use this route")
+    if (
+        request.method not in ("GET", "HEAD")
+        and request.headers.get("sec-fetch-site") == "cross-site"
+    ):
+        raise ForbiddenOrigin("pages from elsewhere may not use this route")
+
+
+async def preflight(_door: Door, exchange: Exchange, _: str) -> None:
+    """Grant the method and the header names asked for, by name: `*` does not cover them all."""
+    headers = exchange.request.headers
+    route = match_route(exchange.request)[0]
+    methods = ", ".join(
+        dict.fromkeys(("GET", "POST", *(route.methods if route else ()), "OPTIONS"))
+    )
+    granted = [("Allow", methods)]
+    if "origin" in headers and "access-control-request-method" in headers:
+        if not any(name == "Access-Control-Allow-Origin" for name, _ in exchange.headers):
+            raise ForbiddenOrigin("pages from there may not use this route")
+        asked = headers.get("access-control-request-headers", "").split(",")
+        names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
+        granted.append(("Access-Control-Allow-Methods", methods))
+        granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
+        granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
+        if headers.get("access-control-request-private-network") == "true":
+            granted.append(("Access-Control-Allow-Private-Network", "true"))
+    exchange.respond(204, b"", headers=granted)
+
+
+# ---- handlers: (door, exchange, what the path holds in place of {...})
+
+
+async def get_health(_door: Door, exchange: Exchange, _: str) -> None:
+    exchange.respond(200, b"ok", "text/plain")
+
+
+async def get_root(_door: Door, exchange: Exchange, _: str) -> None:
+    exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
+
+
+async def get_version(door: Door, exchange: Exchange, _: str) -> None:
+    facts = {"version": OLLAMA_VERSION, "llmq": __version__, "instance": door.gateway.instance}
+    exchange.respond(200, render_json(facts))
+
+
+def merged_models(fleet: Fleet) -> dict[str, dict[str, Any]]:
+    """Every model that some backend has, once, as its first backend describes it."""
+    merged: dict[str, dict[str, Any]] = {}
+    for backend in fleet.backends.values():
+        if backend.report is not None and backend.state is not State.REFUSED:
+            for entry in backend.report.entries:
+                merged.setdefault(model_key(str(entry["id"])), entry)
+    return merged
+
+
+async def get_models(door: Door, exchange: Exchange, _: str) -> None:
+    data = list(merged_models(door.gateway.fleet).values())
+    exchange.respond(200, render_json({"object": "list", "data": data}))
+
+
+async def get_model(door: Door, exchange: Exchange, name: str) -> None:
+    entry = merged_models(door.gateway.fleet).get(model_key(name))
+    if entry is None:
+        raise ModelNotFound(f"model {printable(name)!r} not found", param="model")
+    exchange.respond(200, render_json(entry))
+
+
+async def post_chat(door: Door, exchange: Exchange, _: str) -> None:
+    request, settings = exchange.request, door.gateway.settings
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("send the body without Content-Encoding")
+    if f"llmq-{door.gateway.instance}" in request.headers.get("via", ""):
+        raise LoopDetected("this request has been through this llmq before")
+    await exchange.read_body(settings.server.max_body)
+    await door.gateway.serve(await door.desk.admit(exchange))
+
+
+async def get_status(door: Door, exchange: Exchange, _: str) -> None:
+    everything = "all=1" in exchange.request.query.split("&")
+    exchange.respond(200, render_json(door.desk.snapshot(everything=everything)))
+
+
+async def get_events(door: Door, exchange: Exchange, _: str) -> None:
+    """The snapshot as server-sent events: now, then on change, at most four a second."""
+    feed = door.feed
+    feed.watchers += 1
+    try:
+        await exchange.watch(exchange.abort)
+        exchange.start(200, "text/event-stream")
+        newest = render_json(door.desk.snapshot())
+        while not exchange.gone and not door.gateway.draining:
+            exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
+            if exchange.blocked:
+                await exchange.catch_up()
+            newest = feed.latest if await feed.next(EVENT_PING_SECONDS) else b""
+        exchange.finish()
+    finally:
+        feed.watchers -= 1
+
+
+async def read_control(exchange: Exchange) -> dict[str, Any]:
+    """The JSON object that changes something.
+
+    No plain form can send its content type, so a page from elsewhere would need a preflight,
+    which it does not get.
+    """
+    media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise UnsupportedMediaType("send Content-Type: application/json")
+    await exchange.read_body(CONTROL_BODY)
+    members = locate_members(decode_json(exchange.request.body))
+    return {member.name: member.value for member in members}
+
+
+async def post_mode(door: Door, exchange: Exchange, _: str) -> None:
+    wanted = (await read_control(exchange)).get("mode")
+    modes = {mode.value: mode for mode in Mode}
+    if not isinstance(wanted, str) or wanted not in modes:
+        raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
+    door.desk.set_mode(modes[wanted])
+    exchange.respond(200, render_json({"mode": wanted}))
+
+
+async def post_reload(door: Door, exchange: Exchange, _: str) -> None:
+    await read_control(exchange)
+    door.reload()
+    exchange.respond(200, render_json({"config_error": door.gateway.config_error}))
+
+
+async def delete_requests(door: Door, exchange: Exchange, _: str) -> None:
+    if exchange.length:
+        await read_control(exchange)
+    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
+    if query.get("state") != "waiting" or set(query) - {"state", "client"}:
+        raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
+    exchange.respond(200, render_json({"cancelled": door.desk.cancel_waiting(query.get("client"))}))
+
+
+async def delete_request(door: Door, exchange: Exchange, ident: str) -> None:
+    if exchange.length:
+        await read_control(exchange)
+    door.desk.cancel(door.desk.find(ident))
+    exchange.respond(200, render_json({"cancelled": 1}))
+
+
+async def post_request(door: Door, exchange: Exchange, ident: str) -> None:
+    priority = parse_priority((await read_control(exchange)).get("priority"))
+    if priority is None:
+        raise BadRequest('priority is "high", "normal" or "low"', param="priority")
+    door.desk.reprioritise(door.desk.find(ident), priority)
+    exchange.respond(200, render_json({"id": ident, "class": priority.word}))
+
+
+# ---- the table
+
+RouteHandler = Callable[[Door, Exchange, str], Awaitable[None]]
+
+
+class Route(NamedTuple):
+    methods: Names
+    path: str  # {id} stands for one segment, {id...} for the rest
+    access: Access
+    summary: str
+    handlers: tuple[RouteHandler, ...]  # one per method, HEAD takes GET's
+
+    def handler(self, method: str) -> RouteHandler:
+        return self.handlers[min(self.methods.index(method), len(self.handlers) - 1)]
+
+
+READ, POST = ("GET", "HEAD"), ("POST",)
+ROUTES = (
+    Route(
+        POST,
+        "/v1/chat/completions",
+        Access.OPEN,
+        "OpenAI chat completion, waits in the queue",
+        (post_chat,),
+    ),
+    Route(POST, "/chat/completions", Access.OPEN, "the same", (post_chat,)),
+    Route(READ, "/v1/models", Access.OPEN, "the models of all backends", (get_models,)),
+    Route(READ, "/models", Access.OPEN, "the same", (get_models,)),
+    Route(READ, "/v1/models/{id...}", Access.OPEN, "one model", (get_model,)),
+    Route(READ, "/health", Access.OPEN, "`ok` while serving", (get_health,)),
+    Route(READ, "/", Access.OPEN, "`Ollama is running`, as clients of Ollama expect", (get_root,)),
+    Route(
+        READ,
+        "/api/version",
+        Access.OPEN,
+        "a version for clients of Ollama, and llmq's own",
+        (get_version,),
+    ),
+    Route(
+        READ,
+        "/llmq/status",
+        Access.OWNER,
+        "the snapshot; `?all=1` with every waiting request",
+        (get_status,),
+    ),
+    Route(
+        ("GET",),
+        "/llmq/events",
+        Access.OWNER,
+        "the snapshot on every change, as server-sent events",
+        (get_events,),
+    ),
+    Route(
+        POST,
+        "/llmq/mode",
+        Access.OWNER,
+        '`{"mode":"open"}`, `"priority"` or `"paused"`',
+        (post_mode,),
+    ),
+    Route(
+        POST,
+        "/llmq/reload",
+        Access.OWNER,
+        "`{}`: read the configuration file again",
+        (post_reload,),
+    ),
+    Route(
+        ("DELETE",),
+        "/llmq/requests",
+        Access.OWNER,
+        "`?state=waiting`, and `&client=NAME`: cancel what waits",
+        (delete_requests,),
+    ),
+    Route(
+        ("DELETE", "POST"),
+        "/llmq/requests/{id}",
+        Access.OWNER,
+        'cancel it, or with `{"priority":"high"}` change its class while it waits',
+        (delete_request, post_request),
+    ),
+)
+EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
+PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
+
+
+def match_route(request: Request) -> tuple[Route | None, str]:
+    """The row of a path, and what the path holds in place of {...}.
+
+    Paths match exactly, once decoded; dot segments and empty ones match nothing.
+    """
+    path = request.path
+    if path in EXACT_ROUTES:
+        return EXACT_ROUTES[path], ""
+    try:
+        decoded = unquote_to_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return None, ""
+    dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
+    if dotted or "%2e" in path.lower() or not decoded.isprintable():
+        return None, ""
+    for prefix, route in PREFIX_ROUTES:
+        rest = decoded[len(prefix) :]
+        whole = route.path.endswith("...}") or "/" not in rest
+        if decoded.startswith(prefix) and rest and whole:
+            return route, rest
+    return EXACT_ROUTES.get(decoded), ""
+
+
+def routes_markdown() -> str:
+    """The README's table of routes."""
+    lines = ["| route | for | what |", "|---|---|---|"]
+    lines += [
+        f"| `{' '.join(route.methods)} {route.path}` | {route.access.value} | {route.summary} |"
+        for route in ROUTES
+    ]
+    return "\n".join(lines)
+
+
+# ==== 15. Demo ====================================================================================
+# A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
+# any other backend, so that what is tried with it is the real thing.
+
+DEMO_MODEL = "echo"
+DEMO_WORD_SECONDS = 0.02
+WORD = re.compile(r"\S+\s*|\s+")
+
+
+def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
+    """The words that the demo answers with, and its finish reason."""
+    content = question["messages"][-1].get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    words = WORD.findall(content if isinstance(content, str) else "")
+    most = question.get("max_tokens", question.get("max_completion_tokens"))
+    if isinstance(most, int) and 0 <= most < len(words):
+        return words[:most], "length"
+    return words, "stop"
+
+
+class Demo:
+    """Answers with the last message, word by word."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+
+    async def handle(self, exchange: Exchange) -> None:
+        request = exchange.request
+        if request.path == "/v1/models":
+            entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
+            return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
+        if request.path != "/v1/chat/completions" or request.method != "POST":
+            return exchange.respond(404, render_error(NotFound("the demo has no such route")))
+        await exchange.read_body(64 * MIB)
+        question = json.loads(request.body)
+        words, reason = demo_words(question)
+        usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
+        common = {
+            "id": f"chatcmpl-demo-{next(self._numbers)}",
+            "created": int(time.time()),
+            "model": DEMO_MODEL,
+        }
+        if question.get("stream"):
+            return await self.stream(exchange, words, reason, common, usage)
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return exchange.respond(200, render_json(answer))
+
+    async def stream(
+        self,
+        exchange: Exchange,
+        words: list[str],
+        reason: str,
+        common: dict[str, Any],
+        usage: dict[str, int],
+    ) -> None:
+        def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
+            return b"data: " + render_json(facts) + b"\n\n"
+
+        exchange.start(200, "text/event-stream")
+        exchange.send(event({"role": "assistant", "content": ""}))
+        for word in words:
+            await asyncio.sleep(DEMO_WORD_SECONDS)
+            if exchange.gone:
+                return
+            exchange.send(event({"content": word}))
+        exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
+
+
+# ==== 16. Service =================================================================================
+# From settings to a running llmq and back: what is wired to what, listening, signals, reload and
+# drain.
+
+RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
+CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        if isinstance(record.msg, Record):
+            return json.dumps({**facts, **record.msg.facts()})
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return json.dumps({**facts, "message": text})
+
+
+def set_up_log(settings: LogSettings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonLines()
+        if settings.format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    log.handlers[:] = [handler]
+    log.setLevel(settings.level.upper())
+    log.propagate = False
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Raise the soft limit on open files towards `wanted`; the limit that holds now."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    best = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= best:
+        return wanted if soft == resource.RLIM_INFINITY else soft
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
+        return best
+    return soft
+
+
+def is_this_box(host: str) -> bool:
+    """Whether a backend's host is a name or address of this very box."""
+    own = socket.gethostname().lower()
+    if is_loopback(host) or host.lower() in (own, own + ".local"):
+        return True
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        ipaddress.ip_address(host)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))  # only an address of one's own can be bound
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def device_name(settings: BackendSettings) -> str:
+    """Backends on one host share one device, all names of this box are one host."""
+    if settings.device:
+        return settings.device
+    host = urlsplit(settings.url).hostname or ""
+    return "local" if is_this_box(host) else host
+
+
+class Service:
+    """A running llmq."""
+
+    def __init__(
+        self, settings: Settings, *, demo: bool = False, read: Callable[[], Settings] | None = None
+    ) -> None:
+        self.settings = settings
+        self.demo = demo
+        self.read = read  # reads the settings again
+        self.port = 0
+        self.addresses: list[str] = []
+        self.most_connections = 0
+        self.stopping = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self.gateway = Gateway(settings, secrets.token_hex(8), time.monotonic)
+        self.monitor = Monitor(self.gateway)
+        self.feed = Feed(self.gateway, Desk(self.gateway))
+        self.door = Door(self.gateway, self.feed, self.own_names(), self.reload)
+        self._servers: list[HttpServer] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def own_names(self) -> set[str]:
+        """What clients may call this box, see `is_own_name`."""
+        host = socket.gethostname().lower()
+        names = {host, host + ".local", "*.internal"}
+        if self.settings.server.host and not is_loopback(self.settings.server.host):
+            names.add("*")
+        return names | {name.lower() for name in self.settings.server.allowed_hosts}
+
+    async def start(self) -> None:
+        """Listen and let everything run; ConfigError or StartError says why not."""
+        host = self.settings.server.host
+        if host and not is_loopback(host) and not self.settings.server.allow_anonymous_lan:
+            raise ConfigError(
+                f"host {host}: nobody needs a key, so the whole network could use your runner;"
+                " add --allow-anonymous-lan if that is meant"
+            )
+        queue = self.settings.queue
+        files = raise_file_limit(queue.max_depth + 512)
+        spare = SPARE_CONNECTIONS + ACCEPT_BURST + 2 * queue.slots
+        self.most_connections = max(4, files - RESERVED_FILES - spare)
+        server = HttpServer(self.door.handle, self.settings.server, self.most_connections)
+        self._servers.append(server)
+        if self.demo:
+            await self.start_demo()
+        self.apply(self.settings)
+        await self.listen(server)
+        loops = [self.monitor.run(), self.feed.run(), Sweeper(self.gateway, self._servers).run()]
+        if not self.settings.backends and not self.demo:
+            loops.append(Finder(self.gateway).run())
+        self._tasks = [asyncio.ensure_future(loop) for loop in loops]
+
+    async def start_demo(self) -> None:
+        runner = HttpServer(Demo().handle, ServerSettings(), 64)
+        self._servers.append(runner)
+        port = await runner.listen("127.0.0.1", 0)
+        found = {"demo": BackendSettings(url=f"http://127.0.0.1:{port}", kind="openai")}
+        self.settings = replace(self.settings, backends=found)
+
+    async def listen(self, server: HttpServer) -> None:
+        wanted, port = self.settings.server.host, self.settings.server.port
+        try:
+            self.port = await server.listen(wanted or "127.0.0.1", port)
+        except OSError as error:
+            where = f"{wanted or '127.0.0.1'}:{port}"
+            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from None
+        shown = f"[{wanted}]" if ":" in wanted else wanted or "127.0.0.1"
+        self.addresses = [f"http://{shown}:{self.port}"]
+        if not wanted:
+            with contextlib.suppress(OSError):  # a box without IPv6
+                await server.listen("::1", self.port)
+                self.addresses.append(f"http://[::1]:{self.port}")
+
+    def apply(self, settings: Settings) -> None:
+        """Let these settings hold for everything that is decided from now on."""
+        self.settings = self.gateway.settings = settings
+        self.gateway.scheduler.limits = settings.queue
+        self._servers[0].settings = settings.server
+        self.door.names = frozenset(self.own_names())
+        fleet, now = self.gateway.fleet, time.monotonic()
+        wanted = dict(settings.backends)
+        if not wanted:
+            wanted["ollama"] = BackendSettings(url=LOCAL_RUNNERS["ollama"])
+        devices = {name: device_name(one) for name, one in wanted.items()}
+        for name, backend in list(fleet.backends.items()):
+            found = settings.backends and name not in wanted
+            changed = name in wanted and (wanted[name].url, devices[name]) != (
+                backend.url,
+                backend.device.name,
+            )
+            if found or changed:
+                fleet.remove(name, now)
+        for name, one in wanted.items():
+            device = devices[name]
+            own = settings.devices.get(device)
+            slots = own.slots if own else settings.queue.slots
+            if name in fleet.backends:
+                backend = fleet.backends[name]
+                backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
+            else:
+                fleet.add(name, one, device, slots)
+        self.monitor.wake.set()
+        self.gateway.pump()
+
+    def reload(self) -> None:
+        """Read the settings again; a mistake changes nothing and is shown."""
+        try:
+            settings = self.read() if self.read else self.settings
+        except ConfigError as error:
+            self.gateway.config_error = str(error)
+            log.warning("reload: %s; nothing was changed", error)
+            return
+        self.gateway.config_error = None
+        if self.demo:
+            settings = replace(settings, backends=self.settings.backends)
+        for row in known_settings():
+            table, name = row.key.split(".")
+            moved = getattr(getattr(settings, table), name) != getattr(
+                getattr(self.settings, table), name
+            )
+            if moved and row.key in ADDRESS:
+                log.warning("reload: %s needs restart", row.key)
+        self.apply(settings)
+        log.info("reload: done")
+
+    def on_signal(self) -> None:
+        """The first asks to stop, the second to stop now."""
+        (self.hurry if self.stopping.is_set() else self.stopping).set()
+
+    async def stop(self) -> None:
+        """Drain and close: what runs may finish, what waits is told, nothing is left open."""
+        self.stopping.set()
+        self.feed.desk.drain()
+        self._servers[0].quiesce()
+        deadline = time.monotonic() + self.settings.server.drain_timeout
+        while self.gateway.calls and time.monotonic() < deadline and not self.hurry.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.hurry.wait(), 0.05)
+        for call in list(self.gateway.calls.values()):
+            self.gateway.stop(call, ShuttingDown("llmq is shutting down"))
+        await self.settle()
+        for task in self._tasks:
+            task.cancel()
+        self.monitor.close()
+        for server in self._servers:
+            await server.close()
+        self.gateway.pool.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self) -> None:
+        """Let the last words reach those who can still take them."""
+        busy = [
+            task
+            for one, task in self._servers[0].connections.items()
+            if one.phase is not Phase.IDLE
+        ]
+        if busy and not self.hurry.is_set():
+            await asyncio.wait(busy, timeout=LINGER_SECONDS)
+
+
+# ==== 17. Command line ============================================================================
+# What a person types.  All words to them go through `say`.
+
+
+def say(text: str, *, error: bool = False) -> None:
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def read_file(path: str) -> Layer:
+    """A configuration file as a layer; ConfigError when it cannot be read or trusted."""
+    try:
+        if os.name == "posix" and os.stat(path).st_mode & 0o002:
+            raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
+        with open(path, "rb") as file:
+            raw = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    try:
+        if path.endswith(".json"):
+            return file_layer(path, json.loads(raw))
+        try:
+            import tomllib  # novm
+        except ImportError:
+            raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
+        return file_layer(path, tomllib.loads(raw.decode()))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def find_file(environ: Mapping[str, str]) -> str | None:
+    """The configuration file: LLMQ_CONFIG, else the first of the usual places."""
+    if environ.get("LLMQ_CONFIG"):
+        return environ["LLMQ_CONFIG"]
+    for place in CONFIG_PLACES:
+        for ending in ("toml", "json"):
+            path = os.path.join(os.path.expanduser(place), "llmq." + ending)
+            if os.path.isfile(path):
+                return path
+    return None
+
+
+def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """Defaults < file < environment < flags; and what there is to tell about it."""
+    given = dict(flags)
+    path = given.pop("config", None) or find_file(environ)
+    layers, notes = environment_layers(environ)
+    file = [read_file(path)] if path else []
+    return merge_layers([*file, *layers, ("command line", given)]), notes
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    for row in known_settings():
+        text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
+        options: dict[str, Any] = {"dest": row.key, "default": argparse.SUPPRESS, "help": text}
+        if row.type == "bool":
+            options.update(action="store_true")
+        elif row.type == "Names":
+            options.update(action="append", metavar="NAME")
+        else:
+            options.update(
+                metavar={"int": "N", "Duration": "TIME", "Size": "SIZE"}.get(row.type, "TEXT")
+            )
+        parser.add_argument(row.flag, **options)
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="configuration file"
+    )
+    parser.add_argument(
+        "--backend",
+        dest="backends",
+        action="append",
+        metavar="URL",
+        default=argparse.SUPPRESS,
+        help="a runner, as URL or NAME=URL; repeatable (default: look for those on this box)",
+    )
+    add_setting_flags(parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmq",
+        description="One queue in front of the local LLM runners of a box.",
+        epilog="Without a command it serves; `llmq serve --help` lists every setting.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run the queue (the default)")
+    serve.add_argument("--demo", action="store_true", help="with a built-in model that echoes")
+    add_serve_flags(serve)
+    status = commands.add_parser("status", help="show what a running llmq does")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    mode = commands.add_parser("mode", help="switch a running llmq to another mode")
+    mode.add_argument("mode", choices=[mode.value for mode in Mode])
+    for asking in (status, mode):
+        asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
+    config = commands.add_parser("config", help="check or show the settings")
+    config.add_argument("what", choices=("check", "show"))
+    config.add_argument(
+        "--json", action="store_true", help="as a JSON configuration file, keys included"
+    )
+    add_serve_flags(config)
+    return parser
+
+
+def given_flags(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(options).items()
+        if "." in key or key in ("backends", "config")
+    }
+
+
+def cmd_serve(options: argparse.Namespace) -> int:
+    flags = given_flags(options)
+    settings, notes = read_settings(flags, os.environ)
+    for note in notes:
+        say(note)
+    set_up_log(settings.log)
+    return asyncio.run(serve(settings, options.demo, lambda: read_settings(flags, os.environ)[0]))
+
+
+async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_error)
+    service = Service(settings, demo=demo, read=read)
+    await service.start()
+    if os.name == "posix":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, service.on_signal)
+        loop.add_signal_handler(signal.SIGHUP, service.reload)
+    say(banner(service))
+    gc.collect()
+    gc.freeze()  # what is here now stays: later collections need not look at it
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        await service.stopping.wait()
+    finally:
+        await service.stop()
+    return 1 if service.hurry.is_set() else 0
+
+
+def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio has to say, in one line: out of files while accepting, mostly."""
+    error = context.get("exception")
+    log.warning("%s%s", context["message"], f": {error}" if error else "")
+
+
+def banner(service: Service) -> str:
+    lines = [f"llmq {__version__} on {' and '.join(service.addresses)}"]
+    lines += [
+        f"  backend {one.name}  {one.url}  device {one.device.name}, slots {one.most}"
+        for one in service.gateway.fleet.backends.values()
+    ]
+    if service.most_connections < service.settings.queue.max_depth:
+        lines.append(f"  open files allow {service.most_connections} connections at once")
+    lines.append(f"  for clients: OPENAI_BASE_URL={service.addresses[0]}/v1")
+    return "\n".join(lines)
+
+
+def ask_llmq(url: str | None, path: str, change: dict[str, Any] | None = None) -> Any:
+    """What a running llmq answers; StartError in plain words when there is none."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    if not url:
+        settings, _ = read_settings({}, os.environ)
+        host = settings.server.host or "127.0.0.1"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+    data = None if change is None else render_json(change)
+    headers = {"Content-Type": "application/json"}
+    request = Request(url.rstrip("/") + path, data, headers)  # noqa: S310 - the user's own URL
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        raise StartError(f"{url} answers {error.code}: is that llmq?") from None
+    except (URLError, OSError, ValueError) as error:
+        raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
+
+
+def cmd_status(options: argparse.Namespace) -> int:
+    snapshot = ask_llmq(options.url, "/llmq/status")
+    say(json.dumps(snapshot, indent=2) if options.json else render_status(snapshot))
+    return 0
+
+
+def render_status(snapshot: Mapping[str, Any]) -> str:
+    queue = snapshot["queue"]
+    lines = [f"{snapshot['mode']}: {queue['waiting']} waiting, {queue['running']} running"]
+    for one in snapshot["backends"]:
+        why = f"  {one['error']}" if one["error"] else ""
+        lines.append(
+            f"  {one['name']:<20} {one['state']:<8} {one['busy']}/{one['slots']}  {one['url']}{why}"
+        )
+    for one in snapshot["requests"]:
+        where = one["backend"] or f"#{one['position']} {one['reason']}"
+        lines.append(
+            f"  {one['id']:<14} {one['client']:<20} {one['class']:<7} {one['model']:<24} "
+            f"{one['waited_s']:8.1f} s  {where}"
+        )
+    if snapshot["config_error"]:
+        lines.append(f"  configuration not reloaded: {snapshot['config_error']}")
+    return "\n".join(lines)
+
+
+def cmd_mode(options: argparse.Namespace) -> int:
+    say("mode is " + ask_llmq(options.url, "/llmq/mode", {"mode": options.mode})["mode"])
+    return 0
+
+
+def cmd_config(options: argparse.Namespace) -> int:
+    settings, notes = read_settings(given_flags(options), os.environ)
+    for note in notes:
+        say(note, error=True)
+    tables = render_settings(settings)
+    if options.what == "check":
+        say("the configuration is good")
+    elif options.json:
+        say(json.dumps(tables, indent=2))
+    else:
+        for table, values in tables.items():
+            for name, value in values.items():
+                shown = (
+                    {**value, "key": "***" if value.get("key") else ""}
+                    if table == "backends"
+                    else value
+                )
+                say(f"{table}.{name} = {json.dumps(shown)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "serve": cmd_serve,
+    "status": cmd_status,
+    "mode": cmd_mode,
+    "config": cmd_config,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; exit code 0 done, 2 configuration, 78 not startable so, 1 anything else."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in (*COMMANDS, "--help", "-h", "--version"):
+        arguments.insert(0, "serve")
+    options = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command](options)
+    except ConfigError as error:
+        say(f"llmq: {error}", error=True)
+        return 2
+    except StartError as error:
+        say(f"llmq: {error}", error=True)
+        return 78 if options.command == "serve" else 1
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
