@@ -1377,6 +1377,7 @@ FIELD_LIMIT = 16 * KIB
 HEAD_LIMIT = 64 * KIB
 FIELDS_LIMIT = 100
 CHUNK_LINE_LIMIT = 256  # size and extension of one chunk
+EXTENSIONS_LIMIT = 64 * KIB
 TRAILER_LIMIT = 8 * KIB
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
@@ -1584,6 +1585,7 @@ class ChunkedBody:
         self._left = 0  # of the chunk at hand, its CRLF included
         self._held = b""  # an incomplete line
         self._trailers = -1  # bytes of trailers so far, once the last chunk has come
+        self._extensions = 0  # bytes of lines with extensions so far (CVE-2023-39326)
 
     @property
     def wants(self) -> int:
@@ -1641,8 +1643,9 @@ class ChunkedBody:
             if not self.done:
                 parse_fields(line.decode("latin-1"))
             return
-        if len(line) > CHUNK_LINE_LIMIT:
-            raise ValueError("a line of the chunked body is too long")
+        self._extensions += len(line) if b";" in line else 0
+        if len(line) > CHUNK_LINE_LIMIT or self._extensions > EXTENSIONS_LIMIT:
+            raise ValueError("the lines of the chunked body are too long")
         size = parse_chunk_line(line[:-2])
         if size:
             self._left = size + 2
@@ -1997,7 +2000,7 @@ READ_SIZE = 64 * KIB
 READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in flight
 ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
 UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
-LINGER_SECONDS, LINGER_BYTES = 2.0, 8 * MIB  # after an early answer, so that no reset destroys it
+LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
 BACKLOG = 1024  # connections that the kernel holds for us
@@ -2040,6 +2043,14 @@ class Inbox(asyncio.StreamReader):
     def interrupt(self, error: LlmqError) -> None:
         """Let whoever reads, or will, meet this error instead."""
         super().set_exception(error)
+
+    async def farewell(self, timeout: float) -> None:
+        """Drop what still comes, until the peer has closed or the time is up."""
+        ended = asyncio.get_running_loop().create_future()
+        self.room, self.on_end = 0, functools.partial(ended.set_result, None)
+        if not self.ended:
+            await asyncio.wait({ended}, timeout=timeout)
+        self.on_end = None
 
 
 class Exchange:
@@ -2241,7 +2252,7 @@ class Connection:
             while await self.serve_one():
                 self.enter(Phase.IDLE, self.server.settings.keep_alive)
             await self.close()
-        except (ConnectionError, ClientLeft):
+        except (OSError, LlmqError):
             self.abort()
         except Exception:
             log.exception("connection failed")
@@ -2341,9 +2352,10 @@ class Connection:
             ("Date", self.server.date),
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
-            ("Access-Control-Allow-Origin", "*"),
             ("Connection", "close"),
         ]
+        if "*" in self.server.settings.cors_origins:
+            headers.append(("Access-Control-Allow-Origin", "*"))
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
 
     async def close(self) -> None:
@@ -2354,18 +2366,17 @@ class Connection:
         if self.reader.ended or self.writer.transport.is_closing():
             self.abort()  # nobody is there to take what is left
             return
-        self.enter(Phase.LINGER, LINGER_SECONDS)
-        if self.reset_at_end:
+        self.enter(Phase.LINGER)
+        if self.unsent:
             self.writer.transport.set_write_buffer_limits(high=0)
-            await self.writer.drain()
+            await self.writer.drain()  # for as long as the client takes something
+        if self.reset_at_end:
             raw = self.writer.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.abort()
             return
         self.writer.write_eof()
-        end = self.reader.received + LINGER_BYTES
-        while await self.reader.read(READ_SIZE) and self.reader.received < end:
-            pass
+        await self.reader.farewell(LINGER_SECONDS)
 
     def sweep(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
@@ -2387,7 +2398,7 @@ class Connection:
             elif now - self.heard_at >= settings.body_timeout:
                 self.reader.interrupt(RequestTimeout("the request body did not arrive in time"))
         if self.deadline and now >= self.deadline:
-            if self.phase in (Phase.IDLE, Phase.LINGER):
+            if self.phase is Phase.IDLE:
                 self.abort()
             else:
                 self.reader.interrupt(RequestTimeout("the request did not arrive in time"))
@@ -2452,7 +2463,7 @@ class HttpServer:
         """Answer what is being answered, then close each connection; idle ones at once."""
         self.closing = True
         for connection in list(self.connections):
-            if connection.idle:
+            if connection.idle or connection.phase is Phase.LINGER:
                 connection.abort()
 
     async def close(self) -> None:
@@ -2813,6 +2824,8 @@ class Gateway:
             again = await self.give_back(call, backend, failure)
         if failure is not None and not again:
             raise call.error or failure
+        if answer is not None and not answer.streamed:  # with the slot handed on, there is time
+            return answer._replace(tokens=read_whole(answer.body))
         return answer
 
     def deliver(self, call: Call, answer: Answer) -> None:
@@ -2924,7 +2937,7 @@ class Gateway:
             rest = await self.relay(call, watch, upstream, kind, headers)
             return Answer(rest, True, kind, headers, watch.tokens)
         body = await upstream.read_rest(ANSWER_LIMIT, heard)
-        return Answer(body, False, kind, headers, read_whole(body))
+        return Answer(body, False, kind, headers, None)
 
     async def relay(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +56,13 @@ CONTROL = [
     ("POST", "/llmq/requests/any", {"priority": "high"}),
 ]
 MANAGEMENT = ["pull", "push", "create", "copy", "delete", "blobs/sha256:0"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No input makes llmq log a traceback."""
+    yield
+    assert not [record for record in caplog.get_records("call") if record.exc_info]
 
 
 async def preflight(port: int, origin: str, path: str = CHAT, **fields: str) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,6 +32,13 @@ HALF_BODIES = [
     post(CHUNKED, b"3c\r\n" + BODY + b"\r\n0\r\n"),
     post(CHUNKED, b"3c\r\n" + BODY + b"\r\n0\r\nX-T: y\r\n"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No input makes llmq log a traceback."""
+    yield
+    assert not [record for record in caplog.get_records("call") if record.exc_info]
 
 
 async def ending(raw: Raw) -> list[Answer]:
@@ -104,6 +112,15 @@ async def test_bodies_that_stall_end_in_408_and_are_never_run() -> None:
             assert answers, "a request whose head came is told what happened"
         assert (await q.chat("good")).status == 200
         assert [request.text for request in fake.requests] == ["good"]
+
+
+@pytest.mark.parametrize("path", [b"/nowhere", b"/health"])
+async def test_body_that_never_comes_after_an_early_answer_ends_the_connection(path: bytes) -> None:
+    async with running(NOBODY, server__body_timeout=SHORT) as q:
+        for sent in (post(LENGTH, b"", path), post(CHUNKED, b"3", path)):
+            raw = await Raw.open(q.port)
+            await raw.send(sent)
+            assert [answer.status in (404, 405) for answer in await ending(raw)] == [True]
 
 
 async def test_body_asked_for_by_100_continue_has_the_same_deadline() -> None:

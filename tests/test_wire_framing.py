@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +15,13 @@ from tests.fakes import Answer, FakeBackend, Raw, ask, chat, running
 
 def named(case: Case) -> str:
     return case.name
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No input makes llmq log a traceback."""
+    yield
+    assert not [record for record in caplog.get_records("call") if record.exc_info]
 
 
 async def to_the_end(port: int, data: bytes, fin: bool = False) -> list[Answer]:
