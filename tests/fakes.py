@@ -165,7 +165,7 @@ class Answer:
     def events(self) -> list[Any]:
         """Each complete SSE event's data: JSON where it is JSON, else the text (`[DONE]`)."""
         found: list[Any] = []
-        for block in self.body.decode().replace("\r\n", "\n").split("\n\n")[:-1]:
+        for block in self.body.decode(errors="replace").replace("\r\n", "\n").split("\n\n")[:-1]:
             lines = [line[5:].strip() for line in block.split("\n") if line.startswith("data:")]
             if lines:
                 text = "\n".join(lines)

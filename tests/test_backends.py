@@ -1,0 +1,631 @@
+"""Who serves: names of models, health, room, the choice of a backend, what a runner tells."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmq
+from llmq import Backend, BackendSettings, Device, Fleet, Report, State
+
+RECORDINGS = Path(__file__).parent / "real" / "recordings"
+INTERVAL = 10.0
+
+
+def report(*models: str, loaded: tuple[str, ...] = (), kind: str = "openai") -> Report:
+    return Report(kind, tuple({"id": name} for name in models), models, loaded, 0.001)
+
+
+def backend(*models: str, slots: int = 0, device: Device | None = None) -> Backend:
+    """A backend; one that is up when models are given."""
+    settings = BackendSettings(url="http://127.0.0.1:1", slots=slots)
+    made = Backend("b", settings, device or Device("d", 1))
+    if models:
+        made.succeeded(0.0, report(*models), INTERVAL)
+    return made
+
+
+def fleet(**models: tuple[str, ...]) -> Fleet:
+    """A fleet of backends that are up with these models, each on its own device of one slot."""
+    made = Fleet()
+    for name, names in models.items():
+        add(made, name, device=f"device of {name}").succeeded(0.0, report(*names), INTERVAL)
+    return made
+
+
+def add(to: Fleet, name: str, *, device: str = "d", slots: int = 0, shared: int = 1) -> Backend:
+    return to.add(name, BackendSettings(url=f"http://{name}:1", slots=slots), device, shared)
+
+
+def recorded(name: str) -> Any:
+    """The JSON body of a recorded answer of a real runner."""
+    text = (RECORDINGS / f"{name}.response.txt").read_bytes().replace(b"\r\n", b"\n")
+    return json.loads(text.partition(b"\n\n")[2])
+
+
+# ---- Names of models
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("qwen3:4b", "qwen3:4b"),
+        ("Qwen3:4B", "qwen3:4b"),
+        ("llama3", "llama3:latest"),
+        ("LLaMA3", "llama3:Latest"),
+        ("hf.co/Org/Model-GGUF", "hf.co/org/model-gguf:latest"),
+    ],
+)
+def test_case_and_latest_make_no_other_model(one: str, other: str) -> None:
+    assert llmq.model_key(one) == llmq.model_key(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("qwen3:4b", "qwen3:8b"),
+        ("qwen3", "qwen3:4b"),
+        ("qwen3:latest", "qwen3:4b"),
+        ("qwen3", "qwen3.5"),
+        ("latest", "model:latest"),
+        ("a/b", "b"),
+        ("qwen3latest", "qwen3"),
+    ],
+)
+def test_a_name_never_reaches_across_tags(one: str, other: str) -> None:
+    assert llmq.model_key(one) != llmq.model_key(other)
+
+
+@pytest.mark.parametrize(
+    ("has", "asked", "sent"),
+    [
+        (["llama3:latest"], "llama3:latest", "llama3:latest"),
+        (["llama3:latest"], "llama3", "llama3:latest"),
+        (["Qwen3-4B.gguf"], "qwen3-4b.gguf", "Qwen3-4B.gguf"),
+        (["llama3"], "LLAMA3:LATEST", "llama3"),
+        (["m", "M"], "M", "M"),
+        (["m", "M"], "m", "m"),
+        (["m:latest", "m"], "m", "m"),
+        (["other"], "mine", "mine"),
+    ],
+)
+def test_a_backend_is_asked_in_its_own_spelling(has: list[str], asked: str, sent: str) -> None:
+    assert backend(*has).name_for(asked) == sent
+
+
+def test_a_backend_that_never_told_is_asked_in_the_words_of_the_client() -> None:
+    assert backend().name_for("LLama3") == "LLama3"
+
+
+@pytest.mark.parametrize("asked", ["m:latest", "M:LATEST"])
+def test_a_name_that_means_two_models_is_a_bad_request(asked: str) -> None:
+    several = fleet(a=("other",), b=("m", "M"))
+    with pytest.raises(llmq.BadRequest) as caught:
+        several.check_spelling(asked)
+    assert caught.value.param == "model"
+    assert "m or M" in caught.value.message
+
+
+@pytest.mark.parametrize("asked", ["m", "M", "other", "OTHER:latest", "nobody's"])
+def test_an_exact_or_single_spelling_is_never_ambiguous(asked: str) -> None:
+    fleet(a=("other",), b=("m", "M")).check_spelling(asked)
+
+
+def test_a_model_that_a_runner_lists_twice_is_one_model() -> None:
+    fleet(a=("m", "m")).check_spelling("M")
+
+
+# ---- Health
+
+
+def test_a_new_backend_is_unknown_and_not_sent_requests() -> None:
+    new = backend()
+    assert new.state is State.UNKNOWN
+    assert not new.usable
+    assert new.serves("anything")
+
+
+def test_a_report_makes_it_up_and_names_its_models() -> None:
+    up = backend()
+    up.succeeded(5.0, report("A", "b:latest", loaded=("A",), kind="vllm"), INTERVAL)
+    assert up.state is State.UP
+    assert up.usable
+    assert up.kind == "vllm"
+    assert up.error is None
+    assert [up.serves(key) for key in ("a", "b", "c")] == [True, True, False]
+    assert [up.is_loaded(key) for key in ("a", "b", "c")] == [True, False, False]
+    assert up.next_probe == 5.0 + INTERVAL
+
+
+def test_each_report_replaces_the_one_before() -> None:
+    up = backend("a", "b")
+    up.succeeded(1.0, report("b", "c", loaded=("c",)), INTERVAL)
+    assert [up.serves(key) for key in ("a", "b", "c")] == [False, True, True]
+    assert up.is_loaded("c")
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_first_look_that_fails_makes_it_down(refused: bool) -> None:
+    new = backend()
+    new.failed(3.0, "no answer", INTERVAL, refused=refused)
+    assert new.state is State.DOWN
+    assert new.since == 3.0
+    assert new.error == "no answer"
+
+
+def test_three_failures_in_a_row_open_the_breaker() -> None:
+    up = backend("m")
+    for now in (1.0, 2.0):
+        up.failed(now, "reset", INTERVAL)
+        assert up.usable
+        assert up.next_probe <= now, "it is looked at again at once"
+    up.failed(3.0, "reset", INTERVAL)
+    assert up.state is State.DOWN
+    assert not up.usable
+    assert up.since == 3.0
+    assert up.next_probe > 3.0
+
+
+def test_a_success_between_failures_starts_the_row_anew() -> None:
+    up = backend("m")
+    for now in range(20):
+        up.failed(now, "reset", INTERVAL)
+        up.failed(now, "reset", INTERVAL)
+        up.succeeded(now, None, INTERVAL)
+        assert up.usable
+        assert up.error is None
+
+
+def test_where_nobody_listens_it_is_down_at_once() -> None:
+    up = backend("m")
+    up.failed(1.0, "connection refused", INTERVAL, refused=True)
+    assert up.state is State.DOWN
+    assert up.since == 1.0
+
+
+@pytest.mark.parametrize("interval", [0.1, 0.5, 3.0, 10.0])
+def test_a_backend_that_is_down_is_looked_at_later_and_later_up_to_the_interval(
+    interval: float,
+) -> None:
+    down, now, gaps = backend("m"), 100.0, []
+    down.failed(now, "refused", interval, refused=True)
+    for _ in range(12):
+        gaps.append(down.next_probe - now)
+        now = down.next_probe
+        down.failed(now, "refused", interval, refused=True)
+    assert all(gap > 0 for gap in gaps)
+    assert max(gaps) <= interval + 1e-9
+    assert gaps[-1] == pytest.approx(interval)
+    for gap, longer in zip(gaps, gaps[1:]):
+        assert longer == pytest.approx(min(2 * gap, interval))
+    assert down.since == 100.0, "it went down once"
+
+
+def test_a_success_forgets_the_back_off() -> None:
+    down = backend("m")
+    down.failed(0.0, "refused", INTERVAL, refused=True)
+    first = down.next_probe
+    for now in range(1, 9):
+        down.failed(now, "refused", INTERVAL, refused=True)
+    down.succeeded(20.0, report("m"), INTERVAL)
+    assert down.state is State.UP
+    down.failed(30.0, "refused", INTERVAL, refused=True)
+    assert down.next_probe - 30.0 == first
+    assert down.since == 30.0
+
+
+def test_only_a_probe_brings_back_one_that_is_down() -> None:
+    down = backend("m")
+    down.failed(0.0, "refused", INTERVAL, refused=True)
+    down.succeeded(1.0, None, INTERVAL)  # a request that had begun before got through
+    assert down.state is State.DOWN
+    down.succeeded(2.0, report("m"), INTERVAL)
+    assert down.state is State.UP
+
+
+def test_loading_a_model_is_no_failure() -> None:
+    slow = backend("m")
+    for now in range(50):
+        slow.loads(now, "Loading model")
+        assert slow.state is State.LOADING
+        assert slow.next_probe == now + 1.0, "probed each second"
+    assert not slow.usable
+    slow.failed(50.0, "reset", INTERVAL)
+    assert slow.state is State.LOADING, "one failure is not three"
+    slow.succeeded(51.0, report("m"), INTERVAL)
+    assert slow.usable
+
+
+def test_one_that_was_down_may_load() -> None:
+    down = backend("m")
+    down.failed(0.0, "refused", INTERVAL, refused=True)
+    down.loads(1.0, "Loading model")
+    assert down.state is State.LOADING
+
+
+def test_llmq_itself_is_refused_and_serves_nothing() -> None:
+    alone = Fleet()
+    mirror = add(alone, "mirror")
+    mirror.refuse(1.0, "this is llmq itself", INTERVAL)
+    assert mirror.state is State.REFUSED
+    assert not mirror.usable
+    assert alone.serving("m") == []
+    assert alone.candidates("m", None) == []
+    mirror.succeeded(20.0, report("m"), INTERVAL)  # another program took its place
+    assert alone.candidates("m", None) == [mirror]
+
+
+def test_a_draining_backend_is_given_nothing_new() -> None:
+    one = fleet(a=("m",))
+    one.backends["a"].draining = True
+    assert not one.backends["a"].usable
+    assert one.candidates("m", None) == []
+
+
+def test_any_story_of_health_keeps_the_rules() -> None:
+    """Random stories against the rules, told once more in the plainest way."""
+    rng = random.Random(1)
+    for _ in range(300):
+        one, row, now = backend(), 0, 0.0
+        for _ in range(60):
+            now += rng.choice((0.0, 0.1, 3.0))
+            before = one.state
+            step = rng.choice(("report", "request", "reset", "reset", "refused", "loads"))
+            if step == "report":
+                one.succeeded(now, report("m"), INTERVAL)
+                row, wanted = 0, State.UP
+            elif step == "request":
+                one.succeeded(now, None, INTERVAL)
+                row, wanted = 0, before
+            elif step == "loads":
+                one.loads(now, "loading")
+                wanted = State.LOADING
+            else:
+                one.failed(now, step, INTERVAL, refused=step == "refused")
+                row += 1
+                down = step == "refused" or row >= 3 or before in (State.UNKNOWN, State.DOWN)
+                wanted = State.DOWN if down else before
+            assert one.state is wanted
+            assert one.usable == (wanted is State.UP)
+            assert one.next_probe <= now + INTERVAL
+            if wanted is State.DOWN and before is not State.DOWN:
+                assert one.since == now
+
+
+# ---- Room
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "busy_here", "busy_device", "most", "room"),
+    [
+        (0, 1, 0, 0, 1, 1),
+        (0, 1, 1, 1, 1, 0),
+        (0, 8, 3, 3, 8, 5),
+        (2, 8, 0, 0, 2, 2),
+        (2, 8, 2, 2, 2, 0),
+        (2, 8, 0, 7, 2, 1),
+        (2, 8, 0, 8, 2, 0),
+        (9, 4, 0, 0, 4, 4),
+        (0, 4, 1, 3, 4, 1),
+    ],
+)
+def test_room_is_what_backend_and_device_both_leave(
+    own: int, shared: int, busy_here: int, busy_device: int, most: int, room: int
+) -> None:
+    device = Device("d", shared)
+    one = backend("m", slots=own, device=device)
+    one.busy, device.busy = busy_here, busy_device
+    assert (one.most, one.room) == (most, room)
+
+
+def test_a_lower_slot_count_leaves_no_room_and_cuts_nothing() -> None:
+    two = Fleet()
+    one = add(two, "a", shared=4)
+    one.succeeded(0.0, report("m"), INTERVAL)
+    one.busy = one.device.busy = 3
+    one.device.slots = 2
+    assert one.room <= 0
+    assert two.candidates("m", None) == []
+    assert not two.has_room()
+    one.busy = one.device.busy = 1
+    assert two.candidates("m", None) == [one]
+    assert two.has_room()
+
+
+def test_backends_on_one_device_share_its_slots() -> None:
+    both = Fleet()
+    first, second = add(both, "a"), add(both, "b")
+    for one in (first, second):
+        one.succeeded(0.0, report("m"), INTERVAL)
+    assert first.device is second.device
+    assert both.candidates("m", None) == [first, second]
+    first.busy = first.device.busy = 1
+    assert both.candidates("m", None) == []
+
+
+def test_what_still_runs_on_a_device_counts_after_its_backend_was_replaced() -> None:
+    replaced = Fleet()
+    old = add(replaced, "a", device="gpu")
+    old.succeeded(0.0, report("m"), INTERVAL)
+    old.busy = old.device.busy = 1
+    replaced.remove("a", 1.0)
+    new = add(replaced, "a", device="gpu")
+    new.succeeded(2.0, report("m"), INTERVAL)
+    assert replaced.candidates("m", None) == [], "the device's one slot is still taken"
+    old.busy = old.device.busy = 0
+    assert replaced.candidates("m", None) == [new]
+
+
+def test_a_device_stays_while_one_of_its_backends_does() -> None:
+    both = Fleet()
+    add(both, "a", device="gpu")
+    kept = add(both, "b", device="gpu")
+    both.remove("a", 1.0)
+    assert both.devices["gpu"] is kept.device
+    both.remove("b", 2.0)
+    assert "gpu" not in both.devices
+    assert both.backends == {}
+
+
+def test_a_removed_backend_is_given_nothing_new() -> None:
+    both = fleet(a=("m",), b=("m",))
+    gone = both.backends["a"]
+    both.remove("a", 1.0)
+    assert gone.draining
+    assert both.candidates("m", None) == [both.backends["b"]]
+
+
+# ---- The choice
+
+
+def choose(**facts: tuple[bool, int, float]) -> str | None:
+    """The name of the picked backend among those with (loaded, room, last used)."""
+    options = []
+    for name, (loaded, room, used) in facts.items():
+        one = backend("m", device=Device(name, 8))
+        one.name, one.used, one.busy = name, used, 8 - room
+        one.device.busy = one.busy
+        one.succeeded(0.0, report("m", loaded=("m",) if loaded else ()), INTERVAL)
+        options.append(one)
+    picked = llmq.pick_backend(options, "m")
+    return picked.name if picked else None
+
+
+def test_there_may_be_none() -> None:
+    assert choose() is None
+
+
+def test_one_that_has_the_model_loaded_goes_before_all() -> None:
+    assert choose(empty=(False, 8, 0.0), warm=(True, 1, 99.0)) == "warm"
+
+
+def test_then_the_one_with_most_room() -> None:
+    assert choose(full=(True, 1, 0.0), free=(True, 5, 99.0), cold=(False, 8, 0.0)) == "free"
+
+
+def test_then_the_one_longest_unused() -> None:
+    assert choose(late=(True, 3, 20.0), early=(True, 3, 10.0), less=(True, 2, 1.0)) == "early"
+
+
+def test_any_choice_keeps_the_order_of_the_rules() -> None:
+    rng = random.Random(2)
+    for _ in range(3000):
+        facts = {
+            f"b{number}": (rng.random() < 0.4, rng.randint(1, 4), float(number * 7 % 5))
+            for number in range(rng.randint(1, 5))
+        }
+        loaded, room, used = facts[choose(**facts) or ""]
+        for other in facts.values():
+            assert loaded or not other[0]
+            if loaded == other[0]:
+                assert room >= other[1]
+                assert room > other[1] or used <= other[2]
+
+
+def test_candidates_are_up_have_the_model_and_room() -> None:
+    several = fleet(up=("m",), other=("x",), busy=("m",), down=("m",), loading=("m",))
+    add(several, "unknown", device="u")
+    several.backends["busy"].busy = several.backends["busy"].device.busy = 1
+    several.backends["down"].failed(1.0, "refused", INTERVAL, refused=True)
+    several.backends["loading"].loads(1.0, "loading")
+    assert [one.name for one in several.candidates("m", None)] == ["up"]
+
+
+def test_the_backend_that_failed_is_avoided_unless_it_is_alone() -> None:
+    both = fleet(a=("m",), b=("m",))
+    a, b = both.backends.values()
+    assert both.candidates("m", a) == [b]
+    b.failed(1.0, "refused", INTERVAL, refused=True)
+    assert both.candidates("m", a) == [a]
+
+
+# ---- What is known of models
+
+
+def test_a_model_is_known_when_any_backend_has_it() -> None:
+    both = fleet(a=("x",), b=("M:latest",))
+    assert both.knows("m") is True
+    both.backends["b"].failed(1.0, "refused", INTERVAL, refused=True)
+    assert both.knows("m") is True, "down, but known"
+
+
+def test_a_model_is_unknown_only_when_every_backend_has_told() -> None:
+    both = fleet(a=("x",))
+    late = add(both, "late")
+    assert both.knows("m") is None
+    late.failed(1.0, "refused", INTERVAL, refused=True)
+    assert both.knows("m") is None, "it may have it, once it comes up"
+    late.succeeded(2.0, report("y"), INTERVAL)
+    assert both.knows("m") is False
+    late.succeeded(3.0, report("y", "m"), INTERVAL)
+    assert both.knows("m") is True
+
+
+def test_without_a_backend_nothing_is_known() -> None:
+    assert Fleet().knows("m") is None
+
+
+def test_llmq_itself_knows_no_models() -> None:
+    both = fleet(a=("x",))
+    add(both, "mirror").refuse(0.0, "this is llmq itself", INTERVAL)
+    assert both.knows("m") is False
+
+
+def test_a_model_is_down_since_its_last_backend_went_down() -> None:
+    both = fleet(a=("m",), b=("m",), other=("x",))
+    assert both.down_since("m") is None
+    both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
+    assert both.down_since("m") is None
+    both.backends["b"].failed(7.0, "refused", INTERVAL, refused=True)
+    assert both.down_since("m") == 7.0
+    both.backends["a"].failed(9.0, "refused", INTERVAL, refused=True)
+    assert both.down_since("m") == 7.0, "it was down already"
+    assert both.down_since("x") is None
+    both.backends["a"].loads(11.0, "loading")
+    assert both.down_since("m") is None, "one that loads is on its way"
+
+
+def test_a_backend_that_was_never_asked_is_not_down() -> None:
+    both = fleet(a=("m",))
+    both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
+    add(both, "new")
+    assert both.down_since("m") is None
+
+
+def test_a_model_is_down_since_its_last_backend_was_removed() -> None:
+    alone = fleet(a=("m",))
+    alone.remove("a", 30.0)
+    assert alone.down_since("m") == 30.0
+
+
+def test_a_removed_backend_counts_like_one_that_went_down_last() -> None:
+    both = fleet(a=("m",), b=("m",))
+    both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
+    both.remove("b", 30.0)
+    assert both.down_since("m") == 30.0
+
+
+@pytest.mark.parametrize(
+    ("backends", "model"),
+    [
+        ({"a": ("llama3:latest", "qwen3:4b")}, "llama3:latest"),
+        ({"a": ("nomic-embed-text", "qwen3:4b")}, "qwen3:4b"),
+        ({"a": ("bge-m3", "all-minilm"), "b": ("mxbai-embed-large", "phi4")}, "phi4"),
+        ({"a": ("nomic-embed-text",)}, None),
+        ({"a": ()}, None),
+        ({}, None),
+    ],
+)
+def test_the_default_model_is_the_first_that_is_not_for_embeddings(
+    backends: dict[str, tuple[str, ...]], model: str | None
+) -> None:
+    assert fleet(**backends).default_model() == model
+
+
+def test_a_backend_that_never_told_has_no_default_model() -> None:
+    both = Fleet()
+    add(both, "silent")
+    add(both, "b").succeeded(0.0, report("m"), INTERVAL)
+    assert both.default_model() == "m"
+
+
+# ---- What runners tell
+
+
+@pytest.mark.parametrize(
+    ("recording", "models", "kind"),
+    [
+        ("ollama.models", ["counter:latest", "slow:latest"], ""),
+        ("llama-server.models", ["counter"], "llamacpp"),
+        ("llama-cpp-python.models", ["counter"], ""),
+        ("vllm.models", ["counter"], "vllm"),
+    ],
+)
+def test_the_models_of_real_runners_are_read(recording: str, models: list[str], kind: str) -> None:
+    entries = llmq.read_models(recorded(recording))
+    assert [one["id"] for one in entries] == models
+    assert llmq.read_kind(entries) == kind
+
+
+def test_an_ollama_without_a_model_is_no_mistake() -> None:
+    assert llmq.read_models({"object": "list", "data": None}) == ()
+    assert llmq.read_models({"object": "list", "data": []}) == ()
+    assert llmq.read_kind(()) == ""
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        None,
+        [],
+        "models",
+        3,
+        {},
+        {"data": {}},
+        {"data": "m"},
+        {"data": [1]},
+        {"data": ["m"]},
+        {"data": [None]},
+        {"data": [{}]},
+        {"data": [{"name": "m"}]},
+        {"data": [{"id": "m"}, {"name": "n"}]},
+        {"error": {"message": "no"}},
+        {"models": [{"name": "m"}]},
+    ],
+)
+def test_what_is_no_list_of_models_is_told_so(payload: object) -> None:
+    with pytest.raises(ValueError, match="models"):
+        llmq.read_models(payload)
+
+
+@pytest.mark.parametrize("recording", ["llama-server.err-404", "vllm.err-404", "ollama.api-tags"])
+def test_other_answers_of_real_runners_are_no_list_of_models(recording: str) -> None:
+    with pytest.raises(ValueError, match="models"):
+        llmq.read_models(recorded(recording))
+
+
+@pytest.mark.parametrize("owner", [None, 1, "", [], ["vllm"], {}, {"name": "vllm"}, "somebody"])
+def test_an_odd_owner_gives_no_kind_away(owner: object) -> None:
+    entries = llmq.read_models({"data": [{"id": "m", "owned_by": owner}]})
+    assert llmq.read_kind(entries) == ""
+
+
+def test_the_loaded_models_of_a_real_ollama_are_read() -> None:
+    models = ("counter:latest", "slow:latest")
+    assert llmq.read_loaded("ollama", models, recorded("ollama.api-ps")) == ("counter:latest",)
+
+
+def test_lm_studio_tells_the_state_of_each_model() -> None:
+    payload = {"data": [{"id": "a", "state": "loaded"}, {"id": "b", "state": "not-loaded"}]}
+    assert llmq.read_loaded("lmstudio", ("a", "b"), payload) == ("a",)
+
+
+@pytest.mark.parametrize("kind", ["llamacpp", "vllm", "openai", ""])
+def test_other_runners_have_loaded_what_they_list(kind: str) -> None:
+    assert llmq.read_loaded(kind, ("a", "b"), None) == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["ollama", "lmstudio"])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        None,
+        [],
+        "x",
+        3,
+        {},
+        {"models": None, "data": None},
+        {"models": 5, "data": 5},
+        {"models": [1], "data": [1]},
+        {"models": [None], "data": [None]},
+        {"models": ["m"], "data": ["m"]},
+        {"models": [{}], "data": [{"state": "loaded"}]},
+        {"models": [[]], "data": [[]]},
+    ],
+)
+def test_odd_news_of_loaded_models_is_no_news(kind: str, payload: object) -> None:
+    assert llmq.read_loaded(kind, ("m",), payload) == ()

@@ -1,0 +1,425 @@
+"""What runs beside the requests: looks at backends, the search for runners, the feed, the sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.fakes import FakeBackend, eventually, running
+
+State = llmq.State
+KINDS = ["openai", "ollama", "llamacpp", "lmstudio", "vllm"]
+NOWHERE = "http://127.0.0.1:9"
+
+
+def gateway_of(**settings: Any) -> Any:
+    """A gateway that nothing runs beside yet."""
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    return llmq.Gateway(llmq.build_settings(values), "0123456789abcdef", time.monotonic)
+
+
+def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> Any:
+    one = llmq.BackendSettings(url=fake.url, **settings)
+    return gateway.fleet.add(name, one, "local", 1)
+
+
+async def probe(gateway: Any, fake: FakeBackend, **settings: Any) -> Any:
+    """A backend that has been looked at once."""
+    backend = add(gateway, fake, **settings)
+    await llmq.Monitor(gateway).start_probe(backend)
+    return backend
+
+
+# ---- One look --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_kind_is_told_by_what_a_runner_answers(kind: str) -> None:
+    async with FakeBackend(models=["a", "b"], kind=kind) as fake:
+        fake.loaded = ["b"]
+        gateway = gateway_of()
+        backend = await probe(gateway, fake)
+        assert (backend.state, backend.kind, backend.error) == (State.UP, kind, None)
+        assert backend.report.models == ("a", "b")
+        assert backend.report.loaded == (("b",) if kind == "ollama" else ("a", "b"))
+        assert 0 < backend.report.latency < 10
+        fake.probe_paths.clear()
+        await llmq.Monitor(gateway).start_probe(backend)
+        again = {"ollama": ["/api/ps"], "lmstudio": ["/api/v0/models"]}
+        assert fake.probe_paths == ["/v1/models", *again.get(kind, [])], "the kind is known now"
+
+
+async def test_kind_that_is_set_is_not_asked_for() -> None:
+    async with FakeBackend(kind="openai") as fake:
+        backend = await probe(gateway_of(), fake, kind="vllm")
+        assert (backend.state, backend.kind) == (State.UP, "vllm")
+        assert "/api/v0/models" not in fake.probe_paths
+
+
+async def test_key_is_sent_with_every_look() -> None:
+    keys = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        keys.append("authorization: bearer sk-1\r\n" in head)
+        writer.write(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"object":"list","data":[]}')
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        gateway = gateway_of()
+        backend = gateway.fleet.add("b", llmq.BackendSettings(url=url, key="sk-1"), "local", 1)
+        await llmq.Monitor(gateway).start_probe(backend)
+        assert backend.state is State.UP
+        assert len(keys) >= 2
+        assert all(keys)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "state", "word"),
+    [
+        (503, {"error": {"message": "Loading model"}}, State.LOADING, "Loading model"),
+        (503, {"error": {"message": "busy"}}, State.DOWN, "busy"),
+        (500, {"error": {"message": "out of memory"}}, State.DOWN, "out of memory"),
+        (401, {"error": {"message": "who?"}}, State.DOWN, "key"),
+        (404, b"no such page", State.DOWN, "404"),
+        (302, b"", State.DOWN, "302"),
+        (200, b"<html>hello</html>", State.DOWN, "models"),
+        (200, [], State.DOWN, "models"),
+        (200, {"data": {}}, State.DOWN, "models"),
+        (200, {"data": [{}]}, State.DOWN, "models"),
+        (200, {"data": ["m"]}, State.DOWN, "models"),
+        (200, {"object": "list", "data": None}, State.UP, ""),
+        (200, b"[" * 100000, State.DOWN, "models"),
+    ],
+)
+async def test_answer_to_a_look_tells_the_health(
+    status: int, body: Any, state: Any, word: str
+) -> None:
+    async with FakeBackend() as fake:
+        fake.probe_answers["/v1/models"] = (status, body)
+        backend = await probe(gateway_of(), fake)
+        assert backend.state is state
+        assert word in (backend.error or "")
+
+
+async def test_runner_that_loads_is_looked_at_each_second() -> None:
+    async with FakeBackend() as fake:
+        fake.probe_status = 503
+        backend = await probe(gateway_of(), fake)
+        assert backend.state is State.LOADING
+        assert backend.failures == 0
+        assert 0.5 < backend.next_probe - time.monotonic() <= 1.0
+
+
+async def test_backend_where_nobody_listens_is_down_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "llmq")
+    async with FakeBackend() as fake:
+        gateway = gateway_of()
+        backend = await probe(gateway, fake)
+        assert backend.state is State.UP
+        await fake.stop_listening()
+        monitor = llmq.Monitor(gateway)
+        await monitor.start_probe(backend)
+        assert (backend.state, backend.failures) == (State.DOWN, 1)
+        await fake.listen_again()
+        await monitor.start_probe(backend)
+        assert (backend.state, backend.failures, backend.error) == (State.UP, 0, None)
+    up, down, up_again = [record.getMessage() for record in caplog.records]
+    assert up == up_again == "backend box is up"
+    assert down.startswith("backend box is down: ")
+
+
+async def test_backend_that_resets_is_down_after_three_failures_in_a_row() -> None:
+    async with FakeBackend() as fake:
+        gateway = gateway_of()
+        backend = await probe(gateway, fake)
+        monitor = llmq.Monitor(gateway)
+        fake.probe_answers["/v1/models"] = (500, b"")
+        states = []
+        for _ in range(3):
+            await monitor.start_probe(backend)
+            states.append(backend.state)
+        assert states == [State.UP, State.UP, State.DOWN]
+
+
+async def test_backend_that_does_not_answer_a_look_in_time_is_down() -> None:
+    async with FakeBackend() as fake:
+        fake.hold_probes()
+        began = time.monotonic()
+        backend = await probe(gateway_of(upstream__probe_timeout=0.1), fake)
+        assert 0.1 <= time.monotonic() - began < 2
+        assert backend.state is State.DOWN
+        assert "answer" in backend.error
+        fake.release_probes()
+
+
+async def test_slow_look_says_nothing_of_a_backend_that_delivered_lately() -> None:
+    async with FakeBackend() as fake:
+        gateway = gateway_of(upstream__probe_timeout=0.1)
+        backend = await probe(gateway, fake)
+        monitor = llmq.Monitor(gateway)
+        fake.hold_probes()
+        backend.delivered = time.monotonic()
+        await monitor.start_probe(backend)
+        assert (backend.state, backend.failures) == (State.UP, 0)
+        assert backend.next_probe > time.monotonic() + 5
+        backend.delivered = time.monotonic() - llmq.LATELY
+        await monitor.start_probe(backend)
+        assert backend.failures == 1
+        fake.release_probes()
+
+
+async def test_backend_that_is_this_llmq_is_refused_and_asked_nothing_more() -> None:
+    async with FakeBackend() as fake:
+        gateway = gateway_of()
+        version = {"version": "0.1", "instance": gateway.instance}
+        fake.probe_answers["/api/version"] = (200, version)
+        backend = await probe(gateway, fake)
+        assert backend.state is State.REFUSED
+        assert "itself" in backend.error
+        assert fake.probe_paths == ["/api/version"]
+        assert gateway.fleet.serving("m") == []
+
+
+async def test_another_llmq_is_a_backend_like_any() -> None:
+    async with FakeBackend() as fake, running(fake.url) as inner, running(inner.base) as outer:
+        assert (await outer.chat("through both")).content == "through both"
+
+
+# ---- When to look ----------------------------------------------------------------------------
+
+
+async def test_step_looks_at_what_is_due_and_not_twice_at_once() -> None:
+    async with FakeBackend() as one, FakeBackend() as two:
+        gateway = gateway_of()
+        monitor = llmq.Monitor(gateway)
+        due, later = add(gateway, one, "due"), add(gateway, two, "later")
+        later.next_probe = time.monotonic() + 60
+        one.hold_probes()
+        monitor.step(time.monotonic())
+        monitor.step(time.monotonic())
+        await eventually(lambda: one.probes)
+        flight = monitor.start_probe(due)
+        assert monitor.start_probe(due) is flight
+        one.release_probes()
+        await flight
+        assert due.state is State.UP
+        assert one.probe_paths.count("/v1/models") == 1
+        assert two.probes == 0
+        assert monitor.start_probe(due) is not flight
+        monitor.close()
+
+
+async def test_backend_is_looked_at_again_after_a_while() -> None:
+    async with FakeBackend(models=["old"]) as fake:
+        async with running(fake.url, upstream__probe_interval=0.05) as q:
+            (backend,) = q.gateway.fleet.backends.values()
+            await eventually(lambda: backend.models == {"old": ["old"]})
+            fake.models = ["new", "New"]
+            await eventually(lambda: backend.models == {"new": ["new", "New"]})
+
+
+async def test_failed_request_makes_the_monitor_look_at_once() -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, upstream__probe_interval=3600) as q:
+            (backend,) = q.gateway.fleet.backends.values()
+            await eventually(lambda: backend.state is State.UP)
+            before = fake.probes
+            task = asyncio.ensure_future(q.chat("x"))
+            (await fake.arrived()).reset()
+            (await fake.arrived()).reset()
+            assert (await task).status == 502
+            await eventually(lambda: fake.probes > before)
+
+
+async def test_look_is_shared_and_at_most_one_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeBackend(kind="vllm") as fake:
+        gateway = gateway_of()
+        monitor = llmq.Monitor(gateway)
+        add(gateway, fake)
+        await asyncio.gather(*(gateway.look() for _ in range(20)))
+        assert fake.probe_paths.count("/v1/models") == 1
+        await gateway.look()
+        assert fake.probe_paths.count("/v1/models") == 1
+        monkeypatch.setattr(llmq, "LOOK_SECONDS", 0.0)
+        await monitor.look()
+        assert fake.probe_paths.count("/v1/models") == 2
+
+
+async def test_unknown_models_cost_a_backend_one_look_a_second() -> None:
+    async with FakeBackend(kind="vllm") as fake:
+        async with running(fake.url, upstream__probe_interval=3600) as q:
+            await q.chat("x")
+            before = fake.probe_paths.count("/v1/models")
+            answers = await asyncio.gather(*(q.chat("x", model=f"no{n}") for n in range(30)))
+            assert {answer.status for answer in answers} == {404}
+            assert fake.probe_paths.count("/v1/models") - before <= 2
+
+
+async def test_first_request_waits_for_the_first_look_and_not_for_the_next() -> None:
+    async with FakeBackend(models=["only"]) as fake:
+        fake.hold_probes()
+        async with running(fake.url) as q:
+            task = asyncio.ensure_future(q.chat("x", model=None))
+            await eventually(lambda: fake.probes)
+            fake.release_probes()
+            answer = await task
+            assert (answer.status, answer.json()["model"]) == (200, "only")
+
+
+# ---- Runners that nobody named ---------------------------------------------------------------
+
+
+async def test_runners_on_this_box_are_found_where_their_own_routes_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "lmstudio") as studio:
+        async with FakeBackend(["c"], "openai") as stranger, FakeBackend(["d"], "vllm") as vllm:
+            places = {
+                "ollama": ollama.url,
+                "lmstudio": studio.url,
+                "llamacpp": stranger.url,
+                "vllm": vllm.url,
+            }
+            monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+            async with running() as q:
+                fleet = q.gateway.fleet
+                await eventually(lambda: len(fleet.backends) == 3)
+                await eventually(lambda: all(b.usable for b in fleet.backends.values()))
+                kinds = {name: one.kind for name, one in fleet.backends.items()}
+                assert kinds == {"ollama": "ollama", "lmstudio": "lmstudio", "vllm": "vllm"}
+                assert set(fleet.devices) == {"local"}, "one machine, one slot"
+                assert fleet.devices["local"].slots == 1
+                for model in ("a", "b", "d"):
+                    assert (await q.chat("x", model=model)).status == 200
+                assert (await q.chat("x", model="c")).status == 404
+                assert not stranger.requests
+
+
+async def test_runner_that_starts_later_is_found_and_none_is_found_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend(["b"], "vllm") as vllm:
+        await vllm.stop_listening()
+        places = {"ollama": NOWHERE, "vllm": vllm.url}
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        gateway = gateway_of()
+        finder = llmq.Finder(gateway)
+        await finder.step()
+        assert not gateway.fleet.backends
+        await vllm.listen_again()
+        await finder.step()
+        await finder.step()
+        assert list(gateway.fleet.backends) == ["vllm"]
+
+
+async def test_llmq_does_not_find_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeBackend(kind="ollama") as fake, running(fake.url) as q:
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", {"openai": q.base})
+        before = list(q.gateway.fleet.backends)
+        await llmq.Finder(q.gateway).step()
+        assert list(q.gateway.fleet.backends) == before
+
+
+async def test_place_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeBackend(["a"], "llamacpp") as silent, FakeBackend(["b"], "vllm") as vllm:
+        silent.hold_probes()
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", {"llamacpp": silent.url, "vllm": vllm.url})
+        gateway = gateway_of(upstream__probe_timeout=0.2)
+        await llmq.Finder(gateway).step()
+        assert list(gateway.fleet.backends) == ["vllm"]
+        silent.release_probes()
+
+
+async def test_found_runner_gets_the_slots_that_are_set_for_this_box(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "vllm") as vllm:
+        places = {"ollama": ollama.url, "vllm": vllm.url}
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        async with running(devices={"local": {"slots": 3}}, queue__slots=2) as q:
+            await eventually(lambda: len(q.gateway.fleet.backends) == 2)
+            assert q.gateway.fleet.devices["local"].slots == 3
+
+
+async def test_ollama_is_used_though_it_starts_later_and_nothing_is_sought_with_a_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "vllm") as vllm:
+        places = {"ollama": ollama.url, "vllm": vllm.url}
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        await ollama.stop_listening()
+        async with running(upstream__probe_interval=0.1) as q:
+            await eventually(lambda: "vllm" in q.gateway.fleet.backends)
+            assert list(q.gateway.fleet.backends) == ["ollama", "vllm"]
+            await ollama.listen_again()
+            assert (await q.chat("x", model="a")).status == 200
+        async with running(ollama.url) as q:
+            assert (await q.chat("x", model="a")).status == 200
+            assert len(q.gateway.fleet.backends) == 1
+
+
+# ---- The feed and the sweep ------------------------------------------------------------------
+
+
+async def test_feed_renders_once_for_all_who_watch_and_only_what_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = gateway_of()
+    desk = llmq.Desk(gateway)
+    feed = llmq.Feed(gateway, desk)
+    rendered = []
+    snapshot = desk.snapshot
+    monkeypatch.setattr(desk, "snapshot", lambda: rendered.append(1) or snapshot())
+    feed.step()
+    assert not rendered, "nobody watches"
+    feed.watchers = 3
+    watchers = [asyncio.ensure_future(feed.next(5)) for _ in range(3)]
+    await asyncio.wait(watchers, timeout=0)
+    feed.step()
+    assert await asyncio.gather(*watchers) == [True, True, True]
+    assert len(rendered) == 1
+    feed.step()
+    assert len(rendered) == 1, "nothing changed"
+    assert not await feed.next(0.01)
+    desk.set_mode(llmq.Mode.PAUSED)
+    feed.step()
+    assert len(rendered) == 2
+    assert b'"mode":"paused"' in feed.latest
+
+
+async def test_sweep_compares_every_deadline_with_the_clock() -> None:
+    gateway = gateway_of()
+    swept: list[tuple[str, float]] = []
+
+    class Server:
+        def sweep(self, now: float) -> None:
+            swept.append(("server", now))
+
+    gateway.sweep = lambda now: swept.append(("gateway", now))
+    llmq.Sweeper(gateway, [Server(), Server()]).step(7.0)
+    assert swept == [("server", 7.0), ("server", 7.0), ("gateway", 7.0)]
+
+
+async def test_monitor_that_is_closed_leaves_nothing_behind() -> None:
+    async with FakeBackend() as fake:
+        fake.hold_probes()
+        gateway = gateway_of()
+        monitor = llmq.Monitor(gateway)
+        backend = add(gateway, fake)
+        flight = monitor.start_probe(backend)
+        await eventually(lambda: fake.probes)
+        monitor.close()
+        await asyncio.wait([flight])
+        assert flight.cancelled()
+        await eventually(lambda: not [c for c in fake.open if not c.peer_closed()])
+        fake.release_probes()

@@ -1,0 +1,628 @@
+"""Seeded mutations of a kept corpus: no exception, no hang, and no cut of the bytes matters.
+
+`python -m tests.test_fuzz 1000000 7` is the long run, with a seed; a failing input is printed as
+bytes together with its number, and `python -m tests.test_fuzz 1 7 12345` runs that one again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import llmq
+from tests import corpus
+
+COUNT = int(os.environ.get("LLMQ_FUZZ", "20000"))
+SEED = os.environ.get("LLMQ_FUZZ_SEED", "1")
+SLOW = 5.0  # seconds of processor time for one input: far above any of them
+ALARM = 30  # seconds for one input of the long run
+BODY_LIMIT = 4096  # small, so that mutations meet it
+RECORDINGS = Path(__file__).parent / "real" / "recordings"
+
+TOKENS = [
+    *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b";", b",", b'"', b"\\", b"\xa0", b"\xff"),
+    *(b"{", b"}", b"[", b"]", b"null", b"NaN", b"1e999", b"\\ud800", b"\\u", b"\xef\xbb\xbf"),
+    *(b"0\r\n\r\n", b"\r\n\r\n", b"1\r\nx\r\n", b"F" * 16, b"9" * 19, b"9" * 5000, b"-1", b"+1"),
+    *(b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0", b"GET / HTTP/1.1\r\n", b"http://h/", b"Host: a\r\n"),
+    *(b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n"),
+    *(b"Connection: close\r\n", b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"),
+    *(b"Keep-Alive: timeout=5\r\n", b"Content-Type: text/event-stream\r\n", b"Retry-After: 5\r\n"),
+    *(b"data: [DONE]\n\n", b"data: ", b"[DONE]", b"error: {}\n\n", b'data: {"error":"x"}\n\n'),
+    *(b'"error":', b'"usage":{"completion_tokens":3}', b'"model":"m",', b'"priority":"low",'),
+    *(b'"numCtx":1,', b'"stream":true,', b"[" * 120, b'{"a":' * 120, b"A" * 300, b"X: y\r\n" * 101),
+]
+
+# ---- Mutations -----------------------------------------------------------------------------------
+
+
+def span(chance: random.Random, data: bytearray) -> slice:
+    start = chance.randint(0, len(data))
+    return slice(start, min(len(data), start + chance.choice([1, 1, 2, 4, 16, 100, 1000])))
+
+
+def set_byte(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    if data:
+        data[chance.randrange(len(data))] = chance.randrange(256)
+
+
+def insert_token(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    at = chance.randint(0, len(data))
+    data[at:at] = chance.choice(TOKENS)
+
+
+def overwrite(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    data[span(chance, data)] = chance.choice(TOKENS)
+
+
+def remove(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    del data[span(chance, data)]
+
+
+def double(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    which = span(chance, data)
+    data[which.start : which.start] = data[which]
+
+
+def move(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    which = span(chance, data)
+    piece = data[which]
+    del data[which]
+    at = chance.randint(0, len(data))
+    data[at:at] = piece
+
+
+def truncate(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    del data[chance.randint(0, len(data)) :]
+
+
+def splice(chance: random.Random, data: bytearray, others: list[bytes]) -> None:
+    other = chance.choice(others)
+    data[chance.randint(0, len(data)) :] = other[chance.randint(0, len(other)) :]
+
+
+def append(chance: random.Random, data: bytearray, others: list[bytes]) -> None:
+    data += chance.choice(others)
+
+
+def count_on(chance: random.Random, data: bytearray, _: list[bytes]) -> None:
+    """Another digit in place of one: sizes and lengths that are a little off."""
+    digits = [at for at, byte in enumerate(data[:2000]) if 48 <= byte <= 57]
+    if digits:
+        data[chance.choice(digits)] = chance.choice(b"0123456789aF")
+
+
+MUTATIONS = [
+    *(set_byte, insert_token, insert_token, overwrite, remove, double, move),
+    *(truncate, splice, append, count_on, count_on),
+]
+
+
+def mutated(chance: random.Random, seeds: list[bytes]) -> bytes:
+    data = bytearray(chance.choice(seeds))
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 2, 3, 5])):
+        chance.choice(MUTATIONS)(chance, data, seeds)
+    return bytes(data)
+
+
+def cut(chance: random.Random, data: bytes) -> list[bytes]:
+    """The same bytes in pieces, now and then one by one."""
+    if len(data) < 2000 and chance.random() < 0.04:
+        return [data[at : at + 1] for at in range(len(data))]
+    places = sorted(chance.randint(0, len(data)) for _ in range(chance.choice([1, 1, 2, 4, 8])))
+    edges = [0, *places, len(data)]
+    return [data[start:end] for start, end in zip(edges, edges[1:]) if end > start]
+
+
+# ---- The reading code, without sockets and without turns of the loop -----------------------------
+
+
+class Writer:
+    """All that a connection does to its writer and transport, noted."""
+
+    def __init__(self) -> None:
+        self.transport = self
+        self.sent: list[bytes] = []
+        self.handled: list[Any] = []  # by the handler below
+        self.closing = False
+
+    def write(self, data: bytes) -> None:
+        if not self.closing:
+            self.sent.append(data)
+
+    def write_eof(self) -> None:
+        self.sent.append(b"(end)")
+
+    def abort(self) -> None:
+        self.closing = True
+
+    close = abort
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int = 0) -> None:
+        pass
+
+    async def drain(self) -> None:
+        pass
+
+    def get_extra_info(self, _name: str) -> Any:
+        return self
+
+    def setsockopt(self, *option: Any) -> None:
+        pass
+
+
+class Inbox(llmq.Inbox):
+    async def farewell(self, timeout: float) -> None:
+        """Without a clock: the end of the bytes always comes here."""
+        ended = asyncio.get_running_loop().create_future()
+        self.room, self.on_end = 0, lambda: ended.set_result(timeout)
+        if not self.ended:
+            await ended
+
+
+class Driven:
+    """A coroutine that waits for nothing but its reader, run as far as it gets."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
+        self.waits_for: Any = None  # a future that only more bytes complete
+        self.done = False
+        self.result: Any = None
+
+    def run(self) -> None:
+        try:
+            while self.waits_for is None or self.waits_for.done():
+                self.waits_for = self.coroutine.send(None)
+        except StopIteration as end:
+            self.done, self.result = True, end.value
+        except BaseException:
+            self.done = True
+            raise
+
+    def feed(self, reader: Inbox, pieces: list[bytes]) -> Any:
+        """Give it these bytes, then the end; it has to be done by then."""
+        try:
+            self.run()
+            for piece in pieces:
+                if not self.done:
+                    reader.feed_data(piece)
+                    self.run()
+            if not self.done:
+                reader.feed_eof()
+                self.run()
+            assert self.done, "it waits for more than there will ever be"
+        finally:
+            self.coroutine.close()
+        return self.result
+
+
+class Raising(logging.Handler):
+    """What the last resort of a connection would log is a failure here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise record.exc_info[1] if record.exc_info and record.exc_info[1] else AssertionError
+
+
+async def handle(exchange: llmq.Exchange) -> None:
+    """What routes do to an exchange, in small; a query asks for the other ends."""
+    request = exchange.request
+    noted = [request.method, request.target, request.path, request.query, request.minor]
+    writer: Any = exchange.connection.writer
+    writer.handled.append((*noted, request.headers))
+    try:
+        llmq.parse_host(request.headers.get("host", "?"))
+        if request.method not in ("POST", "PUT"):
+            exchange.respond(200, b"ok", "text/plain")
+            return
+        await exchange.read_body(BODY_LIMIT)
+        writer.handled.append(request.body)
+        question = llmq.read_chat(request.body, request.headers.get("x-queue-priority"))
+        if not question.stream:
+            exchange.respond(200, question.body_for("other"))
+            return
+        exchange.start(200, "text/event-stream")
+        exchange.send(b"data: 1\n\n")
+        if request.query:
+            exchange.fail(b"data: failed\n\n")
+        else:
+            exchange.finish(b"data: [DONE]\n\n")
+    except llmq.ClientLeft:
+        raise
+    except llmq.LlmqError as error:
+        if exchange.connection.phase is llmq.Phase.BODY:
+            raise  # its body was broken: nothing behind it can be read
+        exchange.respond(error.status, llmq.render_error(error))
+
+
+SERVER = llmq.HttpServer(handle, llmq.build_settings({}).server, 1024)
+SERVER.date = "then"
+
+
+def serve(pieces: list[bytes]) -> tuple[list[Any], bytes]:
+    """The requests on one connection, and all that is answered."""
+    reader, writer = Inbox(), Writer()
+    connection = llmq.Connection(SERVER, reader, writer)  # type: ignore[arg-type]
+    Driven(connection.run()).feed(reader, pieces)
+    given = sum(map(len, pieces))
+    assert connection.consumed <= reader.received <= given
+    bodies = [one for one in writer.handled if isinstance(one, bytes)]
+    assert sum(map(len, bodies)) <= given
+    return writer.handled, b"".join(writer.sent)
+
+
+async def ask(upstream: llmq.Upstream) -> Any:
+    """An answer; then its connection is kept only if nothing in it is left unread."""
+    try:
+        return await read(upstream)
+    finally:
+        if upstream.reusable:
+            rest = Driven(upstream.reader.read(1))
+            rest.run()
+            rest.coroutine.close()
+            assert not rest.done, "a connection with unread bytes is kept for the next request"
+
+
+async def read(upstream: llmq.Upstream) -> Any:
+    """What the gateway does with an answer, in small."""
+    head = await upstream.read_head()
+    if head.status != 200:
+        refusal = llmq.read_refusal(head, await upstream.read_rest(llmq.ERROR_BODY))
+        return head, type(refusal), refusal.status, llmq.render_error(refusal)
+    if head.headers.get("content-type", "").startswith("text/event-stream"):
+        watch, shown = llmq.StreamWatch(), []
+        while not upstream.body.done:
+            shown.append(watch.feed(await upstream.read_piece()))
+            assert b"\ndata: [DONE]" not in b"\n" + b"".join(shown)
+        return head, b"".join(shown) + watch.finish(), watch.tokens
+    body = await upstream.read_rest(llmq.ANSWER_LIMIT)
+    return head, body, llmq.read_whole(body)
+
+
+def answer(pieces: list[bytes]) -> Any:
+    """An answer as read from a backend, or the kind of error that it is."""
+    reader = Inbox()
+    upstream = llmq.Upstream(None, reader, Writer())  # type: ignore[arg-type]
+    upstream.send(b"a request")
+    driven = Driven(ask(upstream))
+    try:
+        result = driven.feed(reader, pieces)
+    except llmq.BackendError as error:
+        return type(error)
+    return result
+
+
+# ---- Checks: each gets an input and says by an exception what is wrong with llmq -----------------
+
+
+def check_cuts(read: Callable[[list[bytes]], Any], data: bytes, pieces: list[bytes]) -> None:
+    parts, whole = read(pieces), read([data] if data else [])
+    lengths = [len(piece) for piece in pieces]
+    assert parts == whole, f"cut {lengths}: {parts!r:.400}\nwhole: {whole!r:.400}"
+
+
+def check_requests(data: bytes, chance: random.Random) -> None:
+    check_cuts(serve, data, cut(chance, data))
+
+
+def check_answers(data: bytes, chance: random.Random) -> None:
+    check_cuts(answer, data, cut(chance, data))
+
+
+def decoded(pieces: list[bytes]) -> Any:
+    body, payload, behind = llmq.ChunkedBody(), b"", b""
+    try:
+        for piece in pieces:
+            if body.done:
+                behind += piece
+            else:
+                payload += body.feed(piece)
+                behind = body.surplus
+    except ValueError:
+        return ValueError
+    assert len(payload) + len(behind) <= sum(map(len, pieces))
+    return payload, body.done, behind
+
+
+def check_chunks(data: bytes, chance: random.Random) -> None:
+    check_cuts(decoded, data, cut(chance, data))
+
+
+def watched(pieces: list[bytes]) -> Any:
+    watch, shown = llmq.StreamWatch(), b""
+    try:
+        for piece in pieces:
+            shown += watch.feed(piece)
+        rest = watch.finish()
+    except llmq.BackendError:
+        return llmq.BackendError
+    assert shown + rest == b"".join(pieces), "nothing is lost, nothing made up"
+    return shown, rest, watch.tokens
+
+
+def check_streams(data: bytes, chance: random.Random) -> None:
+    check_cuts(watched, data, cut(chance, data))
+
+
+def strict(text: str) -> Any:
+    """The members of a JSON object as the standard library reads it; None when it is none."""
+    try:
+        document = json.loads(text, parse_constant=llmq.refuse_constant)
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or len(document) != len(pairs):
+        return None
+    return document
+
+
+def check_bodies(data: bytes, _chance: random.Random) -> None:
+    try:
+        text = llmq.decode_json(data)
+        members = llmq.locate_members(text)
+    except llmq.BadRequest as error:
+        text = data.decode("utf-8", "replace")
+        deep = text.count("{") + text.count("[") > llmq.DEPTH_LIMIT
+        refused = deep or text.encode() != data or strict(text) is None
+        assert refused, error.message  # noqa: PT017 - why a good one was not taken
+        return
+    meaning = strict(text)
+    assert {member.name: member.value for member in members} == meaning
+    left = llmq.cut_members(text, members, llmq.EXTENSIONS)
+    kept = {name: value for name, value in meaning.items() if name not in llmq.EXTENSIONS}
+    assert strict(left) == kept
+    try:
+        question = llmq.read_chat(data)
+    except llmq.BadRequest:
+        return
+    assert question.body.decode() == left
+    assert strict(question.body_for("other").decode()) == {**kept, "model": "other"}
+
+
+# ---- The corpus ----------------------------------------------------------------------------------
+
+MESSAGES = b'"messages":[{"role":"user","content":"hi \xf0\x9f\xa6\x99"}]'
+BODIES = [
+    b"{" + MESSAGES + b"}",
+    b'{"model":"m",' + MESSAGES + b',"stream":true,"priority":"low","numCtx":4096}',
+    b' { "priority" : true ,\n"model" : "\\u006d\\n" , ' + MESSAGES + b' , "numCtx" : 1 }\r\n',
+    b'{"numCtx":null,"priority":null,"model":null,' + MESSAGES + b',"stop":[],"x":{}}',
+    b'{"a":[1,-0.5e+9,true,null,"\\"\\\\\\/\\ud83e\\udd99",{"model":{"priority":[[]]}}],'
+    + MESSAGES
+    + b"}",
+    b'{"x":' + b"[" * 98 + b"]" * 98 + b"," + MESSAGES + b"}",
+    b"{}",
+    *(corpus.saying(text) for text in (b"first", b"\\u0000", b"[DONE]")),
+]
+CHUNKS = [
+    corpus.CHUNKS,
+    *(case for name, case, _ in corpus.rows(corpus.GOOD_CHUNKS) if name),
+    b"5;a=b\r\nhello\r\n0\r\nX: y\r\nZ:\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    b"1\r\n\r\r\n1\r\n\n\r\n2\r\n\r\n\r\n0\r\n\r\n",
+    b"1;" + b"a" * 250 + b"\r\nx\r\n0\r\nA: " + b"b" * 8000 + b"\r\n\r\n",
+]
+
+
+def recorded() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(RECORDINGS.glob("*.response.txt"))]
+
+
+def request_seeds() -> list[bytes]:
+    """Every request of the corpus; the good ones, which are few, as often as the others."""
+    absolute = corpus.get(target=b"http://localhost/health")
+    streams = corpus.post(b"Content-Length: %d\r\n" % len(BODIES[1]), BODIES[1])
+    failing = streams.replace(b" HTTP/1.1", b"?x HTTP/1.1")
+    old = streams.replace(b"HTTP/1.1", b"HTTP/1.0")
+    chunked = corpus.post(corpus.CHUNKED, corpus.chunk(BODIES[1]) + corpus.LAST)
+    return [
+        *corpus.REQUESTS.values(),
+        absolute,
+        streams + absolute,
+        failing,
+        old,
+        chunked + chunked,
+    ]
+
+
+def answer_seeds() -> list[bytes]:
+    plain = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    return [
+        *recorded(),
+        plain + b"Content-Length: 2\r\n\r\n{}" + plain,
+        plain + b"Content-Length: 0\r\n\r\n" + plain + b"Content-Length: 2\r\n\r\n{}",
+        plain + b"\r\n{}",
+        plain + b"Keep-Alive: timeout=5\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + plain + b"Content-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 503 Unavailable\r\nRetry-After: 5\r\nContent-Length: 17\r\n\r\n"
+        b'{"error":"later"}',
+    ]
+
+
+def stream_seeds() -> list[bytes]:
+    streams = [
+        llmq.ChunkedBody().feed(data[data.index(b"\r\n\r\n") + 4 :])
+        for data in recorded()
+        if b"text/event-stream" in data
+    ]
+    event = b'data: {"choices":[{"delta":{"content":"[DONE]"}}]}\n\n'
+    failed = b'data: {"error":{"message":"x"}}\n\n'
+    return [
+        *streams,
+        event + failed,
+        event.replace(b"\n", b"\r\n") + b"data: [DONE]\r\n\r\n",
+        failed,
+    ]
+
+
+Check = Callable[[bytes, random.Random], None]
+TARGETS: dict[str, tuple[Check, list[bytes]]] = {
+    "requests": (check_requests, request_seeds()),
+    "answers": (check_answers, answer_seeds()),
+    "chunks": (check_chunks, CHUNKS),
+    "streams": (check_streams, stream_seeds()),
+    "bodies": (check_bodies, BODIES),
+}
+TURNS = ["requests"] * 4 + ["answers"] * 2 + ["chunks", "streams", "bodies", "bodies"]
+
+
+def check(name: str, data: bytes, chance: random.Random) -> None:
+    """One input; whatever is wrong with it is told with its bytes."""
+    start = time.process_time()
+    try:
+        TARGETS[name][0](data, chance)
+        spent = time.process_time() - start
+        assert spent < SLOW, f"it took {spent:.1f} s"
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__} {error}\n{name} = {data!r}") from error
+
+
+def check_number(number: int, seed: str) -> None:
+    """One input by its number: the same in every run with this seed."""
+    chance = random.Random(f"{seed} {number}")
+    name = TURNS[number % len(TURNS)]
+    try:
+        check(name, mutated(chance, TARGETS[name][1]), chance)
+    except AssertionError as error:
+        raise AssertionError(f"input {number} of seed {seed}: {error}") from error.__cause__
+
+
+def raising(run: Callable[[], None]) -> None:
+    """With a loop for the futures, and with nothing swallowed into the log."""
+    handler = Raising()
+
+    async def inside() -> None:
+        run()
+
+    llmq.log.addHandler(handler)
+    try:
+        asyncio.run(inside())
+    finally:
+        llmq.log.removeHandler(handler)
+
+
+# ---- Tests ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.deadline(60)
+@pytest.mark.parametrize("name", TARGETS)
+def test_kept_input_is_the_same_whole_and_byte_by_byte(name):
+    def run() -> None:
+        apart = {"requests": serve, "answers": answer, "chunks": decoded, "streams": watched}
+        for data in set(TARGETS[name][1]):
+            check(name, data, random.Random(0))
+            if name in apart and len(data) < 10_000:
+                pieces = [data[at : at + 1] for at in range(len(data))]
+                check_cuts(apart[name], data, pieces)
+
+    raising(run)
+
+
+@pytest.mark.deadline(60 + COUNT / 200)
+def test_mutated_input_is_never_an_exception_a_hang_or_a_matter_of_its_cuts():
+    def run() -> None:
+        for number in range(COUNT):
+            check_number(number, SEED)
+
+    raising(run)
+
+
+NOTHING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+STRAY = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
+FULL = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % llmq.READ_SIZE
+
+
+@pytest.mark.parametrize("first", [NOTHING, FULL + b"x" * llmq.READ_SIZE], ids=["empty", "full"])
+def test_connection_with_an_answer_that_nobody_asked_for_is_not_kept(first):
+    raising(lambda: answer([first + STRAY]) and None)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "parse_request_head",
+        "parse_response_head",
+        "read_chat",
+        "cut_members",
+    ],
+)
+def test_planted_fault_is_found(planted, monkeypatch):
+    """The fuzz test itself: an exception that nobody may see is told with its input."""
+
+    def broken(*_: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(llmq, planted, broken)
+    with pytest.raises(AssertionError, match=r"KeyError 'planted'\n\w+ = b'"):
+        raising(lambda: [check_number(number, "x") for number in range(200)] and None)
+
+
+def test_planted_hang_is_found():
+    async def waits() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def run() -> None:
+        reader = Inbox()
+        with pytest.raises(AssertionError, match="waits"):
+            Driven(waits()).feed(reader, [b"x"])
+
+    raising(run)
+
+
+def test_planted_dependence_on_the_cuts_is_found(monkeypatch):
+    class Forgetful(llmq.ChunkedBody):
+        def feed(self, data: bytes) -> bytes:
+            self._held = b""
+            return super().feed(data)
+
+    monkeypatch.setattr(llmq, "ChunkedBody", Forgetful)
+    with pytest.raises(AssertionError, match=r"chunks = b'"):
+        raising(lambda: [check_number(number, "x") for number in range(6, 2000, 10)] and None)
+
+
+# ---- The long run --------------------------------------------------------------------------------
+
+
+def overdue(*_: object) -> None:
+    raise TimeoutError("it hangs")
+
+
+def main(arguments: list[str]) -> int:
+    count, seed, first = [*arguments, *("1000000", "1", "0")[len(arguments) :]]
+    numbers = range(int(first), int(first) + int(count))
+    start = time.monotonic()
+
+    def run() -> None:
+        for number in numbers:
+            signal.alarm(ALARM)
+            check_number(number, seed)
+            if number % 100_000 == 99_999:
+                print(f"{number + 1} inputs, {time.monotonic() - start:.0f} s", flush=True)  # noqa: T201
+        signal.alarm(0)
+
+    signal.signal(signal.SIGALRM, overdue)
+    try:
+        raising(run)
+    except AssertionError as error:
+        print(f"FAILED: {error}", flush=True)  # noqa: T201
+        return 1
+    print(f"ok: {count} inputs of seed {seed}, {time.monotonic() - start:.0f} s")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

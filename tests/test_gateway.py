@@ -1,0 +1,357 @@
+"""The life of one request: its model, its limits, what is said of it, its line in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.fakes import Answer, FakeBackend, Raw, ask, chat, eventually, http, running
+
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+NOBODY = "http://127.0.0.1:9"  # where no backend listens
+
+
+async def begin(
+    q: running, text: str, headers: dict[str, str] | None = None, path: str = CHAT, **more: Any
+) -> Raw:
+    """A client that has sent its request and waits."""
+    raw = await Raw.open(q.port)
+    body = json.dumps(chat(text, **more)).encode()
+    await raw.send(http("POST", path, {**JSON, **(headers or {})}, body))
+    return raw
+
+
+async def waiting(q: running, number: int) -> None:
+    await eventually(lambda: len(q.gateway.scheduler.waiting) == number)
+
+
+# ---- Which model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [None, "", "  "])
+async def test_request_without_a_model_gets_the_one_that_is_set(named: str | None) -> None:
+    async with FakeBackend(models=["first", "set"]) as fake:
+        async with running(fake.url, upstream__model="set") as q:
+            assert (await q.chat("x", model=named)).status == 200
+            assert fake.requests[0].json["model"] == "set"
+            assert (await q.chat("x", model="first")).status == 200
+            assert fake.requests[1].json["model"] == "first"
+
+
+async def test_request_without_a_model_gets_the_first_that_is_no_embedding_model() -> None:
+    async with FakeBackend(models=["nomic-embed-text", "bge-m3", "chatty", "other"]) as fake:
+        async with running(fake.url) as q:
+            answer = await q.chat("x", model=None, numCtx=None, priority="high")
+            assert answer.status == 200
+            assert fake.requests[0].json == {**chat("x"), "model": "chatty"}
+
+
+async def test_request_without_a_model_is_told_when_no_backend_has_any() -> None:
+    async with FakeBackend(models=[]) as fake, running(fake.url) as q:
+        answer = await q.chat("x", model=None)
+        assert (answer.status, answer.code) == (503, "backend_down")
+        assert "model" in answer.json()["error"]["message"]
+
+
+# ---- Limits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limited", ["high", "normal", "low"])
+async def test_each_class_has_its_own_longest_wait(limited: str) -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, **{f"queue__max_wait_{limited}": 0.3}) as q:
+            running_one = await begin(q, "runs")
+            first = await fake.arrived()
+            clients = {name: await begin(q, name, priority=name) for name in llmq.PRIORITY_WORDS}
+            answer = await clients.pop(limited).response()
+            assert (answer.status, answer.code) == (503, "wait_timeout")
+            assert answer.headers["x-should-retry"] == "false"
+            assert len(q.gateway.scheduler.waiting) == 2
+            await first.answer("done")
+            for name, client in clients.items():
+                request = await fake.arrived()
+                assert request.text == name
+                await request.answer(name)
+                assert (await client.response()).content == name
+            assert (await running_one.response()).content == "done"
+
+
+async def test_429_and_503_say_when_to_come_again() -> None:
+    answers: list[Answer] = []
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, queue__max_depth=2, queue__max_wait_low=0.1) as q:
+            first = await begin(q, "runs")
+            await fake.arrived()
+            held = await begin(q, "waits", {"X-User-ID": "a"})
+            await waiting(q, 1)
+            answers.append(await q.chat("full", headers={"X-User-ID": "a"}))
+            answers.append(await q.chat("late", headers={"X-User-ID": "b"}, priority="low"))
+            q.service.feed.desk.drain()
+            answers += [await held.response(), await q.chat("too late")]
+            first.close()
+    async with running(NOBODY, queue__down_wait=0.1) as q:
+        answers.append(await q.chat("down"))
+    assert [answer.code for answer in answers] == [
+        "queue_full",
+        "wait_timeout",
+        "shutting_down",
+        "shutting_down",
+        "backend_down",
+    ]
+    for answer in answers:
+        assert answer.status in (429, 503)
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+
+
+async def test_retry_after_is_the_predicted_wait() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, queue__max_depth=8) as q:
+        q.gateway.scheduler.service.add(4.0)  # seconds that a request took so far
+        clients = [await begin(q, "runs")]
+        await fake.arrived()
+        clients += [await begin(q, "waits", {"X-User-ID": "a"}) for _ in range(4)]
+        await waiting(q, 4)
+        answer = await q.chat("one too many", headers={"X-User-ID": "a"})
+        assert (answer.status, answer.headers["retry-after"]) == (429, "20")
+        q.gateway.scheduler.service.add(1000.0)
+        answer = await q.chat("one too many", headers={"X-User-ID": "a"})
+        assert (answer.status, answer.headers["retry-after"]) == (429, "60")
+
+
+# ---- What is said of the way it took ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answer_says_backend_and_wait(stream: bool) -> None:
+    async with FakeBackend(auto=False) as fake, running(f"box={fake.url}") as q:
+        one, other = await begin(q, "a"), await begin(q, "b", stream=stream)
+        await waiting(q, 1)
+        request = await fake.arrived()
+        arrived = next(iter(q.gateway.scheduler.waiting.values())).arrived
+        await eventually(lambda: q.gateway.now() > arrived + 0.02)
+        await request.answer("a")
+        await (await fake.arrived()).answer("b")
+        first, second = await one.response(), await other.response()
+        assert first.headers["x-llmq-backend"] == second.headers["x-llmq-backend"] == "box"
+        assert int(first.headers["x-llmq-wait-ms"]) >= 0
+        assert 20 <= int(second.headers["x-llmq-wait-ms"]) < 10000
+
+
+async def test_error_of_a_backend_says_which() -> None:
+    async with FakeBackend(auto=False) as fake, running(f"box={fake.url}") as q:
+        client = await begin(q, "a")
+        await (await fake.arrived()).status(500, {"error": {"message": "out of memory"}})
+        answer = await client.response()
+        assert answer.status == 500
+        assert answer.headers["x-llmq-backend"] == "box"
+        waited = await q.chat("a", model="nobody has it")
+        assert "x-llmq-backend" not in waited.headers
+
+
+# ---- One line in the log ---------------------------------------------------------------------
+
+SECRETS = {"Authorization": "Bearer sk-secret", "X-Api-Key": "sk-secret", "Cookie": "a=sk-secret"}
+LEAVES_OUT = ("tell nobody", "sk-secret", "api-version", "backend-secret")
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [one.msg for one in caplog.records if isinstance(one.msg, llmq.Record)]
+
+
+def assert_discreet(caplog: pytest.LogCaptureFixture) -> None:
+    text = caplog.text + "".join(json.dumps(line.facts()) for line in lines(caplog))
+    assert not [word for word in LEAVES_OUT if word in text]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.DEBUG, "llmq")
+    return caplog
+
+
+async def send(q: running, headers: dict[str, str] | None = None, **more: Any) -> Raw:
+    """A request with everything that no log may show."""
+    path = CHAT + "?api-version=1&key=sk-secret"
+    return await begin(q, "tell nobody", {**SECRETS, **(headers or {})}, path, **more)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_served_request_has_one_line_with_all_facts(
+    log: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    async with FakeBackend(auto=False) as fake:
+        box = {"box": {"url": fake.url, "key": "backend-secret"}}
+        async with running(backends=box) as q:
+            headers = {"X-User-ID": "alice", "X-Request-Id": "mine"}
+            usage = {"stream_options": {"include_usage": True}} if stream else {}
+            client = await send(q, headers, stream=stream, priority="high", **usage)
+            await (await fake.arrived()).answer("tell nobody three")
+            answer = await client.response()
+            (line,) = lines(log)
+        facts = line.facts()
+        assert facts["id"] == answer.headers["x-llmq-id"]
+        assert 0 <= facts["wait_s"] <= facts["first_s"] <= facts["total_s"] < 10
+        for name in ("id", "wait_s", "first_s", "total_s"):
+            del facts[name]
+        assert facts == {
+            "request_id": "mine",
+            "client": "user:alice",
+            "class": "high",
+            "model": "m",
+            "route": CHAT,
+            "backend": "box",
+            "tokens": 3,
+            "status": 200,
+            "outcome": "done",
+        }
+        text = str(line)
+        assert text.startswith(f"200 {CHAT} id={answer.headers['x-llmq-id']} ")
+        assert text.endswith(" tokens=3 outcome=done")
+        for word in ("client=user:alice", "class=high", "model=m", "backend=box"):
+            assert f" {word} " in text
+        assert re.search(r" wait=\d+\.\d{3} first=\d+\.\d{3} total=\d+\.\d{3} ", text)
+        assert_discreet(log)
+
+
+async def test_request_that_left_or_was_cancelled_has_one_line(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        first = await send(q)
+        request = await fake.arrived()
+        second, third = await send(q), await send(q)
+        await waiting(q, 2)
+        second.rst()
+        await waiting(q, 1)
+        (ticket,) = q.gateway.scheduler.waiting
+        assert (await ask(q.port, "DELETE", f"/llmq/requests/{ticket}")).status == 200
+        assert (await third.response()).status == 499
+        first.close()
+        await request.left()
+        await eventually(lambda: len(lines(log)) == 3)
+    outcomes = [(line.status, line.outcome, line.first_s) for line in lines(log)]
+    assert outcomes == [
+        (499, "client_left", None),
+        (499, "cancelled", None),
+        (499, "client_left", None),
+    ]
+    assert [bool(line.backend) for line in lines(log)] == [False, False, True]
+    assert_discreet(log)
+
+
+async def test_failed_request_has_one_line(log: pytest.LogCaptureFixture) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await send(q)
+        await (await fake.arrived()).status(500, {"error": {"message": "out of memory"}})
+        assert (await client.response()).status == 500
+        client = await send(q, stream=True)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("tell nobody ")
+        await client.until(b"tell nobody")
+        request.reset()
+        await client.closed()
+        await eventually(lambda: len(lines(log)) == 2)
+    outcomes = [(line.status, line.outcome) for line in lines(log)]
+    assert outcomes == [(500, "backend_answer"), (200, "backend_error")]
+    assert lines(log)[1].first_s is not None
+    assert_discreet(log)
+
+
+REFUSED: dict[str, tuple[bytes, dict[str, str], str]] = {
+    "no JSON": (b"tell nobody", {}, "bad_request"),
+    "no messages": (b'{"model":"tell nobody"}', {}, "bad_request"),
+    "odd class": (b'{"messages":[{}],"priority":"tell nobody"}', {}, "bad_request"),
+    "compressed": (b"{}", {"Content-Encoding": "gzip"}, "unsupported_media_type"),
+    "too large": (b" " * 2000, {}, "body_too_large"),
+    "too large, chunked": (
+        b"7d0\r\n" + b" " * 2000 + b"\r\n0\r\n\r\n",
+        {"Transfer-Encoding": "chunked"},
+        "body_too_large",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+async def test_refused_request_has_one_line(
+    log: pytest.LogCaptureFixture, case: tuple[bytes, dict[str, str], str]
+) -> None:
+    body, headers, code = case
+    async with FakeBackend() as fake, running(fake.url, server__max_body=1000) as q:
+        path = CHAT + "?api-version=1"
+        answer = await ask(q.port, "POST", path, body=body, headers={**SECRETS, **JSON, **headers})
+        assert answer.code == code
+    (line,) = lines(log)
+    assert (line.status, line.outcome, line.route) == (answer.status, code, CHAT)
+    assert_discreet(log)
+
+
+async def test_request_for_a_model_that_nobody_has_or_for_a_full_queue_has_one_line(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, queue__max_depth=1) as q:
+        assert (await (await send(q, model="nobody")).response()).status == 404
+        held = await send(q)
+        await fake.arrived()
+        other = await send(q)
+        await waiting(q, 1)
+        assert (await (await send(q)).response()).status == 429
+        assert [line.outcome for line in lines(log)] == ["model_not_found", "queue_full"]
+        held.close()
+        other.close()
+    assert_discreet(log)
+
+
+async def test_client_cannot_write_lines_or_facts_into_the_log(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    async with FakeBackend(models=["m"]) as fake, running(fake.url) as q:
+        odd = "m\n200 outcome=done\x1b[31m\u2028"
+        assert (await q.chat("x", model=odd, headers={"X-User-ID": "a b=c"})).status == 404
+        answer = await q.chat("x", headers={"X-User-ID": "eve class=high"})
+        assert answer.status == 200
+    for line in lines(log):
+        assert str(line).isprintable()
+        assert str(line).count("outcome=") == str(line).count("class=") == 1
+
+
+async def test_health_and_reads_have_no_line_of_a_request(log: pytest.LogCaptureFixture) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        for path in ("/health", "/v1/models", "/llmq/status"):
+            assert (await ask(q.port, "GET", path)).status == 200
+    assert not lines(log)
+
+
+# ---- Books -----------------------------------------------------------------------------------
+
+
+async def test_books_of_clients_and_outcomes_are_kept() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        for answer in ("good", "bad", "good"):
+            client = await begin(q, answer, {"X-User-ID": "alice"})
+            request = await fake.arrived()
+            if answer == "good":
+                await request.answer("x")
+            else:
+                await request.status(500, {})
+            await client.response()
+        await q.chat("x", model="nobody")
+        snapshot = await q.status()
+        (alice,) = snapshot["clients"]
+        assert (alice["name"], alice["done"], alice["failed"]) == ("user:alice", 2, 1)
+        assert (alice["waiting"], alice["running"]) == (0, 0)
+        assert alice["served_s"] > 0
+        totals = snapshot["requests_total"]
+        assert totals == {"done": 2, "backend_answer": 1, "model_not_found": 1}
+
+
+async def test_request_beyond_the_body_limit_never_reaches_a_backend() -> None:
+    async with FakeBackend() as fake, running(fake.url, server__max_body=1000) as q:
+        assert (await q.chat("x" * 2000)).status == 413
+        assert (await q.chat("small")).content == "small"
+        assert [request.text for request in fake.requests] == ["small"]

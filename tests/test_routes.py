@@ -1,0 +1,506 @@
+"""Every row of the table of routes: methods, paths, reads, and the changes that control makes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.fakes import FakeBackend, Raw, ask, chat, eventually, http, running
+
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+NOBODY = "http://127.0.0.1:9"  # where no backend listens
+ROUTES = llmq.ROUTES
+PATHS = [route.path for route in ROUTES]
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE")
+
+
+def example(route: Any) -> str:
+    """A path that leads to this route."""
+    return str(route.path).replace("{id...}", "org/m").replace("{id}", "some-1")
+
+
+async def begin(q: running, text: str, headers: dict[str, str] | None = None, **more: Any) -> Raw:
+    """A client that has sent its request and waits."""
+    raw = await Raw.open(q.port)
+    body = json.dumps(chat(text, **more)).encode()
+    await raw.send(http("POST", CHAT, {**JSON, **(headers or {})}, body))
+    return raw
+
+
+async def waiting(q: running, number: int) -> None:
+    await eventually(lambda: len(q.gateway.scheduler.waiting) == number)
+
+
+async def ids(q: running) -> dict[str, str]:
+    """llmq's id of each request in the queue, by the id that its client gave."""
+    return {row["request_id"]: row["id"] for row in (await q.status())["requests"]}
+
+
+async def told(q: running) -> None:
+    """Every backend has told what it has, or that it is down."""
+    unknown = llmq.State.UNKNOWN
+    await eventually(lambda: all(b.state is not unknown for b in q.gateway.fleet.backends.values()))
+
+
+# ---- The table -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=PATHS)
+async def test_other_methods_get_405_and_are_told_the_right_ones(route: Any) -> None:
+    async with running(NOBODY) as q:
+        for method in METHODS:
+            if method in route.methods:
+                continue
+            body = b"{}" if method in ("POST", "PUT", "PATCH") else None
+            answer = await ask(q.port, method, example(route), body=body, headers=JSON)
+            assert answer.status == 405, method
+            assert answer.headers["allow"] == ", ".join((*route.methods, "OPTIONS"))
+            assert method == "HEAD" or answer.code == "method_not_allowed"
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=PATHS)
+async def test_options_tells_the_methods(route: Any) -> None:
+    async with running(NOBODY) as q:
+        answer = await ask(q.port, "OPTIONS", example(route))
+        assert (answer.status, answer.body) == (204, b"")
+        assert set(route.methods) <= set(answer.headers["allow"].split(", "))
+
+
+@pytest.mark.parametrize(
+    "route", [route for route in ROUTES if "HEAD" in route.methods], ids=lambda route: route.path
+)
+async def test_head_is_get_without_the_body(route: Any) -> None:
+    async with FakeBackend(models=["org/m"]) as fake, running(fake.url) as q:
+        await told(q)
+        heads = []
+        raw = await Raw.open(q.port)
+        for method in ("GET", "HEAD", "GET"):
+            await raw.send(http(method, example(route), {"X-Request-Id": "same"}))
+            answer = await raw.response()
+            assert (answer.status, answer.clean) == (200, True)
+            assert bool(answer.body) == (method == "GET")
+            headers = dict(answer.headers)
+            assert headers.pop("x-llmq-id")
+            del headers["date"]
+            if route.path == "/llmq/status":  # times pass
+                del headers["content-length"]
+            heads.append(headers)
+        assert heads[0] == heads[1] == heads[2]
+        assert "content-length" in answer.headers
+
+
+def test_every_read_but_the_endless_one_takes_head() -> None:
+    assert [r.path for r in ROUTES if "GET" in r.methods and "HEAD" not in r.methods] == [
+        "/llmq/events"
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nowhere",
+        "/v1",
+        "/v1/",
+        "/v1/chat",
+        "/v1/chat/completions/",
+        "/V1/models",
+        "/v1/models/",
+        "/health/",
+        "/healthz",
+        "//health",
+        "/v1//models",
+        "/./health",
+        "/v1/../health",
+        "/%2e/health",
+        "/v1/%2E%2e/health",
+        "/v1/models/%2e%2e",
+        "/v1/models/..",
+        "/v1/models/a//b",
+        "/v1%2f%2fmodels",
+        "/%ff",
+        "/v1/models/%00",
+        "/v1/models/a%0ab",
+        "/llmq",
+        "/llmq/",
+        "/llmq/requests/",
+        "/llmq/requests/a/b",
+        "/llmq/requests/a%2fb",
+    ],
+)
+async def test_other_paths_are_404_for_every_method(method: str, path: str) -> None:
+    async with running(NOBODY) as q:
+        answer = await ask(q.port, method, path)
+        assert answer.status == 404
+        assert method == "HEAD" or answer.code == "not_found"
+
+
+async def test_encoded_path_means_what_it_decodes_to() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await told(q)
+        for path in ("/%68ealth", "/v1%2Fmodels", "/v1/models/%6d", "/v1/models/m?x=1"):
+            assert (await ask(q.port, "GET", path)).status == 200, path
+        body = json.dumps(chat("hi")).encode()
+        answer = await ask(q.port, "POST", "/v1/chat%2Fcompletions", body=body, headers=JSON)
+        assert answer.content == "hi"
+        assert [request.path for request in fake.requests] == [CHAT]
+
+
+async def test_unknown_method_is_501_and_unknown_everywhere() -> None:
+    async with running(NOBODY) as q:
+        for path in (CHAT, "/health"):
+            answer = await ask(q.port, "BREW", path)
+            assert (answer.status, answer.code) == (501, "not_implemented")
+
+
+def test_markdown_has_one_row_for_each_route() -> None:
+    _, _, *lines = llmq.routes_markdown().splitlines()
+    assert len(lines) == len(ROUTES)
+    for line, route in zip(lines, ROUTES):
+        assert line.startswith(f"| `{' '.join(route.methods)} {route.path}` |")
+        assert line.endswith(f"| {route.summary} |")
+        assert route.summary
+
+
+# ---- Reads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [CHAT, "/chat/completions"])
+async def test_both_paths_of_chat_completions_are_served_alike(path: str) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        for stream in (False, True):
+            answer = await ask(q.port, "POST", path, json=chat("one two", stream))
+            assert (answer.status, answer.content) == (200, "one two")
+        assert {request.path for request in fake.requests} == {CHAT}
+
+
+async def test_root_says_what_programs_look_for_and_health_is_ok() -> None:
+    async with running(NOBODY) as q:
+        root = await ask(q.port, "GET", "/")
+        assert (root.status, root.body) == (200, b"Ollama is running")
+        assert root.headers["content-type"].startswith("text/plain")
+        health = await ask(q.port, "GET", "/health")
+        assert (health.status, health.body) == (200, b"ok")
+
+
+async def test_version_is_one_that_ollamas_clients_believe_and_tells_llmqs_own() -> None:
+    async with running(NOBODY) as q, running(NOBODY) as other:
+        facts = (await ask(q.port, "GET", "/api/version")).json()
+        assert tuple(map(int, facts["version"].split("."))) >= (0, 5, 0)
+        assert facts["llmq"] == llmq.__version__
+        assert (
+            facts["instance"] != (await ask(other.port, "GET", "/api/version")).json()["instance"]
+        )
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models"])
+async def test_models_of_all_backends_are_listed_once_as_their_backend_shows_them(
+    path: str,
+) -> None:
+    async with FakeBackend(models=["a", "Both:latest"]) as one:
+        async with FakeBackend(models=["both", "org/c"], kind="llamacpp") as two:
+            async with running(one.url, two.url) as q:
+                await told(q)
+                listing = (await ask(q.port, "GET", path)).json()
+                assert listing["object"] == "list"
+                assert [(row["id"], row["owned_by"]) for row in listing["data"]] == [
+                    ("a", "fake"),
+                    ("Both:latest", "fake"),
+                    ("org/c", "llamacpp"),
+                ]
+
+
+async def test_models_are_those_of_healthy_backends() -> None:
+    async with FakeBackend(models=["stays"]) as one, FakeBackend(models=["goes"]) as two:
+        async with running(one.url, two.url, upstream__probe_interval=0.1) as q:
+            await told(q)
+            await two.stop_listening()
+            gone = list(q.gateway.fleet.backends.values())[1]
+            await eventually(lambda: gone.state is llmq.State.DOWN)
+            listing = (await ask(q.port, "GET", "/v1/models")).json()
+            assert [row["id"] for row in listing["data"]] == ["stays"]
+            await two.listen_again()
+            await eventually(lambda: gone.state is llmq.State.UP)
+            listing = (await ask(q.port, "GET", "/v1/models")).json()
+            assert [row["id"] for row in listing["data"]] == ["stays", "goes"]
+
+
+async def test_no_models_are_an_empty_list() -> None:
+    async with running(NOBODY) as q:
+        assert (await ask(q.port, "GET", "/v1/models")).json() == {"object": "list", "data": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("m", "m"),
+        ("M", "m"),
+        ("m:latest", "m"),
+        ("org/model/x:7b", "org/model/x:7b"),
+        ("org%2Fmodel%2Fx%3A7b", "org/model/x:7b"),
+        ("%C3%A9", "é"),
+        ("a%20b", "a b"),
+    ],
+)
+async def test_one_model_is_found_by_its_name_slashes_and_all(path: str, name: str) -> None:
+    async with FakeBackend(models=["m", "org/model/x:7b", "é", "a b"]) as fake:
+        async with running(fake.url) as q:
+            await told(q)
+            answer = await ask(q.port, "GET", f"/v1/models/{path}")
+            assert (answer.status, answer.json()["id"]) == (200, name)
+
+
+@pytest.mark.parametrize("path", ["n", "m:7b", "org/model", "org/model/x:7b/y", "%22"])
+async def test_model_that_nobody_has_is_404(path: str) -> None:
+    async with FakeBackend(models=["m", "org/model/x:7b"]) as fake, running(fake.url) as q:
+        await told(q)
+        answer = await ask(q.port, "GET", f"/v1/models/{path}")
+        assert (answer.status, answer.code) == (404, "model_not_found")
+        assert answer.json()["error"]["param"] == "model"
+
+
+# ---- Changes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["open", "priority", "paused"])
+async def test_mode_is_set_and_says_so(mode: str) -> None:
+    async with running(NOBODY) as q:
+        answer = await ask(q.port, "POST", "/llmq/mode", json={"mode": mode})
+        assert (answer.status, answer.json()) == (200, {"mode": mode})
+        assert (await q.status())["mode"] == mode
+
+
+async def test_modes_say_what_starts() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+        urgent = await begin(q, "urgent", priority="high")
+        usual = await begin(q, "usual")
+        await waiting(q, 2)
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "priority"})
+        assert (await urgent.response()).content == "urgent"
+        assert (await q.chat("urgent too", priority=True)).content == "urgent too"
+        assert [request.text for request in fake.requests] == ["urgent", "urgent too"]
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "open"})
+        assert (await usual.response()).content == "usual"
+
+
+@pytest.mark.parametrize("leave", [False, True], ids=["waits", "runs"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelled_request_is_told_and_makes_room(leave: bool, stream: bool) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        runs = await begin(q, "runs", {"X-Request-Id": "runs"}, stream=stream)
+        request = await fake.arrived()
+        waits = await begin(q, "waits", {"X-Request-Id": "waits"}, stream=stream)
+        await waiting(q, 1)
+        name, client, other = ("runs", runs, waits) if leave else ("waits", waits, runs)
+        answer = await ask(q.port, "DELETE", f"/llmq/requests/{(await ids(q))[name]}")
+        assert (answer.status, answer.json()) == (200, {"cancelled": 1})
+        cancelled = await client.response()
+        assert (cancelled.status, cancelled.code, cancelled.clean) == (499, "cancelled", True)
+        assert cancelled.headers["x-should-retry"] == "false"
+        if leave:
+            await request.left()
+            request = await fake.arrived()
+        await request.answer("done")
+        assert (await other.response()).content == "done"
+
+
+async def test_request_cancelled_in_mid_stream_ends_in_an_error_and_unclean() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "a", {"X-Request-Id": "a"}, stream=True)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("one ")
+        await client.head()
+        await client.until(b"one ")
+        await ask(q.port, "DELETE", f"/llmq/requests/{(await ids(q))['a']}")
+        rest = await client.until(b"}}\n\n")
+        assert b'"code":"cancelled"' in rest
+        assert b"[DONE]" not in rest
+        await request.left()
+        assert await client.closed()
+
+
+async def test_request_whose_reader_is_stuck_can_be_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "ANSWER_BUFFER", 64 * 1024)
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await Raw.open(q.port, receive_buffer=4096)
+        body = json.dumps(chat("a", stream=True)).encode()
+        await client.send(http("POST", CHAT, {**JSON, "X-Request-Id": "a"}, body))
+        request = await fake.arrived()
+        await request.start_stream()
+        (call,) = q.gateway.calls.values()
+        while not call.exchange.blocked:
+            await request.piece("x" * 65536)
+        await ask(q.port, "DELETE", f"/llmq/requests/{(await ids(q))['a']}")
+        await request.left()
+        await eventually(lambda: not q.gateway.calls)
+        client.close()
+
+
+async def test_many_are_cancelled_by_state_and_client() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        runs = await begin(q, "runs", {"X-User-ID": "a"})
+        request = await fake.arrived()
+        clients = {}
+        for number, name in enumerate(("a", "b", "a", "c/d")):
+            clients[number] = await begin(q, "x", {"X-User-ID": name})
+            await waiting(q, number + 1)
+        for query, cancelled, gone in (
+            ("&client=nobody", 0, []),
+            ("&client=user:a", 2, [0, 2]),
+            ("&client=user%3Ac%2Fd", 1, [3]),
+            ("&client=", 0, []),
+            ("", 1, [1]),
+            ("", 0, []),
+        ):
+            answer = await ask(q.port, "DELETE", f"/llmq/requests?state=waiting{query}")
+            assert (answer.status, answer.json()) == (200, {"cancelled": cancelled}), query
+            for number in gone:
+                assert (await clients.pop(number).response()).code == "cancelled"
+        await request.answer("done")
+        assert (await runs.response()).content == "done"
+
+
+@pytest.mark.parametrize("query", ["", "?state=running", "?client=a", "?state=waiting&clients=a"])
+async def test_cancelling_many_wants_to_be_told_which(query: str) -> None:
+    async with running(NOBODY) as q:
+        client = await begin(q, "a")
+        await waiting(q, 1)
+        answer = await ask(q.port, "DELETE", f"/llmq/requests{query}")
+        assert (answer.status, answer.code) == (400, "bad_request")
+        assert "state=waiting" in answer.json()["error"]["message"]
+        assert len(q.gateway.scheduler.waiting) == 1
+        client.close()
+
+
+async def test_waiting_request_changes_its_class_and_goes_where_it_belongs() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        clients = [await begin(q, "first")]
+        request = await fake.arrived()
+        for number, name in enumerate(("a", "b", "c")):
+            clients.append(await begin(q, name, {"X-Request-Id": name}))
+            await waiting(q, number + 1)
+        for name, value, word in (
+            ("a", "low", "low"),
+            ("c", True, "high"),
+            ("b", "normal", "normal"),
+        ):
+            ident = (await ids(q))[name]
+            answer = await ask(q.port, "POST", f"/llmq/requests/{ident}", json={"priority": value})
+            assert (answer.status, answer.json()) == (200, {"id": ident, "class": word})
+        await request.answer("done")
+        order = []
+        for _ in range(3):
+            request = await fake.arrived()
+            order.append(request.text)
+            await request.answer("done")
+        assert order == ["c", "b", "a"]
+        for client in clients:
+            assert (await client.response()).content == "done"
+
+
+async def test_running_request_keeps_its_class() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "a", {"X-Request-Id": "a"})
+        request = await fake.arrived()
+        ident = (await ids(q))["a"]
+        answer = await ask(q.port, "POST", f"/llmq/requests/{ident}", json={"priority": "high"})
+        assert (answer.status, answer.code) == (409, "conflict")
+        await request.answer("done")
+        assert (await client.response()).content == "done"
+        answer = await ask(q.port, "POST", f"/llmq/requests/{ident}", json={"priority": "high"})
+        assert (answer.status, answer.code) == (404, "not_found")
+        answer = await ask(q.port, "DELETE", f"/llmq/requests/{ident}")
+        assert (answer.status, answer.code) == (404, "not_found")
+
+
+async def test_raised_request_starts_at_once_in_mode_priority() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "priority"})
+        client = await begin(q, "a", {"X-Request-Id": "a"})
+        await waiting(q, 1)
+        ident = (await ids(q))["a"]
+        await ask(q.port, "POST", f"/llmq/requests/{ident}", json={"priority": "high"})
+        assert (await client.response()).content == "a"
+
+
+BODIES = ("/llmq/mode", "/llmq/reload", "/llmq/requests/x")
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_change_without_the_right_content_type_is_415(path: str) -> None:
+    async with running(NOBODY) as q:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"):
+            headers = {"Content-Type": kind}
+            answer = await ask(q.port, "POST", path, body=b"{}", headers=headers)
+            assert (answer.status, answer.code) == (415, "unsupported_media_type")
+        answer = await ask(q.port, "POST", path, body=b"{}")
+        assert answer.status == 415
+        headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+        answer = await ask(q.port, "POST", path, body=b'{"mode":"open"}', headers=headers)
+        assert answer.status != 415
+
+
+@pytest.mark.parametrize("path", ["/llmq/requests/x", "/llmq/requests?state=waiting"])
+async def test_body_of_a_cancel_must_be_json_if_there_is_one(path: str) -> None:
+    async with running(NOBODY) as q:
+        plain = {"Content-Type": "text/plain"}
+        assert (await ask(q.port, "DELETE", path, body=b"{}", headers=plain)).status == 415
+        answer = await ask(q.port, "DELETE", path, body=b"{}", headers=JSON)
+        assert answer.status == (404 if path.endswith("/x") else 200)
+
+
+BAD = [b"", b"[]", b"{", b'{"mode":"fast"}', b'{"mode":1}', b'{"mode":null}', b'{"mode":["open"]}']
+BAD += [b'{"priority":1}', b'{"priority":"urgent"}', b'{"priority":null}', b"{}", b"\xff"]
+BAD += [b'{"mode":"paused","mode":"open"}', b'{"priority":"low","priority":"high"}']
+
+
+@pytest.mark.parametrize("body", BAD, ids=repr)
+async def test_bad_value_is_400_and_changes_nothing(body: bytes) -> None:
+    async with running(NOBODY) as q:
+        client = await begin(q, "a", {"X-Request-Id": "a"})
+        await waiting(q, 1)
+        for path in ("/llmq/mode", f"/llmq/requests/{(await ids(q))['a']}"):
+            answer = await ask(q.port, "POST", path, body=body, headers=JSON)
+            assert (answer.status, answer.code) == (400, "bad_request"), path
+        snapshot = await q.status()
+        assert snapshot["mode"] == "open"
+        assert snapshot["requests"][0]["class"] == "normal"
+        client.close()
+
+
+async def test_huge_control_body_is_413() -> None:
+    async with running(NOBODY) as q:
+        body = b'{"mode":"paused","x":"' + b"x" * 70000 + b'"}'
+        answer = await ask(q.port, "POST", "/llmq/mode", body=body, headers=JSON)
+        assert (answer.status, answer.code) == (413, "body_too_large")
+        assert (await q.status())["mode"] == "open"
+
+
+async def test_reload_reads_the_settings_again_and_tells_a_mistake() -> None:
+    async with running(NOBODY) as q:
+        answer = await ask(q.port, "POST", "/llmq/reload", json={})
+        assert (answer.status, answer.json()) == (200, {"config_error": None})
+        more = llmq.build_settings({**q.values, "queue.max_depth": 7})
+        q.service.read = lambda: more
+        assert (await ask(q.port, "POST", "/llmq/reload", json={})).json() == {"config_error": None}
+        assert (await q.status())["queue"]["full_at"] == 7
+
+        def bad() -> None:
+            raise llmq.ConfigError("llmq.json: no good")
+
+        q.service.read = bad
+        answer = await ask(q.port, "POST", "/llmq/reload", json={})
+        assert answer.json() == {"config_error": "llmq.json: no good"}
+        snapshot = await q.status()
+        assert snapshot["config_error"] == "llmq.json: no good"
+        assert snapshot["queue"]["full_at"] == 7
+        q.service.read = lambda: more
+        assert (await ask(q.port, "POST", "/llmq/reload", json={})).json() == {"config_error": None}

@@ -1,0 +1,1376 @@
+"""Who goes next: each rule as a table, then all of them against a slow and plain model."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Callable
+
+import pytest
+
+import llmq
+from llmq import Backend, Client, Fleet, Mode, Priority, Scheduler, Ticket, TicketState
+
+HIGH, NORMAL, LOW = Priority
+INTERVAL = 10.0
+ILLEGAL = (RuntimeError, KeyError)  # what an illegal move raises
+
+
+class Box:
+    """A scheduler with its fleet, and short words for what tests do to them."""
+
+    def __init__(self, fleet: Fleet | None = None, **limits: Any) -> None:
+        self.fleet = fleet or Fleet()
+        self.queue = Scheduler(self.fleet, llmq.QueueSettings(**limits))
+        self.clients: dict[str, Client] = {}
+        self.numbers = count()
+
+    def add(
+        self, name: str, *models: str, device: str = "", slots: int = 0, shared: int = 1
+    ) -> Backend:
+        """A backend that is up with these models; one without models was never asked."""
+        settings = llmq.BackendSettings(url=f"http://{name}:1", slots=slots)
+        backend = self.fleet.add(name, settings, device or name, shared)
+        if models:
+            self.told(backend, *models)
+        return backend
+
+    def told(self, backend: Backend, *models: str, loaded: tuple[str, ...] = ()) -> None:
+        backend.succeeded(0.0, llmq.Report("openai", (), models, loaded, 0.0), INTERVAL)
+
+    def down(self, backend: Backend, now: float) -> None:
+        backend.failed(now, "refused", INTERVAL, refused=True)
+
+    def client(self, name: str) -> Client:
+        return self.clients.setdefault(name, Client(name))
+
+    def ticket(
+        self, priority: Priority = NORMAL, *, client: str = "c", model: str = "m", size: int = 0
+    ) -> Ticket:
+        ident = f"t{next(self.numbers)}"
+        return Ticket(ident, self.client(client), model, priority, size)
+
+    def submit(self, priority: Priority = NORMAL, *, now: float = 0.0, **what: Any) -> Ticket:
+        ticket = self.ticket(priority, **what)
+        self.queue.submit(ticket, now)
+        return ticket
+
+    def started(self, now: float = 0.0) -> list[Ticket]:
+        return [ticket for ticket, _ in self.queue.dispatch(now)]
+
+    def run_dry(self) -> list[Ticket]:
+        """Start and finish until nothing is left that can start; the order of the starts."""
+        order = []
+        while batch := self.started():
+            order += batch
+            for ticket in batch:
+                self.queue.finish(ticket, 0.0)
+        return order
+
+
+def one_slot(**limits: Any) -> Box:
+    box = Box(**limits)
+    box.add("a", "m")
+    return box
+
+
+# ---- The order
+
+
+def test_an_empty_queue_starts_nothing() -> None:
+    assert one_slot().queue.dispatch(0.0) == []
+    assert Box().queue.dispatch(0.0) == []
+
+
+def test_a_ticket_starts_at_once_where_there_is_room() -> None:
+    box = one_slot()
+    ticket = box.submit(now=1.0)
+    assert ticket.state is TicketState.WAITING
+    assert box.queue.dispatch(2.0) == [(ticket, box.fleet.backends["a"])]
+    assert ticket.state is TicketState.RUNNING
+    assert (ticket.arrived, ticket.started, ticket.attempts) == (1.0, 2.0, 1)
+
+
+def test_first_come_first_served_for_one_client() -> None:
+    box = one_slot()
+    tickets = [box.submit() for _ in range(50)]
+    assert box.run_dry() == tickets
+
+
+def test_first_come_first_served_over_clients_and_models() -> None:
+    box = Box()
+    box.add("a", "m", "n", "o")
+    rng = random.Random(3)
+    tickets = [
+        box.submit(client=rng.choice("xyz"), model=rng.choice("mno"), now=float(number))
+        for number in range(300)
+    ]
+    assert box.run_dry() == tickets
+
+
+def test_a_higher_class_goes_before_a_lower_one() -> None:
+    box = one_slot()
+    tickets = [box.submit(Priority(number * 7 % 3)) for number in range(60)]
+    assert box.run_dry() == sorted(tickets, key=lambda one: one.priority)
+
+
+def test_an_urgent_one_interrupts_nothing_and_is_next() -> None:
+    box = one_slot()
+    running, _waiting = box.submit(LOW), box.submit(LOW)
+    assert box.started() == [running]
+    urgent = box.submit(HIGH)
+    assert box.started() == []
+    assert running.state is TicketState.RUNNING
+    box.queue.finish(running, 1.0)
+    assert box.started() == [urgent]
+
+
+# ---- Slots
+
+
+def test_one_slot_runs_one_at_a_time() -> None:
+    box = one_slot()
+    tickets = [box.submit(client=f"c{number}") for number in range(3)]
+    for ticket in tickets:
+        assert box.started() == [ticket]
+        assert box.started() == []
+        box.queue.finish(ticket, 0.0)
+
+
+def test_all_slots_are_filled_at_once() -> None:
+    box = Box()
+    box.add("a", "m", shared=3)
+    box.add("b", "m", shared=2, slots=1)
+    tickets = [box.submit() for _ in range(9)]
+    assert box.started() == tickets[:4]
+    assert (box.fleet.backends["a"].busy, box.fleet.backends["b"].busy) == (3, 1)
+
+
+def test_backends_on_one_device_run_one_together() -> None:
+    box = Box()
+    box.add("a", "m", device="gpu")
+    box.add("b", "n", device="gpu")
+    first, second = box.submit(model="m"), box.submit(model="n")
+    assert box.started() == [first]
+    box.queue.finish(first, 1.0)
+    assert box.started() == [second]
+
+
+@pytest.mark.parametrize("end", ["finish", "retry"])
+def test_every_way_out_of_running_gives_the_slot_back_once(end: str) -> None:
+    box = one_slot()
+    backend = box.fleet.backends["a"]
+    ticket = box.submit()
+    box.started(1.0)
+    assert (backend.busy, backend.device.busy, ticket.client.running) == (1, 1, 1)
+    getattr(box.queue, end)(ticket, 4.0)
+    assert (backend.busy, backend.device.busy, ticket.client.running) == (0, 0, 0)
+    assert ticket.client.served == 3.0
+    assert not box.queue.running
+
+
+def test_a_lower_slot_count_cuts_nothing_that_runs() -> None:
+    box = Box()
+    backend = box.add("a", "m", shared=3)
+    tickets = [box.submit() for _ in range(5)]
+    assert box.started() == tickets[:3]
+    backend.device.slots = 1
+    for ticket in tickets[:2]:
+        box.queue.finish(ticket, 0.0)
+        assert box.started() == []
+    box.queue.finish(tickets[2], 0.0)
+    assert box.started() == [tickets[3]]
+
+
+def test_a_device_is_never_overrun_when_its_backend_is_replaced_under_a_running_ticket() -> None:
+    box = Box()
+    box.add("a", "m", device="gpu")
+    running, waiting = box.submit(), box.submit()
+    assert box.started() == [running]
+    box.fleet.remove("a", 1.0)
+    box.add("a", "m", device="gpu")
+    assert box.started() == [], "the device's one slot is still taken"
+    box.queue.finish(running, 2.0)
+    assert box.started() == [waiting]
+
+
+def test_a_ticket_that_runs_where_its_backend_was_removed_ends_in_peace() -> None:
+    box = one_slot()
+    ticket = box.submit()
+    box.started()
+    box.fleet.remove("a", 1.0)
+    box.queue.finish(ticket, 2.0)
+    assert ticket.state is TicketState.ENDED
+    assert ticket.client.running == 0
+
+
+def test_the_backend_is_picked_by_the_rules() -> None:
+    box = Box()
+    cold, warm = box.add("cold", "m", shared=2), box.add("warm", "m", shared=2)
+    box.told(warm, "m", loaded=("m",))
+    for _ in range(5):
+        box.submit()
+    where = [backend for _, backend in box.queue.dispatch(0.0)]
+    assert where == [warm, warm, cold, cold]
+
+
+# ---- What cannot start holds up nobody
+
+
+@pytest.mark.parametrize("why", ["down", "loading", "draining", "full", "never asked"])
+def test_what_cannot_start_holds_up_nobody_else(why: str) -> None:
+    box = Box()
+    stuck = box.add("stuck", *(() if why == "never asked" else ("n",)))
+    box.add("a", "m")
+    if why == "down":
+        box.down(stuck, 0.0)
+    elif why == "loading":
+        stuck.loads(0.0, "loading")
+    elif why == "draining":
+        stuck.draining = True
+    elif why == "full":
+        box.submit(model="n")
+        box.started()
+    held = [box.submit(HIGH, model="n"), box.submit(model="n", client="d")]
+    free = [box.submit(LOW), box.submit(LOW, client="d")]
+    assert box.run_dry() == free
+    assert all(one.state is TicketState.WAITING for one in held)
+
+
+def test_a_class_of_which_none_can_start_lets_the_next_one_go() -> None:
+    box = Box()
+    box.add("a", "m")
+    box.down(box.add("b", "n"), 0.0)
+    box.submit(HIGH, model="n")
+    low = box.submit(LOW)
+    assert box.started() == [low]
+
+
+@pytest.mark.parametrize("client", ["c", "d"])
+def test_a_ticket_that_waits_for_another_backend_holds_up_nobody_else(client: str) -> None:
+    """One that failed at `a` waits for `b`; `a` is free, and others may use it."""
+    box = Box()
+    a, b = box.add("a", "m"), box.add("b", "m")
+    first = box.submit()
+    assert box.queue.dispatch(0.0) == [(first, a)]
+    long = box.submit()
+    assert box.queue.dispatch(0.0) == [(long, b)]
+    box.queue.retry(first, 1.0)
+    assert box.started(1.0) == []
+    other = box.submit(client=client)
+    assert box.queue.dispatch(1.0) == [(other, a)]
+    box.queue.finish(long, 2.0)
+    assert box.queue.dispatch(2.0) == [(first, b)]
+
+
+def test_what_comes_up_again_serves_those_who_waited() -> None:
+    box = one_slot()
+    backend = box.fleet.backends["a"]
+    box.down(backend, 0.0)
+    ticket = box.submit()
+    assert box.started() == []
+    box.told(backend, "m")
+    assert box.started() == [ticket]
+
+
+# ---- Another attempt
+
+
+def test_another_attempt_goes_before_all_that_came_later() -> None:
+    box = one_slot()
+    first, second, third = box.submit(now=1.0), box.submit(client="d", now=2.0), box.submit(now=3.0)
+    assert box.started(4.0) == [first]
+    box.queue.retry(first, 5.0)
+    assert first.arrived == 1.0
+    assert box.run_dry() == [first, second, third]
+    assert first.attempts == 2
+
+
+def test_several_come_back_to_their_places_by_arrival() -> None:
+    box = Box()
+    backend = box.add("a", "m", shared=4)
+    tickets = [box.submit() for _ in range(8)]
+    assert box.started() == tickets[:4]
+    backend.device.slots = 1
+    for index in (2, 0, 3, 1):
+        box.queue.retry(tickets[index], 1.0)
+    assert box.run_dry() == tickets
+
+
+def test_another_attempt_avoids_the_backend_that_failed_while_another_can_serve() -> None:
+    box = Box()
+    a, b = box.add("a", "m"), box.add("b", "m")
+    box.told(a, "m", loaded=("m",))
+    ticket = box.submit()
+    assert box.queue.dispatch(0.0) == [(ticket, a)]
+    box.queue.retry(ticket, 1.0)
+    assert box.queue.dispatch(1.0) == [(ticket, b)]
+
+
+def test_another_attempt_goes_to_the_same_backend_when_it_is_alone() -> None:
+    box = Box()
+    a, b = box.add("a", "m"), box.add("b", "m")
+    box.told(a, "m", loaded=("m",))
+    ticket = box.submit()
+    box.started()
+    box.queue.retry(ticket, 1.0)
+    box.down(b, 1.0)
+    assert box.queue.dispatch(1.0) == [(ticket, a)]
+
+
+# ---- Modes
+
+
+def test_paused_starts_none_and_open_starts_them_again() -> None:
+    box = one_slot()
+    box.queue.mode = Mode.PAUSED
+    tickets = [box.submit(LOW), box.submit(HIGH)]
+    assert box.started() == []
+    box.queue.mode = Mode.OPEN
+    assert box.run_dry() == tickets[::-1]
+
+
+def test_priority_starts_only_what_asked_for_high() -> None:
+    box = one_slot()
+    box.queue.mode = Mode.PRIORITY
+    normal, low, high = box.submit(NORMAL), box.submit(LOW), box.submit(HIGH)
+    assert box.run_dry() == [high]
+    box.queue.mode = Mode.OPEN
+    assert box.run_dry() == [normal, low]
+
+
+def test_no_mode_touches_what_runs() -> None:
+    box = one_slot()
+    ticket = box.submit(LOW)
+    box.started()
+    for mode in (Mode.PAUSED, Mode.PRIORITY):
+        box.queue.mode = mode
+        assert box.started() == []
+        assert ticket.state is TicketState.RUNNING
+    box.queue.finish(ticket, 1.0)
+
+
+# ---- Another class
+
+
+def test_a_ticket_moved_to_another_class_stands_there_by_its_arrival() -> None:
+    box = one_slot()
+    early, moved, late = box.submit(HIGH), box.submit(LOW), box.submit(HIGH)
+    other = box.submit(HIGH, client="d")
+    box.queue.reprioritise(moved, HIGH)
+    assert moved.priority is HIGH
+    assert box.run_dry() == [early, moved, late, other]
+
+
+def test_a_ticket_moved_away_and_back_keeps_its_place() -> None:
+    box = one_slot()
+    tickets = [box.submit() for _ in range(5)]
+    for _ in range(3):
+        box.queue.reprioritise(tickets[1], HIGH)
+        box.queue.reprioritise(tickets[1], NORMAL)
+        box.queue.reprioritise(tickets[0], LOW)
+        box.queue.reprioritise(tickets[0], NORMAL)
+    assert box.run_dry() == tickets
+
+
+# ---- Legal and illegal moves
+
+
+def in_state(box: Box, state: TicketState) -> Ticket:
+    """A ticket that has come as far as `state`; the box has one slot."""
+    if state is TicketState.NEW:
+        return box.ticket()
+    ticket = box.submit()
+    if state is TicketState.WAITING:
+        return ticket
+    assert box.started() == [ticket]
+    if state is TicketState.ENDED:
+        box.queue.finish(ticket, 0.0)
+    return ticket
+
+
+MOVES: dict[str, Callable[[Scheduler, Ticket], object]] = {
+    "submit": lambda queue, ticket: queue.submit(ticket, 1.0),
+    "cancel": lambda queue, ticket: queue.cancel(ticket),
+    "finish": lambda queue, ticket: queue.finish(ticket, 1.0),
+    "retry": lambda queue, ticket: queue.retry(ticket, 1.0),
+    "reprioritise": lambda queue, ticket: queue.reprioritise(ticket, HIGH),
+}
+LEGAL = {
+    ("submit", TicketState.NEW),
+    ("cancel", TicketState.WAITING),
+    ("finish", TicketState.RUNNING),
+    ("retry", TicketState.RUNNING),
+    ("reprioritise", TicketState.WAITING),
+}
+
+
+def facts(box: Box, ticket: Ticket) -> object:
+    client = ticket.client
+    return (
+        ticket.state, ticket.number, ticket.arrived, ticket.priority, ticket.attempts,
+        dict(box.queue.waiting), dict(box.queue.running), box.queue.queued_bytes,
+        client.waiting, client.running, client.queued_bytes,
+        [(one.busy, one.device.busy) for one in box.fleet.backends.values()],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("state", list(TicketState))
+@pytest.mark.parametrize("move", list(MOVES))
+def test_a_move_is_legal_or_raises_and_changes_nothing(move: str, state: TicketState) -> None:
+    box = one_slot()
+    ticket = in_state(box, state)
+    if (move, state) in LEGAL:
+        MOVES[move](box.queue, ticket)
+        return
+    before = facts(box, ticket)
+    with pytest.raises(ILLEGAL):
+        MOVES[move](box.queue, ticket)
+    assert facts(box, ticket) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (TicketState.NEW, TicketState.RUNNING),
+        (TicketState.NEW, TicketState.ENDED),
+        (TicketState.RUNNING, TicketState.RUNNING),
+        (TicketState.ENDED, TicketState.WAITING),
+        (TicketState.ENDED, TicketState.RUNNING),
+        (TicketState.ENDED, TicketState.ENDED),
+    ],
+)
+def test_a_ticket_itself_refuses_illegal_states(old: TicketState, new: TicketState) -> None:
+    ticket = Box().ticket()
+    ticket.state = old
+    with pytest.raises(RuntimeError, match=ticket.id):
+        ticket.move(new)
+    assert ticket.state is old
+
+
+# ---- Limits
+
+
+def check_full(box: Box, **what: Any) -> None:
+    """Submitting raises QueueFull, says when to come again, and leaves nothing behind."""
+    ticket = box.ticket(**what)
+    before = (len(box.queue.waiting), box.queue.queued_bytes, ticket.client.waiting)
+    with pytest.raises(llmq.QueueFull) as caught:
+        box.queue.submit(ticket, 0.0)
+    assert caught.value.status == 429
+    assert caught.value.retry_after in range(1, 61)
+    assert (len(box.queue.waiting), box.queue.queued_bytes, ticket.client.waiting) == before
+
+
+def test_the_queue_has_a_depth() -> None:
+    box = Box(max_depth=10)
+    tickets = [box.submit(client=f"c{number}") for number in range(10)]
+    check_full(box, client="late")
+    box.queue.cancel(tickets[3])
+    box.submit(client="late")
+    check_full(box, client="later")
+
+
+def test_what_runs_takes_no_place_in_the_queue() -> None:
+    box = one_slot(max_depth=2)
+    box.submit(client="x")
+    box.started()
+    box.submit(client="y")
+    box.submit(client="z")
+    check_full(box)
+
+
+def test_one_client_has_half_the_queue() -> None:
+    box = Box(max_depth=10)
+    for _ in range(5):
+        box.submit(client="greedy")
+    check_full(box, client="greedy")
+    for _ in range(5):
+        box.submit(client="other")
+
+
+def test_a_queue_of_one_serves_anyone() -> None:
+    box = Box(max_depth=1)
+    box.submit()
+    check_full(box)
+
+
+def test_the_queue_has_a_size() -> None:
+    box = Box(max_queued_bytes=1000)
+    first = box.submit(client="x", size=400)
+    box.submit(client="y", size=500)
+    box.submit(client="z", size=100)
+    check_full(box, client="z", size=1)
+    box.submit(client="z", size=0)
+    box.queue.cancel(first)
+    box.submit(client="z", size=400)
+
+
+def test_one_client_has_half_the_memory() -> None:
+    box = Box(max_queued_bytes=1000)
+    box.submit(client="greedy", size=400)
+    check_full(box, client="greedy", size=101)
+    box.submit(client="greedy", size=100)
+    check_full(box, client="greedy", size=1)
+    box.submit(client="other", size=500)
+
+
+def test_a_foreign_page_has_sixteen_waiting() -> None:
+    box = Box()
+    for _ in range(16):
+        page = box.ticket(client="app:https://page.example")
+        page.foreign = True
+        box.queue.submit(page, 0.0)
+    late = box.ticket(client="app:https://page.example")
+    late.foreign = True
+    with pytest.raises(llmq.QueueFull) as caught:
+        box.queue.submit(late, 0.0)
+    assert caught.value.retry_after in range(1, 61)
+    other = box.ticket(client="app:https://other.example")
+    other.foreign = True
+    box.queue.submit(other, 0.0)
+    for _ in range(20):
+        box.submit(client="app:curl")
+    box.queue.cancel(page)
+    box.queue.submit(late, 0.0)
+
+
+def test_no_limit_stands_in_the_way_of_another_attempt_or_class() -> None:
+    box = one_slot(max_depth=2, max_queued_bytes=100)
+    first = box.submit(client="x", size=50)
+    box.started()
+    second = box.submit(client="y", size=50)
+    box.submit(client="z", size=50)
+    box.queue.retry(first, 1.0)
+    box.queue.reprioritise(second, HIGH)
+    assert len(box.queue.waiting) == 3
+    check_full(box, client="w")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "seconds", "slots", "expected"),
+    [
+        (0, None, 1, 1),
+        (0, 10.0, 1, 10),
+        (4, 2.0, 1, 10),
+        (4, 2.0, 5, 2),
+        (9, 0.001, 1, 1),
+        (100, 30.0, 1, 60),
+        (0, 1e9, 1, 60),
+    ],
+)
+def test_the_predicted_wait_is_one_to_sixty_seconds(
+    waiting: int, seconds: float | None, slots: int, expected: int
+) -> None:
+    box = Box()
+    box.add("a", shared=slots)
+    if seconds is not None:
+        box.queue.service.add(seconds)
+    for _ in range(waiting):
+        box.submit()
+    assert box.queue.predicted_wait() == expected
+
+
+def test_a_wait_is_predicted_without_a_backend_too() -> None:
+    assert Box().queue.predicted_wait() in range(1, 61)
+
+
+# ---- Waiting too long
+
+
+def expired(box: Box, now: float) -> dict[Ticket, type[llmq.LlmqError]]:
+    result = box.queue.expire(now)
+    assert len({ticket.id for ticket, _ in result}) == len(result), "each ends once"
+    assert all(ticket.state is TicketState.ENDED for ticket, _ in result)
+    return {ticket: type(error) for ticket, error in result}
+
+
+def test_each_class_waits_as_long_as_it_may() -> None:
+    box = one_slot(max_wait_high=5.0, max_wait_normal=10.0)
+    running = box.submit(HIGH, now=0.0)
+    box.started()
+    high, normal, low = (box.submit(one, now=100.0) for one in Priority)
+    assert expired(box, 104.99) == {}
+    assert expired(box, 105.0) == {high: llmq.WaitTimeout}
+    assert expired(box, 109.99) == {}
+    assert expired(box, 110.0) == {normal: llmq.WaitTimeout}
+    assert expired(box, 1e9) == {}
+    assert low.state is TicketState.WAITING
+    assert running.state is TicketState.RUNNING, "what runs has waited enough"
+
+
+def test_a_wait_that_was_too_long_is_not_to_be_tried_again() -> None:
+    box = one_slot(max_wait_normal=1.0)
+    box.submit()
+    ((_, error),) = box.queue.expire(2.0)
+    assert (error.status, error.should_retry) == (503, False)
+
+
+def test_ended_tickets_do_not_expire() -> None:
+    box = one_slot(max_wait_normal=1.0)
+    first, second = box.submit(), box.submit()
+    assert box.started() == [first]
+    box.queue.finish(first, 0.5)
+    box.queue.cancel(second)
+    assert expired(box, 10.0) == {}
+
+
+def test_a_ticket_that_waits_for_another_attempt_has_its_limit_still() -> None:
+    box = one_slot(max_wait_normal=10.0)
+    ticket = box.submit(now=0.0)
+    box.started(1.0)
+    box.queue.retry(ticket, 2.0)
+    assert expired(box, 9.0) == {}
+    assert expired(box, 10.0) == {ticket: llmq.WaitTimeout}
+
+
+def test_a_limit_that_passed_while_it_ran_holds_when_it_waits_again() -> None:
+    box = one_slot(max_wait_normal=10.0)
+    ticket = box.submit(now=0.0)
+    box.started(1.0)
+    assert expired(box, 20.0) == {}
+    box.queue.retry(ticket, 21.0)
+    assert expired(box, 21.0) == {ticket: llmq.WaitTimeout}
+
+
+def test_a_crowd_that_came_and_left_takes_nobodys_limit_along() -> None:
+    box = one_slot(max_wait_normal=10.0)
+    ticket = box.submit(now=0.0)
+    box.started(0.0)
+    for _ in range(300):
+        box.queue.cancel(box.submit(now=1.0))
+    box.queue.retry(ticket, 2.0)
+    assert expired(box, 10.0) == {ticket: llmq.WaitTimeout}
+
+
+def test_the_limit_is_that_of_the_class_it_is_in() -> None:
+    box = one_slot(max_wait_low=5.0, max_wait_normal=20.0)
+    freed, hurried, slowed = box.submit(LOW), box.submit(NORMAL), box.submit(LOW)
+    box.queue.reprioritise(freed, HIGH)
+    box.queue.reprioritise(hurried, LOW)
+    box.queue.reprioritise(slowed, NORMAL)
+    assert expired(box, 5.0) == {hurried: llmq.WaitTimeout}
+    assert expired(box, 20.0) == {slowed: llmq.WaitTimeout}
+    assert expired(box, 1e9) == {}
+
+
+def test_a_model_whose_backends_are_down_is_waited_for_from_the_later_of_both() -> None:
+    box = Box(down_wait=60.0)
+    a, b = box.add("a", "m"), box.add("b", "m")
+    early = box.submit(now=0.0)
+    box.down(a, 10.0)
+    assert expired(box, 1000.0) == {}, "b is up, if busy"
+    box.down(b, 1000.0)
+    late = box.submit(now=1030.0)
+    assert expired(box, 1059.9) == {}
+    assert expired(box, 1060.0) == {early: llmq.BackendDown}
+    assert expired(box, 1089.9) == {}
+    assert expired(box, 1090.0) == {late: llmq.BackendDown}
+
+
+def test_a_backend_that_comes_up_or_loads_ends_the_count() -> None:
+    box = Box(down_wait=60.0)
+    backend = box.add("a", "m")
+    box.down(backend, 0.0)
+    ticket = box.submit(now=0.0)
+    backend.loads(50.0, "loading")
+    assert expired(box, 500.0) == {}
+    backend.failed(500.0, "refused", INTERVAL, refused=True)
+    assert expired(box, 559.0) == {}
+    assert expired(box, 560.0) == {ticket: llmq.BackendDown}
+
+
+def test_only_those_who_want_the_model_that_is_down_are_told() -> None:
+    box = Box(down_wait=60.0)
+    box.add("a", "m")
+    box.down(box.add("b", "n"), 0.0)
+    fine, stuck = box.submit(model="m"), box.submit(HIGH, model="n")
+    assert expired(box, 60.0) == {stuck: llmq.BackendDown}
+    assert box.started() == [fine]
+
+
+def test_without_any_backend_a_ticket_waits_down_wait() -> None:
+    box = Box(down_wait=60.0)
+    ticket = box.submit(now=5.0)
+    assert expired(box, 64.9) == {}
+    assert expired(box, 65.0) == {ticket: llmq.BackendDown}
+
+
+def test_a_model_is_judged_again_when_its_only_backend_is_removed() -> None:
+    box = Box(down_wait=60.0)
+    box.add("a", "m")
+    box.add("b", "n")
+    box.queue.mode = Mode.PAUSED
+    ticket, other = box.submit(model="m", now=0.0), box.submit(model="n", now=0.0)
+    assert expired(box, 1.0) == {}
+    box.fleet.remove("a", 2.0)
+    assert expired(box, 2.0) == {ticket: llmq.ModelNotFound}
+    assert other.state is TicketState.WAITING
+
+
+def test_a_model_is_judged_again_when_the_last_backend_tells_its_list() -> None:
+    box = Box(down_wait=60.0)
+    box.add("a", "n")
+    late = box.add("late")
+    ticket = box.submit(model="m", now=0.0)
+    assert expired(box, 1000.0) == {}, "the other one may have it"
+    box.told(late, "x")
+    assert expired(box, 1000.0) == {ticket: llmq.ModelNotFound}
+
+
+def test_a_model_that_was_deleted_is_gone() -> None:
+    box = one_slot()
+    box.queue.mode = Mode.PAUSED
+    ticket = box.submit(model="m")
+    box.told(box.fleet.backends["a"], "n")
+    assert expired(box, 0.0) == {ticket: llmq.ModelNotFound}
+
+
+# ---- What the outside may know
+
+
+def test_positions_are_by_class_and_arrival() -> None:
+    box = one_slot()
+    low, normal, high, second = (box.submit(one) for one in (LOW, NORMAL, HIGH, NORMAL))
+    assert box.queue.in_order() == [high, normal, second, low]
+    positions = {ident: position for ident, (position, _, _) in box.queue.forecast().items()}
+    assert positions == {high.id: 1, normal.id: 2, second.id: 3, low.id: 4}
+
+
+def test_expected_waits_follow_the_slots_of_the_device() -> None:
+    box = Box()
+    box.add("a", "m", shared=2)
+    box.add("b", "n")
+    box.queue.service.add(10.0)
+    tickets = [box.submit(model=model) for model in "mnmnm"]
+    forecast = box.queue.forecast()
+    assert [forecast[one.id][1] for one in tickets] == [5.0, 10.0, 10.0, 20.0, 15.0]
+
+
+def reason_of(box: Box, ticket: Ticket) -> str:
+    return box.queue.forecast()[ticket.id][2]
+
+
+def test_each_waiting_ticket_has_its_reason() -> None:
+    box = Box()
+    box.add("a", "m", device="gpu", shared=2)
+    down, loading = box.add("b", "n"), box.add("c", "o")
+    box.down(down, 0.0)
+    loading.loads(0.0, "loading")
+    waiting = [box.submit(model=model) for model in "mno"]
+    assert [reason_of(box, one) for one in waiting] == ["next", "backend down", "model is loading"]
+    box.submit()
+    box.started()
+    late = box.submit()
+    assert reason_of(box, late) == "gpu busy (2/2)"
+
+
+def test_the_mode_is_a_reason() -> None:
+    box = one_slot()
+    high, low = box.submit(HIGH), box.submit(LOW)
+    box.queue.mode = Mode.PAUSED
+    assert [reason_of(box, one) for one in (high, low)] == ["paused", "paused"]
+    box.queue.mode = Mode.PRIORITY
+    assert reason_of(box, high) == "next"
+    assert "priority" in reason_of(box, low)
+
+
+def test_a_ticket_that_waits_for_a_backends_own_slots_is_not_told_that_it_is_next() -> None:
+    box = Box()
+    box.add("a", "m", device="gpu", slots=1, shared=4)
+    box.submit()
+    box.started()
+    late = box.submit()
+    assert box.started() == []
+    assert "busy" in reason_of(box, late)
+
+
+def test_what_runs_is_not_forecast() -> None:
+    box = one_slot()
+    box.submit()
+    box.started()
+    assert box.queue.forecast() == {}
+    assert box.queue.in_order() == []
+
+
+# ---- What it costs: counted, not timed
+
+
+class CountingFleet(Fleet):
+    """Counts how often the scheduler asks who could serve."""
+
+    asked = 0
+
+    def candidates(self, key: str, avoid: Backend | None) -> list[Backend]:
+        self.asked += 1
+        return super().candidates(key, avoid)
+
+
+class CountingTicket(Ticket):
+    """Counts how often anybody looks at any ticket."""
+
+    __slots__ = ()
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        CountingTicket.looks += 1
+        return super().__getattribute__(name)
+
+
+class CountingBox(Box):
+    def __init__(self) -> None:
+        super().__init__(CountingFleet(), max_depth=50_000, max_wait_normal=1e6)
+
+    def ticket(self, priority: Priority = NORMAL, **what: Any) -> Ticket:
+        client, model = self.client(what.get("client", "c")), what.get("model", "m")
+        return CountingTicket(f"t{next(self.numbers)}", client, model, priority)
+
+    def cost(self, work: Callable[[], object]) -> tuple[int, int]:
+        """Looks at tickets, and questions to the fleet, that some work takes."""
+        looks, asked = CountingTicket.looks, self.fleet.asked
+        work()
+        return CountingTicket.looks - looks, self.fleet.asked - asked
+
+
+def crowded(depth: int, clients: int) -> CountingBox:
+    """One runs, `depth` wait."""
+    box = CountingBox()
+    box.add("a", "m", "n")
+    box.submit(client="c0")
+    box.started()
+    for number in range(depth):
+        box.submit(client=f"c{number % clients}", model="mn"[number % 2])
+    return box
+
+
+def turn(box: Box) -> None:
+    """One ends, one comes, one starts."""
+    (running,) = box.queue.running.values()
+    box.queue.finish(running, 0.0)
+    box.submit(client="c0")
+    assert len(box.started()) == 1
+
+
+@pytest.mark.parametrize("clients", [1, 50])
+def test_a_turn_costs_the_same_at_any_depth(clients: int) -> None:
+    costs = set()
+    for depth in (100, 5000):
+        box = crowded(depth, clients)
+        turn(box)
+        costs.add(box.cost(lambda box=box: [turn(box) for _ in range(40)]))
+    assert len(costs) == 1
+
+
+@pytest.mark.parametrize("what", ["cancel", "submit", "dispatch"])
+def test_a_step_costs_the_same_at_any_depth(what: str) -> None:
+    costs = set()
+    for depth in (100, 5000):
+        box = crowded(depth, 10)
+        ticket = list(box.queue.waiting.values())[depth // 2]
+        steps: dict[str, Callable[[], object]] = {
+            "cancel": lambda box=box, ticket=ticket: box.queue.cancel(ticket),
+            "submit": lambda box=box: box.submit(),
+            "dispatch": lambda box=box: box.started(),
+        }
+        costs.add(box.cost(steps[what]))
+    assert len(costs) == 1
+
+
+def test_a_full_box_is_not_asked_about_at_all() -> None:
+    box = crowded(1000, 10)
+    assert box.cost(box.started) == (0, 0)
+
+
+def test_a_thousand_models_that_are_down_are_swept_in_one_pass() -> None:
+    """Names of models come from clients: a backend that never told may have any."""
+    box = CountingBox()
+    box.down(box.add("a"), 0.0)
+    for number in range(1000):
+        box.submit(model=f"m{number}")
+    looks, _ = box.cost(lambda: box.queue.expire(1.0))
+    assert looks <= 20 * 1000
+    looks, _ = box.cost(lambda: box.queue.expire(1000.0))
+    assert looks <= 100 * 1000
+    assert not box.queue.waiting
+
+
+@pytest.mark.parametrize("what", ["forecast", "in_order", "expire"])
+def test_what_looks_at_all_that_wait_is_one_pass(what: str) -> None:
+    box = crowded(1000, 10)
+    work = getattr(box.queue, what)
+    looks, _ = box.cost(lambda: work(1.0) if what == "expire" else work())
+    assert looks <= 20 * 1000
+
+
+# ---- What it keeps
+
+
+def blocks_kept(work: Callable[[int], object], times: int) -> int:
+    """Blocks of memory that so many rounds of work leave behind, after as many to warm up."""
+    for number in range(times):
+        work(number)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for number in range(times, 2 * times):
+        work(number)
+    gc.collect()
+    return sys.getallocatedblocks() - before
+
+
+ROUNDS = 5000
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("what", ["same lane", "new client", "new model", "new class"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_came_and_left_leaves_nothing_behind(what: str, mode: Mode, alone: bool) -> None:
+    box = Box(max_wait_normal=60.0)
+    box.add("a")  # it never told, so every model may be its
+    if not alone:
+        box.submit(client="one who stays")
+    box.queue.mode = mode
+
+    def come_and_leave(number: int) -> None:
+        client = Client(f"c{number}" if what == "new client" else "c")
+        model = f"m{number}" if what == "new model" else "m"
+        ticket = Ticket(f"t{number}", client, model, NORMAL)
+        box.queue.submit(ticket, float(number))
+        if what == "new class":
+            for priority in (LOW, HIGH, NORMAL):
+                box.queue.reprioritise(ticket, priority)
+        assert box.started() == []
+        box.queue.cancel(ticket)
+
+    assert blocks_kept(come_and_leave, ROUNDS) < ROUNDS // 5
+
+
+def test_attempts_without_end_leave_nothing_behind() -> None:
+    box = one_slot(max_wait_normal=1e9)
+    ticket = box.submit()
+
+    def attempt(number: int) -> None:
+        assert box.started() == [ticket]
+        box.queue.retry(ticket, float(number))
+
+    assert blocks_kept(attempt, ROUNDS) < ROUNDS // 5
+    assert box.run_dry() == [ticket]
+
+
+def test_who_ran_leaves_nothing_behind_while_others_wait() -> None:
+    box = Box(max_wait_normal=60.0)
+    box.add("a", "m")
+    box.down(box.add("b", "n"), 0.0)
+    waiting = [box.submit(model="n", client=f"w{number}") for number in range(100)]
+
+    def run(number: int) -> None:
+        ticket = Ticket(f"r{number}", Client(f"c{number}"), "m", NORMAL)
+        box.queue.submit(ticket, 0.0)
+        assert box.started() == [ticket]
+        box.queue.finish(ticket, 0.0)
+
+    assert blocks_kept(run, ROUNDS) < ROUNDS // 5
+    assert list(box.queue.waiting.values()) == waiting
+
+
+# ---- All of it at once, against a slow and plain model
+#
+# `World` is a scheduler with its fleet, and beside them a second account of everything in plain
+# lists, kept by the words of the contract.  Each operation happens to both; after each, every
+# number is counted again.
+
+
+@dataclass(eq=False)
+class Entry:
+    """What the model knows of a ticket."""
+
+    ticket: Ticket
+    priority: Priority
+    client: str
+    model: str
+    size: int
+    order: int
+    arrived: float
+    avoid: Backend | None = None
+    backend: Backend | None = None
+
+
+@dataclass(eq=False)
+class Runner:
+    """What the model knows of a backend."""
+
+    backend: Backend
+    device: str
+    own: int
+    state: str = "unknown"
+    models: tuple[str, ...] | None = None  # None: it never told
+    loaded: tuple[str, ...] = ()
+    down: float = 0.0
+    used: float = -1.0
+
+
+@dataclass
+class Account:
+    """The second account."""
+
+    slots: dict[str, int] = field(default_factory=dict)  # of devices
+    runners: list[Runner] = field(default_factory=list)
+    devices: dict[Backend, str] = field(default_factory=dict)  # of all that ever were
+    waiting: list[Entry] = field(default_factory=list)
+    running: list[Entry] = field(default_factory=list)
+    removed: float = 0.0  # when a backend was last taken out
+
+    def busy(self, device: str) -> int:
+        return sum(self.devices[one.backend] == device for one in self.running if one.backend)
+
+    def room(self, runner: Runner) -> int:
+        here = sum(one.backend is runner.backend for one in self.running)
+        shared = self.slots[runner.device]
+        return min(min(runner.own or shared, shared) - here, shared - self.busy(runner.device))
+
+    def options(self, entry: Entry) -> list[Runner]:
+        """The backends where it could start now."""
+        able = [
+            one for one in self.runners if one.state == "up" and entry.model in (one.models or ())
+        ]
+        able = [one for one in able if one.backend is not entry.avoid] or able
+        return [one for one in able if self.room(one) > 0]
+
+    def next(self, mode: Mode) -> tuple[Entry, list[Backend]] | None:
+        """Who goes next, and the backends that are equally right for it."""
+        for entry in sorted(self.waiting, key=lambda one: (one.priority, one.order)):
+            allowed = mode is Mode.OPEN or (mode is Mode.PRIORITY and entry.priority is HIGH)
+            options = self.options(entry) if allowed else []
+            if options:
+                rank = {
+                    one: (entry.model not in one.loaded, -self.room(one), one.used)
+                    for one in options
+                }
+                best = min(rank.values())
+                return entry, [one.backend for one in options if rank[one] == best]
+        return None
+
+    def fits(self, entry: Entry, limits: llmq.QueueSettings) -> bool:
+        mine = [one for one in self.waiting if one.client == entry.client]
+        held = sum(one.size for one in self.waiting)
+        return (
+            len(self.waiting) < limits.max_depth
+            and len(mine) < limits.max_depth // 2
+            and held + entry.size <= limits.max_queued_bytes
+            and sum(one.size for one in mine) + entry.size <= limits.max_queued_bytes // 2
+            and not (entry.ticket.foreign and len(mine) >= 16)
+        )
+
+    def ends(self, entry: Entry, now: float, limits: llmq.QueueSettings) -> set[type | None]:
+        """How a waiting ticket may end by now: mostly one way, or None for not at all."""
+        longest = getattr(limits, f"max_wait_{entry.priority.word}")
+        if longest and now >= entry.arrived + longest:
+            return {llmq.WaitTimeout}
+        told = [one.models for one in self.runners]
+        if told and all(one is not None and entry.model not in one for one in told):
+            return {llmq.ModelNotFound}
+        serving = [one for one in self.runners if one.models is None or entry.model in one.models]
+        if any(one.state != "down" for one in serving):
+            return {None}
+        since = max([entry.arrived, *(one.down for one in serving)])
+        if not serving:
+            since = max(since, self.removed)
+        # A backend that was taken out may have been the last one that could serve it, or not.
+        surely = now >= max(since, self.removed) + limits.down_wait
+        maybe = now >= since + limits.down_wait
+        return {llmq.BackendDown} if surely else {llmq.BackendDown, None} if maybe else {None}
+
+
+class World(Box):
+    """Random operations, done to the scheduler and to the account."""
+
+    MODELS = ("m", "n", "o", "p")
+    DEVICES = ("gpu0", "gpu1", "gpu2")
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        limits = {
+            "max_depth": self.rng.choice((24, 60)),
+            "max_queued_bytes": self.rng.choice((2000, 100_000)),
+            "max_wait_high": self.rng.choice((0.0, 30.0)),
+            "max_wait_normal": self.rng.choice((0.0, 15.0)),
+            "max_wait_low": self.rng.choice((0.0, 60.0)),
+            "down_wait": self.rng.choice((5.0, 20.0)),
+        }
+        super().__init__(**limits)
+        self.now = 1000.0
+        self.account = Account()
+        self.orders = count()
+        self.outcomes: dict[str, str] = {}
+        self.done: Counter[str] = Counter()
+        self.add_backend()
+
+    # what happens
+
+    OPERATIONS = (
+        ("submit_one", 30),
+        ("start", 18),
+        ("finish_one", 14),
+        ("retry_one", 5),
+        ("cancel_one", 5),
+        ("reprioritise_one", 5),
+        ("expire_some", 6),
+        ("move_wrongly", 3),
+        ("forecast_all", 1),
+        ("change_mode", 1),
+        ("change_slots", 1),
+        ("tell", 5),
+        ("go_down", 2),
+        ("load", 1),
+        ("add_backend", 1),
+        ("remove_backend", 1),
+    )
+
+    def step(self) -> None:
+        names, weights = zip(*self.OPERATIONS)
+        (name,) = self.rng.choices(names, weights)
+        self.now += self.rng.choice((0.001, 0.1, 0.1, 1.0))
+        self.done[name] += 1
+        getattr(self, name)()
+        self.recount()
+
+    def submit_one(self) -> None:
+        rng = self.rng
+        client, model = rng.choice(("x", "y", "z", "page")), rng.choice(self.MODELS)
+        priority, size = rng.choice(list(Priority)), rng.choice((0, 10, 200))
+        ticket = self.ticket(priority, client=client, model=model, size=size)
+        ticket.foreign = client == "page"
+        entry = Entry(ticket, priority, client, model, size, next(self.orders), self.now)
+        if self.account.fits(entry, self.queue.limits):
+            self.queue.submit(ticket, self.now)
+            self.account.waiting.append(entry)
+        else:
+            self.done["full"] += 1
+            with pytest.raises(llmq.QueueFull) as caught:
+                self.queue.submit(ticket, self.now)
+            assert caught.value.retry_after in range(1, 61)
+
+    def start(self) -> None:
+        """Everything that starts is the one that the rules name, to the last."""
+        account = self.account
+        for ticket, backend in self.queue.dispatch(self.now):
+            right = account.next(self.queue.mode)
+            assert right is not None, "nothing could start"
+            entry, backends = right
+            assert ticket is entry.ticket
+            assert backend in backends
+            entry.backend = backend
+            account.waiting.remove(entry)
+            account.running.append(entry)
+            for runner in account.runners:
+                if runner.backend is backend:
+                    runner.used = self.now
+            assert account.busy(account.devices[backend]) <= account.slots[account.devices[backend]]
+            assert backend.busy <= backend.most
+            assert ticket.state is TicketState.RUNNING
+            self.done["started"] += 1
+        assert account.next(self.queue.mode) is None, "nobody idles while one can start"
+
+    def finish_one(self) -> None:
+        if self.account.running:
+            entry = self.rng.choice(self.account.running)
+            self.queue.finish(entry.ticket, self.now)
+            self.account.running.remove(entry)
+            self.end(entry, "finished")
+
+    def retry_one(self) -> None:
+        if self.account.running:
+            entry = self.rng.choice(self.account.running)
+            self.queue.retry(entry.ticket, self.now)
+            self.account.running.remove(entry)
+            entry.avoid, entry.backend = entry.backend, None
+            self.account.waiting.append(entry)
+
+    def cancel_one(self) -> None:
+        if self.account.waiting:
+            entry = self.rng.choice(self.account.waiting)
+            self.queue.cancel(entry.ticket)
+            self.account.waiting.remove(entry)
+            self.end(entry, "cancelled")
+
+    def reprioritise_one(self) -> None:
+        if self.account.waiting:
+            entry = self.rng.choice(self.account.waiting)
+            entry.priority = self.rng.choice(list(Priority))
+            self.queue.reprioritise(entry.ticket, entry.priority)
+
+    def expire_some(self) -> None:
+        ended = {ticket: type(error) for ticket, error in self.queue.expire(self.now)}
+        for entry in list(self.account.waiting):
+            outcome = ended.pop(entry.ticket, None)
+            assert outcome in self.account.ends(entry, self.now, self.queue.limits)
+            if outcome is not None:
+                self.account.waiting.remove(entry)
+                self.end(entry, outcome.__name__)
+        assert not ended, "only waiting tickets expire, each once"
+
+    def move_wrongly(self) -> None:
+        wrong = {TicketState.WAITING: ("finish",), TicketState.RUNNING: ("cancel", "reprioritise")}
+        entries = self.account.waiting + self.account.running
+        if entries:
+            ticket = self.rng.choice(entries).ticket
+            with pytest.raises(ILLEGAL):
+                MOVES[self.rng.choice(wrong[ticket.state])](self.queue, ticket)
+
+    def forecast_all(self) -> None:
+        right = sorted(self.account.waiting, key=lambda one: (one.priority, one.order))
+        assert self.queue.in_order() == [one.ticket for one in right]
+        forecast = self.queue.forecast()
+        assert [forecast[one.ticket.id][0] for one in right] == list(range(1, len(right) + 1))
+        assert len(forecast) == len(right)
+        assert all(eta >= 0 and reason for _, eta, reason in forecast.values())
+
+    def change_mode(self) -> None:
+        self.queue.mode = self.rng.choice((Mode.OPEN, Mode.OPEN, Mode.PRIORITY, Mode.PAUSED))
+
+    def change_slots(self) -> None:
+        if self.account.runners:
+            runner = self.rng.choice(self.account.runners)
+            runner.own = runner.backend.slots = self.rng.choice((0, 0, 1, 2))
+            slots = self.rng.randint(1, 4)
+            self.account.slots[runner.device] = runner.backend.device.slots = slots
+
+    def tell(self) -> None:
+        if self.account.runners:
+            runner = self.rng.choice(self.account.runners)
+            models = tuple(one for one in self.MODELS if self.rng.random() < 0.6)
+            loaded = tuple(one for one in models if self.rng.random() < 0.3)
+            self.bring_up(runner, models, loaded)
+
+    def bring_up(self, runner: Runner, models: tuple[str, ...], loaded: tuple[str, ...]) -> None:
+        news = llmq.Report("openai", (), models, loaded, 0.0)
+        runner.backend.succeeded(self.now, news, INTERVAL)
+        runner.state, runner.models, runner.loaded = "up", models, loaded
+
+    def go_down(self) -> None:
+        if self.account.runners:
+            runner = self.rng.choice(self.account.runners)
+            runner.backend.failed(self.now, "refused", INTERVAL, refused=True)
+            if runner.state != "down":
+                runner.state, runner.down = "down", self.now
+
+    def load(self) -> None:
+        if self.account.runners:
+            runner = self.rng.choice(self.account.runners)
+            runner.backend.loads(self.now, "loading")
+            runner.state = "loading"
+
+    def add_backend(self) -> None:
+        if len(self.account.runners) < 5:
+            device, slots = self.rng.choice(self.DEVICES), self.rng.randint(1, 3)
+            own, name = self.rng.choice((0, 0, 1, 2)), f"b{next(self.numbers)}"
+            backend = self.add(name, device=device, slots=own, shared=slots)
+            self.account.runners.append(Runner(backend, device, own))
+            self.account.devices[backend] = device
+            self.account.slots[device] = slots
+
+    def remove_backend(self) -> None:
+        if len(self.account.runners) > 1:
+            runner = self.rng.choice(self.account.runners)
+            self.account.runners.remove(runner)
+            self.fleet.remove(runner.backend.name, self.now)
+            self.account.removed = self.now
+
+    # what must hold
+
+    def end(self, entry: Entry, outcome: str) -> None:
+        assert entry.ticket.id not in self.outcomes, "a ticket ends once"
+        assert entry.ticket.state is TicketState.ENDED
+        self.outcomes[entry.ticket.id] = outcome
+
+    def recount(self) -> None:
+        """Every number that the scheduler keeps, counted again."""
+        queue, waiting, running = self.queue, self.account.waiting, self.account.running
+        assert set(queue.waiting) == {one.ticket.id for one in waiting}
+        assert set(queue.running) == {one.ticket.id for one in running}
+        assert queue.queued_bytes == sum(one.size for one in waiting)
+        for name, client in self.clients.items():
+            mine = [one for one in waiting if one.client == name]
+            assert client.waiting == len(mine)
+            assert client.queued_bytes == sum(one.size for one in mine)
+            assert client.running == sum(one.client == name for one in running)
+        for backend in self.account.devices:
+            assert backend.busy == sum(one.backend is backend for one in running)
+        for name, device in self.fleet.devices.items():
+            assert device.busy == self.account.busy(name)
+        for one in waiting:
+            assert one.ticket.state is TicketState.WAITING
+            assert (one.ticket.arrived, one.ticket.priority) == (one.arrived, one.priority)
+
+    def settle(self) -> None:
+        """Let everything end: all backends up with all models, nothing in the way."""
+        self.queue.mode = Mode.OPEN
+        for runner in self.account.runners:
+            self.bring_up(runner, self.MODELS, ())
+        while self.account.waiting or self.account.running:
+            self.start()
+            assert self.account.running, "what waits can start"
+            while self.account.running:
+                self.finish_one()
+        self.recount()
+
+
+@pytest.mark.deadline(60)
+@pytest.mark.parametrize("seed", range(12))
+def test_any_story_keeps_every_rule(seed: int) -> None:
+    world = World(seed)
+    for _ in range(2500):
+        world.step()
+    world.settle()
+    submitted = world.done["submit_one"] - world.done["full"]
+    assert len(world.outcomes) == submitted, "every ticket ended, once"
+    assert not world.queue.waiting
+    assert not world.queue.running
+    assert world.queue.queued_bytes == 0
+    assert all(one.busy == 0 for one in world.account.devices)
+    assert world.done["started"] > 100, "a story in which nothing happens proves nothing"
+
+
+@pytest.mark.deadline(60)
+def test_the_stories_know_every_ending() -> None:
+    endings: Counter[str] = Counter()
+    for seed in range(100, 106):
+        world = World(seed)
+        for _ in range(600):
+            world.step()
+        endings.update(world.outcomes.values())
+        endings["full"] += world.done["full"]
+    wanted = {"finished", "cancelled", "full", "WaitTimeout", "BackendDown", "ModelNotFound"}
+    assert wanted <= set(endings)
+
+
+@pytest.mark.deadline(60)
+def test_a_deep_queue_of_many_clients_and_models_keeps_the_order() -> None:
+    """Few rules, great depth: 10,000 tickets, cancelled, moved and tried again at random."""
+    rng = random.Random(4)
+    box = Box(max_depth=20_000)
+    models = [f"m{number}" for number in range(10)]
+    for name in "abcd":
+        box.add(name, *models, shared=2)
+    alive: dict[str, Ticket] = {}
+    for _ in range(10_000):
+        client, model = f"c{rng.randrange(100)}", rng.choice(models)
+        ticket = box.submit(rng.choice(list(Priority)), client=client, model=model)
+        alive[ticket.id] = ticket
+    for ticket in rng.sample(list(alive.values()), 4000):
+        if rng.random() < 0.5:
+            box.queue.cancel(ticket)
+            del alive[ticket.id]
+        else:
+            box.queue.reprioritise(ticket, rng.choice(list(Priority)))
+    right = sorted(alive.values(), key=lambda one: (one.priority, one.number))
+    order: list[Ticket] = []
+    while batch := box.started():
+        order += [one for one in batch if one.attempts == 1]
+        for ticket in batch:
+            again = ticket.attempts == 1 and rng.random() < 0.1
+            (box.queue.retry if again else box.queue.finish)(ticket, 0.0)
+    assert order == right

@@ -1,0 +1,500 @@
+"""Settings: each by file, variable and flag; mistakes in one line; each has a tested effect."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.fakes import ROOT
+
+ROWS = list(llmq.known_settings())
+KEYS = [row.key for row in ROWS]
+FOREIGN = ["HOST", "PORT", "OLLAMA_URL", "OLLAMA_MODEL", "LLM_MAX_ATTEMPTS", "LLM_TIMEOUT_MS"]
+
+# Three values of each type, as people write them, and what they mean.
+WRITTEN: dict[str, list[tuple[Any, Any]]] = {
+    "int": [("3", 3), ("4", 4), ("5", 5)],
+    "Duration": [("3", 3.0), ("1.5s", 1.5), ("2m", 120.0)],
+    "Size": [("4096", 4096), ("8MiB", 8 * 2**20), ("1GB", 10**9)],
+    "str": [("one", "one"), ("two", "two"), ("three", "three")],
+    "bool": [("true", True), ("false", False), ("1", True)],
+    "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+}
+
+
+def written(row: Any) -> list[tuple[Any, Any]]:
+    """Values that this setting may have, each as text and as what it means."""
+    return [(one, one) for one in row.choices * 2] if row.choices else WRITTEN[row.type]
+
+
+def value_of(settings: Any, key: str) -> Any:
+    table, name = key.split(".")
+    return getattr(getattr(settings, table), name)
+
+
+def write(path: Path, tables: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(tables))
+    return path
+
+
+def read(
+    environ: dict[str, str] | None = None, file: Path | None = None, **flags: Any
+) -> tuple[Any, list[str]]:
+    """The settings that these sources give, and the notes; no other file is looked for."""
+    given = {key.replace("__", "."): value for key, value in flags.items()}
+    environ = dict(environ or {})
+    environ["LLMQ_CONFIG"] = str(file) if file else "/dev/null/none"
+    if file is None:
+        layers, notes = llmq.environment_layers(environ)
+        return llmq.merge_layers([*layers, ("command line", given)]), notes
+    return llmq.read_settings(given, environ)
+
+
+def flags_of(*arguments: str) -> dict[str, Any]:
+    """What the parser makes of the flags of `serve`."""
+    return llmq.given_flags(llmq.build_parser().parse_args(["serve", *arguments]))
+
+
+def mistake(**sources: Any) -> str:
+    """The one line that these sources are refused with."""
+    with pytest.raises(llmq.ConfigError) as raised:
+        read(**sources)
+    (line,) = str(raised.value).splitlines()
+    return line
+
+
+# ---- Each setting, from every source ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS, ids=KEYS)
+def test_setting_comes_from_default_then_file_then_environment_then_flag(
+    row: Any, tmp_path: Path
+) -> None:
+    first, second, third = written(row)[:3]
+    table, name = row.key.split(".")
+    file = write(tmp_path / "llmq.json", {table: {name: first[0]}})
+    environ = {row.variable: second[0]}
+    flag = flags_of(row.flag) if row.type == "bool" else flags_of(row.flag, third[0])
+    assert list(flag) == [row.key]
+    assert value_of(llmq.Settings(), row.key) == row.default
+    assert value_of(read()[0], row.key) == row.default
+    assert value_of(read(file=file)[0], row.key) == first[1]
+    assert value_of(read(environ)[0], row.key) == second[1]
+    assert value_of(read(environ, file)[0], row.key) == second[1]
+    assert value_of(read(**flag)[0], row.key) == third[1]
+    assert value_of(read(environ, file, **flag)[0], row.key) == third[1]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=KEYS)
+def test_setting_changes_nothing_but_itself(row: Any) -> None:
+    text, _ = next(one for one in written(row) if one[1] != row.default)
+    settings, notes = read({row.variable: text})
+    changed = [key for key in KEYS if value_of(settings, key) != value_of(llmq.Settings(), key)]
+    assert changed == [row.key]
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.type == "Names"], ids=lambda row: row.key
+)
+def test_flag_of_a_list_may_be_repeated(row: Any) -> None:
+    flags = flags_of(row.flag, "a", row.flag, "b")
+    assert value_of(read(**flags)[0], row.key) == ("a", "b")
+
+
+def test_file_may_say_numbers_switches_and_lists_as_json_has_them(tmp_path: Path) -> None:
+    server = {"keep_alive": 1.5, "max_body": 4096, "allow_anonymous_lan": True}
+    server["allowed_hosts"] = ["a", "b"]
+    settings, _ = read(file=write(tmp_path / "llmq.json", {"server": server}))
+    assert {name: getattr(settings.server, name) for name in server} == {
+        **server,
+        "allowed_hosts": ("a", "b"),
+    }
+
+
+def test_toml_says_the_same_as_json(tmp_path: Path) -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("TOML needs Python 3.11")
+    toml = tmp_path / "llmq.toml"
+    toml.write_text('[queue]\nslots = 4\n[backends.gpu]\nurl = "http://box:8000"\n')
+    tables = {"queue": {"slots": 4}, "backends": {"gpu": {"url": "http://box:8000"}}}
+    assert read(file=toml) == read(file=write(tmp_path / "llmq.json", tables))
+
+
+def test_toml_is_read_by_tomli_where_python_has_no_parser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tomli = ModuleType("tomli")
+    tomli.loads = lambda _: {"queue": {"slots": 4}}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", tomli)
+    file = tmp_path / "llmq.toml"
+    file.write_text("[queue]\nslots = 4\n")
+    assert read(file=file)[0].queue.slots == 4
+
+
+def test_toml_without_any_parser_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    file = tmp_path / "llmq.toml"
+    file.write_text("[queue]\nslots = 4\n")
+    line = mistake(file=file)
+    assert str(file) in line
+    assert "3.11" in line
+    assert ".json" in line
+
+
+def test_file_is_found_at_the_usual_places_and_never_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "home", tmp_path / "etc"]
+    monkeypatch.setattr(llmq, "CONFIG_PLACES", [str(place) for place in places])
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "llmq.json", {"queue": {"slots": 9}})
+    assert llmq.find_file({}) is None
+    for place in places:
+        place.mkdir()
+    found = []
+    for path in ("etc/llmq.json", "etc/llmq.toml", "home/llmq.json", "home/llmq.toml"):
+        write(tmp_path / path, {})
+        found.append(str(tmp_path / path))
+        assert llmq.find_file({}) == found[-1], "the later one goes first"
+    given = {"LLMQ_CONFIG": "/elsewhere.json"}
+    assert llmq.find_file(given) == "/elsewhere.json"
+
+
+def test_usual_places_are_the_users_own_and_the_boxs() -> None:
+    assert tuple(llmq.CONFIG_PLACES) == ("~/.config/llmq", "/etc/llmq")
+
+
+# ---- Variables of other programs -------------------------------------------------------------
+
+
+def test_variables_of_npm_llm_queue_work() -> None:
+    environ = {
+        "HOST": "127.0.0.2",
+        "PORT": "8123",
+        "OLLAMA_URL": "http://10.0.0.1:11434",
+        "OLLAMA_MODEL": "qwen3:8b",
+        "LLM_MAX_ATTEMPTS": "3",
+        "LLM_TIMEOUT_MS": "90000",
+    }
+    settings, notes = read(environ)
+    assert (settings.server.host, settings.server.port) == ("127.0.0.2", 8123)
+    assert [one.url for one in settings.backends.values()] == ["http://10.0.0.1:11434"]
+    assert settings.upstream.model == "qwen3:8b"
+    assert settings.queue.max_attempts == 3
+    assert settings.upstream.first_byte_timeout == 90.0
+    assert not notes
+    known = {row.also for row in ROWS if row.also} | {"OLLAMA_URL"}
+    assert known == set(FOREIGN), "a foreign variable without a test"
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.also], ids=lambda row: row.also)
+def test_llmqs_own_variable_goes_before_a_foreign_one(row: Any) -> None:
+    own, foreign = ("127.0.0.3", "127.0.0.2") if row.also == "HOST" else ("7", "80")
+    settings, _ = read({row.also: foreign, row.variable: own})
+    assert value_of(settings, row.key) == llmq.PARSERS[row.type](own)
+
+
+def test_llmqs_own_backends_go_before_ollama_url() -> None:
+    settings, _ = read({"OLLAMA_URL": "http://a:1", "LLMQ_BACKENDS": "gpu=http://b:2, http://c:3"})
+    assert {name: one.url for name, one in settings.backends.items()} == {
+        "gpu": "http://b:2",
+        "c:3": "http://c:3",
+    }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "localhost", "192.0.2.7"])
+def test_host_that_is_an_address_counts(host: str) -> None:
+    settings, notes = read({"HOST": host})
+    assert settings.server.host == host
+    assert not notes
+
+
+@pytest.mark.parametrize("host", ["my-laptop", "x86_64-linux", "127.0.0.1:80", "1.2.3", "a\nb"])
+def test_host_that_shells_export_is_ignored_with_one_line(host: str) -> None:
+    settings, (note,) = read({"HOST": host})
+    assert settings.server.host == ""
+    assert re.match(r"HOST=.* ignored", note)
+    assert "\n" not in note
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_empty_foreign_variable_is_no_variable(name: str) -> None:
+    assert read({name: ""}) == (llmq.Settings(), [])
+
+
+def test_ollama_host_is_not_read() -> None:
+    assert read({"OLLAMA_HOST": "http://127.0.0.1:11500"}) == (llmq.Settings(), [])
+
+
+# ---- Named tables ----------------------------------------------------------------------------
+
+
+def test_backends_and_devices_are_tables_with_names(tmp_path: Path) -> None:
+    gpu = {"url": "http://box:8000/v1/", "device": "gpu1", "slots": 2, "kind": "vllm", "key": "k"}
+    tables = {"backends": {"gpu": gpu, "cpu": {"url": "box:1"}}, "devices": {"gpu1": {"slots": 8}}}
+    settings, _ = read(file=write(tmp_path / "llmq.json", tables))
+    assert settings.devices == {"gpu1": llmq.DeviceSettings(slots=8)}
+    assert settings.backends == {
+        "gpu": llmq.BackendSettings("http://box:8000", "gpu1", 2, "vllm", "k"),
+        "cpu": llmq.BackendSettings("http://box:1"),
+    }
+
+
+def test_backends_of_a_higher_source_replace_those_below(tmp_path: Path) -> None:
+    file = write(tmp_path / "llmq.json", {"backends": {"gpu": {"url": "http://a:1"}}})
+    flags = flags_of("--backend", "http://c:3", "--backend", "d=http://d:4")
+    assert list(read(file=file)[0].backends) == ["gpu"]
+    assert list(read({"LLMQ_BACKENDS": "http://b:2"}, file)[0].backends) == ["b:2"]
+    assert list(read({"LLMQ_BACKENDS": "http://b:2"}, file, **flags)[0].backends) == ["c:3", "d"]
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "url"),
+    [
+        ("http://127.0.0.1:8080", "127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("127.0.0.1:8080", "127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("box", "box", "http://box"),
+        ("http://box:8000/", "box:8000", "http://box:8000"),
+        ("http://box:8000/v1", "box:8000", "http://box:8000"),
+        ("https://box", "box", "https://box"),
+        ("http://[::1]:8080", "[::1]:8080", "http://[::1]:8080"),
+        ("gpu=http://box:8000", "gpu", "http://box:8000"),
+        ("gpu.1=box:8000", "gpu.1", "http://box:8000"),
+    ],
+)
+def test_backend_is_a_url_or_a_name_and_a_url(item: str, name: str, url: str) -> None:
+    settings = llmq.build_settings({"backends": [item]})
+    assert settings.backends == {name: llmq.BackendSettings(url=url)}
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "ftp://box",
+        "http://",
+        "http://box:0",
+        "http://box:99999",
+        "http://box:port",
+        "http://box/api",
+        "http://box?x=1",
+        "http://[::1",
+        "gpu=",
+        "",
+    ],
+)
+def test_backend_that_is_no_base_url_is_refused_with_the_cure(item: str) -> None:
+    with pytest.raises(llmq.ConfigError, match=r"url|NAME") as raised:
+        llmq.build_settings({"backends": [item]})
+    assert "\n" not in str(raised.value)
+
+
+def test_password_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(llmq.ConfigError, match="key") as raised:
+        llmq.build_settings({"backends": ["http://me:secret@box:1"]})
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a/b", "ä", "a\n"])
+def test_name_of_a_backend_is_plain(name: str) -> None:
+    with pytest.raises(llmq.ConfigError, match="letters and digits"):
+        llmq.build_settings({"backends": {name: {"url": "http://a:1"}}})
+
+
+# ---- Mistakes --------------------------------------------------------------------------------
+# tests/test_process.py has one of each kind as a user meets it; here every setting has its own.
+
+
+def wrong_values(row: Any) -> list[Any]:
+    """What this setting may not be, in any source."""
+    wrong: dict[str, list[Any]] = {
+        "int": ["", "x", "-1", "1.5", "1e3", "0x10", "9" * 16],
+        "Duration": ["", "x", "-1s", "5 parsecs", "1h30m"],
+        "Size": ["", "x", "-1", "8 elephants", "1TiB"],
+        "str": ["other"] if row.choices else [],
+        "bool": ["", "maybe", "2"],
+        "Names": [],
+    }
+    low = [str(row.least - 1)] if row.type in ("int", "Size") and row.least >= 1 else []
+    low += ["0"] if row.type == "Duration" and row.least else []
+    return wrong[row.type] + low
+
+
+def wrong_types(row: Any) -> list[Any]:
+    """What a file may not say."""
+    wrong: list[Any] = [None, {}, [1]]
+    wrong += [] if row.type == "Names" else [["a"]]
+    wrong += [True] if row.type != "bool" else []
+    return wrong + ([1.5] if row.type in ("int", "str", "Names") else [])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=KEYS)
+def test_bad_value_is_told_with_source_key_and_cure(row: Any, tmp_path: Path) -> None:
+    table, name = row.key.split(".")
+    cure = r"wants|write|choose one of|at most"
+    for bad in wrong_values(row):
+        for line, source in (
+            (mistake(environ={row.variable: bad}), row.variable),
+            (mistake(**{row.key: bad}), row.flag),
+        ):
+            assert source in line
+            assert row.key in line
+            assert re.search(cure, line), line
+    for bad in wrong_values(row) + wrong_types(row):
+        file = write(tmp_path / "llmq.json", {table: {name: bad}})
+        line = mistake(file=file)
+        assert line.startswith(f"{file}: ")
+        assert row.key in line
+        assert re.search(cure, line), line
+
+
+def test_value_beyond_a_bound_is_told_the_bound() -> None:
+    assert "at least 1" in mistake(queue__slots="0")
+    assert "65535" in mistake(environ={"PORT": "65536"})
+    assert "0.01" in mistake(upstream__idle_timeout="1ms")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=KEYS)
+def test_misspelt_key_is_told_the_right_one(row: Any, tmp_path: Path) -> None:
+    table, name = row.key.split(".")
+    line = mistake(file=write(tmp_path / "llmq.json", {table: {name + "x": 1}}))
+    assert f"{table}.{name}x" in line
+    assert f"did you mean {row.key}?" in line
+    line = mistake(environ={row.variable + "X": "1"})
+    assert f"did you mean {row.variable}?" in line
+
+
+def test_word_that_is_near_to_none_is_told_them_all(tmp_path: Path) -> None:
+    line = mistake(file=write(tmp_path / "llmq.json", {"zzz": {}}))
+    assert all(table in line for table in (*llmq.TABLES, *llmq.NAMED_TABLES))
+
+
+def test_values_in_a_message_are_short_and_printable() -> None:
+    line = mistake(environ={"PORT": "7\x1b[31m\n" + "9" * 500})
+    assert line.isprintable()
+    assert len(line) < 200
+
+
+# ---- Shown and written -----------------------------------------------------------------------
+
+
+def test_settings_that_were_shown_are_read_the_same(tmp_path: Path) -> None:
+    values: dict[str, Any] = {}
+    for row in ROWS:
+        values[row.key] = next(text for text, value in written(row) if value != row.default)
+    values["backends"] = {"a": {"url": "http://a:1", "key": "k", "kind": "ollama", "slots": 2}}
+    values["devices"] = {"a": {"slots": 3}}
+    settings = llmq.build_settings(values)
+    shown = write(tmp_path / "llmq.json", llmq.render_settings(settings))
+    assert read(file=shown)[0] == settings
+    default = write(tmp_path / "default.json", llmq.render_settings(llmq.Settings()))
+    assert read(file=default)[0] == llmq.Settings()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=KEYS)
+def test_default_that_is_shown_may_be_written(row: Any) -> None:
+    assert value_of(read({row.variable: row.shown_default})[0], row.key) == row.default
+
+
+def test_markdown_has_one_row_for_each_setting() -> None:
+    _, _, *lines = llmq.settings_markdown().splitlines()
+    assert len(lines) == len(ROWS)
+    for line, row in zip(lines, ROWS):
+        assert line.startswith(f"| `{row.flag}` | `{row.variable}`")
+        assert line.endswith(f" | {row.help} |")
+        assert f"| {row.shown_default} |" in line
+        assert not row.also or f"`{row.also}`" in line
+        assert line.count("|") == 5
+
+
+def test_no_two_settings_share_a_name() -> None:
+    for names in ([r.key for r in ROWS], [r.flag for r in ROWS], [r.variable for r in ROWS]):
+        assert len(set(names)) == len(names)
+
+
+# ---- Every setting has an effect that a test sees --------------------------------------------
+
+EFFECTS = {
+    "server.host": "test_service.py::test_host_is_where_it_listens",
+    "server.port": "test_service.py::test_port_is_where_it_listens",
+    "server.allowed_hosts": "test_wire_host.py"
+    "::test_allowed_hosts_are_exact_names_and_the_cure_that_the_403_gives_works",
+    "server.cors_origins": "test_wire_cors.py::test_cors_origins_narrow_the_grant_to_those_named",
+    "server.allow_anonymous_lan": "test_service.py"
+    "::test_listening_for_the_network_needs_leave_and_then_works",
+    "server.head_timeout": "test_wire_deadlines.py"
+    "::test_heads_that_are_never_complete_end_at_the_deadline",
+    "server.body_timeout": "test_wire_deadlines.py::test_body_timeout_counts_from_the_last_byte",
+    "server.upload_timeout": "test_wire_deadlines.py"
+    "::test_whole_upload_has_a_deadline_that_dripping_does_not_move",
+    "server.keep_alive": "test_wire_deadlines.py::test_idle_connection_is_closed_in_good_order",
+    "server.stall_timeout": "test_leaving.py"
+    "::test_a_client_that_takes_nothing_meets_back_pressure_then_counts_as_gone",
+    "server.drain_timeout": "test_process.py"
+    "::test_a_drain_ends_at_its_limit_and_what_still_runs_is_told",
+    "server.max_body": "test_wire_framing.py"
+    "::test_body_up_to_the_limit_passes_and_one_byte_more_is_413",
+    "queue.slots": "test_load.py::test_a_burst_of_three_hundred_is_served_each_its_own",
+    "queue.max_depth": "test_load.py::test_a_full_queue_refuses_and_takes_again_when_somebody_left",
+    "queue.max_queued_bytes": "test_load.py"
+    "::test_queued_bytes_are_limited_in_all_and_for_one_client",
+    "queue.max_attempts": "test_upstream_faults.py::test_attempts_end_at_their_number",
+    "queue.max_wait_high": "test_gateway.py::test_each_class_has_its_own_longest_wait",
+    "queue.max_wait_normal": "test_gateway.py::test_each_class_has_its_own_longest_wait",
+    "queue.max_wait_low": "test_gateway.py::test_each_class_has_its_own_longest_wait",
+    "queue.down_wait": "test_upstream_faults.py"
+    "::test_a_backend_that_stays_down_is_told_after_the_wait",
+    "upstream.model": "test_gateway.py::test_request_without_a_model_gets_the_one_that_is_set",
+    "upstream.connect_timeout": "test_upstream_faults.py"
+    "::test_a_connection_that_is_not_answered_is_a_502_in_time",
+    "upstream.first_byte_timeout": "test_upstream_faults.py"
+    "::test_a_silent_backend_is_a_504_and_is_cut_off_before_the_next_starts",
+    "upstream.idle_timeout": "test_upstream_faults.py"
+    "::test_a_stream_that_falls_silent_ends_in_an_error",
+    "upstream.probe_interval": "test_background.py::test_backend_is_looked_at_again_after_a_while",
+    "upstream.probe_timeout": "test_background.py"
+    "::test_backend_that_does_not_answer_a_look_in_time_is_down",
+    "log.format": "test_service.py::test_log_as_json_has_one_object_with_these_facts_a_line",
+    "log.level": "test_service.py::test_log_level_is_the_least_that_is_logged",
+    "devices.slots": "test_service.py::test_slots_of_a_device_are_the_most_at_once_there",
+    "backends.url": "test_upstream_faults.py::test_two_backends_on_one_host_share_one_slot",
+    "backends.device": "test_upstream_faults.py"
+    "::test_the_device_setting_splits_backends_on_one_host",
+    "backends.slots": "test_upstream_faults.py"
+    "::test_a_backend_may_have_fewer_slots_than_its_device",
+    "backends.kind": "test_background.py::test_kind_that_is_set_is_not_asked_for",
+    "backends.key": "test_upstream_faults.py::test_the_key_of_a_backend_comes_from_the_settings",
+}
+
+
+def named_settings() -> list[str]:
+    return [
+        f"{table}.{one.name}" for table, cls in llmq.NAMED_TABLES.items() for one in fields(cls)
+    ]
+
+
+def test_every_setting_has_a_tested_effect() -> None:
+    assert sorted(EFFECTS) == sorted(KEYS + named_settings())
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_test_of_an_effect_exists_and_its_file_uses_the_setting(key: str) -> None:
+    name, _, test = EFFECTS[key].partition("::")
+    source = (ROOT / "tests" / name).read_text(encoding="utf-8")
+    assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE)
+    table, setting = key.split(".")
+    spellings = [f"{table}__{setting}", f"{table}.{setting}", setting, setting.replace("_", "-")]
+    spellings += [setting[:-1].replace("_", "-")] if setting.endswith("s") else []
+    assert re.search("|".join(map(re.escape, spellings)), source)
