@@ -381,6 +381,9 @@ class Settings:
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)
 
+    def slots_of(self, device: str) -> int:
+        return self.devices[device].slots if device in self.devices else self.queue.slots
+
 
 TABLES: dict[str, Any] = {
     "server": ServerSettings,
@@ -406,7 +409,8 @@ class Setting(NamedTuple):
 
     @property
     def flag(self) -> str:
-        name = self.key.split(".")[1]
+        table, _, name = self.key.partition(".")
+        name = f"log_{name}" if table == "log" else name  # `--level` alone could be anything's
         return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
 
     @property
@@ -470,7 +474,8 @@ def parse_text(raw: Any) -> str:
 
 
 def parse_bool(raw: Any) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    words = dict.fromkeys(("true", "1", "yes", "on"), True)
+    words.update(dict.fromkeys(("false", "0", "no", "off"), False))
     word = str(raw).lower()
     if word not in words:
         raise ValueError("wants true or false")
@@ -1483,9 +1488,8 @@ def parse_request_head(head: bytes) -> Request:
     method, target, major, minor = match.groups()
     if major != "1":
         raise VersionNotSupported("llmq speaks HTTP/1.1")
-    if rest.count("\r\n") > FIELDS_LIMIT + 1 or any(
-        len(one) > FIELD_LIMIT for one in rest.split("\r\n")
-    ):
+    too_long = len(rest) > FIELD_LIMIT and max(map(len, rest.split("\r\n"))) > FIELD_LIMIT
+    if too_long or rest.count("\r\n") > FIELDS_LIMIT + 1:
         raise HeadersTooLarge(f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes")
     try:
         headers = parse_fields(rest[:-2])
@@ -2041,7 +2045,7 @@ LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
 BACKLOG = 1024  # connections that the kernel holds for us
-ACCEPT_BURST = 16  # accepted in one turn of the loop, so that those hung up on are closed meanwhile
+ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
 
 class Inbox(asyncio.StreamReader):
@@ -2642,6 +2646,10 @@ class Upstream:
         except LlmqError as error:
             flowing.set_exception(error)
             return
+        except Exception:
+            log.exception("a piece of an answer could not be passed on")
+            flowing.set_exception(LlmqError("llmq failed; its log says how"))
+            return
         if not more:
             self.transport.pause_reading()
         if self.body.done or not more:
@@ -3195,17 +3203,10 @@ class Desk:
         """Read the request and make it a call; raises what is wrong with it."""
         gateway, request = self.gateway, exchange.request
         headers = request.headers
-        try:
-            if gateway.draining:
-                raise ShuttingDown("llmq is shutting down")
-            question = read_chat(request.body, headers.get("x-queue-priority"))
-            model = await self.resolve_model(question.model)
-        except LlmqError as error:
-            gateway.keep(Record(
-                exchange.id, exchange.request_id, "-", "-", "", request.path, "", 0.0, None, 0.0,
-                None, error.status, error.code,
-            ))  # fmt: skip
-            raise
+        if gateway.draining:
+            raise ShuttingDown("llmq is shutting down")
+        question = read_chat(request.body, headers.get("x-queue-priority"))
+        model = await self.resolve_model(question.model)
         origin = headers.get("origin")
         foreign = origin is not None and is_foreign(origin, gateway.settings.server.cors_origins)
         user = None if foreign else headers.get("x-user-id")
@@ -3217,6 +3218,11 @@ class Desk:
         call.head = self.render_upstream_head(request)
         request.body, request.headers = b"", NO_HEADERS  # what waits, waits with little luggage
         return call
+
+    def refuse(self, exchange: Exchange, error: LlmqError) -> None:
+        """The record of a request that did not become a call."""
+        names = (exchange.id, exchange.request_id, "-", "-", "", exchange.request.path, "")
+        self.gateway.keep(Record(*names, 0.0, None, 0.0, None, error.status, error.code))
 
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; ModelNotFound only when no backend can have it."""
@@ -3448,18 +3454,22 @@ class Monitor:
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.wake = asyncio.Event()
         self.looked = float("-inf")
         self._flights: dict[Backend, asyncio.Task[None]] = {}
         gateway.look = self.look
-        gateway.trouble = self.wake.set
+        gateway.trouble = self.wake
+        self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def wake(self) -> None:
+        """Look at once at whatever is due."""
+        if not self._wake.done():
+            self._wake.set_result(None)
 
     async def run(self) -> None:
         while True:
-            self.wake.clear()
+            self._wake = asyncio.get_running_loop().create_future()
             self.step(time.monotonic())
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.wake.wait(), SWEEP_SECONDS)
+            await asyncio.wait({self._wake}, timeout=SWEEP_SECONDS)
 
     def step(self, now: float) -> None:
         """Start a probe of each backend that is due and has none under way."""
@@ -3558,12 +3568,8 @@ class Finder:
         except (OSError, LlmqError, ValueError, SelfFound):
             return
         if report.kind == kind:
-            self.gateway.fleet.add(
-                kind,
-                BackendSettings(url=url, kind=kind),
-                "local",
-                self.gateway.settings.queue.slots,
-            )
+            slots = self.gateway.settings.slots_of("local")
+            self.gateway.fleet.add(kind, BackendSettings(url=url, kind=kind), "local", slots)
             self.gateway.trouble()
 
 
@@ -3574,9 +3580,9 @@ class Feed:
         self.gateway = gateway
         self.desk = desk
         self.latest = b""
+        self.version = -1  # of the gateway's changes, as far as they are rendered
         self.watchers = 0
-        self._rendered = -1
-        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         while True:
@@ -3584,17 +3590,19 @@ class Feed:
             await asyncio.sleep(FEED_SECONDS)
 
     def step(self) -> None:
-        """Render if anything changed and anybody watches; wake those who wait for it."""
-        if self.watchers and self._rendered != self.gateway.changes:
-            self._rendered = self.gateway.changes
+        """Render if anything changed and anybody watches."""
+        if self.watchers and self.version != self.gateway.changes:
+            self.version = self.gateway.changes
             self.latest = render_json(self.desk.snapshot())
-            self._next.set_result(None)
-            self._next = asyncio.get_running_loop().create_future()
+            self.wake()
 
-    async def next(self, timeout: float) -> bool:
-        """Wait for a newer snapshot; False when none came in time."""
-        done, _ = await asyncio.wait({self._next}, timeout=timeout)
-        return bool(done)
+    def wake(self) -> None:
+        """Let everybody who waits look again: there is news, or somebody left, or the end."""
+        self._wake.set_result(None)
+        self._wake = asyncio.get_running_loop().create_future()
+
+    async def wait(self, timeout: float) -> None:
+        await asyncio.wait({self._wake}, timeout=timeout)
 
 
 class Sweeper:
@@ -3653,9 +3661,9 @@ class Door:
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request; whatever goes wrong, it is told in one way."""
-        given = exchange.request.headers.get("x-request-id", "")
+        given = exchange.request.headers.get("x-request-id")
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
-        exchange.request_id = given if REQUEST_ID.fullmatch(given) else exchange.id
+        exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
             handler, argument = self.enter(exchange)
             await handler(self, exchange, argument)
@@ -3791,10 +3799,10 @@ async def get_version(door: Door, exchange: Exchange, _: str) -> None:
 
 
 def merged_models(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Every model that some backend has, once, as its first backend describes it."""
+    """Every model of the healthy backends, once, as its first backend describes it."""
     merged: dict[str, dict[str, Any]] = {}
     for backend in fleet.backends.values():
-        if backend.report is not None and backend.state is not State.REFUSED:
+        if backend.report is not None and backend.state is State.UP:
             for entry in backend.report.entries:
                 merged.setdefault(model_key(str(entry["id"])), entry)
     return merged
@@ -3813,13 +3821,18 @@ async def get_model(door: Door, exchange: Exchange, name: str) -> None:
 
 
 async def post_chat(door: Door, exchange: Exchange, _: str) -> None:
-    request, settings = exchange.request, door.gateway.settings
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("send the body without Content-Encoding")
-    if f"llmq-{door.gateway.instance}" in request.headers.get("via", ""):
-        raise LoopDetected("this request has been through this llmq before")
-    await exchange.read_body(settings.server.max_body)
-    await door.gateway.serve(await door.desk.admit(exchange))
+    request, gateway = exchange.request, door.gateway
+    try:
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("send the body without Content-Encoding")
+        if f"llmq-{gateway.instance}" in request.headers.get("via", ""):
+            raise LoopDetected("this request has been through this llmq before")
+        await exchange.read_body(gateway.settings.server.max_body)
+        call = await door.desk.admit(exchange)
+    except LlmqError as error:
+        door.desk.refuse(exchange, error)
+        raise
+    await gateway.serve(call)
 
 
 async def get_status(door: Door, exchange: Exchange, _: str) -> None:
@@ -3832,14 +3845,16 @@ async def get_events(door: Door, exchange: Exchange, _: str) -> None:
     feed = door.feed
     feed.watchers += 1
     try:
-        await exchange.watch(exchange.abort)
+        await exchange.watch(feed.wake)
         exchange.start(200, "text/event-stream")
-        newest = render_json(door.desk.snapshot())
+        newest, seen = render_json(door.desk.snapshot()), -1
         while not exchange.gone and not door.gateway.draining:
             exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
             if exchange.blocked:
                 await exchange.catch_up()
-            newest = feed.latest if await feed.next(EVENT_PING_SECONDS) else b""
+            if feed.version == seen:
+                await feed.wait(EVENT_PING_SECONDS)
+            newest, seen = feed.latest if feed.version != seen else b"", feed.version
         exchange.finish()
     finally:
         feed.watchers -= 1
@@ -4093,6 +4108,7 @@ class Demo:
 # From settings to a running llmq and back: what is wired to what, listening, signals, reload and
 # drain.
 
+STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
@@ -4221,7 +4237,7 @@ class Service:
             )
         queue = self.settings.queue
         files = raise_file_limit(queue.max_depth + 512)
-        spare = SPARE_CONNECTIONS + ACCEPT_BURST + 2 * queue.slots
+        spare = SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * queue.slots
         self.most_connections = max(4, files - RESERVED_FILES - spare)
         server = HttpServer(self.door.handle, self.settings.server, self.most_connections)
         self._servers.append(server)
@@ -4276,14 +4292,14 @@ class Service:
                 fleet.remove(name, now)
         for name, one in wanted.items():
             device = devices[name]
-            own = settings.devices.get(device)
-            slots = own.slots if own else settings.queue.slots
+            slots = settings.slots_of(device)
             if name in fleet.backends:
                 backend = fleet.backends[name]
                 backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
+                backend.kind = one.kind or backend.kind
             else:
                 fleet.add(name, one, device, slots)
-        self.monitor.wake.set()
+        self.monitor.wake()
         self.gateway.pump()
 
     def reload(self) -> None:
@@ -4304,6 +4320,8 @@ class Service:
             )
             if moved and row.key in ADDRESS:
                 log.warning("reload: %s needs restart", row.key)
+        if settings.log != self.settings.log:
+            set_up_log(settings.log)
         self.apply(settings)
         log.info("reload: done")
 
@@ -4315,14 +4333,12 @@ class Service:
         """Drain and close: what runs may finish, what waits is told, nothing is left open."""
         self.stopping.set()
         self.feed.desk.drain()
+        self.feed.wake()
         self._servers[0].quiesce()
-        deadline = time.monotonic() + self.settings.server.drain_timeout
-        while self.gateway.calls and time.monotonic() < deadline and not self.hurry.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.hurry.wait(), 0.05)
+        await self.until(lambda: not self.gateway.calls, self.settings.server.drain_timeout)
         for call in list(self.gateway.calls.values()):
             self.gateway.stop(call, ShuttingDown("llmq is shutting down"))
-        await self.settle()
+        await self.until(self.settled, LINGER_SECONDS)
         for task in self._tasks:
             task.cancel()
         self.monitor.close()
@@ -4331,15 +4347,19 @@ class Service:
         self.gateway.pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def settle(self) -> None:
-        """Let the last words reach those who can still take them."""
-        busy = [
-            task
-            for one, task in self._servers[0].connections.items()
-            if one.phase is not Phase.IDLE
-        ]
-        if busy and not self.hurry.is_set():
-            await asyncio.wait(busy, timeout=LINGER_SECONDS)
+    def settled(self) -> bool:
+        """Nobody is owed another word."""
+        quiet = (Phase.IDLE, Phase.LINGER)
+        connections = self._servers[0].connections
+        return all(one.phase in quiet and not one.unsent for one in connections)
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for this, but not beyond the time, nor when it has to go fast."""
+        deadline = time.monotonic() + seconds
+        waits = asyncio.ensure_future(self.hurry.wait())
+        while not condition() and time.monotonic() < deadline and not waits.done():
+            await asyncio.wait({waits}, timeout=STOP_SECONDS)
+        waits.cancel()
 
 
 # ==== 17. Command line ============================================================================
@@ -4518,14 +4538,17 @@ def ask_llmq(url: str | None, path: str, change: dict[str, Any] | None = None) -
         url = f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
     data = None if change is None else render_json(change)
     headers = {"Content-Type": "application/json"}
-    request = Request(url.rstrip("/") + path, data, headers)  # noqa: S310 - the user's own URL
     try:
+        request = Request(url.rstrip("/") + path, data, headers)  # noqa: S310 - the user's own URL
         with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
-            return json.load(answer)
+            facts = json.load(answer)
+        if not isinstance(facts, dict) or "mode" not in facts:
+            raise ValueError("what answers is no llmq")
     except HTTPError as error:
         raise StartError(f"{url} answers {error.code}: is that llmq?") from None
     except (URLError, OSError, ValueError) as error:
         raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
+    return facts
 
 
 def cmd_status(options: argparse.Namespace) -> int:

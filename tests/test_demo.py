@@ -41,6 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_demo_has_one_model_and_looks_for_no_other() -> None:
     async with demo() as q:
+        assert (await q.chat("x", model=None)).status == 200
         listing = (await ask(q.service.port, "GET", "/v1/models")).json()
         assert [row["id"] for row in listing["data"]] == ["echo"]
         assert list(q.service.gateway.fleet.backends) == ["demo"]

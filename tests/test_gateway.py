@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,10 +65,17 @@ async def test_request_without_a_model_is_told_when_no_backend_has_any() -> None
 # ---- Limits ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limited", ["high", "normal", "low"])
-async def test_each_class_has_its_own_longest_wait(limited: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "limited"),
+    [
+        ("queue.max_wait_high", "high"),
+        ("queue.max_wait_normal", "normal"),
+        ("queue.max_wait_low", "low"),
+    ],
+)
+async def test_each_class_has_its_own_longest_wait(setting: str, limited: str) -> None:
     async with FakeBackend(auto=False) as fake:
-        async with running(fake.url, **{f"queue__max_wait_{limited}": 0.3}) as q:
+        async with running(fake.url, **{setting: 0.3}) as q:
             running_one = await begin(q, "runs")
             first = await fake.arrived()
             clients = {name: await begin(q, name, priority=name) for name in llmq.PRIORITY_WORDS}
@@ -121,6 +131,8 @@ async def test_retry_after_is_the_predicted_wait() -> None:
         q.gateway.scheduler.service.add(1000.0)
         answer = await q.chat("one too many", headers={"X-User-ID": "a"})
         assert (answer.status, answer.headers["retry-after"]) == (429, "60")
+        for client in clients:
+            client.close()
 
 
 # ---- What is said of the way it took ---------------------------------------------------------
@@ -355,3 +367,165 @@ async def test_request_beyond_the_body_limit_never_reaches_a_backend() -> None:
         assert (await q.chat("x" * 2000)).status == 413
         assert (await q.chat("small")).content == "small"
         assert [request.text for request in fake.requests] == ["small"]
+
+
+# ---- What nobody wishes for ------------------------------------------------------------------
+
+
+async def test_stream_that_breaks_ends_in_a_reset_where_no_chunks_can_show_it() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await Raw.open(q.port)
+        body = json.dumps(chat("a", stream=True)).encode()
+        old = http("POST", CHAT, JSON, body).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+        await client.send(old)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("one ")
+        answer = await client.head()
+        assert not {"transfer-encoding", "content-length"} & answer.headers.keys()
+        await client.until(b"one ")
+        request.reset()
+        await client.until(b'"error":')
+        assert await client.closed() == "reset"
+
+
+async def test_old_client_gets_its_stream_to_the_end_of_the_connection() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        client = await Raw.open(q.port)
+        body = json.dumps(chat("one two", stream=True)).encode()
+        await client.send(http("POST", CHAT, JSON, body).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        answer = await client.response()
+        assert (answer.content, answer.clean) == ("one two", True)
+        assert answer.events()[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+async def test_answer_beyond_all_measure_is_a_502(
+    framing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "ANSWER_LIMIT", 5000)
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "a")
+        request = await fake.arrived()
+        body = b'{"x":"' + b"x" * 6000 + b'"}'
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        if framing == "length":
+            await request.send(head + b"Content-Length: 7000\r\n\r\n" + body)
+        elif framing == "chunked":
+            await request.send(head + b"Transfer-Encoding: chunked\r\n\r\n1b58\r\n" + body)
+        else:
+            await request.send(head + b"\r\n" + body)
+        answer = await client.response()
+        assert (answer.status, answer.code) == (502, "backend_error")
+        await request.left()
+        assert not q.gateway.scheduler.running
+
+
+async def test_exception_in_mid_stream_ends_unclean_and_frees_the_slot(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    feed = llmq.StreamWatch.feed
+
+    def broken(watch: Any, piece: bytes) -> bytes:
+        if b"two" in piece:
+            raise ZeroDivisionError("nobody foresaw this")
+        return bytes(feed(watch, piece))
+
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        monkeypatch.setattr(llmq.StreamWatch, "feed", broken)
+        client = await begin(q, "a", stream=True)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("one ")
+        await client.head()
+        await client.until(b"one ")
+        await request.piece("two ")
+        assert await client.closed()
+        await request.left()
+        monkeypatch.undo()
+        task = asyncio.ensure_future(q.chat("next"))
+        await (await fake.arrived()).answer("next")
+        assert (await task).content == "next"
+    failed, served = [line.outcome for line in lines(log)]
+    assert failed in ("internal_error", "backend_error")
+    assert served == "done"
+
+
+# ---- Backends behind TLS ---------------------------------------------------------------------
+
+# For 127.0.0.1, valid until 2120; known to everybody, so of use to nobody but these tests.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBazCCARKgAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsbG1xLXRl
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxsbXEtdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABP7thUreH0+FPEa7
+J8N7E+jduqufca0cX3HJvjOZJI3nvnBX2nDUBV8FfiKiNqaMMoFYi8J5l7o/EXvO
+WvooCCWjUzBRMA8GA1UdEQQIMAaHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNV
+HQ8BAf8EBAMCAoQwHQYDVR0OBBYEFOe4FVxERIxun7Acyl0A9GQs9cL9MAoGCCqG
+SM49BAMCA0cAMEQCIEuEuQB68hga06lhP/Eq6UtnG1ycxgELRoReIVoIYwBeAiAr
+YkxBsSmGHrHEi0Wh9M+JMkYoV40DBhgnBw1bo477ZQ==
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg45UJDAEZfZaFzJ1w
+ogl6M4cetNG3KLYUbV5DQ2WG8B6hRANCAAT+7YVK3h9PhTxGuyfDexPo3bqrn3Gt
+HF9xyb4zmSSN575wV9pw1AVfBX4iojamjDKBWIvCeZe6PxF7zlr6KAgl
+-----END PRIVATE KEY-----
+"""
+
+
+class TlsBackend(FakeBackend):
+    """A runner that is spoken to over TLS."""
+
+    def __init__(self, pem: Path) -> None:
+        super().__init__()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(pem)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    async def listen_again(self) -> None:
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, ssl=self.context
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    path = tmp_path / "both.pem"
+    path.write_text(KEY + CERTIFICATE)
+    return path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_backend_behind_tls_is_served_when_its_certificate_is_trusted(
+    stream: bool, pem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    async with TlsBackend(pem) as fake, running(fake.url) as q:
+        for text in ("one two", "three"):
+            answer = await q.chat(text, stream=stream)
+            assert (answer.status, answer.content) == (200, text)
+
+
+async def test_backend_behind_tls_that_nobody_vouches_for_is_down(pem: Path) -> None:
+    async with TlsBackend(pem) as fake, running(fake.url, queue__down_wait=0.1) as q:
+        assert (await q.chat("x")).code == "backend_down"
+        assert not fake.requests
+        (row,) = (await q.status())["backends"]
+        assert row["state"] == "down"
+        assert "certificate" in row["error"].lower()
+
+
+async def test_backend_that_does_not_speak_tls_is_down() -> None:
+    async with FakeBackend() as fake:
+        fake.hold_probes()
+        url = fake.url.replace("http:", "https:")
+        async with running(url, queue__down_wait=0.1, upstream__probe_timeout=0.3) as q:
+            assert (await q.chat("x")).code == "backend_down"
+            (row,) = (await q.status())["backends"]
+            assert (row["state"], bool(row["error"])) == ("down", True)

@@ -7,7 +7,6 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -127,18 +126,6 @@ def test_toml_says_the_same_as_json(tmp_path: Path) -> None:
     toml.write_text('[queue]\nslots = 4\n[backends.gpu]\nurl = "http://box:8000"\n')
     tables = {"queue": {"slots": 4}, "backends": {"gpu": {"url": "http://box:8000"}}}
     assert read(file=toml) == read(file=write(tmp_path / "llmq.json", tables))
-
-
-def test_toml_is_read_by_tomli_where_python_has_no_parser(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tomli = ModuleType("tomli")
-    tomli.loads = lambda _: {"queue": {"slots": 4}}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tomllib", None)
-    monkeypatch.setitem(sys.modules, "tomli", tomli)
-    file = tmp_path / "llmq.toml"
-    file.write_text("[queue]\nslots = 4\n")
-    assert read(file=file)[0].queue.slots == 4
 
 
 def test_toml_without_any_parser_says_what_to_do(
