@@ -2486,7 +2486,8 @@ class HttpServer:
         assert isinstance(reader, Inbox)  # `_protocol` made it
         writer.transport.set_write_buffer_limits(high=ANSWER_BUFFER)
         raw = writer.get_extra_info("socket")  # asyncio does not know that ours are TCP
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it has gone already
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) >= self.most + SPARE_CONNECTIONS and not self._make_room():
             writer.transport.abort()
             return
@@ -2548,7 +2549,6 @@ class Upstream:
         self.writer = writer
         self.transport = cast(asyncio.Transport, writer.transport)
         self.body: Body = CloseBody()
-        self.reused = False
         self.keep_until = 0.0  # monotonic, while idle
         self.idle_mark = 0  # bytes received when it became idle
         self._keep_alive = False
@@ -2706,6 +2706,12 @@ async def dial(backend: Backend) -> Upstream:
     return Upstream(backend, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
+def reason(error: Exception) -> str:
+    """What the system says of a failed connection, without the address that everybody knows."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number).lower() if number and number > 0 else str(error)
+
+
 class Pool:
     """Idle connections to the backends, the latest used first."""
 
@@ -2720,7 +2726,6 @@ class Pool:
             upstream.reader.on_end = None
             stray = upstream.reader.received != upstream.idle_mark  # nobody's answer
             if now < upstream.keep_until and not upstream.reader.ended and not stray:
-                upstream.reused = True
                 return upstream
             upstream.writer.close()
         return None
@@ -2996,12 +3001,9 @@ class Gateway:
         A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
         request there, so that is no attempt.
         """
-        if call.upstream is not None:
-            try:
+        if call.upstream is not None:  # from the pool
+            with contextlib.suppress(BackendUnreached):
                 return await call.upstream.read_head()
-            except BackendUnreached:
-                if not call.upstream.reused:
-                    raise
             await call.upstream.close()
             call.upstream = None
         call.upstream = await self.connect(call, backend)
@@ -3024,8 +3026,7 @@ class Gateway:
         try:
             return task.result()
         except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise BackendRefused(f"cannot connect to {backend.name}: {why}") from None
+            raise BackendRefused(f"cannot connect to {backend.name}: {reason(error)}") from None
 
     async def read_answer(self, call: Call, head: ResponseHead) -> Answer:
         """The answer behind a head: a stream passes by here, a whole one is read first."""
@@ -3521,10 +3522,13 @@ class Monitor:
         except BackendLoading as error:
             backend.loads(now, error.message)
         except OSError as error:
-            why = error.strerror or "cannot connect"
-            backend.failed(now, why, interval, refused=isinstance(error, ConnectionRefusedError))
+            refused = isinstance(error, ConnectionRefusedError)
+            backend.failed(now, reason(error), interval, refused=refused)
         except (LlmqError, ValueError) as error:
             backend.failed(now, str(error), interval)
+        except Exception:
+            log.exception("probe failed")
+            backend.failed(now, "cannot be understood; the log says how", interval)
         if backend.state is not was:
             log.info(
                 "backend %s is %s%s",

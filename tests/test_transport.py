@@ -1,0 +1,97 @@
+"""Connections of clients at their limits: heads without end, bytes ahead, answers left unread."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.fakes import FakeBackend, Raw, chat, eventually, http, running
+
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+NOBODY = "http://127.0.0.1:9"  # where no backend listens
+MUCH = b"a" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"GET /" + MUCH, 414, "uri_too_long"),
+        (b"\r\n\r\nGET /" + MUCH, 414, "uri_too_long"),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + MUCH, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000, 431, "headers_too_large"),
+        (b"\r\n" * 50_000, 400, "bad_request"),
+    ],
+    ids=["line", "line after empty ones", "field", "fields", "empty lines"],
+)
+async def test_head_without_end_is_refused_in_words(sent: bytes, status: int, code: str) -> None:
+    async with running(NOBODY) as q:
+        client = await Raw.open(q.port)
+        await client.send(sent)
+        answer = await client.response()
+        assert (answer.status, answer.code) == (status, code)
+        assert answer.headers["connection"] == "close"
+        assert answer.headers["access-control-allow-origin"] == "*"
+        client.close()
+
+
+async def test_what_could_not_be_read_is_shown_to_no_page_where_pages_are_named() -> None:
+    async with running(NOBODY, server__cors_origins=["https://my.page"]) as q:
+        client = await Raw.open(q.port)
+        await client.send(b"GET /" + MUCH)
+        answer = await client.response()
+        assert answer.status == 414
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        client.close()
+
+
+async def test_bytes_sent_far_ahead_are_dropped_and_the_answer_still_comes() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await Raw.open(q.port)
+        body = json.dumps(chat("first")).encode()
+        more = http("POST", CHAT, JSON, json.dumps(chat("second" + "x" * 200_000)).encode())
+        await client.send(http("POST", CHAT, JSON, body) + more)
+        request = await fake.arrived()
+        await request.answer("first")
+        answer = await client.response()
+        assert (answer.content, answer.clean) == ("first", True)
+        await client.closed()
+        assert len(fake.requests) == 1, "what was dropped in part is never run"
+
+
+async def test_answer_to_a_slow_reader_is_sent_to_its_end_before_the_connection_closes() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await Raw.open(q.port, receive_buffer=4096)
+        body = json.dumps(chat("a")).encode()
+        await client.send(http("POST", CHAT, {**JSON, "Connection": "close"}, body))
+        await (await fake.arrived()).answer("x" * 3_000_000)
+        await eventually(lambda: not q.gateway.calls)
+        answer = await client.response()
+        assert (len(answer.content), answer.clean) == (3_000_000, True)
+        assert await client.closed() == "eof"
+
+
+async def test_failure_of_a_connection_is_logged_and_ends_only_this_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: Any) -> Any:
+        raise ZeroDivisionError("nobody foresaw this")
+
+    caplog.set_level(logging.INFO, "llmq")
+    async with running(NOBODY) as q:
+        other = await Raw.open(q.port)
+        await other.send(http("GET", "/health"))
+        assert (await other.response()).status == 200
+        monkeypatch.setattr(llmq, "parse_request_head", broken)
+        client = await Raw.open(q.port)
+        await client.send(http("GET", "/health"))
+        assert await client.closed()
+        monkeypatch.undo()
+        await other.send(http("GET", "/health"))
+        assert (await other.response()).status == 200
+        other.close()
+    assert [one.getMessage() for one in caplog.records if one.exc_info] == ["connection failed"]
