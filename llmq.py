@@ -2708,8 +2708,9 @@ async def dial(backend: Backend) -> Upstream:
 
 def reason(error: Exception) -> str:
     """What the system says of a failed connection, without the address that everybody knows."""
-    number = getattr(error, "errno", None)
-    return os.strerror(number).lower() if number and number > 0 else str(error)
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return str(error)
 
 
 class Pool:

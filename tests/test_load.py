@@ -298,7 +298,8 @@ async def test_it_survives_a_hundred_idle_sockets_with_sixty_four_files(
             await asyncio.wait_for(healthy(p.port), 2)
             await request.piece("two ")
             await asyncio.wait_for(stream.until(b"two "), SECOND)
-            await idle[0].closed()  # its head never came: three seconds have passed
+            for client in idle:  # those that nobody needed the place of: three seconds have passed
+                await client.closed()
             share = (cpu_seconds(p.pid) - used) / (time.monotonic() - begun)
             assert share < 0.5, f"busy for {share:.0%} of the time with nothing to do"
             await request.finish_stream()
