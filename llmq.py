@@ -392,7 +392,6 @@ TABLES: dict[str, Any] = {
     "log": LogSettings,
 }
 NAMED_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
-ADDRESS = ("server.host", "server.port")  # a reload cannot move the door
 Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
 
 
@@ -2555,11 +2554,12 @@ class Upstream:
         self._mark = 0  # bytes received before the request at hand was sent
         self._consumed = 0  # bytes received and read
         self._flowing: asyncio.Future[None] | None = None  # while the body flows
+        self._late = b""  # what came after it had ended, or was to pause
 
     def send(self, wire: bytes) -> None:
         """One request, in one write."""
         self._mark = self._consumed = self.reader.received
-        self._keep_alive = False
+        self._keep_alive, self._late = False, b""
         self.writer.write(wire)
 
     @property
@@ -2619,7 +2619,9 @@ class Upstream:
         """
         flowing = self._flowing = asyncio.get_running_loop().create_future()
         waiting = self.reader.received - self._consumed
-        first = await self.reader.read(waiting) if waiting else b""
+        first, self._late = self._late, b""
+        if waiting:
+            first += await self.reader.read(waiting)
         self.reader.sink = functools.partial(self._pour, take, flowing)
         try:
             if first:
@@ -2627,8 +2629,8 @@ class Upstream:
             if self.reader.ended:
                 self._pour(take, flowing, b"")
             error = self.reader.exception()
-            if error is not None:
-                raise error
+            if error is not None and not flowing.done():
+                flowing.set_exception(error)
             self.transport.resume_reading()
             await flowing
         finally:
@@ -2638,7 +2640,7 @@ class Upstream:
         self, take: Callable[[bytes], bool], flowing: asyncio.Future[None], data: bytes
     ) -> None:
         if flowing.done():
-            self.body.surplus += data
+            self._late += data
             return
         try:
             payload = self._decode(data)
@@ -2673,7 +2675,8 @@ class Upstream:
     @property
     def reusable(self) -> bool:
         body = self.body
-        whole = body.done and not body.surplus and self._consumed == self.reader.received
+        stray = body.surplus or self._late or self._consumed != self.reader.received
+        whole = body.done and not stray
         return self._keep_alive and whole and not self.reader.ended and not self.reader.exception()
 
     def interrupt(self, error: LlmqError) -> None:
@@ -3083,7 +3086,7 @@ class Gateway:
                 call.deadline = NEVER  # the client is slow, not the backend
                 await exchange.catch_up()
                 self.heard(call, upstream.backend)
-        return rest
+        return rest or watch.finish()  # which says so if there was no body at all
 
     def heard(self, call: Call, backend: Backend) -> None:
         """A piece of the answer's body has come."""
@@ -3123,7 +3126,7 @@ class Gateway:
 
     def judge(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What an attempt says about the health of its backend."""
-        interval = self.settings.upstream.probe_interval
+        interval, was = self.settings.upstream.probe_interval, backend.state
         if failure is None:
             backend.succeeded(now, None, interval)
         elif isinstance(failure, BackendLoading):
@@ -3133,6 +3136,13 @@ class Gateway:
             refused = isinstance(failure, BackendRefused)
             backend.failed(now, failure.message, interval, refused=refused)
             self.trouble()
+        self.note_state(backend, was)
+
+    def note_state(self, backend: Backend, was: State) -> None:
+        """A line in the log when a backend has come, gone, or begun to load."""
+        if backend.state is not was:
+            why = f": {backend.error}" if backend.error else ""
+            log.info("backend %s is %s%s", backend.name, backend.state.value, why)
 
     # ---- ending calls early
 
@@ -3530,13 +3540,7 @@ class Monitor:
         except Exception:
             log.exception("probe failed")
             backend.failed(now, "cannot be understood; the log says how", interval)
-        if backend.state is not was:
-            log.info(
-                "backend %s is %s%s",
-                backend.name,
-                backend.state.value,
-                f": {backend.error}" if backend.error else "",
-            )
+        self.gateway.note_state(backend, was)
 
     def close(self) -> None:
         for flight in self._flights.values():
@@ -4212,6 +4216,8 @@ class Service:
         self.settings = settings
         self.demo = demo
         self.read = read  # reads the settings again
+        self.host = settings.server.host  # as bound: a reload does not move it
+        self.looking = not settings.backends and not demo  # for runners on this box
         self.port = 0
         self.addresses: list[str] = []
         self.most_connections = 0
@@ -4228,7 +4234,7 @@ class Service:
         """What clients may call this box, see `is_own_name`."""
         host = socket.gethostname().lower()
         names = {host, host + ".local", "*.internal"}
-        if self.settings.server.host and not is_loopback(self.settings.server.host):
+        if self.host and not is_loopback(self.host):
             names.add("*")
         return names | {name.lower() for name in self.settings.server.allowed_hosts}
 
@@ -4251,7 +4257,7 @@ class Service:
         self.apply(self.settings)
         await self.listen(server)
         loops = [self.monitor.run(), self.feed.run(), Sweeper(self.gateway, self._servers).run()]
-        if not self.settings.backends and not self.demo:
+        if self.looking:
             loops.append(Finder(self.gateway).run())
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
 
@@ -4288,12 +4294,12 @@ class Service:
             wanted["ollama"] = BackendSettings(url=LOCAL_RUNNERS["ollama"])
         devices = {name: device_name(one) for name, one in wanted.items()}
         for name, backend in list(fleet.backends.items()):
-            found = settings.backends and name not in wanted
-            changed = name in wanted and (wanted[name].url, devices[name]) != (
-                backend.url,
-                backend.device.name,
-            )
-            if found or changed:
+            place = (backend.url, backend.device.name)
+            if name not in wanted:
+                stays = self.looking  # it was found, not configured
+            else:
+                stays = place == (wanted[name].url, devices[name])
+            if not stays:
                 fleet.remove(name, now)
         for name, one in wanted.items():
             device = devices[name]
@@ -4318,13 +4324,9 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings = replace(settings, backends=self.settings.backends)
-        for row in known_settings():
-            table, name = row.key.split(".")
-            moved = getattr(getattr(settings, table), name) != getattr(
-                getattr(self.settings, table), name
-            )
-            if moved and row.key in ADDRESS:
-                log.warning("reload: %s needs restart", row.key)
+        server, old = settings.server, self.settings.server
+        if (server.host, server.port) != (old.host, old.port):
+            log.warning("reload: server.host and server.port need restart")
         if settings.log != self.settings.log:
             set_up_log(settings.log)
         self.apply(settings)
@@ -4503,10 +4505,6 @@ async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) ->
     gc.collect()
     gc.freeze()  # what is here now stays: later collections need not look at it
     gc.set_threshold(50_000, 20, 20)
-    with contextlib.suppress(ImportError, OSError, AttributeError):  # glibc alone has it
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)  # 9 MB that compiling this file has left behind
     try:
         await service.stopping.wait()
     finally:

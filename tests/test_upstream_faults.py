@@ -164,6 +164,7 @@ BROKEN_STREAMS = {
     )
 }
 BROKEN_STREAMS["no body"] = render_head(200, [*EVENTS, *CHUNKED])
+BROKEN_STREAMS["no byte of a body"] = render_head(200, [*EVENTS, ("Content-Length", "0")])
 BROKEN_STREAMS["an empty body"] = render_head(200, [*EVENTS, *CHUNKED]) + b"0\r\n\r\n"
 
 
