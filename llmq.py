@@ -2702,10 +2702,8 @@ async def dial(backend: Backend) -> Upstream:
     loop = asyncio.get_running_loop()
     reader = Inbox()
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    port = parts.port or (443 if tls else 80)
-    transport, _ = await loop.create_connection(
-        lambda: protocol, parts.hostname or "", port, ssl=tls
-    )
+    host, port = parts.hostname or "", parts.port or (443 if tls else 80)
+    transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=tls)
     return Upstream(backend, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
@@ -4324,9 +4322,9 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings = replace(settings, backends=self.settings.backends)
-        server, old = settings.server, self.settings.server
-        if (server.host, server.port) != (old.host, old.port):
-            log.warning("reload: server.host and server.port need restart")
+        for name in ("host", "port"):  # a reload cannot move the door
+            if getattr(settings.server, name) != getattr(self.settings.server, name):
+                log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
             set_up_log(settings.log)
         self.apply(settings)
