@@ -644,11 +644,12 @@ class FakeBackend:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        self._start(self._serve(Connection(self.connections, reader, writer)))
+        connection = Connection(self.connections, reader, writer)
+        self.open.add(connection)  # here, for its task may be cancelled before it begins
+        self._start(self._serve(connection))
 
     async def _serve(self, connection: Connection) -> None:
         """Read requests to the end of the connection, also while one is being answered."""
-        self.open.add(connection)
         try:
             while True:
                 head = (await connection.reader.readuntil(b"\r\n\r\n"))[:-4]
