@@ -2920,11 +2920,11 @@ class Gateway:
 
     async def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
-        self.scheduler.submit(call.ticket, self.now())
-        self.calls[call.ticket.id] = call
         await call.exchange.watch(functools.partial(self.leave, call))
         if call.exchange.gone:
-            self.leave(call)
+            raise ClientLeft("the client left")
+        self.scheduler.submit(call.ticket, self.now())
+        self.calls[call.ticket.id] = call
         self.pump()
 
     async def attempt(self, call: Call, backend: Backend) -> Answer | None:
