@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 9 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 11: the life of one request.
+The map.  A section uses only what stands above it; nothing above 14 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 16: the life of one request.
 
   A  Words
      1. Errors        what a client is told instead of an answer
@@ -28,18 +28,24 @@ reads a clock.  Start reading at `Gateway.serve` in section 11: the life of one 
      6. Scheduler     who goes next
   C  HTTP
      7. Messages      bytes to heads and bodies, and back
-     8. Dialects      what an OpenAI request asks for, how its answer ends
-     9. Transport     sockets towards the clients
-    10. Upstream      sockets towards the runners
+     8. Bodies        JSON read without losing a byte of it
+     9. Dialects      what all of them share: errors, streams, questions
+    10. OpenAI        its endpoints, its errors, how its streams end
+    11. Ollama        the same for Ollama's own routes
+    12. Anthropic     the same for messages
+    13. Translation   one dialect in the words of another
+    14. Transport     sockets towards the clients
+    15. Upstream      sockets towards the runners
   D  The gateway
-    11. Gateway       the life of one request
-    12. Desk          where requests come in, what the outside may see and change
-    13. Background    what runs beside the requests: probes and the sweep
+    16. Gateway       the life of one request
+    17. Desk          where requests come in, what the outside may see and change
+    18. Models        what there is, and its management
+    19. Background    what runs beside the requests: probes, signs of life, the sweep
   E  Doors
-    14. Routes        which path leads where, and who may go there
-    15. Demo          a runner that only echoes
-    16. Service       start, reload, drain, stop
-    17. Command line  serve, status, mode, config
+    20. Routes        which path leads where, and who may go there
+    21. Demo          a runner that only echoes
+    22. Service       start, reload, drain, stop
+    23. Command line  serve, status, mode, config
 """
 
 from __future__ import annotations
@@ -52,6 +58,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - 3.8 can parse this file, so that 
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import enum
 import functools
@@ -67,13 +74,13 @@ import signal
 import socket
 import struct
 import time
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import count
 from typing import Any, Callable, NamedTuple, NoReturn, Union, cast
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
 
@@ -82,7 +89,7 @@ log = logging.getLogger("llmq")
 
 # ==== 1. Errors ===================================================================================
 # One tree.  Pure code raises it, foreign exceptions are translated into it where they are met, and
-# `render_error` in section 8 turns it into bytes.  Status and code stand on the class, once.
+# `render_error` of section 9 turns it into bytes.  Status and code stand on the class, once.
 
 
 class LlmqError(Exception):
@@ -109,6 +116,10 @@ class ForbiddenHost(LlmqError):
 
 class ForbiddenOrigin(LlmqError):
     status, code = 403, "forbidden_origin"
+
+
+class Forbidden(LlmqError):
+    status, code = 403, "forbidden"
 
 
 class NotFound(LlmqError):
@@ -165,6 +176,36 @@ class MethodUnknown(LlmqError):
     status, code = 501, "not_implemented"
 
 
+class BackendAnswer(LlmqError):
+    """The runner itself answered with an error; its words are passed on."""
+
+    code = "backend_answer"
+
+    def __init__(
+        self, status: int, message: str, body: bytes, document: Any, retry_after: str | None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body, self.document = body, document  # as the runner wrote it, and parsed
+        if retry_after and retry_after.isdecimal():
+            self.retry_after = int(retry_after[:9])
+
+
+class NotSpoken(LlmqError):
+    """No backend of the model speaks this dialect or route, nor one that can stand in for it."""
+
+    status, code, should_retry = 501, "not_implemented", False
+
+
+class RouteLacking(NotSpoken):
+    """A backend says that it lacks the route: nothing was generated, another may have it."""
+
+    def __init__(self, answer: BackendAnswer) -> None:
+        super().__init__(answer.message)
+        self.answer = answer
+        self.for_model = answer.status == 501  # it said so of this model only
+
+
 class BackendError(LlmqError):
     """The runner broke the connection, the protocol or its answer."""
 
@@ -183,19 +224,6 @@ class BackendRefused(BackendUnreached):
 
 class BackendLoading(BackendUnreached):
     status, code, retry_after = 503, "backend_loading", 5
-
-
-class BackendAnswer(LlmqError):
-    """The runner itself answered with an error; its words are passed on."""
-
-    code = "backend_answer"
-
-    def __init__(self, status: int, message: str, body: bytes, retry_after: str | None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = body  # an error object as the runner wrote it, or empty
-        if retry_after and retry_after.isdecimal():
-            self.retry_after = int(retry_after[:9])
 
 
 class Overloaded(LlmqError):
@@ -319,6 +347,11 @@ class ServerSettings:
     keep_alive: Duration = setting(30.0, "an idle client connection is kept open", least=SHORT)
     stall_timeout: Duration = setting(60.0, "a client that takes nothing is gone", least=SHORT)
     drain_timeout: Duration = setting(30.0, "for running requests to finish when stopping")
+    heartbeat_after: Duration = setting(15.0, "a stream that waits shows a sign of life; 0: never")
+    heartbeat_interval: Duration = setting(10.0, "between two signs of life", least=SHORT)
+    whole_heartbeat_after: Duration = setting(
+        240.0, "an answer that is no stream shows one, a space; 0: never"
+    )
     max_body: Size = setting(32 * MIB, "the largest request body", least=1)
 
 
@@ -342,6 +375,10 @@ class UpstreamSettings:
         600.0, "to the first byte of an answer's body", also="LLM_TIMEOUT_MS", least=SHORT
     )
     idle_timeout: Duration = setting(120.0, "between two pieces of an answer", least=SHORT)
+    num_ctx: int = setting(
+        0, "context that Ollama starts models with; 0: its own", also="OLLAMA_NUM_CTX"
+    )
+    max_num_ctx: int = setting(131072, "the largest context that a request may ask for", least=1)
     probe_interval: Duration = setting(10.0, "between two looks at a backend", least=SHORT)
     probe_timeout: Duration = setting(2.0, "for such a look", least=SHORT)
 
@@ -380,6 +417,7 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
@@ -392,6 +430,7 @@ TABLES: dict[str, Any] = {
     "log": LogSettings,
 }
 NAMED_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
+OWN_TABLES = (*NAMED_TABLES, "aliases")  # whose keys are the user's
 Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
 
 
@@ -532,11 +571,11 @@ def file_layer(path: str, document: Any) -> Layer:
         raise ConfigError(f"{path}: wants tables like [server], not a list or a bare value")
     flat: dict[str, Any] = {}
     for table, values in document.items():
-        if table not in TABLES and table not in NAMED_TABLES:
-            raise unknown(path, "table", table, [*TABLES, *NAMED_TABLES])
+        if table not in TABLES and table not in OWN_TABLES:
+            raise unknown(path, "table", table, [*TABLES, *OWN_TABLES])
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table}: wants a table, write [{table}]")
-        if table in NAMED_TABLES:
+        if table in OWN_TABLES:
             flat[table] = values
         else:
             flat.update({f"{table}.{name}": value for name, value in values.items()})
@@ -580,10 +619,12 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
     """One Settings from layers in rising precedence; ConfigError names place, key and cure."""
     rows = {row.key: row for row in known_settings()}
     values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
-    found: dict[str, Any] = {table: {} for table in NAMED_TABLES}
+    found: dict[str, Any] = {table: {} for table in OWN_TABLES}
     for source, raw in layers:
         for key, value in raw.items():
-            if key in NAMED_TABLES:
+            if key == "aliases":
+                found[key] = parse_aliases(source, value)
+            elif key in NAMED_TABLES:
                 found[key] = parse_named(source, key, value)
             elif key in rows:
                 table, _, name = key.partition(".")
@@ -624,6 +665,14 @@ def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
     return result
 
 
+def parse_aliases(source: str, raw: Any) -> dict[str, str]:
+    """[aliases]: names that clients use, `*` standing for anything, and the models they mean."""
+    named = raw.items() if isinstance(raw, dict) else [("", None)]
+    if not all(isinstance(model, str) and model and name for name, model in named):
+        raise ConfigError(f'{source}: aliases: write [aliases], then "name-*" = "model"')
+    return dict(raw)
+
+
 def named_url(item: str) -> tuple[str, dict[str, str]]:
     """`gpu=http://box:8000` or a bare URL, which is named after its host and port."""
     name, mark, url = item.partition("=")
@@ -655,7 +704,7 @@ def render_settings(settings: Settings) -> dict[str, Any]:
     tables: dict[str, Any] = {table: vars(getattr(settings, table)) for table in TABLES}
     for table in NAMED_TABLES:
         tables[table] = {name: vars(one) for name, one in getattr(settings, table).items()}
-    return tables
+    return {**tables, "aliases": settings.aliases}
 
 
 # ==== 4. Clients ==================================================================================
@@ -788,6 +837,10 @@ class Clients:
 # Who serves.  A backend is one runner, a device what runners on one host share: a request starts
 # only where both have a free slot.  Health is one small state machine per backend, fed by probes
 # and by requests; what a backend has (models, which of them loaded) is what its last probe told.
+# What it speaks is what runners of its kind do, until its own answers teach better.
+#
+# Ollama loads a model again when a request asks for another context.  So all requests for a model
+# share one, the mark: the largest that was asked for, or that it is loaded with.
 
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
@@ -795,6 +848,16 @@ FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the 
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
+COUNT_TOKENS = "/v1/messages/count_tokens"
+OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
+OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
+COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
+NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
+SPOKEN = {"ollama": COMMON | NATIVE, "lmstudio": COMMON}
+SPOKEN_BY_OTHERS = COMMON | {RERANK, COUNT_TOKENS}
 
 
 class State(enum.Enum):
@@ -827,6 +890,10 @@ class Report:
     models: Names  # their names
     loaded: Names
     latency: float  # seconds
+    tags: tuple[dict[str, Any], ...] = ()  # its models as Ollama's /api/tags shows them
+    running: tuple[dict[str, Any], ...] = ()  # the loaded ones as /api/ps does
+    began: float = 0.0  # monotonic
+    version: str = ""  # of Ollama
 
 
 def model_key(name: str) -> str:
@@ -859,6 +926,15 @@ class Backend:
         self.report: Report | None = None
         self.delivered = float("-inf")  # when it last sent bytes of an answer
         self.used = 0.0  # when it was last given a request
+        self.lacking: dict[tuple[str, str], str] = {}  # (route, model key or "") -> its words
+        self.proven: set[str] = set()  # routes that it has answered well: it cannot lack them
+        self.least_context = 0  # what every model starts with, as configured
+        self.at_work: Counter[str] = Counter()  # model key -> requests that run
+        self.asked: dict[str, int] = {}  # model key -> largest context asked for and started
+        self.asked_at: dict[str, float] = {}  # when it was last asked for, monotonic
+        self.held: dict[str, int] = {}  # model key -> context that it is loaded with
+        self.forgotten: dict[str, int] = {}  # likewise, but reset: it counts no more
+        self.lengths: dict[str, int] = {}  # model key -> the longest context it can have
 
     @property
     def most(self) -> int:
@@ -887,16 +963,69 @@ class Backend:
             model_key(name) == key for name in self.report.loaded
         )
 
+    def speaks(self, route: str, key: str) -> bool:
+        """Whether requests for this model can be sent to that route, as far as is known."""
+        if self.lacking and ((route, "") in self.lacking or (route, key) in self.lacking):
+            return False
+        return route in SPOKEN.get(self.kind, SPOKEN_BY_OTHERS) or not self.told
+
+    def route_for(self, routes: Iterable[str], key: str) -> str | None:
+        """The first of the routes that it speaks."""
+        for route in routes:
+            if self.speaks(route, key):
+                return route
+        return None
+
+    def lacks(self, route: str, key: str, error: RouteLacking) -> None:
+        """Its answer says that it has no such route, or not for this model."""
+        self.lacking[route, key if error.for_model else ""] = error.message
+
+    def context(self, key: str) -> int:
+        """Tokens of context that the requests for this model share here; 0: the backend's own."""
+        if self.kind != "ollama":
+            return 0
+        held = self.held.get(key, 0)
+        held = 0 if held == self.forgotten.get(key) else held
+        least = min(self.least_context, self.lengths.get(key, self.least_context))
+        return max(least, self.asked.get(key, 0), held)
+
+    def ask_context(self, key: str, tokens: int) -> int:
+        """The context for a request that starts now and asked for this much, or 0."""
+        mark = max(self.context(key), tokens if self.kind == "ollama" else 0)
+        if mark:
+            self.asked[key], self.asked_at[key] = mark, self.used
+        return mark
+
+    def reset_context(self, key: str) -> None:
+        self.asked.pop(key, None)
+        self.forgotten[key] = self.held.get(key, 0)
+
     def succeeded(self, now: float, report: Report | None, interval: float) -> None:
         """A probe (with its report) or a request got through."""
         self.failures, self.error, self.backoff = 0, None, FIRST_BACKOFF
         if report is not None:
+            if self.state is not State.UP:
+                self.lacking.clear()  # it may have been started anew, as something else
+                self.proven.clear()
             self.told, self.report, self.kind = True, report, report.kind
             self.models = {}
             for name in dict.fromkeys(report.models):
                 self.models.setdefault(model_key(name), []).append(name)
             self.state = State.UP
             self.next_probe = now + interval
+            self._learn_contexts(report)
+
+    def _learn_contexts(self, report: Report) -> None:
+        """What is loaded, and how; the mark of a model that is not any more is forgotten."""
+        self.held = read_contexts(report.running, lambda one: one.get("context_length"))
+        self.lengths.update(
+            read_contexts(report.tags, lambda one: one["details"].get("context_length"))
+        )
+        loaded = {model_key(name) for name in report.loaded}
+        for key in {*self.asked, *self.forgotten} - loaded:
+            if not self.at_work[key] and self.asked_at.get(key, 0.0) < report.began:
+                self.asked.pop(key, None)  # else it may be about to be loaded
+                self.forgotten.pop(key, None)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed: look again at once.
@@ -951,6 +1080,19 @@ def read_loaded(kind: str, models: Names, payload: Any) -> Names:
     return models
 
 
+def read_contexts(
+    entries: Iterable[dict[str, Any]], read: Callable[[dict[str, Any]], Any]
+) -> dict[str, int]:
+    """Tokens of context by model key, where an entry of Ollama's tells them."""
+    found = {}
+    for entry in entries:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            tokens = read(entry)
+            if isinstance(tokens, int) and tokens > 0:
+                found[model_key(str(entry["name"]))] = tokens
+    return found
+
+
 def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
     """Among backends with room: the model already loaded, then most room, then longest unused."""
     if not candidates:
@@ -985,17 +1127,24 @@ class Fleet:
             if device.name not in used and not device.busy:  # a busy one must not be made anew
                 del self.devices[device.name]
 
-    def serving(self, key: str) -> list[Backend]:
-        """Every backend that has the model, or may have it, whatever its state."""
+    def serving(self, key: str, routes: Names = ()) -> list[Backend]:
+        """Every backend that has the model and a route, or may have them, whatever its state."""
         return [
             one
             for one in self.backends.values()
-            if one.serves(key) and one.state is not State.REFUSED and not one.draining
+            if one.serves(key)
+            and one.state is not State.REFUSED
+            and not one.draining
+            and (not routes or one.route_for(routes, key))
         ]
 
-    def candidates(self, key: str, avoid: Backend | None) -> list[Backend]:
+    def candidates(self, key: str, avoid: Backend | None, routes: Names = ()) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        able = [one for one in self.backends.values() if one.usable and key in one.models]
+        able = [
+            one
+            for one in self.backends.values()
+            if one.usable and key in one.models and (not routes or one.route_for(routes, key))
+        ]
         if avoid is not None:
             able = [one for one in able if one is not avoid] or able
         return [one for one in able if one.room > 0]
@@ -1003,9 +1152,9 @@ class Fleet:
     def has_room(self) -> bool:
         return any(one.busy < one.slots for one in self.devices.values())
 
-    def down_since(self, key: str) -> float | None:
+    def down_since(self, key: str, routes: Names = ()) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
-        serving = self.serving(key)
+        serving = self.serving(key, routes)
         if any(one.state is not State.DOWN for one in serving):
             return None
         return max([self.shrunk, *(one.since for one in serving)])
@@ -1027,6 +1176,14 @@ class Fleet:
                     f"model {printable(asked)!r} means {' or '.join(names)}", param="model"
                 )
 
+    def lacking_words(self, key: str, routes: Names) -> str:
+        """Why nobody takes these routes for this model."""
+        for one in self.backends.values():
+            for (route, model), words in one.lacking.items():
+                if route in routes and model in ("", key) and one.serves(key):
+                    return words
+        return f"no backend of model {printable(key)!r} speaks {routes[0]}"
+
     def default_model(self) -> str | None:
         """The first model of the first backend that is not for embeddings."""
         for one in self.backends.values():
@@ -1042,7 +1199,8 @@ class Fleet:
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
 #
-# A group is all that waits with the same candidates: one class, one model, one backend to avoid.
+# A group is all that waits with the same candidates: one class, model, backend to avoid, and the
+# same routes.
 # In it a lane is what one client has waiting, oldest first; a heap of (tag, client) orders the
 # lanes, and a lane's tag is the number of its oldest ticket: first come, first served.  Tags rise
 # while a lane waits, so a stale top is re-keyed where it stands, and picking costs the same at any
@@ -1079,7 +1237,7 @@ class Ticket:
 
     __slots__ = (
         "arrived", "attempts", "avoid", "backend", "client", "deadline", "foreign",
-        "id", "model", "number", "priority", "size", "started", "state",
+        "id", "model", "number", "priority", "routes", "size", "started", "state",
     )  # fmt: skip
 
     def __init__(
@@ -1090,6 +1248,7 @@ class Ticket:
         self.model = model  # a model key
         self.priority = priority
         self.size = size  # bytes of its body
+        self.routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
         self.foreign = False  # it came from a web page elsewhere
         self.number = 0  # order of arrival
         self.arrived = 0.0
@@ -1161,7 +1320,7 @@ class Group:
                 return lane.head
 
 
-Want = tuple[str, Union[Backend, None]]  # model, backend to avoid
+Want = tuple[str, Union[Backend, None], Names]  # model, backend to avoid, routes
 Forecast = dict[str, tuple[int, float, str]]  # ticket id -> position, eta in seconds, reason
 
 
@@ -1201,10 +1360,16 @@ class Scheduler:
         self._free(ticket, now)
         ticket.move(TicketState.ENDED)
 
-    def retry(self, ticket: Ticket, now: float) -> None:
-        """Back to the head of its lane, with its arrival time; its backend is avoided."""
+    def retry(self, ticket: Ticket, now: float, *, counted: bool = True) -> None:
+        """Back to the head of its lane, with its arrival time.
+
+        Its backend is avoided, unless it merely lacked the route: then that was no attempt.
+        """
         self._free(ticket, now)
-        ticket.avoid = ticket.backend
+        if counted:
+            ticket.avoid = ticket.backend
+        else:
+            ticket.attempts -= 1
         self._enter(ticket)
 
     def reprioritise(self, ticket: Ticket, priority: Priority) -> None:
@@ -1229,14 +1394,18 @@ class Scheduler:
 
     def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
         ended: list[tuple[Ticket, LlmqError]] = []
-        by_model: dict[str, list[Ticket]] = {}
+        alike: dict[tuple[str, Names], list[Ticket]] = {}
         for ticket in self.waiting.values():
-            by_model.setdefault(ticket.model, []).append(ticket)
-        for model, tickets in by_model.items():
-            since = self.fleet.down_since(model)
+            alike.setdefault((ticket.model, ticket.routes), []).append(ticket)
+        for (model, routes), tickets in alike.items():
+            since, known = self.fleet.down_since(model, routes), self.fleet.knows(model)
+            lacking = known and not self.fleet.serving(model, routes)
             for ticket in tickets:
-                if self.fleet.knows(model) is False:
+                if known is False:
                     ended.append((ticket, ModelNotFound(f"model {model!r} is gone")))
+                elif lacking and self.fleet.serving(model):
+                    why = self.fleet.lacking_words(model, routes)
+                    ended.append((ticket, NotSpoken(why)))
                 elif (
                     since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
                 ):
@@ -1263,6 +1432,7 @@ class Scheduler:
             ticket.client.running += 1
             backend.busy += 1
             backend.device.busy += 1
+            backend.at_work[ticket.model] += 1
             backend.used = now
             self.running[ticket.id] = ticket
             started.append(found)
@@ -1274,11 +1444,11 @@ class Scheduler:
             if self.mode is Mode.PRIORITY and priority is not Priority.HIGH:
                 return None
             best: tuple[Ticket, Backend] | None = None
-            for (model, avoid), group in groups.items():
+            for (model, avoid, routes), group in groups.items():
                 head = group.head()
                 if best is not None and best[0].number < head.number:
                     continue
-                backend = pick_backend(self.fleet.candidates(model, avoid), model)
+                backend = pick_backend(self.fleet.candidates(model, avoid, routes), model)
                 if backend is not None:
                     best = head, backend
             if best is not None:
@@ -1313,7 +1483,8 @@ class Scheduler:
 
     def _enter(self, ticket: Ticket) -> None:
         ticket.move(TicketState.WAITING)
-        groups, want = self._groups[ticket.priority], (ticket.model, ticket.avoid)
+        groups = self._groups[ticket.priority]
+        want = (ticket.model, ticket.avoid, ticket.routes)
         if want not in groups:
             groups[want] = Group()
         groups[want].add(ticket)
@@ -1340,7 +1511,8 @@ class Scheduler:
             heapq.heapify(self._deadlines)
 
     def _leave(self, ticket: Ticket) -> None:
-        groups, want = self._groups[ticket.priority], (ticket.model, ticket.avoid)
+        groups = self._groups[ticket.priority]
+        want = (ticket.model, ticket.avoid, ticket.routes)
         groups[want].remove(ticket)
         if not groups[want].lanes:
             del groups[want]
@@ -1355,6 +1527,7 @@ class Scheduler:
         assert backend is not None  # a running ticket has one
         backend.busy -= 1
         backend.device.busy -= 1
+        backend.at_work -= Counter((ticket.model,))  # and no key is left behind
         ticket.client.running -= 1
         ticket.client.served += now - ticket.started
 
@@ -1370,7 +1543,7 @@ class Scheduler:
         ahead: dict[str, int] = {}
         result: Forecast = {}
         for position, ticket in enumerate(self.in_order(), 1):
-            able = [one for one in self.fleet.serving(ticket.model) if one.usable]
+            able = [one for one in self.fleet.serving(ticket.model, ticket.routes) if one.usable]
             device = able[0].device if able else None
             name = device.name if device else ""
             slots = device.slots if device else 1
@@ -1388,7 +1561,7 @@ class Scheduler:
         if self.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
             return "priority mode: only high starts"
         if not able:
-            states = {one.state for one in self.fleet.serving(ticket.model)}
+            states = {one.state for one in self.fleet.serving(ticket.model, ticket.routes)}
             return "model is loading" if State.LOADING in states else "backend down"
         busy = able[0].device
         if busy.busy >= busy.slots:
@@ -1708,10 +1881,10 @@ def render_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# ==== 8. Dialects =================================================================================
-# What the bodies mean, pure.  A request is passed on byte for byte: its top-level members are
-# located, and only the spans of `model` and of llmq's own fields are replaced or cut.  An answer
-# is watched, not parsed: what tells an end, an error or the usage is looked for, the rest passes.
+# ==== 8. Bodies ===================================================================================
+# JSON objects as clients wrote them.  A request is passed on byte for byte: its top-level members
+# are located, and only the spans of `model`, of llmq's own fields and of a shared context are
+# replaced or cut.
 
 DEPTH_LIMIT = 100  # of nested arrays and objects; Pythons differ in what they survive
 EXTENSIONS = ("priority", "numCtx")  # llmq's own fields, never shown to a backend
@@ -1722,10 +1895,6 @@ OPENING = re.compile(r"[ \t\n\r]*\{(?:[ \t\n\r]*(\}))?")
 MEMBER_HEAD = re.compile(r'[ \t\n\r]*("(?:[^"\\\x00-\x1f]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
 DELIMITER = re.compile(r"[ \t\n\r]*([,}])")
 WHITE_END = re.compile(r"[ \t\n\r]*\Z")
-WATCHED_LINE = 64 * KIB  # a longer line of a stream is passed on without a look
-PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
-DONE_LINE = re.compile(rb"(?:\A|\n)data: ?\[DONE\]")
-ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -1825,6 +1994,30 @@ def cut_members(text: str, members: Sequence[Member], names: Iterable[str]) -> s
     return "".join(pieces)
 
 
+class Edit(NamedTuple):
+    """Where something goes into a body, in bytes, and what stands around it there."""
+
+    start: int
+    end: int
+    before: bytes = b""
+    after: bytes = b""
+
+    def put(self, value: object) -> tuple[int, int, bytes]:
+        return self.start, self.end, self.before + render_json(value) + self.after
+
+
+def splice(body: bytes, changes: Iterable[tuple[int, int, bytes]]) -> bytes:
+    """The body with these spans replaced, each other byte as it was."""
+    pieces: list[bytes] = []
+    at = 0
+    for start, end, piece in sorted(changes):
+        if pieces and start == at and not pieces[-1].endswith(b","):
+            pieces.append(b",")  # both are put into an empty object
+        pieces += [body[at:start], piece]
+        at = end
+    return b"".join([*pieces, body[at:]])
+
+
 class Question(NamedTuple):
     """What a client asks, as far as llmq needs to know."""
 
@@ -1832,149 +2025,243 @@ class Question(NamedTuple):
     stream: bool
     priority: Priority
     body: bytes  # without llmq's own fields
-    model_span: tuple[int, int]  # of the model's value in the body; empty where it is to be added
+    model_edit: Edit
+    context: int = 0  # tokens of context asked for; 0: none
+    context_edit: Edit | None = None  # where the backend reads it, on routes that can carry it
+    lasting: bool = False  # it says how long the model is to stay loaded
 
-    def body_for(self, model: str) -> bytes:
-        """The body, naming the model as the backend does."""
-        start, end = self.model_span
-        if model == self.model:
-            return self.body
-        name = render_json(model)
-        if start == end:  # added as the first member; a chat has others
-            name = b'"model":' + name + b","
-        return self.body[:start] + name + self.body[end:]
+    def body_for(self, model: str, context: int = 0) -> bytes:
+        """The body, naming the model as the backend does, with the context that is shared."""
+        changes = [self.model_edit.put(model)] if model != self.model else []
+        if context and self.context_edit is not None:
+            changes.append(self.context_edit.put(context))
+        return splice(self.body, changes) if changes else self.body
 
 
-def read_chat(body: bytes, priority_header: str | None = None) -> Question:
-    """An OpenAI chat completion request; BadRequest names the offending member."""
-    text = decode_json(body)
-    members = locate_members(text)
-    values = {member.name: member.value for member in members}
-    check_chat(values)
-    priority = asked_priority(values, priority_header)
-    if any(name in values for name in EXTENSIONS):
-        text = cut_members(text, members, EXTENSIONS)
-        members = locate_members(text)
-        body = text.encode()
-    model = values.get("model") or ""
-    model = model if model.strip() else ""
-    span = (0, 0)
+def edit_of(text: str, members: Sequence[Member], name: str) -> Edit:
+    """Where the value of this member stands, or where the member is to be added, in characters."""
     for member in members:
-        if member.name == "model":
-            span = (member.value_start, member.end)
-    if span == (0, 0):
-        span = (members[0].start, members[0].start)
-    if not text.isascii():  # from characters to bytes
-        span = (len(text[: span[0]].encode()), len(text[: span[1]].encode()))
-    return Question(model, values.get("stream") is True, priority, body, span)
+        if member.name == name:
+            return Edit(member.value_start, member.end)
+    opening = OPENING.match(text)
+    assert opening is not None  # `members` were found in it
+    start = members[0].start if members else text.index("{") + 1
+    return Edit(start, start, render_json(name) + b":", b"," if members else b"")
 
 
-def check_chat(values: Mapping[str, Any]) -> None:
-    model, messages, stream = values.get("model"), values.get("messages"), values.get("stream")
+def context_edit(text: str, members: Sequence[Member]) -> Edit:
+    """Where `options.num_ctx` stands or is to be added, in characters."""
+    edit = edit_of(text, members, "options")
+    if edit.start == edit.end or text[edit.start] != "{":  # none, or null
+        return edit._replace(before=edit.before + b'{"num_ctx":', after=b"}" + edit.after)
+    inner = text[edit.start : edit.end]
+    found = edit_of(inner, locate_members(inner), "num_ctx")
+    return found._replace(start=edit.start + found.start, end=edit.start + found.end)
+
+
+def to_bytes(text: str, edit: Edit) -> Edit:
+    """The same place, counted in bytes."""
+    if text.isascii():
+        return edit
+    start = len(text[: edit.start].encode())
+    return edit._replace(start=start, end=start + len(text[edit.start : edit.end].encode()))
+
+
+def check_common(values: Mapping[str, Any]) -> None:
+    """What holds for the requests of all dialects."""
+    model, stream = values.get("model"), values.get("stream")
     if model is not None and not isinstance(model, str):
         raise BadRequest("model is a text", param="model")
     if model and len(model) > MODEL_LENGTH:
         raise BadRequest(f"a model's name has at most {MODEL_LENGTH} characters", param="model")
+    if stream is not None and not isinstance(stream, bool):
+        raise BadRequest("stream is true or false", param="stream")
+
+
+def check_messages(values: Mapping[str, Any]) -> None:
+    messages = values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages is a list of at least one message", param="messages")
     if not all(isinstance(message, dict) for message in messages):
         raise BadRequest("each of messages is an object", param="messages")
-    if stream is not None and not isinstance(stream, bool):
-        raise BadRequest("stream is true or false", param="stream")
-    context = values.get("numCtx")
-    if context is not None and (
-        isinstance(context, bool) or not isinstance(context, int) or context < 1
-    ):
-        raise BadRequest("numCtx is a whole number above 0", param="numCtx")
 
 
-def error_object(error: LlmqError) -> dict[str, Any]:
-    kind = ERROR_TYPES.get(error.status)
-    if kind is None:
-        kind = "api_error" if error.status >= 500 else "invalid_request_error"
-    return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+def parse_context(value: Any, param: str) -> int:
+    """Tokens of context; 0 where none is asked for."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRequest(f"{param} is a whole number above 0", param=param)
+    return value
 
 
-def render_error(error: LlmqError) -> bytes:
-    """The body of an error answer: the runner's own where it wrote a proper one."""
-    if isinstance(error, BackendAnswer) and error.body:
-        return error.body
-    return render_json({"error": error_object(error)})
+# ==== 9. Dialects =================================================================================
+# What the dialects have in common, pure: an answer is watched, not parsed.  What tells an end, an
+# error or the usage is looked for, the rest passes.
+
+WATCHED_LINE = 64 * KIB  # a longer line of an event stream is passed on without a look
+PARSED_LINE = 8 * MIB  # the same where each line must be understood
+PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
+MODEL_ERROR = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
-def render_stream_error(error: LlmqError, watch: StreamWatch | None) -> bytes:
-    """An error after the head of a stream: SDKs raise on it, and no [DONE] follows."""
-    start = b"\n\ndata: " if watch is not None and watch.inside else b"data: "
-    return start + render_json({"error": error_object(error)}) + b"\n\n"
+class Dialect:
+    """How a family of routes is spoken."""
+
+    stream_type = "text/event-stream"
+    line_limit = end_limit = WATCHED_LINE  # of a stream, and of what its end may be
+    line_events = False  # each line is an event; else an empty one ends it
+
+    def render_error(self, error: LlmqError, request_id: str = "") -> bytes:
+        """The body of an error answer: the runner's own where it wrote one in this dialect."""
+        if isinstance(error, BackendAnswer) and self.is_error(error.document):
+            return error.body
+        return render_json(self.error_object(error, request_id))
+
+    def error_object(self, error: LlmqError, request_id: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def is_error(self, document: Any) -> bool:
+        """Whether this parsed body is an error as clients of the dialect expect it."""
+        raise NotImplementedError
+
+    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+        """An error after the head of a stream (`inside` a line of it): SDKs raise on it."""
+        raise NotImplementedError
+
+    def heartbeat(self, position: int, eta: float) -> bytes:
+        """A sign of life that no client's parser takes for a part of the answer."""
+        raise NotImplementedError
+
+    def find_end(self, seen: bytes) -> int:
+        """Where the end of a good stream begins in whole and half lines; -1: not yet."""
+        raise NotImplementedError
+
+    def is_stream(self, content_type: str) -> bool:
+        return content_type.startswith(self.stream_type)
+
+    def find_cut(self, seen: bytes) -> int:
+        """Where the last whole event ends."""
+        if seen.endswith(b"\n\n"):
+            return len(seen)
+        plain, crlf = seen.rfind(b"\n\n"), seen.rfind(b"\r\n\r\n")
+        return plain + 2 if plain > crlf else crlf + 4 if crlf >= 0 else 0
+
+    def events(self, lines: bytes) -> int:
+        """Pieces of an answer in these lines of a stream."""
+        return lines.count(b"data:")
+
+    def read_line(self, line: bytes) -> bytes:
+        """The JSON that a line of a stream carries, or nothing."""
+        name, _, value = line.partition(b":")
+        if name == b"error":  # llama.cpp has written it so
+            return b'{"error":' + value + b"}"
+        return value if name == b"data" else b""
 
 
-def read_error(status: int, body: bytes) -> tuple[str, bytes]:
-    """What a backend's error answer says, and the body if it is an error object to pass on."""
+def error_of(document: Any) -> Any:
+    """What a parsed event or answer says went wrong, or None."""
+    if not isinstance(document, dict):
+        return None
+    if document.get("type") == "response.failed":
+        response = document.get("response")
+        return (response.get("error") if isinstance(response, dict) else None) or document
+    if document.get("error"):
+        return document["error"]
+    return document if document.get("type") == "error" else None
+
+
+def error_text(error: Any) -> str:
+    """The words of an error, in whichever dialect; empty where there are none."""
+    if isinstance(error, dict):
+        error = error.get("message")
+    return error if isinstance(error, str) else ""
+
+
+def parse_json(body: bytes) -> Any:
+    """A parsed body, None where it is not JSON."""
     try:
-        document = json.loads(body.decode())
-        error = document["error"] if "error" in document else document["detail"]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return f"the backend answered {status}", b""
-    if isinstance(error, dict) and isinstance(error.get("message"), str) and error["message"]:
-        return error["message"], body
-    text = error if isinstance(error, str) and error else f"the backend answered {status}"
-    return text[:1000], b""
+        return json.loads(body.decode())
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     """What a client is told of a backend's answer that is not 200."""
-    message, error_body = read_error(head.status, body)
-    if head.status < 400:
-        return BackendError(f"the backend answered {head.status}; redirects are not followed")
-    if head.status in (401, 403):
+    status, document, error = head.status, parse_json(body), None
+    if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
+        error = document.get("error") or document.get("detail") or document
+    found = error_text(error)
+    message = found if isinstance(error, dict) and found else found[:1000]
+    message = message or f"the backend answered {status}"
+    if status < 400:
+        return BackendError(f"the backend answered {status}; redirects are not followed")
+    if status in (401, 403):
         return BackendError(f"the backend refuses llmq's key: {message}")
-    if head.status == 503 and LOADING.search(message):
+    if status == 503 and LOADING.search(message):
         return BackendLoading(message)
-    return BackendAnswer(head.status, message, error_body, head.headers.get("retry-after"))
+    answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
+    if status in (405, 501) or (status == 404 and not MODEL_ERROR.search(found)):
+        return RouteLacking(answer)
+    return answer
 
 
 def read_usage(document: Any) -> int | None:
-    """The number of tokens an answer says it has; llama.cpp's timings where there is no usage."""
+    """The number of tokens that an answer says it has; llama.cpp's timings where there is no usage.
+
+    The place differs: `usage` (OpenAI, Anthropic), `response.usage` (OpenAI's responses, streamed),
+    the top level (Ollama).
+    """
     if not isinstance(document, dict):
         return None
-    for table, name in (("usage", "completion_tokens"), ("timings", "predicted_n")):
-        found = document.get(table)
-        if isinstance(found, dict) and isinstance(found.get(name), int):
-            return int(found[name])
+    if isinstance(document.get("response"), dict):
+        document = document["response"]
+    for table, names in (
+        (document.get("usage"), ("completion_tokens", "output_tokens")),
+        (document.get("timings"), ("predicted_n",)),
+        (document, ("eval_count",)),
+    ):
+        for name in names if isinstance(table, dict) else ():
+            if isinstance(table.get(name), int):
+                return int(table[name])
     return None
 
 
-def read_whole(body: bytes) -> int | None:
-    """The token count of a whole answer; BackendError when it is not one, or says it failed."""
+def read_whole(body: bytes) -> dict[str, Any] | None:
+    """A whole answer, None where it is too large to parse; BackendError when it says it failed."""
     if len(body) > PARSED_ANSWER:  # embeddings by the megabyte: look at the ends only
         if body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
             return None
         raise BackendError("the backend's answer is not JSON")
-    try:
-        document = json.loads(body.decode())
-    except (ValueError, RecursionError):
-        raise BackendError("the backend's answer is not JSON") from None
+    document = parse_json(body)
+    if document is None:
+        raise BackendError("the backend's answer is not JSON")
     if not isinstance(document, dict):
+        if isinstance(document, list) and document:  # some rerankers answer with a bare list
+            return None
         raise BackendError("the backend's answer is not an object")
-    if document.get("error"):
-        raise BackendError(read_error(500, body)[0])
-    return read_usage(document)
+    error = error_of(document)
+    if error is not None:
+        raise BackendError(error_text(error) or "the backend's answer is an error")
+    return document
 
 
 class StreamWatch:
-    """Looks through an SSE stream that passes by, byte for byte, and shows the client whole lines.
+    """Looks through a stream that passes by, byte for byte, and shows the client whole events.
 
-    [DONE] and what follows it is kept back until the body has ended as HTTP says it must: a
+    Its end and what follows it is kept back until the body has ended as HTTP says it must: a
     runner that is interrupted may send it all the same (llama-cpp-python does).
     """
 
-    def __init__(self) -> None:
-        self.events = 0
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.pieces = 0
         self.tokens: int | None = None
-        self.ended = b""  # [DONE] and the rest, kept back
+        self.ended = b""  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
-        self.inside = False  # what was shown ends inside a line, too long to be held
-        self._line = b""  # the incomplete last line
+        self.inside = False  # what was shown ends inside an event, too long to be held
+        self._shown = b""  # its last bytes then, with which a break may begin
+        self._held = b""  # the incomplete last event
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may be shown to the client; `failure` is set when more tell of one."""
@@ -1982,46 +2269,50 @@ class StreamWatch:
             return b""
         if self.ended:
             self.ended += data
-            if len(self.ended) > WATCHED_LINE:
+            if len(self.ended) > self.dialect.end_limit:
                 raise BackendError("the backend sends on behind the end of its answer")
             return b""
-        hidden = 1 if self.inside else 0
-        seen = b"?" * hidden + self._line + data
-        end, self._line = len(seen), b""
-        match = DONE_LINE.search(seen) if b"[DONE]" in seen else None
-        if match:
-            end = seen.index(b"data", match.start())
+        hidden = len(self._shown)
+        seen = self._shown + self._held + data
+        end, self._held = self.dialect.find_end(seen), b""
+        if end >= 0:
             self.ended = seen[end:]
         else:
-            cut = seen.rfind(b"\n") + 1
-            self.inside = end - cut > WATCHED_LINE or (self.inside and not cut)
+            end, cut = len(seen), self.dialect.find_cut(seen)
+            self.inside = end - cut > self.dialect.line_limit or (self.inside and not cut)
+            self._shown = b"?" + seen[-3:] if self.inside else b""
             if not self.inside:
-                end, self._line = cut, seen[cut:]
+                end, self._held = cut, seen[cut:]
         return seen[hidden : self._inspect(seen[:end])]
 
     def _inspect(self, lines: bytes) -> int:
-        """Note events and usage; the end of what is good: where an error begins, else all."""
-        self.events += lines.count(b"data:")
-        if b"error" not in lines and b'"usage"' not in lines and b'"timings"' not in lines:
-            return len(lines)
-        at = 0
+        """Note pieces and usage; the end of what is good: where an error begins, else all."""
+        self.pieces += self.dialect.events(lines)
+        if not (
+            b"error" in lines
+            or b'"usage"' in lines
+            or b'"timings"' in lines
+            or b'"eval_count"' in lines
+            or b"response.failed" in lines
+        ):
+            return len(lines)  # most are: no loop over the five, it would double the cost
+        at = event = 0
         for line in lines.splitlines(keepends=True):
-            name, _, value = line.partition(b":")
-            if name in (b"data", b"error"):
-                whole = value if name == b"data" else b'{"error":' + value + b"}"
-                try:
-                    document = json.loads(whole.decode())
-                except (ValueError, RecursionError):
-                    document = None
-                if isinstance(document, dict) and document.get("error"):
-                    self.failure = BackendError(read_error(500, whole)[0])
-                    return at
-                self.tokens = read_usage(document) or self.tokens
+            document = parse_json(self.dialect.read_line(line))
+            error = error_of(document)
+            if error is not None:
+                words = error_text(error) or "the backend's answer broke off with an error"
+                self.failure = BackendError(words)
+                return event
+            self.tokens = read_usage(document) or self.tokens
             at += len(line)
+            event = at if self.dialect.line_events or not line.strip() else event
         return at
 
     def finish(self) -> bytes:
         """What was kept back, now that the body has ended; BackendError when it tells of one."""
+        if self.failure is None:
+            self._inspect(self.ended or self._held)
         if self.failure is not None:
             raise self.failure
         if not self.ended:
@@ -2029,7 +2320,878 @@ class StreamWatch:
         return self.ended
 
 
-# ==== 9. Transport ================================================================================
+class Endpoint(NamedTuple):
+    """An inference route: who speaks it, and what a body sent there must hold."""
+
+    routes: Names  # its own, then those that can stand in for it, by translation
+    dialect: Dialect
+    check: Callable[[Mapping[str, Any]], None]
+    streams: bool | None = False  # when a body does not say; None: never
+    options: bool = False  # it can carry a context in its `options`
+
+    @property
+    def path(self) -> str:
+        return self.routes[0]
+
+
+def read_question(
+    body: bytes, endpoint: Endpoint, priority_header: str | None = None, *, foreign: bool = False
+) -> Question:
+    """A request for an inference route; BadRequest names the offending member.
+
+    A `foreign` page cannot ask for a context: what it says of one is cut.
+    """
+    text = decode_json(body)
+    members = locate_members(text)
+    values = {member.name: member.value for member in members}
+    check_common(values)
+    endpoint.check(values)
+    context = parse_context(values.get("numCtx"), "numCtx")
+    priority = asked_priority(values, priority_header)
+    cut = cut_members(text, members, EXTENSIONS)
+    options = values.get("options") if endpoint.options else None
+    if isinstance(options, dict) and "num_ctx" in options:
+        context = max(context, parse_context(options["num_ctx"], "options.num_ctx"))
+        cut = cut_context(cut) if foreign else cut
+    if cut is not text:
+        text, members, body = cut, locate_members(cut), cut.encode()
+    model, stream = values.get("model") or "", values.get("stream")
+    return Question(
+        model=model if model.strip() else "",
+        stream=endpoint.streams is not None and (endpoint.streams if stream is None else stream),
+        priority=priority,
+        body=body,
+        model_edit=to_bytes(text, edit_of(text, members, "model")),
+        context=0 if foreign else context,
+        context_edit=to_bytes(text, context_edit(text, members)) if endpoint.options else None,
+        lasting="keep_alive" in values,
+    )
+
+
+def cut_context(text: str) -> str:
+    """The text without `options.num_ctx`."""
+    edit = edit_of(text, locate_members(text), "options")
+    inner = text[edit.start : edit.end]
+    return (
+        text[: edit.start]
+        + cut_members(inner, scan_members(inner), ("num_ctx",))
+        + text[edit.end :]
+    )
+
+
+# ==== 10. OpenAI ==================================================================================
+# Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
+
+DONE_LINE = re.compile(rb"(?:\A|\n)data: ?\[DONE\]")
+RESPONSE_END = re.compile(rb"(?:\A|\n)event: ?response\.(?:completed|incomplete)\r?\ndata:")
+ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class OpenAi(Dialect):
+    """Event streams that `data: [DONE]` ends; comments are signs of life."""
+
+    def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
+        kind = ERROR_TYPES.get(error.status)
+        if kind is None:
+            kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        facts = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+        return {"error": facts}
+
+    def is_error(self, document: Any) -> bool:
+        error = document.get("error") if isinstance(document, dict) else None
+        return (
+            isinstance(error, dict) and bool(error_text(error)) and document.get("type") != "error"
+        )
+
+    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+        start = b"\n\ndata: " if inside else b"data: "
+        return start + render_json(self.error_object(error, request_id)) + b"\n\n"
+
+    def heartbeat(self, position: int, eta: float) -> bytes:
+        return b": position=%d eta=%d\n\n" % (position, round(eta))
+
+    def find_end(self, seen: bytes) -> int:
+        match = DONE_LINE.search(seen) if b"[DONE]" in seen else None
+        return seen.index(b"data", match.start()) if match else -1
+
+
+class OpenAiResponses(OpenAi):
+    """Event streams whose last event tells how the response ended, and repeats it all."""
+
+    end_limit = PARSED_LINE
+
+    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+        facts = self.error_object(error, request_id)["error"]
+        event = {**facts, "type": "error", "sequence_number": 0, "error": facts}
+        start = b"\n\nevent: error\ndata: " if inside else b"event: error\ndata: "
+        return start + render_json(event) + b"\n\n"
+
+    def find_end(self, seen: bytes) -> int:
+        match = RESPONSE_END.search(seen) if b"response." in seen else None
+        return seen.index(b"event", match.start()) if match else -1
+
+
+def check_prompt(values: Mapping[str, Any]) -> None:
+    if not isinstance(values.get("prompt"), (str, list)):
+        raise BadRequest("prompt is a text or a list", param="prompt")
+
+
+def check_input(values: Mapping[str, Any]) -> None:
+    if not isinstance(values.get("input"), (str, list)):
+        raise BadRequest("input is a text or a list", param="input")
+
+
+def check_nothing(_values: Mapping[str, Any]) -> None:
+    """The backend knows best."""
+
+
+OPENAI = OpenAi()
+OPENAI_ENDPOINTS = (
+    Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, check_input, streams=None),
+    Endpoint((RESPONSES,), OpenAiResponses(), check_nothing),
+    Endpoint((RERANK,), OPENAI, check_nothing),
+)
+
+
+# ==== 11. Ollama ==================================================================================
+# Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
+
+DONE_HINT = re.compile(rb'"done" ?: ?true')
+
+
+class Ollama(Dialect):
+    """Errors are a text; white space before a line is a sign of life."""
+
+    stream_type = "application/x-ndjson"
+    line_limit = end_limit = PARSED_LINE
+    line_events = True
+
+    def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
+        return {"error": error.message}
+
+    def is_error(self, document: Any) -> bool:
+        return isinstance(document, dict) and isinstance(document.get("error"), str)
+
+    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+        start = b"\n" if inside else b""
+        return start + render_json(self.error_object(error, request_id)) + b"\n"
+
+    def heartbeat(self, _position: int, _eta: float) -> bytes:
+        return b" "
+
+    def find_end(self, seen: bytes) -> int:
+        hint = DONE_HINT.search(seen)
+        if hint is None:
+            return -1
+        at = seen.rfind(b"\n", 0, hint.start()) + 1
+        for line in seen[at:].splitlines(keepends=True):  # it may stand in a tool's arguments
+            whole = line.rstrip().endswith(b"}") and DONE_HINT.search(line)
+            document = parse_json(line) if whole else None
+            if isinstance(document, dict) and document.get("done") is True:
+                return at
+            at += len(line)
+        return -1
+
+    def is_stream(self, content_type: str) -> bool:
+        """Lines look the same in a stream of one, and not everybody names them well."""
+        return "json" in content_type
+
+    def find_cut(self, seen: bytes) -> int:
+        return seen.rfind(b"\n") + 1
+
+    def events(self, lines: bytes) -> int:
+        return lines.count(b"\n")
+
+    def read_line(self, line: bytes) -> bytes:
+        return line
+
+
+def check_chat(values: Mapping[str, Any]) -> None:
+    """Without messages it asks to load the model, or to unload it."""
+    if values.get("messages"):
+        check_messages(values)
+    check_options(values)
+
+
+def check_options(values: Mapping[str, Any]) -> None:
+    if not isinstance(values.get("options"), (dict, type(None))):
+        raise BadRequest("options is an object", param="options")
+
+
+OLLAMA = Ollama()
+OLLAMA_ENDPOINTS = (
+    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, streams=True, options=True),
+    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, streams=True, options=True),
+    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
+    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
+)
+
+
+# ==== 12. Anthropic ===============================================================================
+# Messages, as Claude's programs speak them.
+
+MESSAGE_END = re.compile(rb"(?:\A|\n)event: ?message_stop\r?\ndata:")
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+CHARACTERS_PER_TOKEN = 4  # of prose in English, roughly
+
+
+class Anthropic(Dialect):
+    """Named events that `message_stop` ends; `ping` may come anywhere."""
+
+    def error_object(self, error: LlmqError, request_id: str = "") -> dict[str, Any]:
+        kind = ANTHROPIC_TYPES.get(error.status)
+        if kind is None:
+            kind = "api_error" if error.status >= 500 else "invalid_request_error"
+        facts = {"type": kind, "message": error.message}
+        return {"type": "error", "error": facts, "request_id": request_id or None}
+
+    def is_error(self, document: Any) -> bool:
+        return (
+            isinstance(document, dict)
+            and document.get("type") == "error"
+            and bool(error_text(document.get("error")))
+        )
+
+    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+        start = b"\n\nevent: error\ndata: " if inside else b"event: error\ndata: "
+        return start + render_json(self.error_object(error, request_id)) + b"\n\n"
+
+    def heartbeat(self, _position: int, _eta: float) -> bytes:
+        return b'event: ping\ndata: {"type":"ping"}\n\n'
+
+    def find_end(self, seen: bytes) -> int:
+        match = MESSAGE_END.search(seen) if b"message_stop" in seen else None
+        return seen.index(b"event", match.start()) if match else -1
+
+
+def count_characters(value: Any) -> int:
+    """Characters of all texts in a request, without pictures."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(count_characters(one) for name, one in value.items() if name != "source")
+    return sum(map(count_characters, value)) if isinstance(value, list) else 0
+
+
+def estimate_tokens(values: Mapping[str, Any]) -> int:
+    """What a request for messages costs, where no backend can count it."""
+    told = [values.get(name) for name in ("system", "messages", "tools")]
+    return max(1, count_characters(told) // CHARACTERS_PER_TOKEN)
+
+
+ANTHROPIC = Anthropic()
+MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages)
+COUNT_ENDPOINT = Endpoint((COUNT_TOKENS,), ANTHROPIC, check_messages)  # which never waits
+ENDPOINTS = {one.path: one for one in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
+
+
+def dialect_of(path: str, headers: Headers) -> Dialect:
+    """In which dialect whoever asks for this path is answered."""
+    if path in ENDPOINTS:
+        return ENDPOINTS[path].dialect
+    if path.startswith("/api/"):
+        return OLLAMA
+    return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
+
+
+# ==== 13. Translation =============================================================================
+# Between OpenAI's and Ollama's shapes, where a backend lacks the dialect or a shared context needs
+# the other one.  What comes out equals, field by field, what Ollama's own /v1 gives (its
+# `openai.go`), ids and times aside; what that drops is dropped.  A request that would lose its
+# meaning is refused.
+
+IMAGE_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp|gif))?;base64,(.*)", re.DOTALL)
+IMAGE_TYPES = {"/9j/": "jpeg", "iVBOR": "png", "UklGR": "webp", "R0lGOD": "gif"}  # base64's start
+EFFORTS = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}
+SAMPLING = ("seed", "frequency_penalty", "presence_penalty")  # the same name on both sides
+LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")  # runners take these on /v1 too
+Facts = dict[str, Any]
+# What a document raises that is not what it should be.
+MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    RecursionError,
+    ArithmeticError,
+    struct.error,
+)
+
+
+def compact(value: object) -> str:
+    """JSON inside a text, as tool calls carry their arguments."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def rfc3339(seconds: float) -> str:
+    """RFC 3339 in UTC, as Ollama writes its times."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1e6):06}Z"
+
+
+def present(facts: Facts) -> Facts:
+    """Without what is absent."""
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+class Translator:
+    """Asks one route in place of another and retells the answer; one for each attempt."""
+
+    source: Dialect = OPENAI  # of the backend's answer
+
+    def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
+        self.question = question
+        self.model = model  # as the backend calls it
+        self.context = context  # tokens, 0: the backend's own
+        self.now = now  # the wall clock
+        self.began = now()
+        self.id = f"{int(self.began * 1e6):x}"
+        self._line = b""  # the incomplete last line of a stream
+
+    def body(self) -> bytes:
+        """The request to send; BadRequest, or NotSpoken where it has no counterpart."""
+        try:
+            return render_json(self.request())
+        except MALFORMED:
+            raise BadRequest("a member of the request is of a wrong type") from None
+
+    def request(self) -> Facts:
+        raise NotImplementedError
+
+    def whole(self, answer: Facts) -> Facts:
+        """A whole answer retold; KeyError and the like where it is not one."""
+        raise NotImplementedError
+
+    def piece(self, event: Facts) -> bytes:
+        """One event of a stream retold."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """What follows the last event, once the stream has ended well."""
+        return b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes that retell these, however they are cut."""
+        data = self._line + data
+        cut = data.rfind(b"\n") + 1
+        lines, self._line = data[:cut], data[cut:]
+        if len(self._line) > PARSED_LINE:
+            raise BackendError("a line of the backend's answer is too long to be translated")
+        told = []
+        for line in lines.splitlines():
+            text = self.source.read_line(line).strip()
+            if text and text != b"[DONE]":
+                told.append(self.retell(self.piece, parse_json(text)))
+        return b"".join(told)
+
+    def finish(self, data: bytes) -> bytes:
+        """The same for the last bytes."""
+        return self.feed(data + b"\n") + cast(bytes, self.retell(self.end))
+
+    def retell(self, how: Callable[..., Any], *answer: Any) -> Any:
+        try:
+            return how(*answer)
+        except MALFORMED:
+            raise BackendError("the backend's answer is not what its dialect has") from None
+
+
+# ---- from OpenAI to Ollama
+
+
+class OnOllama(Translator):
+    """What all routes of OpenAI have in common when Ollama's own are asked."""
+
+    source = OLLAMA
+
+    def options(self) -> Facts:
+        """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
+        asked = self.question
+        stop, most = asked.get("stop"), asked.get("max_tokens")
+        options = {name: asked.get(name) for name in SAMPLING}
+        options["stop"] = [stop] if isinstance(stop, str) else stop
+        options["num_predict"] = asked.get("max_completion_tokens") if most is None else most
+        for name in ("temperature", "top_p"):
+            options[name] = 1.0 if asked.get(name) is None else asked[name]
+        options["num_ctx"] = self.context or None
+        return present(options)
+
+    def common(self) -> Facts:
+        stream = bool(self.question.get("stream"))
+        return {"model": self.model, "options": self.options(), "stream": stream}
+
+    def usage(self, answer: Facts) -> Facts:
+        asked, told = answer.get("prompt_eval_count", 0), answer.get("eval_count", 0)
+        return {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
+
+    def frame(self, kind: str, *choices: Facts, usage: Facts | None = None) -> Facts:
+        """What stands around the choices of an answer or a chunk."""
+        ident = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{self.id}"
+        facts = {"id": ident, "object": kind, "created": int(self.began), "model": self.model}
+        facts = {**facts, "system_fingerprint": "fp_ollama", "choices": list(choices)}
+        return {**facts, "usage": usage} if usage else facts
+
+    @property
+    def wants_usage(self) -> bool:
+        options = self.question.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def event(self, kind: str, *choices: Facts, usage: Facts | None = None) -> bytes:
+        return b"data: " + render_json(self.frame(kind, *choices, usage=usage)) + b"\n\n"
+
+    def ending(self, kind: str, event: Facts) -> bytes:
+        """What follows the last choice of a stream."""
+        told = self.event(kind, usage=self.usage(event)) if self.wants_usage else b""
+        return told + b"data: [DONE]\n\n"
+
+
+class ChatOnOllama(OnOllama):
+    """`/v1/chat/completions` asked at `/api/chat`."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._first, self._tools = True, 0  # no delta sent yet; tool calls so far
+
+    def request(self) -> Facts:
+        asked = self.question
+        reasoning = asked.get("reasoning")
+        effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
+        effort = asked.get("reasoning_effort") if effort is None else effort
+        facts = {
+            **self.common(),
+            "messages": ollama_messages(asked["messages"]),
+            "format": ollama_format(asked.get("response_format")),
+            "think": EFFORTS.get(effort, effort) if isinstance(effort, str) else None,
+        }
+        facts.update({one: asked.get(one) for one in ("tools", "logprobs", "top_logprobs")})
+        facts["keep_alive"] = asked.get("keep_alive")
+        return present(facts)
+
+    def tool_calls(self, message: Facts) -> list[Facts]:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            name, arguments = function["name"], compact(function.get("arguments") or {})
+            ident = call.get("id") or f"call_{self.id}_{self._tools}"
+            facts = {"id": ident, "index": function.get("index", self._tools), "type": "function"}
+            calls.append({**facts, "function": {"name": name, "arguments": arguments}})
+            self._tools += 1
+        return calls
+
+    def reason(self, answer: Facts) -> str | None:
+        return "tool_calls" if self._tools else answer.get("done_reason") or None
+
+    def whole(self, answer: Facts) -> Facts:
+        told = answer["message"]
+        message = {"role": told["role"], "content": told.get("content", "")}
+        if told.get("thinking"):
+            message["reasoning"] = told["thinking"]
+        if told.get("tool_calls"):
+            message["tool_calls"] = self.tool_calls(told)
+        choice = self.choice("message", message, self.reason(answer), answer)
+        return self.frame("chat.completion", choice, usage=self.usage(answer))
+
+    def choice(self, name: str, said: Facts, reason: str | None, answer: Facts) -> Facts:
+        choice: Facts = {"index": 0, name: said, "finish_reason": reason}
+        if answer.get("logprobs"):
+            choice["logprobs"] = {"content": answer["logprobs"]}
+        return choice
+
+    def deltas(self, message: Facts) -> Iterator[Facts]:
+        """What a message adds; thoughts apart from what is said, as Ollama splits them."""
+        said = {"content": message["content"]} if message.get("content") else {}
+        if message.get("tool_calls"):
+            said["tool_calls"] = self.tool_calls(message)
+        thought = {"reasoning": message["thinking"]} if message.get("thinking") else {}
+        for delta in (thought, said):
+            if delta:
+                role = {"role": "assistant", "content": ""} if self._first else {}
+                self._first = False
+                yield {**role, **delta}
+
+    def piece(self, event: Facts) -> bytes:
+        kind, told = "chat.completion.chunk", b""
+        for delta in self.deltas(event["message"]):
+            told += self.event(kind, self.choice("delta", delta, None, event))
+        if event.get("done") is True:
+            told += self.event(kind, self.choice("delta", {}, self.reason(event), {}))
+            told += self.ending(kind, event)
+        return told
+
+
+def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
+    """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
+    told: list[Facts] = []
+    for message in messages:
+        content, calls = message.get("content"), message.get("tool_calls")
+        facts = {"role": message.get("role"), "thinking": message.get("reasoning") or None}
+        facts["tool_calls"] = [ollama_tool_call(call) for call in calls] if calls else None
+        if message.get("role") == "tool":
+            ident = message.get("tool_call_id")
+            facts["tool_call_id"] = ident
+            facts["tool_name"] = message.get("name") or called_name(messages, ident)
+        if isinstance(content, list):
+            parts = [{"role": facts["role"], **ollama_part(part)} for part in content]
+            parts = parts or [{"role": facts["role"], "content": ""}]
+            parts[-1].update(present(facts))
+            told += parts
+        elif isinstance(content, str) or calls:
+            told.append(present({**facts, "content": content or ""}))
+        else:
+            raise BadRequest("content is a text or a list of parts", param="messages")
+    return told
+
+
+def ollama_part(part: Any) -> Facts:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"content": part["text"]}
+    if kind != "image_url":
+        raise BadRequest("a part of a content is a text or an image_url", param="messages")
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    match = IMAGE_URL.fullmatch(url) if isinstance(url, str) else None
+    if not match:
+        raise BadRequest("an image is a data: url; llmq fetches nothing", param="messages")
+    return {"content": "", "images": [match[1]]}
+
+
+def ollama_tool_call(call: Any) -> Facts:
+    try:
+        function = {"name": call["function"]["name"]}
+        function["arguments"] = json.loads(call["function"].get("arguments") or "{}")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadRequest("a tool call has a name and arguments in JSON", param="messages") from None
+    return present({"id": call.get("id"), "function": function})
+
+
+def called_name(messages: Sequence[Facts], ident: Any) -> str | None:
+    """The function that the latest call of this id called."""
+    for message in reversed(messages):
+        for call in message.get("tool_calls") or ():
+            if ident is not None and call.get("id") == ident:
+                return cast("str | None", call.get("function", {}).get("name"))
+    return None
+
+
+def ollama_format(asked: Any) -> Any:
+    """`response_format` as Ollama's `format`."""
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if kind == "json_object":
+        return "json"
+    schema = asked.get("json_schema") if kind == "json_schema" else None
+    return schema.get("schema") if isinstance(schema, dict) else None
+
+
+class CompletionOnOllama(OnOllama):
+    """`/v1/completions` asked at `/api/generate`."""
+
+    def request(self) -> Facts:
+        asked = self.question
+        if not isinstance(asked["prompt"], str):
+            raise NotSpoken("Ollama takes one prompt, a text", param="prompt")
+        facts = {**self.common(), "prompt": asked["prompt"], "suffix": asked.get("suffix")}
+        if asked.get("logprobs"):
+            facts.update(logprobs=True, top_logprobs=asked["logprobs"])
+        facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
+        return present({**facts, "keep_alive": asked.get("keep_alive")})
+
+    def choice(self, answer: Facts) -> Facts:
+        reason = answer.get("done_reason") or None
+        return {"text": answer["response"], "index": 0, "finish_reason": reason}
+
+    def whole(self, answer: Facts) -> Facts:
+        return self.frame("text_completion", self.choice(answer), usage=self.usage(answer))
+
+    def piece(self, event: Facts) -> bytes:
+        zero = self.usage({}) if self.wants_usage else None
+        told = self.event("text_completion", self.choice(event), usage=zero)
+        return told + self.ending("text_completion", event) if event.get("done") is True else told
+
+
+class EmbeddingsOnOllama(OnOllama):
+    """`/v1/embeddings` asked at `/api/embed`."""
+
+    def request(self) -> Facts:
+        asked = self.question
+        texts = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise NotSpoken("Ollama embeds texts, not tokens", param="input")
+        facts = {"model": self.model, "input": asked["input"]}
+        facts.update({name: asked.get(name) for name in ("dimensions", "keep_alive")})
+        facts["options"] = {"num_ctx": self.context} if self.context else None
+        return present(facts)
+
+    def whole(self, answer: Facts) -> Facts:
+        packed = str(self.question.get("encoding_format")).lower() == "base64"
+        data = []
+        for index, one in enumerate(answer["embeddings"]):
+            vector = pack_floats(one) if packed else one
+            data.append({"object": "embedding", "embedding": vector, "index": index})
+        asked = answer.get("prompt_eval_count", 0)
+        usage = {"prompt_tokens": asked, "total_tokens": asked}
+        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+
+
+def pack_floats(numbers: Sequence[float]) -> str:
+    """Little-endian 32-bit floats in base64, as OpenAI's SDKs ask for by default."""
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+
+
+# ---- from Ollama to OpenAI
+
+
+class OnOpenAi(Translator):
+    """What all routes of Ollama have in common when OpenAI's are asked."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.finished = ""  # the reason, once the stream has told it
+        self.counts: Facts = {}  # usage, likewise
+
+    def sampling(self) -> Facts:
+        options = self.question.get("options") or {}
+        facts = {name: options.get(name) for name in (*SAMPLING, *LOCAL_SAMPLING, "stop")}
+        facts.update({name: options.get(name) for name in ("temperature", "top_p")})
+        most = options.get("num_predict")
+        facts["max_tokens"] = most if isinstance(most, int) and most >= 0 else None
+        return facts
+
+    def common(self) -> Facts:
+        stream = self.question.get("stream", True) is not False
+        facts: Facts = {"model": self.model, "stream": stream, **self.sampling()}
+        facts["stream_options"] = {"include_usage": True} if stream else None
+        return facts
+
+    def head(self) -> Facts:
+        return {"model": self.model, "created_at": rfc3339(self.now())}
+
+    def tail(self, reason: str, usage: Facts) -> Facts:
+        """How it ended; durations are in nanoseconds, and what a part took is not known."""
+        facts = {"done": True, "done_reason": reason if reason == "length" else "stop"}
+        facts["total_duration"] = int((self.now() - self.began) * 1e9)
+        facts["prompt_eval_count"] = usage.get("prompt_tokens", 0)
+        return {**facts, "eval_count": usage.get("completion_tokens", 0)}
+
+    def line(self, facts: Facts) -> bytes:
+        return render_json({**self.head(), **facts}) + b"\n"
+
+    def note(self, event: Facts) -> Facts | None:
+        """The choice that an event carries; how it ended and what it cost is noted."""
+        self.counts = event.get("usage") or self.counts
+        choices = event.get("choices") or [None]
+        if choices[0] and choices[0].get("finish_reason"):
+            self.finished = choices[0]["finish_reason"]
+        return cast("Facts | None", choices[0])
+
+
+class ChatOnOpenAi(OnOpenAi):
+    """`/api/chat` asked at `/v1/chat/completions`."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._calls: dict[int, Facts] = {}  # tool calls that a stream has told in part
+
+    def request(self) -> Facts:
+        asked = self.question
+        if not asked.get("messages"):
+            raise NotSpoken("only Ollama loads and unloads a model on request")
+        facts = {**self.common(), "messages": openai_messages(asked["messages"])}
+        facts.update({one: asked.get(one) for one in ("tools", "logprobs", "top_logprobs")})
+        facts["response_format"] = openai_format(asked.get("format"))
+        think = asked.get("think")
+        if isinstance(think, bool):
+            facts["chat_template_kwargs"] = {"enable_thinking": think}
+        else:
+            facts["reasoning_effort"] = think
+        return present(facts)
+
+    def message(self, told: Facts, calls: Iterable[Facts]) -> Facts:
+        message: Facts = {"role": "assistant", "content": told.get("content") or ""}
+        thinking = told.get("reasoning_content") or told.get("reasoning")
+        if thinking:
+            message["thinking"] = thinking
+        retold = [native_tool_call(index, call) for index, call in enumerate(calls)]
+        return {**message, "tool_calls": retold} if retold else message
+
+    def whole(self, answer: Facts) -> Facts:
+        choice = answer["choices"][0]
+        told = choice["message"]
+        facts = {**self.head(), "message": self.message(told, told.get("tool_calls") or ())}
+        if (choice.get("logprobs") or {}).get("content"):
+            facts["logprobs"] = choice["logprobs"]["content"]
+        return {**facts, **self.tail(choice.get("finish_reason"), answer.get("usage") or {})}
+
+    def piece(self, event: Facts) -> bytes:
+        choice = self.note(event)
+        delta = choice.get("delta") if choice else None
+        if not choice or not delta:
+            return b""
+        for call in delta.get("tool_calls") or ():
+            self.gather(call)
+        message = self.message(delta, ())
+        if not message["content"] and "thinking" not in message:
+            return b""
+        facts: Facts = {"message": message, "done": False}
+        if (choice.get("logprobs") or {}).get("content"):
+            facts["logprobs"] = choice["logprobs"]["content"]
+        return self.line(facts)
+
+    def gather(self, call: Facts) -> None:
+        """Ollama tells a tool call at once, OpenAI its arguments bit by bit."""
+        whole = self._calls.setdefault(call.get("index", 0), {"function": {"arguments": ""}})
+        whole["id"] = call.get("id") or whole.get("id")
+        function = call.get("function") or {}
+        whole["function"]["name"] = function.get("name") or whole["function"].get("name")
+        whole["function"]["arguments"] += function.get("arguments") or ""
+
+    def end(self) -> bytes:
+        calls = [call for _, call in sorted(self._calls.items())]
+        told = b""
+        if calls:
+            told = self.line({"message": self.message({}, calls), "done": False})
+        tail = self.tail(self.finished, self.counts)
+        return told + self.line({"message": {"role": "assistant", "content": ""}, **tail})
+
+
+def native_tool_call(index: int, call: Facts) -> Facts:
+    function = call["function"]
+    arguments = json.loads(function.get("arguments") or "{}")
+    facts = {"index": index, "name": function["name"], "arguments": arguments}
+    return present({"id": call.get("id"), "function": facts})
+
+
+def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
+    """Messages as OpenAI has them; a tool's result names the call that it answers."""
+    told: list[Facts] = []
+    open_calls: list[tuple[str, str]] = []  # (function, id) of calls without a result yet
+    for index, message in enumerate(messages):
+        facts = {"role": message.get("role"), "content": openai_content(message)}
+        facts["reasoning_content"] = message.get("thinking") or None
+        calls = message.get("tool_calls")
+        if calls:
+            retold = [openai_tool_call(f"call_{index}_{at}", call) for at, call in enumerate(calls)]
+            open_calls += [(call["function"]["name"], call["id"]) for call in retold]
+            facts["tool_calls"] = retold
+        if message.get("role") == "tool":
+            name = message.get("tool_name")
+            found = next((one for one in open_calls if name in (None, one[0])), None)
+            if found:
+                open_calls.remove(found)
+            facts["tool_call_id"] = message.get("tool_call_id") or (found[1] if found else name)
+        told.append(present(facts))
+    return told
+
+
+def openai_content(message: Facts) -> Any:
+    text, images = message.get("content") or "", message.get("images")
+    if not images:
+        return text
+    parts: list[Facts] = [{"type": "text", "text": text}] if text else []
+    for image in images:
+        kinds = [IMAGE_TYPES[start] for start in IMAGE_TYPES if str(image).startswith(start)]
+        url = f"data:image/{kinds[0] if kinds else 'png'};base64,{image}"
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts
+
+
+def openai_tool_call(ident: str, call: Any) -> Facts:
+    try:
+        name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
+    except (KeyError, TypeError, AttributeError):
+        raise BadRequest("a tool call has a function with a name", param="messages") from None
+    function = {"name": name, "arguments": compact(arguments)}
+    return {"id": call.get("id") or ident, "type": "function", "function": function}
+
+
+def openai_format(asked: Any) -> Facts | None:
+    """Ollama's `format` as `response_format`."""
+    if asked == "json":
+        return {"type": "json_object"}
+    if isinstance(asked, dict):
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
+    return None
+
+
+class GenerateOnOpenAi(OnOpenAi):
+    """`/api/generate` with a plain prompt asked at `/v1/completions`."""
+
+    def request(self) -> Facts:
+        asked = self.question
+        if not asked.get("prompt"):
+            raise NotSpoken("only Ollama loads and unloads a model on request")
+        for one in ("system", "template", "context", "images", "format", "suffix", "think"):
+            if asked.get(one):
+                raise NotSpoken(f"only Ollama takes {one} beside a prompt", param=one)
+        return present({**self.common(), "prompt": asked["prompt"]})
+
+    def whole(self, answer: Facts) -> Facts:
+        choice = answer["choices"][0]
+        tail = self.tail(choice.get("finish_reason"), answer.get("usage") or {})
+        return {**self.head(), "response": choice["text"], **tail}
+
+    def piece(self, event: Facts) -> bytes:
+        choice = self.note(event)
+        text = choice.get("text") if choice else ""
+        return self.line({"response": text, "done": False}) if text else b""
+
+    def end(self) -> bytes:
+        return self.line({"response": "", **self.tail(self.finished, self.counts)})
+
+
+class EmbedOnOpenAi(OnOpenAi):
+    """`/api/embed` asked at `/v1/embeddings`."""
+
+    def request(self) -> Facts:
+        texts = self.question.get("input")
+        if not texts:
+            raise NotSpoken("only Ollama loads and unloads a model on request")
+        facts = {"model": self.model, "input": texts, "dimensions": self.question.get("dimensions")}
+        return present({**facts, "encoding_format": "float"})
+
+    def whole(self, answer: Facts) -> Facts:
+        asked = (answer.get("usage") or {}).get("prompt_tokens", 0)
+        rows = sorted(answer["data"], key=lambda one: one.get("index", 0))
+        vectors = [one["embedding"] for one in rows]
+        spent = int((self.now() - self.began) * 1e9)
+        facts = {"model": self.model, "embeddings": vectors, "total_duration": spent}
+        return {**facts, "load_duration": 0, "prompt_eval_count": asked}
+
+
+class EmbeddingsOnOpenAi(EmbedOnOpenAi):
+    """`/api/embeddings`, the older one, asked at `/v1/embeddings`."""
+
+    def request(self) -> Facts:
+        self.question = {"input": self.question.get("prompt")}
+        return super().request()
+
+    def whole(self, answer: Facts) -> Facts:
+        return {"embedding": answer["data"][0]["embedding"]}
+
+
+TRANSLATORS: dict[tuple[str, str], type[Translator]] = {  # (asked for, asked at)
+    (CHAT, OLLAMA_CHAT): ChatOnOllama,
+    (COMPLETIONS, OLLAMA_GENERATE): CompletionOnOllama,
+    (EMBEDDINGS, OLLAMA_EMBED): EmbeddingsOnOllama,
+    (OLLAMA_CHAT, CHAT): ChatOnOpenAi,
+    (OLLAMA_GENERATE, COMPLETIONS): GenerateOnOpenAi,
+    (OLLAMA_EMBED, EMBEDDINGS): EmbedOnOpenAi,
+    (OLLAMA_EMBEDDINGS, EMBEDDINGS): EmbeddingsOnOpenAi,
+}
+
+
+# ==== 14. Transport ===============================================================================
 # The first section that awaits: asyncio streams, the server's side.  One coroutine reads and writes
 # a connection; whoever wants to end its wait sets an error on its reader (`interrupt`), so that it
 # surfaces where the wait is.  Deadlines are numbers on the connection that a sweep compares four
@@ -2145,6 +3307,15 @@ class Exchange:
             self.request.body = await self.connection.read_body(self.length, limit)
             self._unread = False
 
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The request's body as it comes, however long it is."""
+        if self.expects_continue and self._unread:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._unread:
+            async for piece in self.connection.read_pieces(self.length):
+                yield piece
+        self._unread = False
+
     @property
     def expects_continue(self) -> bool:
         return (
@@ -2184,6 +3355,13 @@ class Exchange:
             self.keep = False
         self._head = self._render_head(status, framing, headers)
         self._head_status = status
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the client is on this box: it has the address that it has reached us at."""
+        writer = self.connection.writer
+        peer = writer.get_extra_info("peername") or ("",)
+        return is_loopback(peer[0]) or peer[0] == writer.get_extra_info("sockname")[0]
 
     def _render_head(
         self, status: int, framing: list[tuple[str, str]], headers: Iterable[tuple[str, str]]
@@ -2375,6 +3553,30 @@ class Connection:
         self.enter(Phase.BUSY)
         return body
 
+    async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
+        """A body of any size; only its pieces have a deadline."""
+        decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
+        while not decoder.done:
+            self.enter(Phase.BODY)
+            self.heard, self.heard_at = self.reader.received, time.monotonic()
+            wanted = decoder.left if isinstance(decoder, LengthBody) else decoder.wants
+            try:
+                if wanted:
+                    data = await self.reader.read(min(wanted, READ_SIZE))
+                else:
+                    data = await self.reader.readuntil(b"\n")
+                self.consumed += len(data)
+                piece = decoder.feed(data)
+            except asyncio.IncompleteReadError:
+                raise ClientLeft("the client left before its request was complete") from None
+            except (asyncio.LimitOverrunError, ValueError) as error:
+                if self.reader.ended:
+                    raise ClientLeft("the client left before its request was complete") from None
+                raise BadRequest(f"malformed body: {error}") from None
+            self.enter(Phase.BUSY)  # whoever takes the piece may take its time
+            if piece:
+                yield piece
+
     async def read_chunks(self, limit: int) -> bytes:
         decoder, pieces, size = ChunkedBody(), [], 0
         try:
@@ -2397,7 +3599,7 @@ class Connection:
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
-        body = render_error(error)
+        body = OPENAI.render_error(error)
         headers = [
             ("Date", self.server.date),
             ("Content-Type", "application/json"),
@@ -2531,12 +3733,13 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 10. Upstream ================================================================================
+# ==== 15. Upstream ================================================================================
 # The other side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
 ANSWER_LIMIT = 64 * MIB  # of a whole answer
+FETCHED = 8 * MIB  # of an answer that llmq itself asked for
 
 
 class Upstream:
@@ -2561,6 +3764,22 @@ class Upstream:
         self._mark = self._consumed = self.reader.received
         self._keep_alive, self._late = False, b""
         self.writer.write(wire)
+
+    async def push(self, piece: bytes, limit: float) -> None:
+        """More of a request; a backend that takes nothing for so many seconds is hung up on."""
+
+        def give_up() -> None:
+            self.interrupt(BackendTimeout(f"the backend took nothing for {limit:g} s"))
+            self.transport.abort()
+
+        self.writer.write(piece)
+        timer = asyncio.get_running_loop().call_later(limit, give_up)
+        try:
+            await self.writer.drain()
+        except (ConnectionError, BackendTimeout):
+            pass  # its answer, or the lack of one, says why it takes no more
+        finally:
+            timer.cancel()
 
     @property
     def answered(self) -> bool:
@@ -2714,6 +3933,59 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
+async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: float) -> Upstream:
+    """The connection that is being made, within a time; BackendUnreached where none comes."""
+    try:
+        await asyncio.wait({dialling}, timeout=seconds)
+    finally:
+        dialling.cancel()  # which does nothing to one that is done
+    if not dialling.done():
+        raise BackendUnreached(f"connecting to {backend.name} timed out")
+    if dialling.cancelled():
+        raise ClientLeft("the client left")
+    try:
+        return dialling.result()
+    except (OSError, UnicodeError) as error:
+        raise BackendRefused(f"cannot connect to {backend.name}: {reason(error)}") from None
+
+
+async def fetch(
+    backend: Backend, path: str, body: bytes | None = None, more: Iterable[tuple[str, str]] = ()
+) -> tuple[int, Any]:
+    """Status and parsed JSON (None where it is none) of a GET, or of a POST of this body.
+
+    OSError or BackendError where nobody answers.
+    """
+    upstream = await dial(backend)
+    try:
+        headers = [("Host", backend.authority), ("Accept", "application/json")]
+        headers += [("Connection", "close"), *more]
+        if backend.key:
+            headers.append(("Authorization", f"Bearer {backend.key}"))
+        if body is not None:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        method = "GET" if body is None else "POST"
+        upstream.send(render_head(f"{method} {path} HTTP/1.1", headers) + (body or b""))
+        head = await upstream.read_head()
+        return head.status, parse_json(await upstream.read_rest(FETCHED))
+    finally:
+        await upstream.close()
+
+
+async def try_fetch(
+    seconds: float, backend: Backend, path: str, body: bytes, more: Iterable[tuple[str, str]] = ()
+) -> tuple[int, Any]:
+    """A POST within a time; (0, None) where that fails."""
+    task = asyncio.ensure_future(fetch(backend, path, body, more))
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        return task.result() if task.done() else (0, None)
+    except (OSError, LlmqError):
+        return 0, None
+    finally:
+        task.cancel()
+
+
 class Pool:
     """Idle connections to the backends, the latest used first."""
 
@@ -2755,14 +4027,17 @@ class Pool:
         self.sweep(float("inf"))
 
 
-# ==== 11. Gateway =================================================================================
+# ==== 16. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; each of its steps
-# is a method below it.  Two rules hold everything together: whoever wants to end a call early
-# calls `Gateway.stop` with the reason, and a slot is given back in `give_back` alone, after the
-# connection to the backend is closed or back in the pool, on every way out.
+# is a method below it, what happens at a backend is an `Attempt`.  Two rules hold everything
+# together: whoever wants to end a call early calls `Gateway.stop` with the reason, and a slot is
+# given back in `give_back` alone, after the connection to the backend is closed or back in the
+# pool, on every way out.
 
-UPSTREAM_PATH = "/v1/chat/completions"
-RELAYED_REQUEST = ("accept", "content-type", "user-agent", "openai-beta", "traceparent")
+RELAYED_REQUEST = (
+    "accept", "content-type", "user-agent", "openai-beta", "anthropic-version", "anthropic-beta",
+    "traceparent",
+)  # fmt: skip
 RELAYED_ANSWER = ("openai-processing-ms", "retry-after")
 RATE_LIMITS = "x-ratelimit-"
 ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
@@ -2775,22 +4050,28 @@ class Call:
     """One request on its way: who asked, what for, and how far it has come."""
 
     __slots__ = (
-        "connecting", "deadline", "error", "exchange", "first_byte", "head", "model", "question",
-        "ticket", "tokens", "turn", "upstream", "watch",
+        "beat", "connecting", "deadline", "endpoint", "error", "exchange", "first_byte", "head",
+        "model", "question", "route", "ticket", "tokens", "translator", "turn", "upstream", "watch",
     )  # fmt: skip
 
-    def __init__(self, exchange: Exchange, ticket: Ticket, question: Question, model: str) -> None:
+    def __init__(
+        self, exchange: Exchange, ticket: Ticket, endpoint: Endpoint, question: Question, model: str
+    ) -> None:
         self.exchange = exchange
         self.ticket = ticket
+        self.endpoint = endpoint
         self.question = question
         self.model = model  # as resolved, in the words of the client
         self.head = b""  # of the request to a backend, as far as all get it alike
         self.turn: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
+        self.route: str | None = None  # where the backend at hand is asked
+        self.translator: Translator | None = None  # if it is asked elsewhere than the client asks
         self.upstream: Upstream | None = None  # while it has one
         self.connecting: asyncio.Task[Upstream] | None = None
         self.watch: StreamWatch | None = None
         self.tokens: int | None = None  # of a whole answer
         self.deadline = NEVER  # for the backend's next byte, monotonic
+        self.beat = NEVER  # when the client is to get a sign of life, monotonic
         self.first_byte = 0.0
         self.error: LlmqError | None = None  # why it was stopped or failed
 
@@ -2803,13 +4084,41 @@ class Call:
         waited = str(round(1000 * (ticket.started - ticket.arrived)))
         return [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
 
+    def route_at(self, backend: Backend) -> str | None:
+        """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
+        routes, key = self.ticket.routes, self.ticket.model
+        if self.question.context or self.question.lasting or backend.context(key):
+            native = [one for one in routes if one in NATIVE and backend.kind == "ollama"]
+            routes = (*native, *routes)
+        return backend.route_for(routes, key)
+
     def wire(self, backend: Backend) -> bytes:
-        """The request as this backend is to get it, in one piece."""
-        body = self.question.body_for(backend.name_for(self.model))
+        """The request as this backend is to get it, in one piece; NotSpoken or BadRequest."""
+        question, name = self.question, backend.name_for(self.model)
+        route = self.route = self.route_at(backend)
+        if route is None:
+            raise NotSpoken(f"{backend.name} does not speak {self.endpoint.path}")
+        context = 0
+        if route in NATIVE:
+            context = backend.ask_context(self.ticket.model, question.context)
+        if route == self.endpoint.path:
+            self.translator = None
+            body, target = question.body_for(name, context), route + self.query
+        else:
+            translator = TRANSLATORS[self.endpoint.path, route]
+            self.translator = translator(json.loads(question.body), name, context, time.time)
+            body, target = self.translator.body(), route
         lines = f"Host: {backend.authority}\r\nContent-Length: {len(body)}\r\n\r\n"
         if backend.key:
             lines = f"Authorization: Bearer {backend.key}\r\n{lines}"
-        return self.head + lines.encode("latin-1") + body
+        return b"POST %b HTTP/1.1\r\n%b%b%b" % (
+            target.encode("latin-1"), self.head, lines.encode("latin-1"), body
+        )  # fmt: skip
+
+    @property
+    def query(self) -> str:
+        query = self.exchange.request.query
+        return "?" + query if query else ""
 
 
 class Record(NamedTuple):
@@ -2876,8 +4185,115 @@ def record_of(call: Call, now: float) -> Record:
     )
 
 
+class Attempt:
+    """One try at one backend: from the grant of its slot to the end of its answer."""
+
+    def __init__(
+        self, call: Call, backend: Backend, limits: UpstreamSettings, now: Callable[[], float]
+    ) -> None:
+        self.call = call
+        self.backend = backend
+        self.limits = limits
+        self.now = now
+
+    async def run(self) -> Answer:
+        return await self.read_answer(await self.ask())
+
+    async def ask(self) -> ResponseHead:
+        """The head of the backend's answer.
+
+        A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
+        request there, so that is no attempt.
+        """
+        call = self.call
+        if call.upstream is not None:  # from the pool
+            with contextlib.suppress(BackendUnreached):
+                return await call.upstream.read_head()
+            await call.upstream.close()
+            call.upstream = None
+        wire = call.wire(self.backend)
+        call.upstream = await self.connect()
+        if call.error is not None:
+            raise call.error
+        call.upstream.send(wire)
+        return await call.upstream.read_head()
+
+    async def connect(self) -> Upstream:
+        call = self.call
+        call.connecting = asyncio.ensure_future(dial(self.backend))
+        try:
+            return await arrival(call.connecting, self.backend, self.limits.connect_timeout)
+        finally:
+            call.connecting = None
+
+    async def read_answer(self, head: ResponseHead) -> Answer:
+        """The answer behind a head: a stream passes by here, a whole one is read first."""
+        call = self.call
+        upstream = call.upstream
+        assert upstream is not None  # `ask` made it
+        if head.status != HTTPStatus.OK:
+            error = read_refusal(head, await upstream.read_rest(ERROR_BODY))
+            proven = call.route in self.backend.proven
+            if isinstance(error, RouteLacking) and proven and not error.for_model:
+                raise error.answer
+            raise error
+        self.backend.proven.add(cast(str, call.route))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise BackendError("the backend's answer is compressed, unasked")
+        kind = head.headers.get("content-type", "application/json")
+        headers = [
+            item
+            for item in head.headers.items()
+            if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
+        ]
+        source = call.translator.source if call.translator else call.endpoint.dialect
+        if call.question.stream and source.is_stream(kind):
+            call.watch = StreamWatch(source)
+            kind = call.endpoint.dialect.stream_type if call.translator else kind
+            if not call.exchange.started:  # with a sign of life
+                call.exchange.start(200, kind, headers + call.headers)  # before the first token
+            return Answer(await self.relay(call.watch, upstream), True, kind, headers)
+        body = await upstream.read_rest(ANSWER_LIMIT, self.heard)
+        return Answer(body, False, kind, headers)
+
+    async def relay(self, watch: StreamWatch, upstream: Upstream) -> bytes:
+        """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
+        exchange, translator = self.call.exchange, self.call.translator
+        rest = b""
+
+        def take(piece: bytes) -> bool:
+            nonlocal rest
+            shown = watch.feed(piece)
+            self.heard()
+            if upstream.body.done and watch.ended and watch.failure is None:
+                rest = shown + watch.finish()
+                rest = translator.finish(rest) if translator else rest
+                return True
+            shown = translator.feed(shown) if translator else shown
+            if shown:
+                exchange.send(shown)
+            if upstream.body.done or watch.failure is not None:
+                watch.finish()  # says what is wrong
+            return not exchange.blocked
+
+        while not upstream.body.done:
+            await upstream.flow(take)
+            if exchange.blocked and not upstream.body.done:
+                self.call.deadline = NEVER  # the client is slow, not the backend
+                await exchange.catch_up()
+                self.heard()
+        return rest or watch.finish()  # which says so if there was no body at all
+
+    def heard(self) -> None:
+        """A piece of the answer's body has come."""
+        call = self.call
+        now = self.backend.delivered = self.now()
+        call.first_byte = call.first_byte or now
+        call.deadline, call.beat = now + self.limits.idle_timeout, NEVER
+
+
 async def no_look() -> None:
-    """In place of the look at the backends, until the monitor of section 13 is there."""
+    """In place of the look at the backends, until the monitor of section 19 is there."""
 
 
 class Gateway:
@@ -2923,7 +4339,10 @@ class Gateway:
         await call.exchange.watch(functools.partial(self.leave, call))
         if call.exchange.gone:
             raise ClientLeft("the client left")
-        self.scheduler.submit(call.ticket, self.now())
+        now, limits = self.now(), self.settings.server
+        patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
+        call.beat = now + patience if patience else NEVER
+        self.scheduler.submit(call.ticket, now)
         self.calls[call.ticket.id] = call
         self.pump()
 
@@ -2932,8 +4351,7 @@ class Gateway:
         failure: LlmqError | None = LlmqError("the call broke off")
         again, answer = False, None
         try:
-            head = await self.ask(call, backend)
-            answer = await self.read_answer(call, head)
+            answer = await Attempt(call, backend, self.settings.upstream, self.now).run()
             failure = None
         except LlmqError as error:
             failure = call.error or error
@@ -2945,21 +4363,35 @@ class Gateway:
 
     def deliver(self, call: Call, answer: Answer) -> None:
         """The end of the answer to the client; its slot has been handed on by now."""
+        exchange, body, kind = call.exchange, answer.body, answer.content_type
         if answer.streamed:
-            call.exchange.finish(answer.body)
+            exchange.finish(body)
+            return
+        document = read_whole(body)  # BackendError if it is not what it must be
+        call.tokens = read_usage(document)
+        if call.translator is not None:
+            document = document or parse_json(body)  # which is None for a very long one
+            body = render_json(call.translator.retell(call.translator.whole, document))
+            kind = "application/json"
+        if not exchange.started:
+            exchange.respond(200, body, kind, answer.headers + call.headers)
+        elif call.question.stream:
+            raise BackendError("the backend answered whole where a stream was asked for")
         else:
-            call.tokens = read_whole(answer.body)  # BackendError if it is not what it must be
-            headers = answer.headers + call.headers
-            call.exchange.respond(200, answer.body, answer.content_type, headers)
+            exchange.finish(body)
 
     def tell(self, call: Call, error: LlmqError) -> None:
         """The truth about a call that failed, before the head or after it."""
         call.error = error
-        if call.exchange.started:
-            call.exchange.fail(render_stream_error(error, call.watch))
+        exchange, dialect = call.exchange, call.endpoint.dialect
+        if exchange.started and call.question.stream:
+            inside = call.watch is not None and call.watch.inside and call.translator is None
+            exchange.fail(dialect.render_stream_error(error, exchange.request_id, inside))
+        elif exchange.started:
+            exchange.fail(dialect.render_error(error, exchange.request_id))
         elif not isinstance(error, ClientLeft):
-            headers = error_headers(error) + call.headers
-            call.exchange.respond(error.status, render_error(error), headers=headers)
+            body = dialect.render_error(error, exchange.request_id)
+            exchange.respond(error.status, body, headers=error_headers(error) + call.headers)
 
     def settle(self, call: Call, *, done: bool) -> None:
         """One record and one line in the log for every call, however it ended."""
@@ -2990,107 +4422,19 @@ class Gateway:
         now = self.now()
         for ticket, backend in self.scheduler.dispatch(now):
             call = self.calls[ticket.id]
-            call.upstream = self.pool.take(backend, now)
-            if call.upstream is not None:
-                call.upstream.send(call.wire(backend))
+            upstream = self.pool.take(backend, now)
+            if upstream is not None:
+                self.send_early(call, backend, upstream)
             call.deadline = now + self.settings.upstream.first_byte_timeout
             call.turn.set_result(backend)
         self.changes += 1
 
-    async def ask(self, call: Call, backend: Backend) -> ResponseHead:
-        """The head of the backend's answer.
-
-        A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
-        request there, so that is no attempt.
-        """
-        if call.upstream is not None:  # from the pool
-            with contextlib.suppress(BackendUnreached):
-                return await call.upstream.read_head()
-            await call.upstream.close()
-            call.upstream = None
-        call.upstream = await self.connect(call, backend)
-        if call.error is not None:
-            raise call.error
-        call.upstream.send(call.wire(backend))
-        return await call.upstream.read_head()
-
-    async def connect(self, call: Call, backend: Backend) -> Upstream:
-        task = call.connecting = asyncio.ensure_future(dial(backend))
+    def send_early(self, call: Call, backend: Backend, upstream: Upstream) -> None:
         try:
-            await asyncio.wait({task}, timeout=self.settings.upstream.connect_timeout)
-        finally:
-            call.connecting = None
-            task.cancel()  # which does nothing to one that is done
-        if not task.done():
-            raise BackendUnreached(f"connecting to {backend.name} timed out")
-        if task.cancelled():
-            raise call.error or ClientLeft("the client left")
-        try:
-            return task.result()
-        except (OSError, UnicodeError) as error:
-            raise BackendRefused(f"cannot connect to {backend.name}: {reason(error)}") from None
-
-    async def read_answer(self, call: Call, head: ResponseHead) -> Answer:
-        """The answer behind a head: a stream passes by here, a whole one is read first."""
-        upstream = call.upstream
-        assert upstream is not None  # `ask` made it
-        if head.status != HTTPStatus.OK:
-            raise read_refusal(head, await upstream.read_rest(ERROR_BODY))
-        if head.headers.get("content-encoding", "identity").lower() != "identity":
-            raise BackendError("the backend's answer is compressed, unasked")
-        kind = head.headers.get("content-type", "application/json")
-        headers = [
-            item
-            for item in head.headers.items()
-            if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
-        ]
-        heard = functools.partial(self.heard, call, upstream.backend)
-        if call.question.stream and kind.startswith("text/event-stream"):
-            watch = call.watch = StreamWatch()
-            rest = await self.relay(call, watch, upstream, kind, headers)
-            return Answer(rest, True, kind, headers)
-        body = await upstream.read_rest(ANSWER_LIMIT, heard)
-        return Answer(body, False, kind, headers)
-
-    async def relay(
-        self,
-        call: Call,
-        watch: StreamWatch,
-        upstream: Upstream,
-        kind: str,
-        headers: list[tuple[str, str]],
-    ) -> bytes:
-        """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
-        exchange = call.exchange
-        exchange.start(200, kind, headers + call.headers)  # while the first token is on its way
-        rest = b""
-
-        def take(piece: bytes) -> bool:
-            nonlocal rest
-            shown = watch.feed(piece)
-            self.heard(call, upstream.backend)
-            if upstream.body.done and watch.ended and watch.failure is None:
-                rest = shown + watch.ended
-                return True
-            if shown:
-                exchange.send(shown)
-            if upstream.body.done or watch.failure is not None:
-                watch.finish()  # says what is wrong
-            return not exchange.blocked
-
-        while not upstream.body.done:
-            await upstream.flow(take)
-            if exchange.blocked and not upstream.body.done:
-                call.deadline = NEVER  # the client is slow, not the backend
-                await exchange.catch_up()
-                self.heard(call, upstream.backend)
-        return rest or watch.finish()  # which says so if there was no body at all
-
-    def heard(self, call: Call, backend: Backend) -> None:
-        """A piece of the answer's body has come."""
-        now = backend.delivered = self.now()
-        call.first_byte = call.first_byte or now
-        call.deadline = now + self.settings.upstream.idle_timeout
+            upstream.send(call.wire(backend))
+            call.upstream = upstream
+        except LlmqError:  # which the attempt meets again
+            upstream.writer.close()
 
     async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
         """The one place where a slot is given back; True when the call waits for another attempt.
@@ -3105,22 +4449,31 @@ class Gateway:
             await upstream.close()
         now = self.now()
         self.judge(backend, failure, now)
-        again = (
-            failure is not None
-            and failure.again
-            and call.error is None
-            and not self.draining
-            and ticket.attempts < self.settings.queue.max_attempts
-        )
+        lacking = isinstance(failure, NotSpoken)
+        if lacking:
+            again = self.has_other_way(call, backend, cast(NotSpoken, failure))
+        else:
+            left = ticket.attempts < self.settings.queue.max_attempts
+            again = failure is not None and failure.again and left
+        again = again and call.error is None and not self.draining
         if again:
             call.turn = asyncio.get_running_loop().create_future()
-            self.scheduler.retry(ticket, now)
+            self.scheduler.retry(ticket, now, counted=not lacking)
         else:
             if failure is None:
                 self.scheduler.service.add(now - ticket.started)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
+
+    def has_other_way(self, call: Call, backend: Backend, error: NotSpoken) -> bool:
+        """Remember which route it was not; whether another, or another backend, is left."""
+        ticket = call.ticket
+        if isinstance(error, RouteLacking) and call.route is not None:
+            backend.lacks(call.route, ticket.model, error)
+        elif call.route is not None:  # what it asks cannot be translated
+            ticket.routes = tuple(one for one in ticket.routes if one != call.route)
+        return bool(ticket.routes) and bool(self.fleet.serving(ticket.model, ticket.routes))
 
     def judge(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What an attempt says about the health of its backend."""
@@ -3191,7 +4544,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 12. Desk ====================================================================================
+# ==== 17. Desk ====================================================================================
 # Where the outside meets the gateway: requests become calls, snapshots show names, numbers and
 # states (never a word of a prompt or an answer), orders change what waits.
 
@@ -3209,23 +4562,28 @@ class Desk:
 
     # ---- requests
 
-    async def admit(self, exchange: Exchange) -> Call:
+    async def admit(self, exchange: Exchange, endpoint: Endpoint) -> Call:
         """Read the request and make it a call; raises what is wrong with it."""
         gateway, request = self.gateway, exchange.request
         headers = request.headers
         if gateway.draining:
             raise ShuttingDown("llmq is shutting down")
-        question = read_chat(request.body, headers.get("x-queue-priority"))
-        model = await self.resolve_model(question.model)
         origin = headers.get("origin")
         foreign = origin is not None and is_foreign(origin, gateway.settings.server.cors_origins)
+        question = read_question(
+            request.body, endpoint, headers.get("x-queue-priority"), foreign=foreign
+        )
+        model = await self.resolve_model(question.model)
+        await self.check_context(model, question.context)
         user = None if foreign else headers.get("x-user-id")
         client = gateway.clients.named(client_name(user, origin, headers.get("user-agent")))
         priority = max(question.priority, Priority.NORMAL) if foreign else question.priority
         ticket = Ticket(exchange.id, client, model_key(model), priority, len(question.body))
         ticket.foreign = foreign
-        call = Call(exchange, ticket, question, model)
+        ticket.routes = endpoint.routes
+        call = Call(exchange, ticket, endpoint, question, model)
         call.head = self.render_upstream_head(request)
+        self.check_spoken(call)
         request.body, request.headers = b"", NO_HEADERS  # what waits, waits with little luggage
         return call
 
@@ -3245,6 +4603,8 @@ class Desk:
         asked = asked or gateway.settings.upstream.model or fleet.default_model() or ""
         if not asked:
             raise BackendDown("no backend has told its models yet; name one in `model`")
+        if not fleet.knows(asked):
+            asked = find_alias(gateway.settings.aliases, asked) or asked
         if fleet.knows(asked) is False:
             await gateway.look()
         if fleet.knows(asked) is False:
@@ -3252,11 +4612,43 @@ class Desk:
         fleet.check_spelling(asked)
         return asked
 
+    async def check_context(self, model: str, asked: int) -> None:
+        """BadRequest when more context is asked for than the settings or the model allow."""
+        settings, key = self.gateway.settings.upstream, model_key(model)
+        most = settings.max_num_ctx
+        for backend in self.gateway.fleet.serving(key) if asked else ():
+            if backend.kind == "ollama":
+                most = min(most, await self.longest_context(backend, key, model) or most)
+        if asked > most:
+            raise BadRequest(f"{model!r} gets a context of {most} tokens at most", param="numCtx")
+
+    async def longest_context(self, backend: Backend, key: str, model: str) -> int:
+        """What the model itself can have there, asked for once; 0: not known."""
+        if key not in backend.lengths and backend.usable:
+            body = render_json({"model": backend.name_for(model)})
+            limit = self.gateway.settings.upstream.probe_timeout
+            _, shown = await try_fetch(limit, backend, "/api/show", body)
+            facts = shown.get("model_info") if isinstance(shown, dict) else None
+            for name, tokens in facts.items() if isinstance(facts, dict) else ():
+                if name.endswith(".context_length") and isinstance(tokens, int):
+                    backend.lengths[key] = tokens
+        return backend.lengths.get(key, 0)
+
+    def check_spoken(self, call: Call) -> None:
+        """Tell now, not when its turn comes, what no backend could make of the request."""
+        routes, fleet, key = call.ticket.routes, self.gateway.fleet, call.ticket.model
+        able = fleet.serving(key, routes)
+        if not able and fleet.serving(key):
+            raise NotSpoken(fleet.lacking_words(key, routes))
+        roads = {call.route_at(one) for one in able}
+        if able and call.endpoint.path not in roads:  # it has to be translated
+            asked = json.loads(call.question.body)
+            for road in cast("set[str]", roads):
+                TRANSLATORS[call.endpoint.path, road](asked, call.model, 0, time.time).body()
+
     def render_upstream_head(self, request: Request) -> bytes:
         """The lines that every backend gets alike."""
-        path = f"{UPSTREAM_PATH}?{request.query}" if request.query else UPSTREAM_PATH
-        head = f"POST {path} HTTP/1.1\r\nVia: 1.1 llmq-{self.gateway.instance}\r\n"
-        head += "Accept-Encoding: identity\r\n"
+        head = f"Via: 1.1 llmq-{self.gateway.instance}\r\nAccept-Encoding: identity\r\n"
         for name in RELAYED_REQUEST:
             if name in request.headers:
                 head += f"{name}: {request.headers[name]}\r\n"
@@ -3268,8 +4660,7 @@ class Desk:
         """The state of it all."""
         gateway, now = self.gateway, self.gateway.now()
         scheduler, fleet = gateway.scheduler, gateway.fleet
-        if now - self._forecast_at >= FORECAST_SECONDS:
-            self._forecast, self._forecast_at = scheduler.forecast(), now
+        self.refresh_forecast(now)
         waiting = scheduler.in_order()
         by_class = {priority.word: 0 for priority in Priority}
         for ticket in waiting:
@@ -3302,6 +4693,15 @@ class Desk:
             "config_error": gateway.config_error,
         }
 
+    def refresh_forecast(self, now: float) -> None:
+        if now - self._forecast_at >= FORECAST_SECONDS:
+            self._forecast, self._forecast_at = self.gateway.scheduler.forecast(), now
+
+    def expected(self, ticket: Ticket) -> tuple[int, float | None, str]:
+        """Position, expected wait in seconds and reason, as of the last pass."""
+        newcomer = (len(self._forecast) + 1, None, "just arrived")
+        return self._forecast.get(ticket.id, newcomer)
+
     def show_ticket(self, ticket: Ticket, now: float) -> dict[str, Any]:
         call = self.gateway.calls[ticket.id]
         facts: dict[str, Any] = {
@@ -3312,11 +4712,10 @@ class Desk:
             "model": printable(call.model),
             "route": call.exchange.request.path,
             "state": ticket.state.value,
-            "tokens": call.watch.events if call.watch else 0,
+            "tokens": call.watch.pieces if call.watch else 0,
         }
         if ticket.state is TicketState.WAITING:
-            newcomer = (len(self._forecast) + 1, None, "just arrived")
-            position, eta, reason = self._forecast.get(ticket.id, newcomer)
+            position, eta, reason = self.expected(ticket)
             eta = eta if eta is None else round(eta, 1)
             facts.update(position=position, eta_s=eta, reason=reason, backend=None)
             facts["waited_s"] = round(now - ticket.arrived, 3)
@@ -3354,11 +4753,35 @@ class Desk:
         self.gateway.scheduler.reprioritise(call.ticket, priority)
         self.gateway.pump()
 
+    def reset_context(self, model: str) -> int:
+        """Forget the context that the requests for a model share; the backends it has been at."""
+        fleet, key = self.gateway.fleet, model_key(model)
+        if fleet.knows(model) is False:
+            raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
+        for backend in fleet.serving(key):
+            backend.reset_context(key)
+        return len(fleet.serving(key))
+
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
         self.gateway.draining = True
         for ticket in list(self.gateway.scheduler.waiting.values()):
             self.gateway.stop(self.gateway.calls[ticket.id], ShuttingDown("llmq is shutting down"))
+
+
+def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
+    """The model that a name stands for: the alias that equals it, else the first that fits."""
+    for pattern in sorted(aliases, key=lambda one: one != asked):
+        if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), asked, re.IGNORECASE):
+            return aliases[pattern]
+    return None
+
+
+def show_contexts(backend: Backend) -> dict[str, int]:
+    """The shared contexts, by the names of the models."""
+    keys = (*backend.asked, *backend.held)
+    marks = {backend.models.get(key, [key])[0]: backend.context(key) for key in keys}
+    return {name: mark for name, mark in marks.items() if mark}
 
 
 def show_backend(backend: Backend) -> dict[str, Any]:
@@ -3373,6 +4796,7 @@ def show_backend(backend: Backend) -> dict[str, Any]:
         "busy": backend.busy,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
+        "context": show_contexts(backend),
         "latency_ms": round(1000 * report.latency, 1) if report else None,
         "error": backend.error,
     }
@@ -3389,10 +4813,203 @@ def show_client(client: Client) -> dict[str, Any]:
     }
 
 
-# ==== 13. Background ==============================================================================
+# ==== 18. Models ==================================================================================
+# What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
+# and the management of Ollama's, which streams straight through, bodies of gigabytes included.
+
+NO_DETAILS = {
+    "parent_model": "",
+    "format": "gguf",
+    "family": "",
+    "families": None,
+    "parameter_size": "",
+    "quantization_level": "",
+}
+LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
+MANAGED_BY = {
+    "/api/push": ("model", "name"),
+    "/api/copy": ("source",),
+    "/api/delete": ("model", "name"),
+}
+
+
+class Shelf:
+    """The models of all healthy backends, each once, as its first backend describes it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def reports(self) -> Iterator[Report]:
+        for backend in self.fleet.backends.values():
+            if backend.report is not None and backend.state is State.UP:
+                yield backend.report
+
+    def merge(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+        merged: dict[str, dict[str, Any]] = {}
+        for name, row in rows:
+            merged.setdefault(model_key(name), row)
+        return merged
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """As `/v1/models` has them."""
+        return self.merge((str(one["id"]), one) for each in self.reports() for one in each.entries)
+
+    def tags(self) -> list[dict[str, Any]]:
+        """As `/api/tags` has them; of other runners than Ollama little is known."""
+        return list(self.merge(row for one in self.reports() for row in tag_rows(one)).values())
+
+    def running(self) -> list[dict[str, Any]]:
+        """The loaded ones, as `/api/ps` has them."""
+        return list(self.merge(row for one in self.reports() for row in running_rows(one)).values())
+
+
+def bare_tag(name: str, created: object = None) -> dict[str, Any]:
+    """A model that Ollama does not have, in Ollama's words."""
+    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
+    facts = {"name": name, "model": name, "modified_at": since, "size": 0, "digest": ""}
+    return {**facts, "details": NO_DETAILS}
+
+
+def tag_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    if report.kind == "ollama" and report.tags:
+        yield from ((str(one.get("name")), one) for one in report.tags)
+    else:
+        for one in report.entries:
+            yield str(one["id"]), bare_tag(str(one["id"]), one.get("created"))
+
+
+def running_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    if report.kind == "ollama":
+        yield from ((str(one.get("name")), one) for one in report.running)
+    else:
+        for name in report.loaded:
+            yield name, {**bare_tag(name), "expires_at": LONG_AFTER, "size_vram": 0}
+
+
+def anthropic_model(entry: dict[str, Any]) -> dict[str, Any]:
+    created = entry.get("created")
+    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
+    return {"type": "model", "id": entry["id"], "display_name": entry["id"], "created_at": since}
+
+
+def anthropic_list(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    data = [anthropic_model(entry) for entry in entries]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+
+
+def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
+    """The Ollama that a request of model management is for."""
+    if named is not None and named not in fleet.backends:
+        raise NotFound(f"there is no backend {printable(named)}")
+    asked = [fleet.backends[named]] if named else list(fleet.backends.values())
+    ollamas = [one for one in asked if one.kind == "ollama"]
+    if not ollamas and all(one.told for one in asked):
+        raise NotSpoken("that is no Ollama, which alone manages its models")
+    up = [one for one in ollamas if one.usable]
+    if not up:
+        raise BackendDown("every Ollama is down")
+    if path not in MANAGED_BY or named:
+        return up[0]
+    model = next((values[name] for name in MANAGED_BY[path] if values.get(name)), None)
+    if not isinstance(model, str):
+        raise BadRequest(f"{MANAGED_BY[path][0]} is the name of a model", param=MANAGED_BY[path][0])
+    for one in up:
+        if model_key(model) in one.models:
+            return one
+    raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
+
+
+class Passage:
+    """A request that goes to one backend and back as it is, both bodies piece by piece."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, backend: Backend, path: str) -> None:
+        self.gateway = gateway
+        self.exchange = exchange
+        self.backend = backend
+        self.path = path
+
+    async def run(self) -> None:
+        """The whole way; there is no limit on its length, only on silence of the client."""
+        exchange, backend = self.exchange, self.backend
+        limit = self.gateway.settings.upstream.connect_timeout
+        upstream = await arrival(asyncio.ensure_future(dial(backend)), backend, limit)
+        try:
+            await self.relay(upstream, await self.ask(upstream))
+        except LlmqError as error:
+            if not exchange.started:
+                raise
+            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, inside=True))
+        finally:
+            await upstream.close()
+
+    async def ask(self, upstream: Upstream) -> ResponseHead:
+        """Send it all, unless the answer comes before: then what is left is not wanted."""
+        sending = asyncio.ensure_future(self.send(upstream))
+        heading = asyncio.ensure_future(upstream.read_head())
+        try:
+            await asyncio.wait({sending, heading}, return_when=asyncio.FIRST_COMPLETED)
+            self.exchange.keep = self.exchange.keep and sending.done()
+            sending.cancel()
+            await asyncio.wait({sending})
+            if not sending.cancelled():
+                sending.result()  # or what it met
+            left = ClientLeft("the client left")
+            await self.exchange.watch(functools.partial(upstream.interrupt, left))
+            return await heading
+        finally:
+            sending.cancel()
+            heading.cancel()
+
+    async def send(self, upstream: Upstream) -> None:
+        """The head, then the body in pieces as the client sends them."""
+        exchange, request = self.exchange, self.exchange.request
+        length = len(request.body) if request.body else exchange.length
+        coding = ("Transfer-Encoding", "chunked") if length == CHUNKED else None
+        headers = [("Host", self.backend.authority), ("Connection", "close")]
+        headers.append(coding or ("Content-Length", str(length)))
+        headers.append(("Via", f"1.1 llmq-{self.gateway.instance}"))
+        if self.backend.key:
+            headers.append(("Authorization", f"Bearer {self.backend.key}"))
+        headers += [
+            (name, request.headers[name]) for name in RELAYED_REQUEST if name in request.headers
+        ]
+        target = f"{self.path}?{request.query}" if request.query else self.path
+        upstream.send(render_head(f"{request.method} {target} HTTP/1.1", headers) + request.body)
+        if request.body:
+            return
+        limit = self.gateway.settings.server.stall_timeout
+        async for piece in exchange.pieces():
+            await upstream.push(render_chunk(piece) if coding else piece, limit)
+        if coding:
+            upstream.writer.write(LAST_CHUNK)
+
+    async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
+        exchange = self.exchange
+        via = [("X-LLMQ-Backend", self.backend.name)]
+        kind = head.headers.get("content-type", "application/json")
+        if exchange.request.method == "HEAD":
+            exchange.respond(head.status, b"", kind, via)
+            return
+        exchange.start(head.status, kind, via)
+
+        def take(piece: bytes) -> bool:
+            if piece:
+                exchange.send(piece)
+            return not exchange.blocked
+
+        while not upstream.body.done:
+            await upstream.flow(take)
+            if exchange.blocked and not upstream.body.done:
+                await exchange.catch_up()
+        exchange.finish()
+
+
+# ==== 19. Background ==============================================================================
 # What runs beside the requests.  Each is one loop around one `step`: the monitor looks at the
 # backends when they are due, the finder for runners nobody named, the feed renders the snapshot
-# once for all who watch, the sweep ends what took too long.
+# once for all who watch, the pulse keeps those patient who wait long, the sweep ends what took too
+# long.
 
 SWEEP_SECONDS = 0.25
 FEED_SECONDS = 0.25  # between two snapshots that watchers get
@@ -3404,24 +5021,6 @@ LOCAL_RUNNERS = {  # where runners listen by default; all but Ollama must identi
     "llamacpp": "http://127.0.0.1:8080",
     "vllm": "http://127.0.0.1:8000",
 }
-PROBE_BODY = 8 * MIB
-
-
-async def fetch(backend: Backend, path: str) -> tuple[int, Any]:
-    """Status and parsed JSON (None where it is none) of a GET; OSError or BackendError."""
-    upstream = await dial(backend)
-    try:
-        key = [("Authorization", f"Bearer {backend.key}")] if backend.key else []
-        own = [("Host", backend.authority), ("Accept", "application/json"), ("Connection", "close")]
-        upstream.send(render_head(f"GET {path} HTTP/1.1", own + key))
-        head = await upstream.read_head()
-        body = await upstream.read_rest(PROBE_BODY)
-    finally:
-        await upstream.close()
-    try:
-        return head.status, json.loads(body)
-    except (ValueError, RecursionError):
-        return head.status, None
 
 
 class SelfFound(Exception):
@@ -3431,10 +5030,13 @@ class SelfFound(Exception):
 async def inspect(backend: Backend, instance: str) -> Report:
     """One look at a backend; raises OSError, LlmqError, ValueError or SelfFound."""
     began = time.monotonic()
-    if not backend.told:
-        _, version = await fetch(backend, "/api/version")
-        if isinstance(version, dict) and version.get("instance") == instance:
+    version = backend.report.version if backend.report else ""
+    if backend.state is not State.UP:
+        _, told = await fetch(backend, "/api/version")
+        told = told if isinstance(told, dict) else {}
+        if told.get("instance") == instance:
             raise SelfFound
+        version = str(told.get("version", ""))
     status, payload = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if status != 200:
@@ -3443,8 +5045,19 @@ async def inspect(backend: Backend, instance: str) -> Report:
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or read_kind(entries) or await identify(backend)
     path = {"ollama": "/api/ps", "lmstudio": "/api/v0/models"}.get(kind)
-    loaded = read_loaded(kind, models, (await fetch(backend, path))[1] if path else None)
-    return Report(kind, entries, models, loaded, latency)
+    shown = (await fetch(backend, path))[1] if path else None
+    loaded = read_loaded(kind, models, shown)
+    if kind != "ollama":
+        return Report(kind, entries, models, loaded, latency, began=began)
+    tags = read_rows((await fetch(backend, "/api/tags"))[1])
+    running = read_rows(shown)
+    return Report(kind, entries, models, loaded, latency, tags, running, began, version)
+
+
+def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
+    """The models in what Ollama's /api/tags or /api/ps tells; none where it makes no sense."""
+    rows = payload.get("models") if isinstance(payload, dict) else None
+    return tuple(one for one in rows if isinstance(one, dict)) if isinstance(rows, list) else ()
 
 
 async def identify(backend: Backend) -> str:
@@ -3576,7 +5189,9 @@ class Finder:
             return
         if report.kind == kind:
             slots = self.gateway.settings.slots_of("local")
-            self.gateway.fleet.add(kind, BackendSettings(url=url, kind=kind), "local", slots)
+            found = BackendSettings(url=url, kind=kind)
+            backend = self.gateway.fleet.add(kind, found, "local", slots)
+            backend.least_context = self.gateway.settings.upstream.num_ctx
             self.gateway.trouble()
 
 
@@ -3612,11 +5227,40 @@ class Feed:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
+class Pulse:
+    """Signs of life for those who wait, so that their clients do not give up.
+
+    The first makes the status 200 and the rest of the answer a body, whatever comes: it is late.
+    """
+
+    def __init__(self, gateway: Gateway, desk: Desk) -> None:
+        self.gateway = gateway
+        self.desk = desk
+
+    def step(self, now: float) -> None:
+        for call in list(self.gateway.calls.values()):
+            if now >= call.beat and call.error is None:
+                call.beat = now + self.gateway.settings.server.heartbeat_interval
+                self.beat(call, now)
+
+    def beat(self, call: Call, now: float) -> None:
+        exchange, dialect, stream = call.exchange, call.endpoint.dialect, call.question.stream
+        if not exchange.started:
+            exchange.start(200, dialect.stream_type if stream else "application/json")
+        position, eta = 0, 0.0
+        if call.ticket.state is TicketState.WAITING:
+            self.desk.refresh_forecast(now)
+            position, expected, _ = self.desk.expected(call.ticket)
+            eta = expected or 0.0
+        exchange.send(dialect.heartbeat(position, eta) if stream else b" ")
+
+
 class Sweeper:
     """Compares all deadlines with the clock."""
 
-    def __init__(self, gateway: Gateway, servers: Sequence[HttpServer]) -> None:
+    def __init__(self, gateway: Gateway, pulse: Pulse, servers: Sequence[HttpServer]) -> None:
         self.gateway = gateway
+        self.pulse = pulse
         self.servers = servers
 
     async def run(self) -> None:
@@ -3628,11 +5272,12 @@ class Sweeper:
         for server in self.servers:
             server.sweep(now)
         self.gateway.sweep(now)
+        self.pulse.step(now)
         for handler in log.handlers:
             handler.flush()
 
 
-# ==== 14. Routes ==================================================================================
+# ==== 20. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method and has read the body: there is
 # no path around it.
@@ -3643,7 +5288,7 @@ HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
 CONTROL_BODY = 64 * KIB
-OLLAMA_VERSION = "0.30.0"  # what clients of Ollama are told, some choose features by it
+OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
 class Access(enum.Enum):
@@ -3651,6 +5296,7 @@ class Access(enum.Enum):
 
     OPEN = "everybody"  # also pages from elsewhere
     OWNER = "no foreign page"  # shows or changes what belongs to others
+    LOCAL = "no foreign page, this box only"  # changes what is on its disk
 
 
 class Door:
@@ -3677,14 +5323,20 @@ class Door:
         except LlmqError as error:
             if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
                 raise
-            exchange.respond(error.status, render_error(error), headers=error_headers(error))
+            self.refuse(exchange, error)
         except Exception:
             log.exception("request failed")
             if exchange.started:
                 exchange.abort()
                 return
             exchange.keep = False
-            exchange.respond(500, render_error(LlmqError("llmq failed; its log says how")))
+            self.refuse(exchange, LlmqError("llmq failed; its log says how"))
+
+    def refuse(self, exchange: Exchange, error: LlmqError) -> None:
+        """An error in the dialect of whoever asks."""
+        request = exchange.request
+        body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
+        exchange.respond(error.status, body, headers=error_headers(error))
 
     def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
@@ -3704,6 +5356,8 @@ class Door:
             exchange.headers += (("Allow", ", ".join((*route.methods, "OPTIONS"))),)
             raise MethodNotAllowed(f"{route.path} takes {', '.join(route.methods)}")
         check_origin(request, route, trusted)
+        if route.access is Access.LOCAL and not exchange.is_local:
+            raise Forbidden("models are managed from this box only")
         if exchange.connection.crowded:
             exchange.keep = False
             if route.path != "/health":
@@ -3761,10 +5415,8 @@ def check_origin(request: Request, route: Route, trusted: Names) -> None:
     origin = request.headers.get("origin")
     if origin is not None and is_foreign(origin, trusted):
         raise ForbiddenOrigin("pages from elsewhere may not use this route")
-    if (
-        request.method not in ("GET", "HEAD")
-        and request.headers.get("sec-fetch-site") == "cross-site"
-    ):
+    safe = request.method in ("GET", "HEAD") and route.access is Access.OWNER
+    if not safe and request.headers.get("sec-fetch-site") == "cross-site":
         raise ForbiddenOrigin("pages from elsewhere may not use this route")
 
 
@@ -3801,41 +5453,107 @@ async def get_root(_door: Door, exchange: Exchange, _: str) -> None:
 
 
 async def get_version(door: Door, exchange: Exchange, _: str) -> None:
-    facts = {"version": OLLAMA_VERSION, "llmq": __version__, "instance": door.gateway.instance}
+    versions = [report.version for report in Shelf(door.gateway.fleet).reports() if report.version]
+    facts = {"version": versions[0] if versions else OLLAMA_VERSION}
+    facts.update(llmq=__version__, instance=door.gateway.instance)
     exchange.respond(200, render_json(facts))
 
 
-def merged_models(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Every model of the healthy backends, once, as its first backend describes it."""
-    merged: dict[str, dict[str, Any]] = {}
-    for backend in fleet.backends.values():
-        if backend.report is not None and backend.state is State.UP:
-            for entry in backend.report.entries:
-                merged.setdefault(model_key(str(entry["id"])), entry)
-    return merged
-
-
 async def get_models(door: Door, exchange: Exchange, _: str) -> None:
-    data = list(merged_models(door.gateway.fleet).values())
-    exchange.respond(200, render_json({"object": "list", "data": data}))
+    entries = list(Shelf(door.gateway.fleet).entries().values())
+    anthropic = "anthropic-version" in exchange.request.headers
+    facts = anthropic_list(entries) if anthropic else {"object": "list", "data": entries}
+    exchange.respond(200, render_json(facts))
 
 
 async def get_model(door: Door, exchange: Exchange, name: str) -> None:
-    entry = merged_models(door.gateway.fleet).get(model_key(name))
+    entries, gateway = Shelf(door.gateway.fleet).entries(), door.gateway
+    entry = entries.get(model_key(name))
+    if entry is None:
+        alias = find_alias(gateway.settings.aliases, name)
+        entry = entries.get(model_key(alias)) if alias else None
     if entry is None:
         raise ModelNotFound(f"model {printable(name)!r} not found", param="model")
-    exchange.respond(200, render_json(entry))
+    anthropic = "anthropic-version" in exchange.request.headers
+    exchange.respond(200, render_json(anthropic_model(entry) if anthropic else entry))
 
 
-async def post_chat(door: Door, exchange: Exchange, _: str) -> None:
+async def get_tags(door: Door, exchange: Exchange, _: str) -> None:
+    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).tags()}))
+
+
+async def get_running(door: Door, exchange: Exchange, _: str) -> None:
+    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).running()}))
+
+
+async def post_show(door: Door, exchange: Exchange, _: str) -> None:
+    """What an Ollama shows of its model, asked now; of another runner's model little is known."""
+    values = await read_values(door, exchange)
+    asked = values.get("model") or values.get("name")
+    if not isinstance(asked, str):
+        raise BadRequest("model is the name of a model", param="model")
+    model, gateway = await door.desk.resolve_model(asked), door.gateway
+    for backend in gateway.fleet.serving(model_key(model)):
+        if backend.kind == "ollama" and backend.usable:
+            body = render_json({**values, "model": backend.name_for(model)})
+            limit = gateway.settings.upstream.probe_timeout
+            status, shown = await try_fetch(limit, backend, "/api/show", body)
+            if status == 200 and isinstance(shown, dict):
+                return exchange.respond(200, render_json(shown))
+    kind = "embedding" if EMBEDDING.search(model) else "completion"
+    facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
+    return exchange.respond(200, render_json({**facts, "model_info": {}, "capabilities": [kind]}))
+
+
+async def read_values(door: Door, exchange: Exchange) -> dict[str, Any]:
+    """The members of a request's body."""
+    await exchange.read_body(door.gateway.settings.server.max_body)
+    members = locate_members(decode_json(exchange.request.body))
+    return {member.name: member.value for member in members}
+
+
+async def manage(path: str, door: Door, exchange: Exchange, digest: str) -> None:
+    """Model management: straight to an Ollama and back, beside the queue."""
+    request, fleet = exchange.request, door.gateway.fleet
+    check_way(door, request)
+    values = {} if digest else await read_values(door, exchange)
+    backend = pick_manager(fleet, path, values, request.headers.get("x-llmq-backend"))
+    await Passage(door.gateway, exchange, backend, path + quote(digest, safe=":")).run()
+
+
+def check_way(door: Door, request: Request) -> None:
+    """What is refused of a body that goes on to a backend, and of a way that it has come."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("send the body without Content-Encoding")
+    if f"llmq-{door.gateway.instance}" in request.headers.get("via", ""):
+        raise LoopDetected("this request has been through this llmq before")
+
+
+async def post_count(door: Door, exchange: Exchange, _: str) -> None:
+    """Tokens of a request for messages: counted where the model is loaded, else estimated."""
+    values, gateway = await read_values(door, exchange), door.gateway
+    question = read_question(exchange.request.body, COUNT_ENDPOINT)
+    model = await door.desk.resolve_model(question.model)
+    key, limit = model_key(model), gateway.settings.upstream.probe_timeout
+    headers = exchange.request.headers
+    more = [(name, headers[name]) for name in RELAYED_REQUEST[3:] if name in headers]
+    for backend in gateway.fleet.serving(key, (COUNT_TOKENS,)):
+        if backend.usable and backend.kind in ("llamacpp", "vllm") and backend.is_loaded(key):
+            body = question.body_for(backend.name_for(model))
+            status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, more)
+            tokens = counted.get("input_tokens") if isinstance(counted, dict) else None
+            if status == 200 and isinstance(tokens, int):
+                return exchange.respond(200, render_json(counted))
+    return exchange.respond(200, render_json({"input_tokens": estimate_tokens(values)}))
+
+
+async def post_inference(endpoint: Endpoint, door: Door, exchange: Exchange, _: str) -> None:
+    """A request that waits in the queue."""
     request, gateway = exchange.request, door.gateway
     try:
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise UnsupportedMediaType("send the body without Content-Encoding")
-        if f"llmq-{gateway.instance}" in request.headers.get("via", ""):
-            raise LoopDetected("this request has been through this llmq before")
+        check_way(door, request)
         await exchange.read_body(gateway.settings.server.max_body)
-        call = await door.desk.admit(exchange)
+        call = await door.desk.admit(exchange, endpoint)
     except LlmqError as error:
         door.desk.refuse(exchange, error)
         raise
@@ -3896,6 +5614,14 @@ async def post_reload(door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(200, render_json({"config_error": door.gateway.config_error}))
 
 
+async def post_model(door: Door, exchange: Exchange, _: str) -> None:
+    values = await read_control(exchange)
+    model = values.get("model")
+    if values.get("action") != "reset_context" or not isinstance(model, str):
+        raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
+    exchange.respond(200, render_json({"reset": door.desk.reset_context(model)}))
+
+
 async def delete_requests(door: Door, exchange: Exchange, _: str) -> None:
     if exchange.length:
         await read_control(exchange)
@@ -3936,69 +5662,72 @@ class Route(NamedTuple):
         return self.handlers[min(self.methods.index(method), len(self.handlers) - 1)]
 
 
-READ, POST = ("GET", "HEAD"), ("POST",)
+def row(access: Access, methods: str, path: str, summary: str, *handlers: RouteHandler) -> Route:
+    return Route(tuple(methods.split()), path, access, summary, handlers)
+
+
+def queued(path: str, summary: str, endpoint: str = "") -> Route:
+    handler = functools.partial(post_inference, ENDPOINTS[endpoint or path])
+    return row(Access.OPEN, "POST", path, summary, handler)
+
+
+def managed(methods: str, path: str, summary: str) -> Route:
+    handler = functools.partial(manage, path.partition("{")[0])
+    return row(Access.LOCAL, methods, path, summary, handler)
+
+
+reading = functools.partial(row, Access.OPEN, "GET HEAD")
+owned = functools.partial(row, Access.OWNER)
 ROUTES = (
-    Route(
-        POST,
-        "/v1/chat/completions",
-        Access.OPEN,
-        "OpenAI chat completion, waits in the queue",
-        (post_chat,),
+    queued(CHAT, "OpenAI chat; this and the next ten wait in the queue"),
+    queued("/chat/completions", "the same", CHAT),
+    queued(COMPLETIONS, "OpenAI completion"),
+    queued(EMBEDDINGS, "OpenAI embeddings"),
+    queued(RESPONSES, "OpenAI response"),
+    queued(RERANK, "reranking, where a backend can"),
+    queued(MESSAGES, "Anthropic message"),
+    queued(OLLAMA_CHAT, "Ollama chat"),
+    queued(OLLAMA_GENERATE, "Ollama completion"),
+    queued(OLLAMA_EMBED, "Ollama embeddings"),
+    queued(OLLAMA_EMBEDDINGS, "the older form"),
+    row(Access.OPEN, "POST", COUNT_TOKENS, "a message's tokens, counted or estimated", post_count),
+    reading("/v1/models", "the models of all backends", get_models),
+    reading("/models", "the same", get_models),
+    reading("/v1/models/{id...}", "one model", get_model),
+    reading("/api/tags", "the models, as Ollama lists them", get_tags),
+    row(Access.OPEN, "GET", "/api/ps", "the loaded ones", get_running),
+    row(Access.OPEN, "POST", "/api/show", "one model, as its Ollama shows it", post_show),
+    managed("POST", "/api/pull", "to the first Ollama, straight through"),
+    managed("POST", "/api/create", "the same"),
+    managed("HEAD POST", "/api/blobs/{digest}", "the same, a body of any size"),
+    managed("POST", "/api/push", "to the Ollama that has the model"),
+    managed("POST", "/api/copy", "the same"),
+    managed("DELETE", "/api/delete", "the same"),
+    reading("/health", "`ok` while serving", get_health),
+    reading("/", "`Ollama is running`, as clients of Ollama expect", get_root),
+    reading("/api/version", "a version for clients of Ollama, and llmq's own", get_version),
+    owned("GET HEAD", "/llmq/status", "the snapshot; `?all=1`: with all that wait", get_status),
+    owned("GET", "/llmq/events", "the snapshot on every change, server-sent events", get_events),
+    owned("POST", "/llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', post_mode),
+    owned(
+        "POST",
+        "/llmq/models",
+        '`{"action":"reset_context","model":NAME}`: forget its shared context',
+        post_model,
     ),
-    Route(POST, "/chat/completions", Access.OPEN, "the same", (post_chat,)),
-    Route(READ, "/v1/models", Access.OPEN, "the models of all backends", (get_models,)),
-    Route(READ, "/models", Access.OPEN, "the same", (get_models,)),
-    Route(READ, "/v1/models/{id...}", Access.OPEN, "one model", (get_model,)),
-    Route(READ, "/health", Access.OPEN, "`ok` while serving", (get_health,)),
-    Route(READ, "/", Access.OPEN, "`Ollama is running`, as clients of Ollama expect", (get_root,)),
-    Route(
-        READ,
-        "/api/version",
-        Access.OPEN,
-        "a version for clients of Ollama, and llmq's own",
-        (get_version,),
-    ),
-    Route(
-        READ,
-        "/llmq/status",
-        Access.OWNER,
-        "the snapshot; `?all=1` with every waiting request",
-        (get_status,),
-    ),
-    Route(
-        ("GET",),
-        "/llmq/events",
-        Access.OWNER,
-        "the snapshot on every change, as server-sent events",
-        (get_events,),
-    ),
-    Route(
-        POST,
-        "/llmq/mode",
-        Access.OWNER,
-        '`{"mode":"open"}`, `"priority"` or `"paused"`',
-        (post_mode,),
-    ),
-    Route(
-        POST,
-        "/llmq/reload",
-        Access.OWNER,
-        "`{}`: read the configuration file again",
-        (post_reload,),
-    ),
-    Route(
-        ("DELETE",),
+    owned("POST", "/llmq/reload", "`{}`: read the configuration file again", post_reload),
+    owned(
+        "DELETE",
         "/llmq/requests",
-        Access.OWNER,
         "`?state=waiting`, and `&client=NAME`: cancel what waits",
-        (delete_requests,),
+        delete_requests,
     ),
-    Route(
-        ("DELETE", "POST"),
+    owned(
+        "DELETE POST",
         "/llmq/requests/{id}",
-        Access.OWNER,
         'cancel it, or with `{"priority":"high"}` change its class while it waits',
-        (delete_request, post_request),
+        delete_request,
+        post_request,
     ),
 )
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
@@ -4038,7 +5767,7 @@ def routes_markdown() -> str:
     return "\n".join(lines)
 
 
-# ==== 15. Demo ====================================================================================
+# ==== 21. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -4071,7 +5800,9 @@ class Demo:
             entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
             return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
         if request.path != "/v1/chat/completions" or request.method != "POST":
-            return exchange.respond(404, render_error(NotFound("the demo has no such route")))
+            return exchange.respond(
+                404, OPENAI.render_error(NotFound("the demo has no such route"))
+            )
         await exchange.read_body(64 * MIB)
         question = json.loads(request.body)
         words, reason = demo_words(question)
@@ -4111,7 +5842,7 @@ class Demo:
         exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 16. Service =================================================================================
+# ==== 22. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, signals, reload and
 # drain.
 
@@ -4254,7 +5985,9 @@ class Service:
             await self.start_demo()
         self.apply(self.settings)
         await self.listen(server)
-        loops = [self.monitor.run(), self.feed.run(), Sweeper(self.gateway, self._servers).run()]
+        pulse = Pulse(self.gateway, self.feed.desk)
+        sweeper = Sweeper(self.gateway, pulse, self._servers)
+        loops = [self.monitor.run(), self.feed.run(), sweeper.run()]
         if self.looking:
             loops.append(Finder(self.gateway).run())
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
@@ -4308,6 +6041,8 @@ class Service:
                 backend.kind = one.kind or backend.kind
             else:
                 fleet.add(name, one, device, slots)
+        for backend in fleet.backends.values():
+            backend.least_context = settings.upstream.num_ctx
         self.monitor.wake()
         self.gateway.pump()
 
@@ -4367,7 +6102,7 @@ class Service:
         waits.cancel()
 
 
-# ==== 17. Command line ============================================================================
+# ==== 23. Command line ============================================================================
 # What a person types.  All words to them go through `say`.
 
 

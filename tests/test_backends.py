@@ -379,6 +379,247 @@ def test_a_removed_backend_is_given_nothing_new() -> None:
     assert both.candidates("m", None) == [both.backends["b"]]
 
 
+# ---- What it speaks
+
+CHAT, NATIVE_CHAT, RERANK = "/v1/chat/completions", "/api/chat", "/v1/rerank"
+COMMON = {CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+NATIVE = {NATIVE_CHAT, "/api/generate", "/api/embed", "/api/embeddings"}
+ROUTES = (*COMMON, *NATIVE, RERANK, "/v1/messages/count_tokens")
+SPOKEN = {
+    "ollama": COMMON | NATIVE,
+    "lmstudio": COMMON,
+    "llamacpp": set(ROUTES) - NATIVE,
+    "vllm": set(ROUTES) - NATIVE,
+    "openai": set(ROUTES) - NATIVE,
+}
+
+
+def lack(status: int = 404) -> llmq.RouteLacking:
+    answer = llmq.BackendAnswer(status, "no such route here", b"", None, None)
+    return llmq.RouteLacking(answer)
+
+
+def of_kind(kind: str, *models: str, **more: Any) -> Backend:
+    """A backend of this kind that is up."""
+    made = backend()
+    made.succeeded(0.0, Report(kind, (), models or ("m",), (), 0.001, **more), INTERVAL)
+    return made
+
+
+@pytest.mark.parametrize("kind", SPOKEN)
+def test_each_kind_speaks_what_its_runners_do(kind: str) -> None:
+    one = of_kind(kind)
+    assert {route for route in ROUTES if one.speaks(route, "m")} == SPOKEN[kind]
+
+
+def test_every_kind_that_can_be_set_is_tried_here() -> None:
+    assert {kind for kind in llmq.KINDS if kind} == set(SPOKEN)
+
+
+def test_a_backend_that_never_told_may_speak_anything() -> None:
+    assert all(backend().speaks(route, "m") for route in ROUTES)
+
+
+def test_the_first_route_that_it_speaks_is_asked() -> None:
+    one = of_kind("llamacpp")
+    assert one.route_for((NATIVE_CHAT, CHAT), "m") == CHAT
+    assert one.route_for((NATIVE_CHAT,), "m") is None
+    assert one.route_for((), "m") is None
+    assert of_kind("ollama").route_for((NATIVE_CHAT, CHAT), "m") == NATIVE_CHAT
+
+
+def test_a_route_that_it_lacks_is_asked_for_no_model() -> None:
+    one = of_kind("ollama", "m", "n")
+    one.lacks(CHAT, "m", lack(404))
+    assert not one.speaks(CHAT, "m")
+    assert not one.speaks(CHAT, "n")
+    assert one.speaks("/v1/completions", "m")
+    assert one.route_for((CHAT, NATIVE_CHAT), "m") == NATIVE_CHAT
+
+
+def test_a_501_is_about_one_model() -> None:
+    one = of_kind("vllm", "m", "n")
+    one.lacks(CHAT, "m", lack(501))
+    assert not one.speaks(CHAT, "m")
+    assert one.speaks(CHAT, "n")
+
+
+def test_what_it_lacks_is_forgotten_when_it_comes_back_and_not_before() -> None:
+    one = of_kind("vllm")
+    one.lacks(CHAT, "m", lack())
+    one.succeeded(1.0, report("m"), INTERVAL)
+    one.succeeded(2.0, None, INTERVAL)
+    assert not one.speaks(CHAT, "m")
+    one.failed(3.0, "refused", INTERVAL, refused=True)
+    assert not one.speaks(CHAT, "m")
+    one.succeeded(4.0, None, INTERVAL)
+    assert not one.speaks(CHAT, "m"), "a request is no look"
+    one.succeeded(5.0, report("m"), INTERVAL)
+    assert one.speaks(CHAT, "m")
+
+
+def test_only_backends_that_speak_a_route_serve_and_are_candidates_for_it() -> None:
+    both = fleet(a=("m",), b=("m",))
+    a, b = both.backends.values()
+    a.lacks(CHAT, "m", lack())
+    for routes, able in (((CHAT,), [b]), ((CHAT, "/v1/completions"), [a, b]), ((), [a, b])):
+        assert both.serving("m", routes) == able
+        assert both.candidates("m", None, routes) == able
+    assert both.candidates("m", b, (CHAT,)) == [b], "avoided, but alone"
+    assert both.candidates("m", b, (NATIVE_CHAT,)) == []
+
+
+def test_a_route_is_down_when_all_that_speak_it_are() -> None:
+    both = fleet(a=("m",), b=("m",))
+    a, b = both.backends.values()
+    a.lacks(CHAT, "m", lack())
+    b.failed(7.0, "refused", INTERVAL, refused=True)
+    assert both.down_since("m") is None
+    assert both.down_since("m", (CHAT,)) == 7.0
+
+
+def test_words_of_a_lack_are_those_of_the_backend_that_was_asked() -> None:
+    both = fleet(a=("m",), b=("n",))
+    a, b = both.backends.values()
+    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,))
+    b.lacks(RERANK, "n", lack())
+    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,)), "that one has not the model"
+    a.lacks(RERANK, "other", lack(501))
+    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,))
+    a.lacks(RERANK, "m", lack(501))
+    assert both.lacking_words("m", (RERANK,)) == "no such route here"
+    assert "speaks /v1/chat/completions" in both.lacking_words("m", (CHAT,))
+
+
+# ---- The context that requests share
+
+
+def ollama(**held: int) -> Backend:
+    """An Ollama that has m and n, with these loaded so."""
+    made = backend()
+    look(made, 0.0, **held)
+    return made
+
+
+def look(one: Backend, began: float, **held: int) -> None:
+    """What /api/ps and /api/tags show it now."""
+    running = tuple({"name": name, "context_length": tokens} for name, tokens in held.items())
+    tags = tuple({"name": name, "details": {"context_length": 65536}} for name in "mn")
+    facts = ("ollama", (), ("m", "n"), tuple(held), 0.001, tags, running, began)
+    one.succeeded(began, Report(*facts), INTERVAL)
+
+
+def test_the_context_is_the_largest_that_was_asked_for_and_started() -> None:
+    one = ollama()
+    assert one.context("m") == 0
+    assert one.ask_context("m", 0) == 0
+    assert one.ask_context("m", 4096) == 4096
+    assert one.ask_context("m", 2048) == 4096
+    assert one.ask_context("m", 0) == 4096
+    assert one.ask_context("m", 8192) == 8192
+    assert (one.context("m"), one.context("n")) == (8192, 0)
+
+
+def test_what_it_is_loaded_with_counts() -> None:
+    one = ollama(m=4096)
+    assert (one.context("m"), one.context("n")) == (4096, 0)
+    assert one.ask_context("m", 0) == 4096
+    assert one.ask_context("m", 8192) == 8192
+
+
+def test_the_configured_one_is_the_least_but_no_more_than_the_model_can() -> None:
+    one = ollama()
+    one.least_context = 16384
+    assert (one.context("m"), one.ask_context("n", 1024)) == (16384, 16384)
+    one.least_context = 99999
+    assert one.context("m") == 65536
+
+
+@pytest.mark.parametrize("kind", ["llamacpp", "vllm", "lmstudio", "openai"])
+def test_other_kinds_have_no_context_to_share(kind: str) -> None:
+    one = of_kind(kind)
+    one.least_context = 4096
+    assert one.ask_context("m", 8192) == 0
+    assert one.context("m") == 0
+    assert one.asked == {}
+
+
+def test_the_context_is_forgotten_when_the_model_is_not_loaded_any_more() -> None:
+    one = ollama()
+    one.used = 1.0
+    one.ask_context("m", 4096)
+    look(one, 0.5)
+    assert one.context("m") == 4096, "asked after that look had begun"
+    one.at_work["m"] += 1
+    look(one, 2.0)
+    assert one.context("m") == 4096, "it is about to be loaded"
+    one.at_work["m"] -= 1
+    look(one, 3.0, m=4096)
+    assert one.context("m") == 4096
+    look(one, 4.0)
+    assert one.context("m") == 0
+
+
+def test_work_for_another_model_keeps_nothing() -> None:
+    one = ollama()
+    one.used = 1.0
+    one.ask_context("m", 4096)
+    one.at_work["n"] += 1
+    look(one, 2.0)
+    assert one.context("m") == 0
+
+
+def test_a_reset_forgets_what_was_asked_for_and_what_is_held() -> None:
+    one = ollama(m=4096)
+    one.ask_context("m", 8192)
+    one.reset_context("m")
+    assert one.context("m") == 0
+    look(one, 1.0, m=4096)
+    assert one.context("m") == 0, "loaded as before"
+    look(one, 2.0, m=2048)
+    assert one.context("m") == 2048, "loaded anew"
+    one.reset_context("n")
+    assert one.context("m") == 2048
+    assert one.ask_context("m", 1024) == 2048
+
+
+def test_a_reset_is_over_when_the_model_unloads() -> None:
+    one = ollama(m=4096)
+    one.reset_context("m")
+    look(one, 1.0)
+    look(one, 2.0, m=4096)
+    assert one.context("m") == 4096
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({}, {"name": "m"}, {"name": "m", "context_length": None}, {"context_length": 4096}),
+        *({"name": "m", "context_length": "4096"}, {"name": "m", "context_length": -1}),
+        *({"name": "m", "context_length": 0}, {"name": "m", "context_length": [1]}),
+    ],
+    ids=str,
+)
+def test_odd_news_of_contexts_are_no_news(entry: dict[str, Any]) -> None:
+    assert llmq.read_contexts([entry], lambda one: one.get("context_length")) == {}
+    good = {"name": "M:latest", "context_length": 4096}
+    assert llmq.read_contexts([entry, good], lambda one: one.get("context_length")) == {"m": 4096}
+
+
+@pytest.mark.parametrize("details", [None, [], "x", 7, {}, {"context_length": None}], ids=str)
+def test_odd_details_of_a_model_are_no_crash(details: Any) -> None:
+    one = backend()
+    tags = ({"name": "m", "details": details}, {"name": "n"}, {"details": {"context_length": 1}})
+    one.succeeded(0.0, Report("ollama", (), ("m",), (), 0.001, tags, ({"name": "m"},)), INTERVAL)
+    assert (one.lengths, one.held) == ({}, {})
+
+
+def test_the_context_of_a_recorded_ollama_is_read() -> None:
+    rows = recorded("ollama.api-ps")["models"]
+    held = llmq.read_contexts(rows, lambda one: one.get("context_length"))
+    assert held == {"counter": rows[0]["context_length"]}
+
+
 # ---- The choice
 
 

@@ -50,7 +50,7 @@ async def test_kind_is_told_by_what_a_runner_answers(kind: str) -> None:
         assert 0 < backend.report.latency < 10
         fake.probe_paths.clear()
         await llmq.Monitor(gateway).start_probe(backend)
-        again = {"ollama": ["/api/ps"], "lmstudio": ["/api/v0/models"]}
+        again = {"ollama": ["/api/ps", "/api/tags"], "lmstudio": ["/api/v0/models"]}
         assert fake.probe_paths == ["/v1/models", *again.get(kind, [])], "the kind is known now"
 
 
@@ -406,9 +406,27 @@ async def test_sweep_compares_every_deadline_with_the_clock() -> None:
         def sweep(self, now: float) -> None:
             swept.append(("server", now))
 
+    class Pulse:
+        def step(self, now: float) -> None:
+            swept.append(("pulse", now))
+
     gateway.sweep = lambda now: swept.append(("gateway", now))
-    llmq.Sweeper(gateway, [Server(), Server()]).step(7.0)
-    assert swept == [("server", 7.0), ("server", 7.0), ("gateway", 7.0)]
+    llmq.Sweeper(gateway, Pulse(), [Server(), Server()]).step(7.0)
+    assert swept == [("server", 7.0), ("server", 7.0), ("gateway", 7.0), ("pulse", 7.0)]
+
+
+async def test_look_that_goes_wrong_unforeseen_counts_as_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr(llmq, "inspect", broken)
+    async with FakeBackend() as fake:
+        backend = await probe(gateway_of(), fake)
+        assert (backend.state, backend.failures) == (State.DOWN, 1)
+        assert "log" in backend.error
+        assert "nobody thought of this" in caplog.text
 
 
 async def test_monitor_that_is_closed_leaves_nothing_behind() -> None:

@@ -22,7 +22,7 @@ SNAPSHOT = {
     "requests": "id request_id client class model route state position waited_s eta_s reason "
     "backend tokens",
     "devices": "name slots busy",
-    "backends": "name url kind device state slots busy models loaded latency_ms error",
+    "backends": "name url kind device state slots busy models loaded context latency_ms error",
     "clients": "name waiting running served_s done failed",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
     "status outcome",
@@ -192,6 +192,7 @@ async def test_backends_are_shown_with_their_models_and_health_but_without_keys(
                 "busy": 0,
                 "models": ["a", "b"],
                 "loaded": ["b"],
+                "context": {},
                 "error": None,
             }
             assert (away["kind"], away["models"], away["latency_ms"]) == ("vllm", [], None)

@@ -7,6 +7,8 @@ bytes together with its number, and `python -m tests.test_fuzz 1 7 12345` runs t
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -40,6 +42,18 @@ TOKENS = [
     *(b"data: [DONE]\n\n", b"data: ", b"[DONE]", b"error: {}\n\n", b'data: {"error":"x"}\n\n'),
     *(b'"error":', b'"usage":{"completion_tokens":3}', b'"model":"m",', b'"priority":"low",'),
     *(b'"numCtx":1,', b'"stream":true,', b"[" * 120, b'{"a":' * 120, b"A" * 300, b"X: y\r\n" * 101),
+    *(
+        b'"options":{"num_ctx":9},',
+        b'"num_ctx":',
+        b'"keep_alive":0,',
+        b"null",
+        b"true",
+        b"7",
+        b'"x"',
+    ),
+    *(b'"done":true', b'{"done":true}\n', b'{"error":"x"}\n', b"event: message_stop\n", b"\n\n"),
+    *(b"event: response.completed\n", b"event: response.failed\n", b"event: error\n", b"event: "),
+    *(b'"usage":7,', b'"index":"a",', b'"embedding":["a"],', b'"tool_calls":[{}],', b"1e300"),
 ]
 
 # ---- Mutations -----------------------------------------------------------------------------------
@@ -231,9 +245,12 @@ async def handle(exchange: llmq.Exchange) -> None:
             return
         await exchange.read_body(BODY_LIMIT)
         writer.handled.append(request.body)
-        question = llmq.read_chat(request.body, request.headers.get("x-queue-priority"))
+        endpoint = llmq.ENDPOINTS.get(request.path, llmq.ENDPOINTS[llmq.CHAT])
+        question = llmq.read_question(
+            request.body, endpoint, request.headers.get("x-queue-priority")
+        )
         if not question.stream:
-            exchange.respond(200, question.body_for("other"))
+            exchange.respond(200, question.body_for("other", 4096))
             return
         exchange.start(200, "text/event-stream")
         exchange.send(b"data: 1\n\n")
@@ -246,7 +263,8 @@ async def handle(exchange: llmq.Exchange) -> None:
     except llmq.LlmqError as error:
         if exchange.connection.phase is llmq.Phase.BODY:
             raise  # its body was broken: nothing behind it can be read
-        exchange.respond(error.status, llmq.render_error(error))
+        dialect = llmq.dialect_of(request.path, request.headers)
+        exchange.respond(error.status, dialect.render_error(error))
 
 
 SERVER = llmq.HttpServer(handle, llmq.build_settings({}).server, 1024)
@@ -282,15 +300,22 @@ async def read(upstream: llmq.Upstream) -> Any:
     head = await upstream.read_head()
     if head.status != 200:
         refusal = llmq.read_refusal(head, await upstream.read_rest(llmq.ERROR_BODY))
-        return head, type(refusal), refusal.status, llmq.render_error(refusal)
-    if head.headers.get("content-type", "").startswith("text/event-stream"):
-        watch, shown = llmq.StreamWatch(), []
-        while not upstream.body.done:
-            shown.append(watch.feed(await upstream.read_piece()))
-            assert b"\ndata: [DONE]" not in b"\n" + b"".join(shown)
-        return head, b"".join(shown) + watch.finish(), watch.tokens
+        told = [dialect.render_error(refusal, "id") for dialect in DIALECTS.values()]
+        return head, type(refusal), refusal.status, told
+    kind = head.headers.get("content-type", "")
+    for dialect in (llmq.OPENAI, llmq.OLLAMA):
+        if kind.startswith(dialect.stream_type):
+            watch, shown = llmq.StreamWatch(dialect), []
+            while not upstream.body.done:
+                shown.append(watch.feed(await upstream.read_piece()))
+                assert dialect is llmq.OLLAMA or b"\ndata: [DONE]" not in b"\n" + b"".join(shown)
+            return head, b"".join(shown) + watch.finish(), watch.tokens
     body = await upstream.read_rest(llmq.ANSWER_LIMIT)
-    return head, body, llmq.read_whole(body)
+    document = llmq.read_whole(body)
+    for translator in translators():
+        with contextlib.suppress(llmq.BackendError):
+            llmq.render_json(translator.retell(translator.whole, document))
+    return head, body, document, llmq.read_usage(document)
 
 
 def answer(pieces: list[bytes]) -> Any:
@@ -304,6 +329,9 @@ def answer(pieces: list[bytes]) -> Any:
     except llmq.BackendError as error:
         return type(error)
     return result
+
+
+Check = Callable[[bytes, random.Random], None]
 
 
 # ---- Checks: each gets an input and says by an exception what is wrong with llmq -----------------
@@ -342,8 +370,16 @@ def check_chunks(data: bytes, chance: random.Random) -> None:
     check_cuts(decoded, data, cut(chance, data))
 
 
-def watched(pieces: list[bytes]) -> Any:
-    watch, shown = llmq.StreamWatch(), b""
+DIALECTS = {
+    "openai": llmq.OPENAI,
+    "responses": llmq.ENDPOINTS["/v1/responses"].dialect,
+    "ollama": llmq.OLLAMA,
+    "anthropic": llmq.ANTHROPIC,
+}
+
+
+def watched(dialect: llmq.Dialect, pieces: list[bytes]) -> Any:
+    watch, shown = llmq.StreamWatch(dialect), b""
     try:
         for piece in pieces:
             shown += watch.feed(piece)
@@ -354,8 +390,85 @@ def watched(pieces: list[bytes]) -> Any:
     return shown, rest, watch.tokens
 
 
-def check_streams(data: bytes, chance: random.Random) -> None:
-    check_cuts(watched, data, cut(chance, data))
+WATCHED = {name: functools.partial(watched, dialect) for name, dialect in DIALECTS.items()}
+
+
+def is_doubtful(data: bytes) -> bool:
+    """Whether a line of Ollama ends well, and then goes on: its end may be seen too early."""
+    for line in data.splitlines():
+        for at, byte in enumerate(line):
+            if byte == ord("}") and line[at + 1 :].strip() and b"true" in line[:at]:
+                document = llmq.parse_json(line[: at + 1])
+                if isinstance(document, dict) and document.get("done") is True:
+                    return True
+    return False
+
+
+def stream_checker(name: str) -> Check:
+    def check_streams(data: bytes, chance: random.Random) -> None:
+        if name != "ollama" or not is_doubtful(data):
+            check_cuts(WATCHED[name], data, cut(chance, data))
+
+    return check_streams
+
+
+ASKED = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "prompt": "hi",
+    "input": ["hi"],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "encoding_format": "base64",
+}
+
+
+def translators() -> list[llmq.Translator]:
+    """One of each, in the middle of nowhere in time."""
+    return [kind(ASKED, "m", 0, lambda: 7.5) for kind in llmq.TRANSLATORS.values()]
+
+
+def retold(pieces: list[bytes]) -> list[Any]:
+    """What each translator makes of a stream."""
+    return [retold_by(one, pieces) for one in translators() if streams(one)]
+
+
+def streams(translator: llmq.Translator) -> bool:
+    return type(translator).piece is not llmq.Translator.piece
+
+
+def retold_by(translator: llmq.Translator, pieces: list[bytes]) -> Any:
+    try:
+        shown = b"".join([translator.feed(piece) for piece in pieces])
+        return shown + translator.finish(b"")
+    except llmq.BackendError:
+        return llmq.BackendError
+
+
+def check_retold(data: bytes, chance: random.Random) -> None:
+    check_cuts(retold, data, cut(chance, data))
+
+
+def check_answers_retold(data: bytes, _chance: random.Random) -> None:
+    """A whole answer: retold as JSON, or known to be none."""
+    document = llmq.parse_json(data)
+    for translator in translators():
+        try:
+            told = llmq.render_json(translator.retell(translator.whole, document))
+        except llmq.BackendError:
+            continue
+        assert isinstance(json.loads(told), dict)
+
+
+def check_asked(data: bytes, _chance: random.Random) -> None:
+    """A request that has to be translated: JSON for the other route, or refused."""
+    document = llmq.parse_json(data)
+    for (asked, _), kind in llmq.TRANSLATORS.items():
+        try:
+            llmq.ENDPOINTS[asked].check(document if isinstance(document, dict) else {})
+            body = kind(document, "m", 4096, lambda: 7.5).body()
+        except (llmq.BadRequest, llmq.NotSpoken):
+            continue
+        assert json.loads(body)["model"] == "m"
 
 
 def strict(text: str) -> Any:
@@ -385,12 +498,30 @@ def check_bodies(data: bytes, _chance: random.Random) -> None:
     left = llmq.cut_members(text, members, llmq.EXTENSIONS)
     kept = {name: value for name, value in meaning.items() if name not in llmq.EXTENSIONS}
     assert strict(left) == kept
+    for endpoint in llmq.ENDPOINTS.values():
+        check_question(data, endpoint, left, kept)
+
+
+def check_question(data: bytes, endpoint: llmq.Endpoint, left: str, kept: Any) -> None:
+    """The same bytes but for own fields; the model and the context where they belong."""
     try:
-        question = llmq.read_chat(data)
+        question = llmq.read_question(data, endpoint)
+        foreign = llmq.read_question(data, endpoint, foreign=True)
     except llmq.BadRequest:
         return
     assert question.body.decode() == left
     assert strict(question.body_for("other").decode()) == {**kept, "model": "other"}
+    carried = json.loads(question.body_for("other", 4096))
+    if endpoint.options:
+        assert carried["options"]["num_ctx"] == 4096
+        carried["options"].pop("num_ctx")
+        meant = {**(kept.get("options") or {}), "num_ctx": 0}
+        meant.pop("num_ctx")
+        assert carried == {**kept, "model": "other", "options": meant}
+        assert "num_ctx" not in (json.loads(foreign.body).get("options") or {})
+    else:
+        assert carried == {**kept, "model": "other"}
+    assert foreign.context == 0
 
 
 # ---- The corpus ----------------------------------------------------------------------------------
@@ -406,7 +537,45 @@ BODIES = [
     + b"}",
     b'{"x":' + b"[" * 98 + b"]" * 98 + b"," + MESSAGES + b"}",
     b"{}",
+    b"{"
+    + MESSAGES
+    + b',"model":"m","options":{"temperature":0.5,"num_ctx":4096,"a":{"num_ctx":1}}}',
+    b"{" + MESSAGES + b',"options":null,"keep_alive":-1,"numCtx":7}',
+    b'{"prompt":"hi","input":["hi"],"options":{ } ,"stream":null,"model":"\xc3\xa9"}',
     *(corpus.saying(text) for text in (b"first", b"\\u0000", b"[DONE]")),
+]
+CALL = b'{"id":"a","type":"function","function":{"name":"f","arguments":"{\\"x\\":1}"}}'
+NATIVE_CALL = b'{"id":"a","function":{"index":0,"name":"f","arguments":{"x":1}}}'
+IMAGE = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,iVBORw0KGgo="}}'
+ASKING = [
+    *BODIES,
+    b'{"messages":[{"role":"system","content":"x"},{"role":"user","content":[{"type":"text",'
+    b'"text":"hi"},'
+    + IMAGE
+    + b']},{"role":"assistant","content":null,"tool_calls":['
+    + CALL
+    + b']},{"role":"tool","tool_call_id":"a","content":"7"}],"tools":[{"type":"function"}],'
+    b'"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":{"type":"object"'
+    b'}}},"stop":"x","max_tokens":7,"seed":1,"reasoning_effort":"high","logprobs":true}',
+    b'{"messages":[{"role":"user","content":"hi","images":["iVBORw0KGgo="]},{"role":"assistant",'
+    b'"content":"","thinking":"hm","tool_calls":[' + NATIVE_CALL + b']},{"role":"tool","tool_name":'
+    b'"f","content":"7"}],"format":{"type":"object"},"think":true,"options":{"num_predict":7,'
+    b'"stop":["x"],"top_k":3},"stream":false}',
+    b'{"prompt":"hi","suffix":"x","logprobs":2,"max_tokens":1,"options":{"num_predict":-1}}',
+    b'{"prompt":["hi"],"input":[[1,2]],"encoding_format":"base64","dimensions":3}',
+]
+ANSWERS = [
+    b'{"message":{"role":"assistant","content":"hi","thinking":"hm","tool_calls":['
+    + NATIVE_CALL
+    + b']},"done":true,"done_reason":"stop","prompt_eval_count":3,"eval_count":4,"logprobs":[{}]}',
+    b'{"response":"hi","done":true,"done_reason":"length","prompt_eval_count":3,"eval_count":4}',
+    b'{"embeddings":[[0.5,-1,1e10],[0.25]],"prompt_eval_count":3}',
+    b'{"choices":[{"message":{"content":"hi","reasoning_content":"hm","tool_calls":['
+    + CALL
+    + b']},"finish_reason":"tool_calls","logprobs":{"content":[{}]}}],"usage":{"prompt_tokens":3,'
+    b'"completion_tokens":4}}',
+    b'{"choices":[{"text":"hi","finish_reason":"length"}],"usage":{"prompt_tokens":3}}',
+    b'{"data":[{"embedding":[0.5,1],"index":0}],"usage":{"prompt_tokens":3}}',
 ]
 CHUNKS = [
     corpus.CHUNKS,
@@ -453,31 +622,87 @@ def answer_seeds() -> list[bytes]:
     ]
 
 
-def stream_seeds() -> list[bytes]:
-    streams = [
+def payloads(kind: bytes) -> list[bytes]:
+    """The bodies of recorded streams of this type."""
+    return [
         llmq.ChunkedBody().feed(data[data.index(b"\r\n\r\n") + 4 :])
         for data in recorded()
-        if b"text/event-stream" in data
+        if kind in data.partition(b"\r\n\r\n")[0]
     ]
-    event = b'data: {"choices":[{"delta":{"content":"[DONE]"}}]}\n\n'
+
+
+def event(kind: str, **facts: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n".encode()
+
+
+def stream_seeds() -> dict[str, list[bytes]]:
+    """Good and bad streams of each dialect."""
+    piece = b'data: {"choices":[{"delta":{"content":"[DONE]"}}]}\n\n'
     failed = b'data: {"error":{"message":"x"}}\n\n'
-    return [
-        *streams,
-        event + failed,
-        event.replace(b"\n", b"\r\n") + b"data: [DONE]\r\n\r\n",
-        failed,
-    ]
+    answer = event("response.output_text.delta", delta="event: response.completed\n")
+    said = event("content_block_delta", delta={"type": "text_delta", "text": "message_stop"})
+    lines = ["", " hi", '"done":true']
+    chat = [{"message": {"role": "assistant", "content": line}, "done": False} for line in lines]
+    lined = "".join(json.dumps(line) + "\n" for line in chat).encode()
+    last = b'{"message":{"content":""},"done":true,"done_reason":"stop","eval_count":4}\n'
+    return {
+        "openai": [
+            *payloads(b"text/event-stream"),
+            piece + failed,
+            piece.replace(b"\n", b"\r\n") + b"data: [DONE]\r\n\r\n",
+            failed,
+        ],
+        "responses": [
+            answer + event("response.completed", response={"usage": {"output_tokens": 4}}),
+            answer + event("response.incomplete", response={}) + b"data: [DONE]\n\n",
+            answer + event("response.failed", response={"error": {"message": "x"}}),
+            answer + event("error", message="x"),
+        ],
+        "ollama": [
+            *payloads(b"application/x-ndjson"),
+            lined + last,
+            (lined + last).replace(b"\n", b"\r\n") + b"\n",
+            b" " + lined + b'  {"error":"x"}\n' + last,
+        ],
+        "anthropic": [
+            event("ping")
+            + said
+            + event("message_delta", usage={"output_tokens": 4})
+            + event("message_stop"),
+            (said + event("message_stop")).replace(b"\n", b"\r\n"),
+            said + event("error", error={"type": "overloaded_error", "message": "x"}),
+        ],
+    }
 
 
-Check = Callable[[bytes, random.Random], None]
+def retold_seeds() -> list[bytes]:
+    """Streams that a translator gets: what both sides send, tool calls in bits, thoughts, usage."""
+    seeds = stream_seeds()
+    delta = (
+        b'data: {"choices":[{"delta":{"reasoning_content":"hm","tool_calls":[{"index":0,"id":"a",'
+    )
+    delta += b'"function":{"name":"f","arguments":"{\\"x\\":"}}]}}]}\n\n'
+    more = b'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"1}"}}]},'
+    more += b'"finish_reason":"tool_calls","text":"hi"}],"usage":{"completion_tokens":4}}\n\n'
+    native = b'{"message":{"content":"","thinking":"hm","tool_calls":[' + NATIVE_CALL
+    native += b']},"response":"hi","done":false}\n{"message":{"content":""},"response":"",'
+    native += b'"done":true,"done_reason":"stop","eval_count":4,"prompt_eval_count":3}\n'
+    return [*seeds["openai"], *seeds["ollama"], delta + more + b"data: [DONE]\n\n", native]
+
+
+STREAMS = stream_seeds()
 TARGETS: dict[str, tuple[Check, list[bytes]]] = {
     "requests": (check_requests, request_seeds()),
     "answers": (check_answers, answer_seeds()),
     "chunks": (check_chunks, CHUNKS),
-    "streams": (check_streams, stream_seeds()),
     "bodies": (check_bodies, BODIES),
+    "asked": (check_asked, ASKING),
+    "retold": (check_retold, retold_seeds()),
+    "answers retold": (check_answers_retold, ANSWERS),
+    **{name: (stream_checker(name), seeds) for name, seeds in STREAMS.items()},
 }
-TURNS = ["requests"] * 4 + ["answers"] * 2 + ["chunks", "streams", "bodies", "bodies"]
+TURNS = ["requests"] * 6 + ["answers"] * 3 + ["chunks", "chunks", "bodies", "bodies"]
+TURNS += [*STREAMS, "asked", "retold", "answers retold"]
 
 
 def check(name: str, data: bytes, chance: random.Random) -> None:
@@ -522,7 +747,13 @@ def raising(run: Callable[[], None]) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_kept_input_is_the_same_whole_and_byte_by_byte(name):
     def run() -> None:
-        apart = {"requests": serve, "answers": answer, "chunks": decoded, "streams": watched}
+        apart = {
+            "requests": serve,
+            "answers": answer,
+            "chunks": decoded,
+            "retold": retold,
+            **WATCHED,
+        }
         for data in set(TARGETS[name][1]):
             check(name, data, random.Random(0))
             if name in apart and len(data) < 10_000:
@@ -556,7 +787,8 @@ def test_connection_with_an_answer_that_nobody_asked_for_is_not_kept(first):
     [
         "parse_request_head",
         "parse_response_head",
-        "read_chat",
+        "read_question",
+        "read_usage",
         "cut_members",
     ],
 )
@@ -591,7 +823,15 @@ def test_planted_dependence_on_the_cuts_is_found(monkeypatch):
 
     monkeypatch.setattr(llmq, "ChunkedBody", Forgetful)
     with pytest.raises(AssertionError, match=r"chunks = b'"):
-        raising(lambda: [check_number(number, "x") for number in range(6, 2000, 10)] and None)
+        raising(
+            lambda: (
+                [
+                    check_number(number, "x")
+                    for number in range(TURNS.index("chunks"), 4000, len(TURNS))
+                ]
+                and None
+            )
+        )
 
 
 # ---- The long run --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.fake_ollama import Runner
 from tests.fakes import Answer, FakeBackend, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
@@ -449,6 +450,101 @@ async def test_exception_in_mid_stream_ends_unclean_and_frees_the_slot(
     failed, served = [line.outcome for line in lines(log)]
     assert failed in ("internal_error", "backend_error")
     assert served == "done"
+
+
+VECTORS = {"embeddings": [[0.5]], "embedding": [0.5], "data": [{"embedding": [0.5], "index": 0}]}
+
+
+@pytest.mark.parametrize("kind", ["ollama", "llamacpp"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"path": "/api/embed", "input": "hi"},
+        {"path": "/api/embeddings", "prompt": "hi"},
+        {"path": "/v1/embeddings", "input": "hi"},
+        {"path": "/v1/embeddings", "input": "hi", "numCtx": 4096},
+    ],
+    ids=lambda asked: asked["path"],
+)
+async def test_embeddings_are_whole_although_a_stream_is_asked_for(kind: str, asked: Any) -> None:
+    """No runner streams them, and each passes over the wish."""
+    path, body = asked["path"], {"model": "m", "stream": True, **asked}
+    del body["path"]
+    async with Runner(kind=kind) as fake, running(fake.url) as q:
+        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        client = asyncio.ensure_future(ask(q.port, "POST", path, json=body))
+        request = await fake.arrived()
+        await request.status(200, VECTORS, [("Content-Type", "application/json")])
+        answer = await client
+        assert (answer.status, answer.clean) == (200, True), answer
+        assert b"0.5" in answer.body
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat", "/api/embed"])
+async def test_request_of_nothing_at_all_reaches_the_runner_as_json(path: str) -> None:
+    async with FakeBackend(auto=False, kind="ollama") as fake:
+        async with running(fake.url, upstream__num_ctx=4096) as q:
+            await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+            client = asyncio.ensure_future(ask(q.port, "POST", path, json={}))
+            request = await fake.arrived()
+            assert json.loads(request.body) == {"model": "m", "options": {"num_ctx": 4096}}
+            await request.status(400, {"error": "prompt is required"})
+            assert (await client).status == 400
+
+
+DEEP_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
+DEEP = [{"role": "assistant", "content": "", "tool_calls": [DEEP_CALL]}]
+TOLD = {"message": {"role": "assistant", "content": "x"}, "done": True}
+
+
+async def test_request_that_turns_out_untranslatable_holds_up_nobody() -> None:
+    """It passed as it was when it came; by its turn a shared context asks for a translation."""
+    async with Runner() as fake, running(fake.url) as q:
+        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        first = await begin(q, "first")
+        request = await fake.arrived()
+        odd = await begin(q, "odd", messages=DEEP)
+        await waiting(q, 1)
+        raising = await begin(q, "raising", priority="high", numCtx=4096)
+        await waiting(q, 2)
+        await request.status(200, {"choices": [{"message": {"content": "x"}}]})
+        assert (await first.response()).status == 200
+        await (await fake.arrived()).status(200, TOLD)
+        assert (await raising.response()).status == 200
+        assert 400 <= (await odd.response()).status < 500
+        last = await begin(q, "last")
+        await (await fake.arrived()).status(200, TOLD)
+        assert (await last.response()).status == 200
+
+
+async def test_route_that_was_answered_before_is_not_lacking_for_a_404() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        for status in (200, 404, 200):
+            client = await begin(q, "x")
+            request = await fake.arrived()
+            await request.status(status, {"error": "gone"} if status == 404 else {"x": 1})
+            assert (await client.response()).status == status
+        assert not next(iter(q.gateway.fleet.backends.values())).lacking
+
+
+async def test_lack_that_is_learned_between_grant_and_sending_is_told() -> None:
+    """Two at once, where the first finds out; nothing is sent for the second."""
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, queue__slots=2) as q:
+            await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+            (backend,) = q.gateway.fleet.backends.values()
+            answer = llmq.BackendAnswer(404, "not here", b"", None, None)
+            pump = q.gateway.pump
+
+            def learn() -> None:
+                pump()
+                backend.lacks(CHAT, "m", llmq.RouteLacking(answer))
+
+            q.gateway.pump = learn
+            client = await begin(q, "x")
+            told = await client.response()
+            assert (told.status, told.code) == (501, "not_implemented")
+            assert not fake.requests
 
 
 # ---- Backends behind TLS ---------------------------------------------------------------------

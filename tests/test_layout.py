@@ -34,32 +34,33 @@ NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
 FILE_LINES = 7000  # with everything that is planned
-# How far each section may grow before somebody asks why; the sum is FILE_LINES at most, with the
-# sections that later issues bring (their line is here, their banner not yet).
+# How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
-    "front page": 100,
-    "Errors": 190,
-    "Tools": 100,
-    "Settings": 450,
+    "front page": 110,
+    "Errors": 195,
+    "Tools": 60,
+    "Settings": 430,
     "Metrics": 160,  # later
-    "Clients": 250,
-    "Backends": 350,
-    "Scheduler": 520,
-    "Cache": 120,  # later
-    "Jobs": 260,  # later
-    "Messages": 350,
-    "Dialects": 550,
-    "Transport": 550,
-    "Upstream": 230,
-    "Gateway": 500,
-    "Desk": 250,
-    "Background": 320,
-    "Routes": 500,
-    "Demo": 90,
-    "Terminal view": 160,  # later
-    "Service": 300,
-    "Command line": 350,
-    "Web page": 350,  # later
+    "Clients": 135,
+    "Backends": 390,
+    "Scheduler": 400,
+    "Messages": 320,
+    "Bodies": 230,
+    "Dialects": 300,
+    "OpenAI": 80,
+    "Ollama": 80,
+    "Anthropic": 85,
+    "Translation": 600,
+    "Transport": 570,
+    "Upstream": 300,
+    "Gateway": 540,
+    "Desk": 300,
+    "Models": 210,
+    "Background": 290,
+    "Routes": 530,
+    "Demo": 80,
+    "Service": 280,
+    "Command line": 280,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 

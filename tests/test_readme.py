@@ -10,9 +10,14 @@ import sys
 
 import llmq
 from tests.fakes import ROOT, Process, ask, chat
+from tests.test_client_matrix import clients_markdown
 
 README = ROOT / "README.md"
-TABLES = {"settings": llmq.settings_markdown, "routes": llmq.routes_markdown}
+TABLES = {
+    "settings": llmq.settings_markdown,
+    "routes": llmq.routes_markdown,
+    "clients": clients_markdown,
+}
 
 
 def filled(text: str) -> str:

@@ -406,7 +406,8 @@ def as_recorded(server: str) -> FakeBackend:
     fake = FakeBackend(models=("counter",), kind=SERVERS[server], auto=False)
     paths = {"models": "/v1/models"}
     if server == "ollama":
-        paths.update({f"api-{name}": f"/api/{name}" for name in ("version", "tags", "ps")})
+        # Not what it had loaded: a chat would keep to that context, and be translated.
+        paths.update({f"api-{name}": f"/api/{name}" for name in ("version", "tags")})
     for name, path in paths.items():
         fake.probe_answers[path] = (200, recording(server, name).partition(b"\r\n\r\n")[2])
     return fake

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
 import llmq
-from tests.fakes import FakeBackend, Raw, ask, chat, eventually, http, running
+from tests.fake_ollama import Runner
+from tests.fakes import Answer, FakeBackend, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -20,7 +22,22 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE")
 
 def example(route: Any) -> str:
     """A path that leads to this route."""
-    return str(route.path).replace("{id...}", "org/m").replace("{id}", "some-1")
+    path = str(route.path).replace("{id...}", "org/m").replace("{id}", "some-1")
+    return path.replace("{digest}", "sha256:0")
+
+
+def told_error(path: str, answer: Answer) -> str:
+    """The words of an error; its shape must be what clients of this path know."""
+    error = answer.json()["error"]
+    if path.startswith("/api/"):
+        assert answer.json() == {"error": error}
+        return str(error)
+    if path.startswith("/v1/messages"):
+        assert (answer.json()["type"], set(error)) == ("error", {"type", "message"})
+        assert answer.json()["request_id"] == answer.headers["request-id"]
+    else:
+        assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
 
 
 async def begin(q: running, text: str, headers: dict[str, str] | None = None, **more: Any) -> Raw:
@@ -59,7 +76,11 @@ async def test_other_methods_get_405_and_are_told_the_right_ones(route: Any) -> 
             answer = await ask(q.port, method, example(route), body=body, headers=JSON)
             assert answer.status == 405, method
             assert answer.headers["allow"] == ", ".join((*route.methods, "OPTIONS"))
-            assert method == "HEAD" or answer.code == "method_not_allowed"
+            if method == "HEAD":
+                assert answer.body == b""
+            else:
+                words = told_error(route.path, answer)
+                assert words == f"{route.path} takes {', '.join(route.methods)}"
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=PATHS)
@@ -71,7 +92,9 @@ async def test_options_tells_the_methods(route: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "route", [route for route in ROUTES if "HEAD" in route.methods], ids=lambda route: route.path
+    "route",
+    [route for route in ROUTES if {"GET", "HEAD"} <= set(route.methods)],
+    ids=lambda route: route.path,
 )
 async def test_head_is_get_without_the_body(route: Any) -> None:
     async with FakeBackend(models=["org/m"]) as fake, running(fake.url) as q:
@@ -93,10 +116,19 @@ async def test_head_is_get_without_the_body(route: Any) -> None:
         assert "content-length" in answer.headers
 
 
-def test_every_read_but_the_endless_one_takes_head() -> None:
+def test_every_read_but_the_endless_one_and_one_of_ollamas_takes_head() -> None:
     assert [r.path for r in ROUTES if "GET" in r.methods and "HEAD" not in r.methods] == [
-        "/llmq/events"
+        "/api/ps",  # as in Ollama, whose router gives HEAD to /api/tags and /api/version alone
+        "/llmq/events",
     ]
+
+
+def test_what_changes_the_disk_of_a_runner_is_for_this_box_only() -> None:
+    local = {r.path for r in ROUTES if r.access is llmq.Access.LOCAL}
+    managed = {"pull", "push", "create", "copy", "delete", "blobs/{digest}"}
+    assert local == {f"/api/{name}" for name in managed}
+    owned = {r.path for r in ROUTES if r.access is llmq.Access.OWNER}
+    assert owned == {r.path for r in ROUTES if r.path.startswith("/llmq/")}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,6 +140,17 @@ def test_every_read_but_the_endless_one_takes_head() -> None:
         "/v1/",
         "/v1/chat",
         "/v1/chat/completions/",
+        "/v1/messages/",
+        "/v1/messages/count",
+        "/api",
+        "/api/",
+        "/api/chats",
+        "/api/blobs/",
+        "/api/blobs/a/b",
+        "/api/blobs/a%2fb",
+        "/api/blobs/..",
+        "/api/./chat",
+        "/api/%2e/chat",
         "/V1/models",
         "/v1/models/",
         "/health/",
@@ -136,7 +179,7 @@ async def test_other_paths_are_404_for_every_method(method: str, path: str) -> N
     async with running(NOBODY) as q:
         answer = await ask(q.port, method, path)
         assert answer.status == 404
-        assert method == "HEAD" or answer.code == "not_found"
+        assert method == "HEAD" or told_error(path, answer) == f"there is no {path}"
 
 
 async def test_encoded_path_means_what_it_decodes_to() -> None:
@@ -144,10 +187,13 @@ async def test_encoded_path_means_what_it_decodes_to() -> None:
         await told(q)
         for path in ("/%68ealth", "/v1%2Fmodels", "/v1/models/%6d", "/v1/models/m?x=1"):
             assert (await ask(q.port, "GET", path)).status == 200, path
-        body = json.dumps(chat("hi")).encode()
-        answer = await ask(q.port, "POST", "/v1/chat%2Fcompletions", body=body, headers=JSON)
-        assert answer.content == "hi"
-        assert [request.path for request in fake.requests] == [CHAT]
+        for path in ("/v1/chat%2Fcompletions", "/%76%31/chat/completions", "/chat%2Fcompletions"):
+            answer = await ask(q.port, "POST", path, json=chat("hi"))
+            assert (answer.status, answer.content) == (200, "hi"), path
+        assert [request.path for request in fake.requests] == [CHAT] * 3
+        for path in ("/api/ch%61t", "/v1%2Fmessages"):
+            answer = await ask(q.port, "POST", path, json=chat("hi", model="unknown"))
+            assert (answer.status, b"unknown" in answer.body) == (404, True), path
 
 
 async def test_unknown_method_is_501_and_unknown_everywhere() -> None:
@@ -431,7 +477,7 @@ async def test_raised_request_starts_at_once_in_mode_priority() -> None:
         assert (await client.response()).content == "a"
 
 
-BODIES = ("/llmq/mode", "/llmq/reload", "/llmq/requests/x")
+BODIES = ("/llmq/mode", "/llmq/reload", "/llmq/models", "/llmq/requests/x")
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -504,3 +550,100 @@ async def test_reload_reads_the_settings_again_and_tells_a_mistake() -> None:
         assert snapshot["queue"]["full_at"] == 7
         q.service.read = lambda: more
         assert (await ask(q.port, "POST", "/llmq/reload", json={})).json() == {"config_error": None}
+
+
+# ---- Models, at their odd ends ---------------------------------------------------------------
+
+
+async def test_show_is_asked_of_the_next_ollama_where_one_cannot_tell() -> None:
+    names = [Runner(["m"]) for _ in range(3)]
+    async with names[0] as deaf, names[1] as odd, names[2] as good:
+        urls = [one.url for one in names]
+        async with running(*urls, upstream__probe_interval=60) as q:
+            await told(q)
+            await deaf.stop_listening()
+
+            async def refuse(request: Any, _shown: Any) -> None:
+                await request.status(500, {"error": "no"})
+
+            odd._show = refuse  # type: ignore[method-assign]
+            answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+            assert answer.json()["capabilities"] == ["completion"]
+            assert answer.json()["model_info"]["llama.context_length"] == good.context
+            await good.stop_listening()
+            answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+            assert (answer.status, answer.json()["model_info"]) == (200, {})
+
+
+async def test_context_of_a_model_that_nobody_has_cannot_be_reset() -> None:
+    async with FakeBackend(kind="ollama") as fake, running(fake.url) as q:
+        await told(q)
+        order = {"action": "reset_context", "model": "nobody's"}
+        answer = await ask(q.port, "POST", "/llmq/models", json=order)
+        assert (answer.status, answer.code) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "values"),
+    [
+        ("POST", "/api/push", {}),
+        ("POST", "/api/push", {"model": ""}),
+        ("POST", "/api/push", {"name": 7}),
+        ("POST", "/api/copy", {"destination": "m"}),
+        ("POST", "/api/copy", {"source": ["m"]}),
+        ("DELETE", "/api/delete", {"model": None}),
+    ],
+)
+async def test_order_that_names_no_model_is_told(method: str, path: str, values: Any) -> None:
+    async with FakeBackend(kind="ollama", auto=False) as fake, running(fake.url) as q:
+        await told(q)
+        answer = await ask(q.port, method, path, json=values)
+        assert answer.status == 400
+        assert "is the name of a model" in told_error(path, answer)
+        assert not fake.requests
+
+
+async def test_key_of_a_backend_goes_with_an_order_and_the_clients_does_not() -> None:
+    async with FakeBackend(kind="ollama", auto=False) as fake:
+        async with running(backends={"box": {"url": fake.url, "key": "secret"}}) as q:
+            await told(q)
+            client = await Raw.open(q.port)
+            mine = {**JSON, "Authorization": "Bearer mine", "X-Api-Key": "mine"}
+            await client.send(http("POST", "/api/pull", mine, b'{"model":"m"}'))
+            request = await fake.arrived()
+            assert request.headers["authorization"] == "Bearer secret"
+            assert b"mine" not in request.raw
+            await request.status(200, {"status": "success"})
+            assert (await client.response()).json() == {"status": "success"}
+
+
+async def test_slow_client_of_an_order_holds_its_backend_back_and_gets_it_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "ANSWER_BUFFER", 64 * 1024)
+    size = 8 * 2**20
+    async with FakeBackend(kind="ollama", auto=False) as fake, running(fake.url) as q:
+        await told(q)
+        client = await Raw.open(q.port, receive_buffer=4096)
+        await client.send(http("POST", "/api/pull", JSON, b'{"model":"m"}'))
+        request = await fake.arrived()
+        sending = asyncio.ensure_future(request.status(200, b"x" * size))
+        await client.head()
+        (connection,) = q.service._servers[0].connections
+        await eventually(lambda: connection.unsent > llmq.ANSWER_BUFFER)
+        answer = await client.response()
+        assert (len(answer.body), answer.clean) == (size, True)
+        await sending
+
+
+@pytest.mark.parametrize("sent", [b"5\r\nab", b"5\r\nabcde\r\n7", b"5", b""])
+async def test_client_that_leaves_inside_a_blob_ends_it(sent: bytes) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await told(q)
+        client = await Raw.open(q.port)
+        chunked = {"Transfer-Encoding": "chunked"}
+        await client.send(http("POST", "/api/blobs/sha256:0", chunked, b"") + sent)
+        await eventually(lambda: fake.connections > 0 and q.service._servers[0].connections)
+        client.close()
+        await eventually(lambda: not q.service._servers[0].connections)
+        assert not fake.requests

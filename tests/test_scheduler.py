@@ -797,6 +797,104 @@ def test_what_runs_is_not_forecast() -> None:
     assert box.queue.in_order() == []
 
 
+# ---- Routes: who can be asked where
+
+CHAT, NATIVE_CHAT = "/v1/chat/completions", "/api/chat"
+
+
+def lack(backend: Backend, route: str, status: int = 404, model: str = "m") -> None:
+    answer = llmq.BackendAnswer(status, "no such route here", b"", None, None)
+    backend.lacks(route, model, llmq.RouteLacking(answer))
+
+
+def routed(box: Box, *routes: str, now: float = 0.0, **what: Any) -> Ticket:
+    ticket = box.ticket(**what)
+    ticket.routes = routes
+    box.queue.submit(ticket, now)
+    return ticket
+
+
+def test_a_ticket_starts_where_its_route_is_spoken() -> None:
+    box = Box()
+    a, b = box.add("a", "m"), box.add("b", "m")
+    lack(a, CHAT)
+    first, second = routed(box, CHAT), routed(box, CHAT)
+    assert box.queue.dispatch(0.0) == [(first, b)]
+    other = routed(box, "/v1/completions")
+    assert box.queue.dispatch(0.0) == [(other, a)], "it holds up nobody else"
+    box.queue.finish(first, 1.0)
+    assert box.queue.dispatch(1.0) == [(second, b)]
+
+
+def test_a_route_that_stands_in_is_as_good_for_the_queue() -> None:
+    box = Box()
+    a = box.add("a", "m")
+    lack(a, CHAT)
+    ticket = routed(box, CHAT, "/v1/completions")
+    assert box.queue.dispatch(0.0) == [(ticket, a)]
+
+
+def test_moving_on_from_a_lack_is_no_attempt_and_avoids_nobody() -> None:
+    box = Box()
+    a, b = box.add("a", "m"), box.add("b", "m")
+    b.used = 1.0
+    ticket = routed(box, CHAT)
+    later = routed(box, CHAT, now=1.0)
+    assert dict(box.queue.dispatch(1.0))[ticket] is a
+    lack(a, CHAT)
+    box.queue.retry(ticket, 2.0, counted=False)
+    assert (ticket.attempts, ticket.avoid, ticket.arrived) == (0, None, 0.0)
+    box.queue.finish(later, 3.0)
+    assert box.queue.dispatch(3.0) == [(ticket, b)]
+    assert ticket.attempts == 1
+
+
+def test_groups_of_other_routes_keep_the_order_of_arrival() -> None:
+    box = one_slot()
+    rng = random.Random(5)
+    routes = [(CHAT,), ("/v1/completions",), (CHAT, NATIVE_CHAT), ()]
+    tickets = [routed(box, *rng.choice(routes), client=rng.choice("xyz")) for _ in range(200)]
+    assert box.run_dry() == tickets
+
+
+def test_a_ticket_that_nobody_is_left_for_is_told_in_the_words_of_the_last() -> None:
+    box = Box()
+    a = box.add("a", "m", "n")
+    busy, ticket, other = routed(box, CHAT), routed(box, CHAT), routed(box, CHAT, model="n")
+    box.started()
+    assert expired(box, 1.0) == {}
+    lack(a, CHAT, status=501)
+    ((told, error),) = box.queue.expire(2.0)
+    assert (told, type(error), error.status) == (ticket, llmq.NotSpoken, 501)
+    assert error.message == "no such route here"
+    box.queue.finish(busy, 3.0)
+    assert box.started() == [other]
+
+
+def test_a_ticket_whose_only_speaker_is_down_waits_for_it() -> None:
+    box = Box(down_wait=60.0)
+    a, b = box.add("a", "m"), box.add("b", "m")
+    lack(a, CHAT)
+    box.down(b, 5.0)
+    ticket = routed(box, CHAT, now=10.0)
+    assert box.started(10.0) == []
+    assert expired(box, 69.0) == {}
+    assert expired(box, 70.0) == {ticket: llmq.BackendDown}
+
+
+def test_work_of_a_model_is_counted_at_its_backend() -> None:
+    box = Box()
+    a = box.add("a", "m", "n", shared=3)
+    m, n, again = box.submit(), box.submit(model="n"), box.submit()
+    box.started()
+    assert (a.at_work["m"], a.at_work["n"]) == (2, 1)
+    box.queue.finish(n, 1.0)
+    box.queue.retry(m, 1.0)
+    assert (a.at_work["m"], a.at_work["n"]) == (1, 0)
+    box.queue.finish(again, 1.0)
+    assert not any(a.at_work.values())
+
+
 # ---- What it costs: counted, not timed
 
 
@@ -805,9 +903,11 @@ class CountingFleet(Fleet):
 
     asked = 0
 
-    def candidates(self, key: str, avoid: Backend | None) -> list[Backend]:
+    def candidates(
+        self, key: str, avoid: Backend | None, routes: tuple[str, ...] = ()
+    ) -> list[Backend]:
         self.asked += 1
-        return super().candidates(key, avoid)
+        return super().candidates(key, avoid, routes)
 
 
 class CountingTicket(Ticket):

@@ -16,7 +16,8 @@ from tests.fakes import ROOT
 
 ROWS = list(llmq.known_settings())
 KEYS = [row.key for row in ROWS]
-FOREIGN = ["HOST", "PORT", "OLLAMA_URL", "OLLAMA_MODEL", "LLM_MAX_ATTEMPTS", "LLM_TIMEOUT_MS"]
+FOREIGN = ["HOST", "PORT", "OLLAMA_URL", "OLLAMA_MODEL", "OLLAMA_NUM_CTX"]
+FOREIGN += ["LLM_MAX_ATTEMPTS", "LLM_TIMEOUT_MS"]
 
 # Three values of each type, as people write them, and what they mean.
 WRITTEN: dict[str, list[tuple[Any, Any]]] = {
@@ -173,13 +174,14 @@ def test_variables_of_npm_llm_queue_work() -> None:
         "PORT": "8123",
         "OLLAMA_URL": "http://10.0.0.1:11434",
         "OLLAMA_MODEL": "qwen3:8b",
+        "OLLAMA_NUM_CTX": "8192",
         "LLM_MAX_ATTEMPTS": "3",
         "LLM_TIMEOUT_MS": "90000",
     }
     settings, notes = read(environ)
     assert (settings.server.host, settings.server.port) == ("127.0.0.2", 8123)
     assert [one.url for one in settings.backends.values()] == ["http://10.0.0.1:11434"]
-    assert settings.upstream.model == "qwen3:8b"
+    assert (settings.upstream.model, settings.upstream.num_ctx) == ("qwen3:8b", 8192)
     assert settings.queue.max_attempts == 3
     assert settings.upstream.first_byte_timeout == 90.0
     assert not notes
@@ -300,6 +302,35 @@ def test_name_of_a_backend_is_plain(name: str) -> None:
         llmq.build_settings({"backends": {name: {"url": "http://a:1"}}})
 
 
+ALIASES = {"claude-*": "qwen3-coder:30b", "gpt-4o": "M", "*": "m"}
+
+
+def test_aliases_are_patterns_and_the_models_they_mean(tmp_path: Path) -> None:
+    settings, _ = read(file=write(tmp_path / "llmq.json", {"aliases": ALIASES}))
+    assert settings.aliases == ALIASES
+    assert list(settings.aliases) == list(ALIASES), "the first that fits counts"
+    assert llmq.Settings().aliases == {}
+    assert llmq.build_settings({"aliases": {}}).aliases == {}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"a": 1}, {"a": ""}, {"": "m"}, {"a": None}, {"a": {"b": "c"}}, {"a": ["m"]}, {"a": True}],
+)
+def test_alias_that_means_no_model_is_told_with_the_cure(bad: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "llmq.json", {"aliases": bad})
+    line = mistake(file=file)
+    assert line.startswith(f"{file}: aliases: ")
+    assert '"name-*" = "model"' in line
+
+
+@pytest.mark.parametrize("bad", [None, [], ["a=m"], "a=m", 7])
+def test_aliases_are_a_table(bad: Any, tmp_path: Path) -> None:
+    assert "write [aliases]" in mistake(file=write(tmp_path / "llmq.json", {"aliases": bad}))
+    with pytest.raises(llmq.ConfigError, match=r"write \[aliases\]"):
+        llmq.build_settings({"aliases": bad})
+
+
 # ---- Mistakes --------------------------------------------------------------------------------
 # tests/test_process.py has one of each kind as a user meets it; here every setting has its own.
 
@@ -365,7 +396,7 @@ def test_misspelt_key_is_told_the_right_one(row: Any, tmp_path: Path) -> None:
 
 def test_word_that_is_near_to_none_is_told_them_all(tmp_path: Path) -> None:
     line = mistake(file=write(tmp_path / "llmq.json", {"zzz": {}}))
-    assert all(table in line for table in (*llmq.TABLES, *llmq.NAMED_TABLES))
+    assert all(table in line for table in (*llmq.TABLES, *llmq.OWN_TABLES))
 
 
 def test_values_in_a_message_are_short_and_printable() -> None:
@@ -383,6 +414,7 @@ def test_settings_that_were_shown_are_read_the_same(tmp_path: Path) -> None:
         values[row.key] = next(text for text, value in written(row) if value != row.default)
     values["backends"] = {"a": {"url": "http://a:1", "key": "k", "kind": "ollama", "slots": 2}}
     values["devices"] = {"a": {"slots": 3}}
+    values["aliases"] = ALIASES
     settings = llmq.build_settings(values)
     shown = write(tmp_path / "llmq.json", llmq.render_settings(settings))
     assert read(file=shown)[0] == settings
@@ -431,6 +463,11 @@ EFFECTS = {
     "::test_a_client_that_takes_nothing_meets_back_pressure_then_counts_as_gone",
     "server.drain_timeout": "test_process.py"
     "::test_a_drain_ends_at_its_limit_and_what_still_runs_is_told",
+    "server.heartbeat_after": "test_heartbeat.py"
+    "::test_waiting_request_hears_signs_of_life_and_then_its_whole_answer",
+    "server.heartbeat_interval": "test_heartbeat.py::test_interval_is_the_time_between_two_signs",
+    "server.whole_heartbeat_after": "test_heartbeat.py"
+    "::test_streams_and_whole_bodies_begin_at_their_own_times",
     "server.max_body": "test_wire_framing.py"
     "::test_body_up_to_the_limit_passes_and_one_byte_more_is_413",
     "queue.slots": "test_load.py::test_a_burst_of_three_hundred_is_served_each_its_own",
@@ -450,6 +487,8 @@ EFFECTS = {
     "::test_a_silent_backend_is_a_504_and_is_cut_off_before_the_next_starts",
     "upstream.idle_timeout": "test_upstream_faults.py"
     "::test_a_stream_that_falls_silent_ends_in_an_error",
+    "upstream.num_ctx": "test_context.py::test_starting_context_is_what_models_begin_with",
+    "upstream.max_num_ctx": "test_context.py::test_max_num_ctx_is_the_most",
     "upstream.probe_interval": "test_background.py::test_backend_is_looked_at_again_after_a_while",
     "upstream.probe_timeout": "test_background.py"
     "::test_backend_that_does_not_answer_a_look_in_time_is_down",
@@ -463,13 +502,16 @@ EFFECTS = {
     "::test_a_backend_may_have_fewer_slots_than_its_device",
     "backends.kind": "test_background.py::test_kind_that_is_set_is_not_asked_for",
     "backends.key": "test_upstream_faults.py::test_the_key_of_a_backend_comes_from_the_settings",
+    "aliases": "test_reads.py::test_alias_leads_to_its_model_in_every_dialect",
 }
 
 
 def named_settings() -> list[str]:
-    return [
+    """What is set in tables whose keys are the user's."""
+    rows = [
         f"{table}.{one.name}" for table, cls in llmq.NAMED_TABLES.items() for one in fields(cls)
     ]
+    return rows + [table for table in llmq.OWN_TABLES if table not in llmq.NAMED_TABLES]
 
 
 def test_every_setting_has_a_tested_effect() -> None:
@@ -481,7 +523,7 @@ def test_test_of_an_effect_exists_and_its_file_uses_the_setting(key: str) -> Non
     name, _, test = EFFECTS[key].partition("::")
     source = (ROOT / "tests" / name).read_text(encoding="utf-8")
     assert re.search(rf"^(async )?def {test}\(", source, re.MULTILINE)
-    table, setting = key.split(".")
+    table, _, setting = key.rpartition(".")
     spellings = [f"{table}__{setting}", f"{table}.{setting}", setting, setting.replace("_", "-")]
     spellings += [setting[:-1].replace("_", "-")] if setting.endswith("s") else []
     assert re.search("|".join(map(re.escape, spellings)), source)

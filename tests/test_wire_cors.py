@@ -55,7 +55,15 @@ CONTROL = [
     ("DELETE", "/llmq/requests?state=waiting", None),
     ("POST", "/llmq/requests/any", {"priority": "high"}),
 ]
-MANAGEMENT = ["pull", "push", "create", "copy", "delete", "blobs/sha256:0"]
+MANAGEMENT = [
+    ("POST", "/api/pull"),
+    ("POST", "/api/push"),
+    ("POST", "/api/create"),
+    ("POST", "/api/copy"),
+    ("DELETE", "/api/delete"),
+    ("POST", "/api/blobs/sha256:0"),
+    ("HEAD", "/api/blobs/sha256:0"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -189,10 +197,13 @@ async def test_foreign_origin_changes_nothing(origin: str) -> None:
             assert (answer.status, answer.code) == (403, "forbidden_origin"), (path, answer)
         granted = await preflight(q.port, origin, "/llmq/mode")
         assert granted.status == 403 or "access-control-allow-origin" not in granted.headers
-        for route in MANAGEMENT:
+        for method, path in MANAGEMENT:
             fields = {"Origin": origin, "Content-Type": "text/plain"}
-            answer = await ask(q.port, "POST", f"/api/{route}", body=b"{}", headers=fields)
-            assert answer.status in (403, 404), (route, answer)
+            answer = await ask(q.port, method, path, body=b'{"model":"m"}', headers=fields)
+            assert answer.status == 403, (path, answer)
+            assert "access-control-allow-origin" not in answer.headers
+            granted = await preflight(q.port, origin, path)
+            assert granted.status == 403 or "access-control-allow-origin" not in granted.headers
         assert (await q.status())["mode"] == "open"
         assert (await q.chat("good")).status == 200
         assert [request.path for request in fake.requests] == [CHAT]
@@ -218,7 +229,8 @@ async def test_sec_fetch_site_tells_a_foreign_page_that_hides_its_origin() -> No
     async with running(NOBODY) as q:
         for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200)):
             assert (await set_mode(q.port, "open", Sec_Fetch_Site=site)).status == status, site
-        for method, path, body in CONTROL:
+        managed = [(method, path, {"model": "m"}) for method, path in MANAGEMENT]
+        for method, path, body in CONTROL + managed[:-1]:  # a HEAD changes nothing
             fields = {"Sec-Fetch-Site": "cross-site"}
             assert (await ask(q.port, method, path, json=body, headers=fields)).status == 403
 

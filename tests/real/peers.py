@@ -1,4 +1,4 @@
-"""The peers of test_real.py: a real runner, its model, the official clients, made on demand.
+"""The peers of the tests: a real runner, its model, the libraries of clients, made on demand.
 
 Everything is kept in `.real/` beside tests/ (ignored by git; `LLMQ_REAL_CACHE` names another
 folder), complete or not at all, and made anew when its recipe here changes. What cannot be had
@@ -98,7 +98,7 @@ def base_python() -> str:
 
 
 def python() -> str:
-    """The Python of a venv with the runner and the OpenAI client for Python."""
+    """The Python of a venv with the runner and the libraries for Python."""
     wanted = HERE / "requirements.txt"
 
     def make(target: Path) -> None:
@@ -110,7 +110,7 @@ def python() -> str:
 
 
 def node_folder() -> Path:
-    """A folder whose node_modules holds the OpenAI client for Node."""
+    """A folder whose node_modules holds the libraries for Node."""
     wanted = HERE / "package.json"
     found("node")
     npm = found("npm")
@@ -159,13 +159,13 @@ def free_port() -> int:
 class Runner:
     """llama.cpp's server with room for two requests; its port stays over restarts."""
 
-    def __init__(self, python: str, model_name: str) -> None:
+    def __init__(self, python: str, model_name: str, *options: str) -> None:
         self.python = python
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         script = str(HERE / "serve_xllamacpp.py")
-        self.command = [python, script, model(model_name), str(self.port)]
-        self.log = CACHE / f"{model_name}.log"
+        self.command = [python, script, model(model_name), str(self.port), *options]
+        self.log = CACHE / f"{'-'.join([model_name, *options])}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Runner:

@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server, out of the wheel `xllamacpp`: the real runner of test_real.py.
+"""llama.cpp's own HTTP server, out of the wheel `xllamacpp`: the real runner of the tests.
 
 It prints one line, `ready`, when the model is loaded; every route answers 503 before.
 """
@@ -16,6 +16,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument("port", type=int)
     parser.add_argument("--slots", type=int, default=2, help="requests that it runs at once")
+    parser.add_argument("--embeddings", action="store_true", help="give embeddings, too")
     parser.add_argument("--context", type=int, default=16384, help="tokens over all slots")
     return parser.parse_args()
 
@@ -35,6 +36,9 @@ def main() -> None:
     params.cpuparams.n_threads = 1  # the tests share the machine
     params.endpoint_slots = True
     params.warmup = False
+    if wanted.embeddings:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     server = xllamacpp.Server(params)
     print("ready", server.listening_address, flush=True)
     signal.sigwait(stops)

@@ -1,0 +1,463 @@
+"""Reads: one list of models from all backends, in the shape each client knows, never queued."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_runner import (
+    CHAT,
+    DIALECTS,
+    EMBED,
+    MESSAGES,
+    NATIVE_CHAT,
+    RERANK,
+    Dialect,
+    Runner,
+    speak,
+)
+from tests.fakes import Answer, Raw, ask, http, running
+
+NOBODY = "http://127.0.0.1:9"  # where no backend listens
+ANTHROPIC = {"anthropic-version": "2023-06-01"}
+RECORDINGS = Path(__file__).parent / "real" / "recordings"
+OLLAMA_HAS = [one for one in DIALECTS if one is not RERANK]
+ALIASES = {"claude-*": "qwen3-coder:30b", "gpt-4*-mini": "small", "fast": "small"}
+each_dialect = pytest.mark.parametrize("dialect", OLLAMA_HAS, ids=repr)
+
+
+async def up(q: running) -> None:
+    """Return once every backend is up; the test's deadline ends it otherwise."""
+    while any(one["state"] != "up" for one in (await q.status())["backends"]):
+        pass
+
+
+async def get(q: running, path: str, **headers: str) -> Any:
+    answer = await ask(
+        q.port, "GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+    assert (answer.status, answer.clean) == (200, True), answer
+    assert answer.headers["content-type"].startswith("application/json")
+    return answer.json()
+
+
+def body_of(name: str) -> bytes:
+    """The body of a recorded answer."""
+    return (RECORDINGS / f"{name}.response.txt").read_bytes().partition(b"\r\n\r\n")[2]
+
+
+async def asks(q: running, dialect: Dialect, model: str) -> Answer:
+    return await dialect.ask(q.port, "hello", model=model)
+
+
+# ---- Lists -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models"])
+async def test_anthropics_clients_get_the_models_in_their_shape(path: str) -> None:
+    async with (
+        Runner(models=["a", "org/b:7b"]) as one,
+        Runner(models=["c"], kind="llamacpp") as two,
+    ):
+        async with running(one.url, two.url) as q:
+            await up(q)
+            listing = await get(q, path, **ANTHROPIC)
+            assert [row["id"] for row in listing["data"]] == ["a", "org/b:7b", "c"]
+            for row in listing["data"]:
+                assert row["type"] == "model"
+                assert row["display_name"]
+                assert row["created_at"].endswith("Z") or "+" in row["created_at"]
+            assert listing["has_more"] is False
+            assert (listing["first_id"], listing["last_id"]) == ("a", "c")
+            assert (await get(q, path))["object"] == "list"
+
+
+async def test_one_model_has_anthropics_shape_too_slashes_and_all() -> None:
+    async with Runner(models=["org/model/x:7b"]) as fake, running(fake.url) as q:
+        await up(q)
+        for path in ("org/model/x:7b", "org%2Fmodel%2Fx%3A7b", "ORG/model/x:7b"):
+            row = await get(q, f"/v1/models/{path}", **ANTHROPIC)
+            assert (row["type"], row["id"]) == ("model", "org/model/x:7b")
+            row = await get(q, f"/v1/models/{path}")
+            assert (row["object"], row["id"]) == ("model", "org/model/x:7b")
+
+
+async def test_empty_list_has_anthropics_shape_too() -> None:
+    async with running(NOBODY) as q:
+        listing = await get(q, "/v1/models", **ANTHROPIC)
+        assert (listing["data"], listing["has_more"]) == ([], False)
+
+
+async def test_unknown_model_is_told_in_the_dialect_of_who_asks() -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        answer = await ask(q.port, "GET", "/v1/models/nobody/has:it", headers=ANTHROPIC)
+        assert answer.status == 404
+        assert "nobody/has:it" in MESSAGES.whole_error(answer)
+        assert answer.json()["error"]["type"] == "not_found_error"
+        answer = await ask(q.port, "GET", "/v1/models/nobody/has:it")
+        assert (answer.status, answer.code) == (404, "model_not_found")
+
+
+async def test_tags_are_ollamas_own_rows_and_made_ones_for_others() -> None:
+    async with Runner(models=["a:latest", "b:7b"]) as one:
+        async with Runner(models=["A", "org/c"], kind="vllm") as two:
+            async with running(one.url, two.url) as q:
+                await up(q)
+                tags = await get(q, "/api/tags")
+                assert tags["models"][:2] == [one.tag("a:latest"), one.tag("b:7b")]
+                (made,) = tags["models"][2:]
+                assert made["name"] == made["model"] == "org/c"
+                assert isinstance(made["size"], int)
+                assert isinstance(made["digest"], str)
+                assert isinstance(made["details"], dict)
+                assert made["modified_at"][4] == "-"
+
+
+async def test_tags_and_ps_of_a_real_ollama_pass_unchanged() -> None:
+    async with Runner(models=["counter:latest", "slow:latest"]) as fake:
+        for path, name in (("/api/tags", "ollama.api-tags"), ("/api/ps", "ollama.api-ps")):
+            fake.probe_answers[path] = (200, body_of(name))
+        fake.probe_answers["/v1/models"] = (200, body_of("ollama.models"))
+        async with running(fake.url) as q:
+            await up(q)
+            for path in ("/api/tags", "/api/ps", "/v1/models"):
+                assert await get(q, path) == json.loads(fake.probe_answers[path][1]), path
+
+
+async def test_ps_is_what_is_loaded_anywhere() -> None:
+    async with Runner(models=["a", "b"]) as one, Runner(models=["c"], kind="llamacpp") as two:
+        one.contexts = {"b": 8192}
+        async with running(one.url, two.url) as q:
+            await up(q)
+            rows = (await get(q, "/api/ps"))["models"]
+            assert one.loaded_row("b") in rows
+            assert {row["name"] for row in rows} == {"b", "c"}
+            assert all(row["name"] == row["model"] for row in rows)
+
+
+async def test_reads_follow_the_probes_and_leave_out_who_is_down() -> None:
+    async with Runner(models=["stays"]) as one, Runner(models=["goes"]) as two:
+        one.contexts, two.contexts = {"stays": 4096}, {"goes": 4096}
+        async with running(one.url, two.url, upstream__probe_interval=0.1) as q:
+            await up(q)
+            await two.stop_listening()
+            two.drop_connections()
+            while (await q.status())["backends"][1]["state"] != "down":
+                pass
+            for path, list_of, name in (
+                ("/api/tags", "models", "name"),
+                ("/api/ps", "models", "name"),
+                ("/v1/models", "data", "id"),
+            ):
+                assert [row[name] for row in (await get(q, path))[list_of]] == ["stays"], path
+            one.models.append("new")
+            while len((await get(q, "/api/tags"))["models"]) != 2:
+                pass
+            two.models = ["came"]
+            await two.listen_again()
+            await up(q)
+            names = [row["name"] for row in (await get(q, "/api/tags"))["models"]]
+            assert names == ["stays", "new", "came"]
+
+
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/v1/models", "/models"])
+async def test_reads_ask_no_backend_and_never_wait(path: str) -> None:
+    async with Runner(auto=False) as fake, running(fake.url) as q:
+        await up(q)
+        running_one = asyncio.ensure_future(CHAT.ask(q.port, "long"))
+        request = await fake.arrived()
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+        before = fake.connections, fake.probes
+        for _ in range(20):
+            await get(q, path)
+        assert (fake.connections, fake.probes) == before
+        await speak(request)
+        await running_one
+
+
+@pytest.mark.parametrize("path", ["/", "/api/version", "/api/tags"])
+async def test_head_is_get_without_its_body_where_ollama_has_it(path: str) -> None:
+    async with Runner() as fake, running(fake.url) as q, await Raw.open(q.port) as raw:
+        await up(q)
+        answers = []
+        for method in ("GET", "HEAD", "GET"):
+            await raw.send(http(method, path))
+            answers.append(await raw.response())
+        first, head, last = answers
+        assert [one.status for one in answers] == [200, 200, 200]
+        assert first.body == last.body != b""
+        assert head.body == b""
+        assert head.headers["content-length"] == first.headers["content-length"]
+        assert head.headers["content-type"] == first.headers["content-type"]
+
+
+async def test_version_is_that_of_the_ollama_behind_or_a_believable_one() -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        assert (await get(q, "/api/version"))["version"] == "0.12.0"
+    async with Runner(kind="vllm") as fake, running(fake.url) as q:
+        await up(q)
+        version = (await get(q, "/api/version"))["version"]
+        assert tuple(map(int, version.split("."))) >= (0, 5, 0)
+
+
+# ---- Show ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["model", "name"])
+async def test_show_is_what_ollama_says_of_the_model(field: str) -> None:
+    async with Runner(models=["a", "b"]) as fake, running(fake.url) as q:
+        fake.limits["b"] = 8192
+        await up(q)
+        answer = await ask(q.port, "POST", "/api/show", json={field: "b"})
+        assert answer.status == 200
+        shown = answer.json()
+        assert shown["model_info"]["llama.context_length"] == 8192
+        assert shown["template"] == "{{ . }}"
+        assert shown["capabilities"] == ["completion"]
+
+
+async def test_show_of_a_model_that_no_ollama_has_is_made_up_of_what_is_known() -> None:
+    async with Runner(models=["a"]) as one, Runner(models=["org/c"], kind="vllm") as two:
+        async with running(one.url, two.url) as q:
+            await up(q)
+            answer = await ask(q.port, "POST", "/api/show", json={"model": "org/c"})
+            assert answer.status == 200
+            shown = answer.json()
+            assert isinstance(shown["details"], dict)
+            assert isinstance(shown["model_info"], dict)
+            assert "completion" in shown["capabilities"]
+            assert two.shown == []
+
+
+async def test_show_of_an_unknown_model_is_404_as_ollama_says_it() -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        answer = await ask(q.port, "POST", "/api/show", json={"model": "nobody"})
+        assert answer.status == 404
+        assert "nobody" in NATIVE_CHAT.whole_error(answer)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b'{"model":3}', b'{"model":""}'])
+async def test_show_without_a_name_is_400(body: bytes) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        answer = await ask(q.port, "POST", "/api/show", body=body)
+        assert answer.status == 400
+        assert NATIVE_CHAT.whole_error(answer)
+
+
+async def test_show_does_not_wait_in_the_queue() -> None:
+    async with Runner(auto=False) as fake, running(fake.url) as q:
+        await up(q)
+        long = asyncio.ensure_future(CHAT.ask(q.port, "long"))
+        request = await fake.arrived()
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+        answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+        assert answer.status == 200
+        await speak(request)
+        await long
+
+
+# ---- Names -----------------------------------------------------------------------------------
+
+
+@each_dialect
+async def test_alias_leads_to_its_model_in_every_dialect(dialect: Dialect) -> None:
+    models = ["qwen3-coder:30b", "small"]
+    async with Runner(models=models) as fake, running(fake.url, aliases=ALIASES) as q:
+        for asked, model in (
+            ("claude-sonnet-4-5", "qwen3-coder:30b"),
+            ("claude-", "qwen3-coder:30b"),
+            ("gpt-4o-mini", "small"),
+            ("fast", "small"),
+        ):
+            answer = await asks(q, dialect, asked)
+            assert dialect.text(answer) == "hello"
+            assert fake.requests[-1].json == dialect.body("hello", model=model)
+
+
+async def test_exact_name_then_latest_and_case_then_alias() -> None:
+    aliases = {"*": "other", "exact": "other", "Cased": "other", "tagged": "other"}
+    models = ["exact", "cased", "tagged:latest", "other"]
+    async with Runner(models=models) as fake, running(fake.url, aliases=aliases) as q:
+        for asked, model in (
+            ("exact", "exact"),
+            ("Cased", "cased"),
+            ("tagged", "tagged:latest"),
+            ("EXACT:latest", "exact"),
+            ("whatever", "other"),
+            ("exact:7b", "other"),
+        ):
+            assert (await asks(q, CHAT, asked)).status == 200
+            assert fake.requests[-1].json["model"] == model, asked
+
+
+async def test_name_never_leads_to_another_tag() -> None:
+    async with Runner(models=["m:7b", "n:latest"]) as fake, running(fake.url) as q:
+        for name in ("m", "m:latest", "m:7", "m:7b-q4", "n:7b", "7b"):
+            answer = await asks(q, CHAT, name)
+            assert (answer.status, answer.code) == (404, "model_not_found"), name
+        assert fake.requests == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "not_meant"),
+    [
+        ("claude-*", ["claude", "my-claude-x", "aclaude-"]),
+        ("a.c", ["abc", "a.cd"]),
+        ("[ab]", ["a", "b"]),
+        ("a?c", ["abc"]),
+        ("fast", ["fastest", "fast:7b"]),
+    ],
+)
+async def test_only_a_star_is_a_pattern(pattern: str, not_meant: list[str]) -> None:
+    async with Runner(models=["t"]) as fake, running(fake.url, aliases={pattern: "t"}) as q:
+        meant = pattern.replace("*", "x-1")
+        assert (await asks(q, CHAT, meant)).status == 200
+        for name in not_meant:
+            assert (await asks(q, CHAT, name)).status == 404, name
+        assert len(fake.requests) == 1
+
+
+async def test_alias_that_equals_the_name_counts_and_then_the_first_that_fits() -> None:
+    aliases = {"claude-opus": "a", "claude-*": "b", "*": "c", "claude-haiku": "a"}
+    async with Runner(models=["a", "b", "c"]) as fake, running(fake.url, aliases=aliases) as q:
+        for asked, model in (
+            ("claude-opus", "a"),
+            ("claude-opus-4", "b"),
+            ("claude-haiku", "a"),
+            ("claude-haiku-4", "b"),
+            ("gpt-5", "c"),
+        ):
+            assert (await asks(q, CHAT, asked)).status == 200
+            assert fake.requests[-1].json["model"] == model, asked
+
+
+@each_dialect
+async def test_alias_to_a_model_that_nobody_has_is_unknown(dialect: Dialect) -> None:
+    async with Runner() as fake, running(fake.url, aliases={"ghost-*": "nobody-has"}) as q:
+        answer = await asks(q, dialect, "ghost-1")
+        assert answer.status == 404
+        assert dialect.whole_error(answer)
+        assert fake.requests == []
+
+
+async def test_alias_may_lead_to_a_name_in_another_case() -> None:
+    aliases = {"a": "M"}
+    async with Runner(models=["m:latest"]) as fake, running(fake.url, aliases=aliases) as q:
+        assert (await asks(q, CHAT, "a")).status == 200
+        assert fake.requests[-1].json["model"] == "m:latest"
+
+
+@each_dialect
+async def test_ambiguous_name_is_400_and_names_both(dialect: Dialect) -> None:
+    async with Runner(models=["Twin", "twin:latest"]) as fake, running(fake.url) as q:
+        for name in ("twin", "TWIN:latest"):
+            answer = await asks(q, dialect, name)
+            assert answer.status == 400
+            message = dialect.whole_error(answer)
+            assert "Twin" in message
+            assert "twin:latest" in message
+        for name in ("Twin", "twin:latest"):
+            assert (await asks(q, dialect, name)).status == 200
+            assert fake.requests[-1].json["model"] == name
+
+
+async def test_alias_is_good_for_reads_of_one_model() -> None:
+    models = ["qwen3-coder:30b", "small"]
+    async with Runner(models=models) as fake, running(fake.url, aliases=ALIASES) as q:
+        await up(q)
+        for headers in ({}, ANTHROPIC):
+            answer = await ask(q.port, "GET", "/v1/models/claude-opus", headers=headers)
+            assert answer.status == 200
+        answer = await ask(q.port, "POST", "/api/show", json={"model": "claude-opus"})
+        assert answer.status == 200
+
+
+async def test_alias_is_one_with_its_model_for_context_and_books() -> None:
+    async with Runner(models=["small"]) as fake, running(fake.url, aliases=ALIASES) as q:
+        assert (await CHAT.ask(q.port, "a", model="fast", numCtx=8192)).status == 200
+        assert (await NATIVE_CHAT.ask(q.port, "a", model="small")).status == 200
+        assert fake.loads == [("small", 8192)]
+
+
+# ---- Unknown or down -------------------------------------------------------------------------
+
+
+@each_dialect
+async def test_unknown_model_is_404_at_once_in_each_dialect(dialect: Dialect) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        for stream in (False, True):
+            answer = await dialect.ask(q.port, "x", stream, model="nobody")
+            assert (answer.status, answer.clean) == (404, True)
+            assert "nobody" in dialect.whole_error(answer)
+        assert fake.requests == []
+
+
+@each_dialect
+async def test_known_model_whose_backend_is_down_waits_then_is_503(dialect: Dialect) -> None:
+    quick = {"upstream__probe_interval": 0.1, "queue__down_wait": 0.5}
+    async with Runner(models=["m"]) as one, Runner(models=["other"]) as two:
+        async with running(one.url, two.url, **quick) as q:
+            await up(q)
+            await one.stop_listening()
+            one.drop_connections()
+            while (await q.status())["backends"][0]["state"] != "down":
+                pass
+            answer = await asks(q, dialect, "m")
+            assert (answer.status, answer.clean) == (503, True)
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert dialect.whole_error(answer)
+            if dialect is MESSAGES:
+                assert answer.json()["error"]["type"] == "overloaded_error"
+            assert two.requests == []
+
+
+async def test_model_that_a_silent_backend_may_have_is_not_called_unknown() -> None:
+    async with Runner(models=["m"]) as fake:
+        async with running(fake.url, NOBODY, queue__down_wait=0.3) as q:
+            assert (await asks(q, CHAT, "m")).status == 200
+            answer = await asks(q, EMBED, "perhaps")
+            assert answer.status == 503
+
+
+@each_dialect
+async def test_model_that_was_pulled_just_now_is_found_by_one_fresh_look(dialect: Dialect) -> None:
+    async with Runner(models=["m"]) as fake, running(fake.url, upstream__probe_interval=60) as q:
+        await up(q)
+        fake.models.append("new")
+        answer = await asks(q, dialect, "new")
+        assert dialect.text(answer) == "hello"
+
+
+# ---- The front door --------------------------------------------------------------------------
+
+
+async def test_root_says_that_ollama_is_running_to_programs() -> None:
+    async with running(NOBODY) as q, await Raw.open(q.port) as raw:
+        for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
+            await raw.send(http("GET", "/", accept))
+            answer = await raw.response()
+            assert (answer.status, answer.body) == (200, b"Ollama is running")
+            await raw.send(http("HEAD", "/", accept))
+            answer = await raw.response()
+            assert (answer.status, answer.body, answer.clean) == (200, b"", True)
+
+
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/api/show", "/v1/models"])
+async def test_web_pages_may_read(path: str) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        page = {"Origin": "https://chat.example"}
+        if path == "/api/show":
+            answer = await ask(q.port, "POST", path, json={"model": "m"}, headers=page)
+        else:
+            answer = await ask(q.port, "GET", path, headers=page)
+        assert answer.status == 200
+        assert answer.headers["access-control-allow-origin"] == "*"

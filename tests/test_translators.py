@@ -1,0 +1,313 @@
+"""Translators by themselves: however a stream is cut, and whatever comes in place of an answer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, Callable
+
+import pytest
+
+import llmq
+from llmq import TRANSLATORS, BackendError, BadRequest, NotSpoken
+from tests.documents import RECORDINGS, cuts, recorded, stream_of
+
+ASKED = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "prompt": "hi",
+    "input": ["hi"],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "encoding_format": "base64",
+}
+PAIRS = list(TRANSLATORS)
+STREAMED = [pair for pair in PAIRS if "embed" not in pair[0]]
+each_pair = pytest.mark.parametrize("pair", PAIRS, ids=" at ".join)
+each_streamed = pytest.mark.parametrize("pair", STREAMED, ids=" at ".join)
+TEXT_AND_TOOLS = {  # by the route that sends it
+    "/v1/chat/completions": b"""\
+data: {"choices":[{"delta":{"role":"assistant","reasoning_content":"hm \xf0\x9f\xa6\x99"}}]}
+
+: position=1 eta=2
+
+data: {"choices":[{"delta":{"content":"h\\u00e9"},"logprobs":{"content":[{"token":"h"}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":1,"id":"b","function":{"name":"g"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":0,"id":"a","function":{"name":"f",\
+"arguments":"{\\"x\\":"}}]}}]}
+
+data: {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"[1]}"}}]}}]}
+
+data: {"choices":[{"delta":{},"finish_reason":"tool_calls"}]}
+
+data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}
+
+data: [DONE]
+
+""",
+    "/v1/completions": b"""\
+data: {"choices":[{"text":"h\xc3\xa9"}]}
+
+data: {"choices":[{"text":"","finish_reason":"length"}],"usage":{"prompt_tokens":3}}
+
+data: [DONE]
+
+""",
+    "/api/chat": b"""\
+{"message":{"role":"assistant","content":"","thinking":"hm \xf0\x9f\xa6\x99"},"done":false}
+  {"message":{"content":"h\\u00e9"},"done":false,"logprobs":[{"token":"h"}]}
+{"message":{"content":"","tool_calls":[{"function":{"name":"f","arguments":{"x":[1]}}},\
+{"id":"b","function":{"index":5,"name":"g"}}]},"done":false}
+
+{"message":{"content":""},"done":true,"done_reason":"stop","eval_count":4,"prompt_eval_count":3}
+""",
+    "/api/generate": b"""\
+{"response":"h\xc3\xa9","done":false}
+{"response":"","done":true,"done_reason":"length","eval_count":4}
+""",
+}
+
+
+def translator(pair: tuple[str, str], **more: Any) -> Any:
+    return TRANSLATORS[pair]({**ASKED, **more}, "m", 0, lambda: 1795251034.25)
+
+
+def retold(pair: tuple[str, str], pieces: list[bytes]) -> bytes:
+    """What becomes of a stream that comes in these pieces."""
+    one = translator(pair)
+    return b"".join([one.feed(piece) for piece in pieces]) + one.finish(b"")
+
+
+def unless_refused(run: Callable[[], Any]) -> Any:
+    """What comes of it; None where it is refused in words."""
+    try:
+        return run()
+    except (BackendError, BadRequest, NotSpoken):
+        return None
+
+
+# ---- Streams, however they are cut ---------------------------------------------------------------
+
+
+@each_streamed
+def test_stream_is_retold_the_same_however_it_is_cut(pair: tuple[str, str]) -> None:
+    data = TEXT_AND_TOOLS[pair[1]]
+    expected = retold(pair, [data])
+    assert b"h\\u00e9" in expected
+    for pieces in cuts(data, most=60):
+        assert retold(pair, pieces) == expected, pieces
+    windows = data.replace(b"\n", b"\r\n")
+    assert retold(pair, [windows]) == expected
+
+
+@each_streamed
+def test_stream_that_was_retold_is_a_good_one_of_its_dialect(pair: tuple[str, str]) -> None:
+    data = retold(pair, [TEXT_AND_TOOLS[pair[1]]])
+    watch = llmq.StreamWatch(llmq.ENDPOINTS[pair[0]].dialect)
+    assert watch.feed(data) + watch.finish() == data
+    assert watch.tokens in (4, None)
+
+
+def test_tool_calls_that_come_in_bits_are_told_whole_and_in_their_order() -> None:
+    lines = retold(("/api/chat", "/v1/chat/completions"), [TEXT_AND_TOOLS["/v1/chat/completions"]])
+    told = [json.loads(line)["message"] for line in lines.splitlines()]
+    (calls,) = [message["tool_calls"] for message in told if "tool_calls" in message]
+    assert calls == [
+        {"id": "a", "function": {"index": 0, "name": "f", "arguments": {"x": [1]}}},
+        {"id": "b", "function": {"index": 1, "name": "g", "arguments": {}}},
+    ]
+
+
+@pytest.mark.parametrize("name", ["chat-stream", "chat-stream-usage", "completion-stream"])
+@pytest.mark.parametrize("runner", ["llama-server", "vllm", "ollama", "llama-cpp-python"])
+def test_recorded_stream_of_openai_is_retold_the_same_however_it_is_cut(
+    runner: str, name: str
+) -> None:
+    data, _ = stream_of(RECORDINGS / f"{runner}.{name}.response.txt")
+    route = "/api/generate" if "completion" in name else "/api/chat"
+    pair = next(pair for pair in PAIRS if pair[0] == route)
+    expected = retold(pair, [data])
+    lines = [json.loads(line) for line in expected.splitlines()]
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    for pieces in cuts(data, most=10):
+        assert retold(pair, pieces) == expected
+
+
+@pytest.mark.parametrize("name", ["api-chat-stream", "api-generate-stream"])
+def test_recorded_stream_of_ollama_is_retold_the_same_however_it_is_cut(name: str) -> None:
+    data, _ = stream_of(RECORDINGS / f"ollama.{name}.response.txt")
+    pair = next(pair for pair in PAIRS if pair[1] == f"/api/{name.split('-')[1]}")
+    expected = retold(pair, [data])
+    assert expected.endswith(b"data: [DONE]\n\n")
+    for pieces in cuts(data, most=10):
+        assert retold(pair, pieces) == expected
+
+
+def test_line_that_is_too_long_to_be_understood_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "PARSED_LINE", 1000)
+    for pair in STREAMED:
+        one = translator(pair)
+        one.feed(b'{"x":"' + b"y" * 900)
+        with pytest.raises(BackendError):
+            one.feed(b"y" * 900)
+
+
+# ---- What is no answer ---------------------------------------------------------------------------
+
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+NO_ANSWERS: list[Any] = [
+    *(None, [], {}, "x", 7, [[]], {"error": "x"}),
+    *({"choices": []}, {"choices": None}, {"choices": 7}, {"choices": [None]}, {"choices": [{}]}),
+    *({"choices": [{"message": 7}]}, {"choices": [{"text": None, "message": None}]}),
+    {"choices": [{"message": {"tool_calls": [{}]}}]},
+    {"choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}}]},
+    {"choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": 7}}]}}]},
+    *({"message": None}, {"message": 7}, {"message": []}, {"message": {"content": "x"}}),
+    {"message": {"role": "assistant", "tool_calls": [{}]}},
+    {"message": {"role": "assistant", "tool_calls": 7}},
+    {"message": {"role": "assistant"}, "response": "x", "eval_count": "many"},
+    *({"response": None, "eval_count": []}, {"embeddings": None}, {"embeddings": 7}),
+    *({"embeddings": [7]}, {"embeddings": [["x"]]}, {"embeddings": [[1e300]]}),
+    *({"embeddings": [[None]]}, {"embeddings": [[1]], "prompt_eval_count": {}, "data": []}),
+    *({"data": None}, {"data": [7]}, {"data": [{}]}, {"data": {}}, {"data": [[]]}),
+    {"data": [{"embedding": [1]}], "usage": 7, "choices": [{"text": "x"}]},
+    {"choices": [{"message": {}, "text": "x"}], "usage": [7]},
+    {"choices": [{"message": {"content": "x"}, "text": "x", "logprobs": 7}], "usage": "x"},
+]
+
+
+@each_pair
+@pytest.mark.parametrize("answer", NO_ANSWERS, ids=ascii)
+def test_what_is_no_answer_is_a_backends_error_or_retold_in_json(
+    pair: tuple[str, str], answer: Any
+) -> None:
+    one = translator(pair)
+    told = unless_refused(lambda: one.retell(one.whole, answer))
+    assert told is None or isinstance(json.loads(llmq.render_json(told)), dict)
+
+
+@each_streamed
+@pytest.mark.parametrize("event", NO_ANSWERS, ids=ascii)
+def test_event_that_makes_no_sense_is_a_backends_error_or_retold(
+    pair: tuple[str, str], event: Any
+) -> None:
+    mark = b"data: " if pair[1].startswith("/v1") else b""
+    deltas = json.dumps(event).replace("message", "delta") if mark else json.dumps(event)
+    for line in (mark + deltas.encode() + b"\n\n", mark + b"{\n", mark + b"\xff\n", mark + b"x\n"):
+        told = unless_refused(functools.partial(retold, pair, [line]))
+        assert told is None or isinstance(told, bytes)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"usage": 7}],
+        [{"usage": [1], "choices": []}],
+        [{"choices": [{"delta": {"tool_calls": [{"index": "a"}, {"index": 0}]}}]}],
+        [{"choices": [{"delta": {"tool_calls": [{"index": []}]}}]}],
+        [{"choices": [{"delta": {"tool_calls": [{"function": {"arguments": "{}"}}]}}]}],
+        [{"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}}]}],
+        [{"choices": [{"delta": {}, "finish_reason": []}]}],
+    ],
+    ids=ascii,
+)
+def test_nonsense_that_shows_at_the_end_only_is_a_backends_error_too(events: list[Any]) -> None:
+    for pair in STREAMED:
+        data = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+        told = unless_refused(functools.partial(retold, pair, [data, b"data: [DONE]\n\n"]))
+        assert told is None or isinstance(told, bytes)
+
+
+DEEP = "[" * 100_000
+
+
+@each_pair
+def test_arguments_of_a_tool_that_nest_without_end_are_no_crash(pair: tuple[str, str]) -> None:
+    call = {"function": {"name": "f", "arguments": DEEP}}
+    one = translator(pair)
+    with pytest.raises(BackendError):
+        one.retell(one.whole, {"choices": [{"message": {"tool_calls": [call]}}]})
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    body = unless_refused(translator(pair, messages=messages).body)
+    assert body is None or json.loads(body)["model"] == "m"
+
+
+# ---- What cannot be asked ------------------------------------------------------------------------
+
+ODD: list[Any] = [None, True, 7, -1.5, "x", [], [7], [None], {}, {"a": 1}, [{}], [[]], {"type": 7}]
+
+
+@each_pair
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("messages", "prompt", "input", "stream", "options", "tools", "format", "think", "stop"),
+        *("response_format", "reasoning", "reasoning_effort", "stream_options", "max_tokens"),
+        *("temperature", "logprobs", "keep_alive", "dimensions", "suffix", "images", "system"),
+    ],
+)
+def test_odd_member_is_passed_on_or_refused_and_never_a_crash(
+    pair: tuple[str, str], name: str
+) -> None:
+    for odd in ODD:
+        asked = {**ASKED, name: odd}
+        if unless_refused(lambda: llmq.ENDPOINTS[pair[0]].check(asked) or True):  # noqa: B023
+            body = unless_refused(translator(pair, **{name: odd}).body)
+            assert body is None or json.loads(body)["model"] == "m"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+@pytest.mark.parametrize("member", ["role", "content", "tool_calls", "images", "thinking", "name"])
+def test_odd_member_of_a_message_is_passed_on_or_refused(path: str, member: str) -> None:
+    pair = next(pair for pair in PAIRS if pair[0] == path)
+    for odd in ODD:
+        for role in ("user", "assistant", "tool"):
+            messages = [{"role": role, "content": "hi", member: odd}]
+            body = unless_refused(translator(pair, messages=messages).body)
+            assert body is None or json.loads(body)["messages"]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" at ".join)
+def test_question_is_asked_of_the_backends_model_and_left_as_it_is(pair: tuple[str, str]) -> None:
+    asked = json.loads(json.dumps(ASKED))
+    body = json.loads(TRANSLATORS[pair](asked, "other", 0, lambda: 7.5).body())
+    assert body["model"] == "other"
+    assert "num_ctx" not in body.get("options", {})
+    if pair[1].startswith("/api/"):
+        carrying = json.loads(TRANSLATORS[pair](asked, "other", 4096, lambda: 7.5).body())
+        assert carrying["options"]["num_ctx"] == 4096
+    assert asked == ASKED
+
+
+# ---- Small parts ---------------------------------------------------------------------------------
+
+
+def test_floats_are_packed_as_openais_sdks_unpack_them() -> None:
+    assert llmq.pack_floats([]) == ""
+    assert llmq.pack_floats([1.0, -2.5]) == "AACAPwAAIMA="
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "1970-01-01T00:00:00.000000Z"),
+        (1795251034.25, "2026-11-21T08:50:34.250000Z"),
+        (0.9999999, "1970-01-01T00:00:00.999999Z"),
+    ],
+)
+def test_times_are_written_as_ollama_writes_them(seconds: float, text: str) -> None:
+    assert llmq.rfc3339(seconds) == text
+
+
+def test_recorded_pair_of_answers_differs_by_id_and_time_alone() -> None:
+    """The same question at both routes of one Ollama."""
+    native = recorded(RECORDINGS / "ollama.api-chat.response.txt")[1]
+    one = translator(("/v1/chat/completions", "/api/chat"))
+    told = one.retell(one.whole, json.loads(native))
+    shape = json.loads(recorded(RECORDINGS / "ollama.chat.response.txt")[1])
+    assert list(told) == list(shape)
+    assert list(told["choices"][0]) == list(shape["choices"][0])
+    assert list(told["usage"]) == list(shape["usage"])
