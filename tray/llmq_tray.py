@@ -102,7 +102,8 @@ def seen(state: State, event: Event, now: float) -> Step:
 
 def lost(state: State, event: Event, _now: float) -> Step:
     dead = state.dead or (state.link == "up" and not event.goodbye and not state.stopping)
-    state = replace(state, why=event.why, dead=dead, stopping=False)
+    why = event.why or (state.why if state.link == event.what else "")  # of its start, perhaps
+    state = replace(state, why=why, dead=dead, stopping=False)
     if event.what == "absent" and state.busy == "Starting…":
         return state, []  # it does not listen yet
     if event.what == "absent" and state.local and state.may_start:
@@ -409,19 +410,21 @@ class Box:
         self.entry = place("XDG_CONFIG_HOME", ".config", "autostart") / "llmq-tray.desktop"
         if sys.platform == "darwin":
             self.entry = Path.home() / "Library/LaunchAgents/local.llmq-tray.plist"
-        self.lock = (self.private / f"{self.name}.lock").open("a")  # a crash frees it
+        self.lock: Any = None
 
     def alone(self) -> bool:
-        """Whether no other tray looks after this llmq."""
-        with contextlib.suppress(OSError):
+        """Whether no other tray looks after this llmq; a crash frees the lock."""
+        self.lock = (self.private / f"{self.name}.lock").open("a")
+        try:
             if sys.platform == "win32":
                 windows = importlib.import_module("msvcrt")
                 windows.locking(self.lock.fileno(), windows.LK_NBLCK, 1)
             else:
                 unix = importlib.import_module("fcntl")
                 unix.flock(self.lock, unix.LOCK_EX | unix.LOCK_NB)
-            return True
-        return False
+        except OSError:
+            return False
+        return True
 
     def mode(self, mode: str) -> str:
         return "" if ask(self.url, "/llmq/mode", {"mode": mode}) else "no answer"
@@ -564,7 +567,7 @@ class Shell:
         return self.pystray.MenuItem(
             item.text,
             lambda: self.events.put(Event("click", item.command)),
-            checked=None if item.checked is None else lambda _: item.checked,
+            checked=None if item.checked is None else lambda _: bool(item.checked),
             default=item.command == "dashboard",
             enabled=item.enabled,
         )

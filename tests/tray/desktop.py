@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.fakes import ROOT, eventually, need, require, require_command
+from tests.fakes import ROOT, clean_environment, eventually, need, require, require_command
 
 TRAY = ROOT / "tray" / "llmq_tray.py"
 BUS = """<busconfig><type>session</type><listen>unix:path={path}</listen>
@@ -50,11 +50,23 @@ def require_desktop() -> None:
 class Tray:
     """One tray process."""
 
-    def __init__(self, env: dict[str, str], *arguments: str, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        env: dict[str, str],
+        *arguments: str,
+        python: str = sys.executable,
+        module: bool = False,
+    ) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in finish()
-        command = [python, str(TRAY), *arguments]
+        program = ["-m", "tray"] if module else [str(TRAY)]
+        null = subprocess.DEVNULL
         self.process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
+            [python, *program, *arguments],
+            env=env,
+            cwd=ROOT if module else env["HOME"],
+            stdin=null,
+            stdout=self.log,
+            stderr=self.log,
         )
 
     @property
@@ -99,7 +111,7 @@ class Desktop:
             browser.write_text(BROWSER.format(log=self.folder / "opened"))
             browser.chmod(0o755)
             self.env = {
-                **{name: value for name, value in os.environ.items() if name != "WAYLAND_DISPLAY"},
+                **clean_environment(str(self.home)),
                 "HOME": str(self.home),
                 "XDG_RUNTIME_DIR": str(self.runtime),
                 "TMPDIR": str(self.runtime),
@@ -108,7 +120,8 @@ class Desktop:
                 "NO_AT_BRIDGE": "1",
                 "GSETTINGS_BACKEND": "memory",
             }
-            for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME"):
+            homes = [f"XDG_{name}_HOME" for name in ("CONFIG", "CACHE", "STATE", "DATA")]
+            for name in (*homes, "WAYLAND_DISPLAY", "PYSTRAY_BACKEND"):
                 self.env.pop(name, None)
             self.start_display(ending)
             self.start_bus(ending)
@@ -156,8 +169,8 @@ class Desktop:
 
     # ---- the tray and what it left
 
-    def tray(self, *arguments: str, **env: str) -> Tray:
-        self.trays.append(Tray({**self.env, **env}, *arguments))
+    def tray(self, *arguments: str, module: bool = False, **env: str) -> Tray:
+        self.trays.append(Tray({**self.env, **env}, *arguments, module=module))
         return self.trays[-1]
 
     def finish_trays(self) -> None:

@@ -52,8 +52,10 @@ class Panel:
         given = arguments.unpack()
         answer = None
         if method == "RegisterStatusNotifierItem":
-            named = (given[0], "/StatusNotifierItem")
-            self.items.append((sender, given[0]) if given[0].startswith("/") else named)
+            at_path = given[0].startswith("/")
+            item = (sender, given[0]) if at_path else (given[0], "/StatusNotifierItem")
+            if item not in self.items:  # libayatana-appindicator says it more than once
+                self.items.append(item)
         elif method == "Notify":
             self.notes.append([given[3], given[4]])
             answer = GLib.Variant("(u)", (len(self.notes),))
@@ -95,6 +97,15 @@ class Panel:
                 return True
         return False
 
+    def watch(self) -> None:
+        """The panel comes up."""
+        self.own("org.kde.StatusNotifierWatcher", "/StatusNotifierWatcher", WATCHER)
+
+    def command_of(self, entry: str) -> list[str]:
+        """What a desktop would run for this file."""
+        line = Gio.DesktopAppInfo.new_from_filename(entry).get_commandline()
+        return [word.replace("%%", "%") for word in GLib.shell_parse_argv(line)[1]]
+
     def clipboard(self) -> Any:
         """Only the main loop may ask for it."""
         found: list[Any] = []
@@ -115,7 +126,7 @@ class Panel:
 def main(wanted: list[str]) -> None:
     panel = Panel()
     if "watcher" in wanted:
-        panel.own("org.kde.StatusNotifierWatcher", "/StatusNotifierWatcher", WATCHER)
+        panel.watch()
     if "notifier" in wanted:
         path = "/org/freedesktop/Notifications"
         panel.own("org.freedesktop.Notifications", path, NOTIFIER)
