@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend, Process, eventually, need, require, running
+from tests.fakes import FakeBackend, Process, eventually, need, render_answer, require, running
 from tests.tray import sheet
 from tray import llmq_tray as tray
 from tray.llmq_tray import FACES, Event, State, reduce, view
@@ -30,15 +30,14 @@ UP = State(link="up", may_start=False)
 def snapshot(
     mode: str = "open", waiting: int = 0, running: int = 0, backends: Any = ("up",), full: int = 0
 ) -> Event:
-    return Event(
-        "seen",
-        {
-            "mode": mode,
-            "queue": {"waiting": waiting, "running": running},
-            "backends": [{"state": state} for state in backends],
-            "requests_total": {"done": 7, "queue_full": full} if full else {},
-        },
-    )
+    facts = {
+        "mode": mode,
+        "queue": {"waiting": waiting, "running": running, "oldest_wait_s": 1.5},
+        "backends": [{"name": "a", "state": state} for state in backends],
+        "requests_total": {"done": 7, "queue_full": full} if full else {},
+        "of later": [1, 2, 3],
+    }
+    return tray.read_snapshot(json.dumps(facts).encode())
 
 
 def play(state: State, *events: tuple[float, Event]) -> tuple[State, list[Any]]:
@@ -382,6 +381,20 @@ async def test_who_else_may_be_there_is_told_apart(monkeypatch: pytest.MonkeyPat
     assert end == Event("lost", "absent")
 
 
+@pytest.mark.parametrize("data", ["no JSON", "[1]", "{}", '{"queue": 7}', "null"])
+async def test_events_of_another_program_are_not_taken_for_a_state(data: str):
+    async with FakeBackend() as fake:
+        stream = [("Content-Type", "text/event-stream")]
+        answer = render_answer(200, f"data: {data}\n\n".encode(), stream)
+
+        async def send(request: Any) -> None:
+            await request.send(answer)
+
+        fake._answer_probe = send  # type: ignore[method-assign]
+        events, end = await told_by(fake.url, nothing)
+    assert (events, end) == ([], Event("lost", "foreign"))
+
+
 async def test_a_server_that_says_nothing_is_no_llmq(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # and nobody accepts
@@ -527,7 +540,6 @@ def test_only_one_tray_looks_after_one_llmq():
 def test_start_at_login_on_a_mac_is_a_launch_agent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tray.sys, "platform", "darwin")
     box = tray.Box(URL)
-    box.entry.parent.mkdir(parents=True)
     box.login(True)
     facts = plistlib.loads(box.entry.read_bytes())
     assert facts["ProgramArguments"] == [
@@ -603,11 +615,12 @@ def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: p
         return event
 
     monkeypatch.setattr(tray.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(shell, "on_ui", lambda *call: done.append((clock[0], call[2])))
+    monkeypatch.setattr(shell, "on_ui", lambda *call: done.append((clock[0], call[2:][:1])))
     monkeypatch.setattr(shell.events, "get", get)
     with pytest.raises(Enough):
         shell.think()
-    icons = [when for when, name in done if name == "icon"]
+    icons = [when for when, name in done if name == ("icon",)]
     assert len(icons) >= 5
     assert all(later - sooner >= 0.5 for sooner, later in zip(icons, icons[1:]))
-    assert [name for _, name in done].count("menu") == 1  # from idle to working
+    assert [name for _, name in done].count(("menu",)) == 1  # from idle to working
+    assert done[-1] == (clock[0], ())  # a shell that has failed takes its icon away

@@ -69,7 +69,7 @@ class State:
 
 class Event(NamedTuple):
     kind: str  # "seen" a snapshot, "lost" the link, "click" a command, "done" with it, "tick"
-    what: Any = None  # the snapshot, the state of the link, the command
+    what: Any = None  # parts of the state, the state of the link, the command
     why: str = ""  # what went wrong
     goodbye: bool = False  # llmq itself ended the link, in good order
 
@@ -88,16 +88,11 @@ def reduce(state: State, event: Event, now: float) -> Step:
 
 
 def seen(state: State, event: Event, now: float) -> Step:
-    snapshot, queued = event.what, event.what["queue"]
-    usable = [one["state"] in ("up", "loading", "unknown") for one in snapshot["backends"]]
-    refused = int(snapshot["requests_total"].get("queue_full", 0))
-    if state.link == "up" and refused > state.refused:  # those before we looked are history
-        state = replace(state, full_until=now + FULL_SECONDS)
     if state.link != "up":
         state = replace(state, link="up", why="", busy="", dead=False, may_start=False)
-    state = replace(state, waiting=int(queued["waiting"]), running=int(queued["running"]))
-    down = bool(usable) and not any(usable)
-    return replace(state, mode=str(snapshot["mode"]), runners_down=down, refused=refused), []
+    elif event.what["refused"] > state.refused:  # those before we looked are history
+        state = replace(state, full_until=now + FULL_SECONDS)
+    return replace(state, **event.what), []
 
 
 def lost(state: State, event: Event, _now: float) -> Step:
@@ -319,13 +314,23 @@ def connect(url: str) -> http.client.HTTPConnection:
 def ask(url: str, path: str, body: Any = None) -> Any:
     """What llmq answers; an exception with its words when it refuses."""
     with contextlib.closing(connect(url)) as connection:
-        data, head = json.dumps(body), {"Content-Type": "application/json"}
-        connection.request("POST" if body else "GET", urlsplit(url).path + path, data, head)
+        data, head = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        order = ("POST", data, head) if body else ("GET", None, {})
+        connection.request(order[0], urlsplit(url).path + path, *order[1:])
         answer = connection.getresponse()
         facts = json.loads(answer.read())
     if answer.status != 200:
         raise ValueError(facts["error"]["message"])
     return facts
+
+
+def read_snapshot(data: bytes) -> Event:
+    snapshot = json.loads(data)
+    usable = [one["state"] in ("up", "loading", "unknown") for one in snapshot["backends"]]
+    facts = {name: int(snapshot["queue"][name]) for name in ("waiting", "running")}
+    facts["refused"] = int(snapshot["requests_total"].get("queue_full", 0))
+    mode, down = str(snapshot["mode"]), bool(usable) and not any(usable)
+    return Event("seen", {**facts, "mode": mode, "runners_down": down})
 
 
 def watch(url: str, tell: Callable[[Event], None]) -> Event:
@@ -345,12 +350,13 @@ def watch(url: str, tell: Callable[[Event], None]) -> Event:
             while heard and len(buffer) < MOST_BYTES and (data := answer.read1(1 << 16)):
                 *blocks, buffer = (buffer + data).split(b"\n\n")
                 if found := [one[6:] for one in blocks if one.startswith(b"data: ")]:
-                    tell(Event("seen", json.loads(found[-1])))
+                    tell(read_snapshot(found[-1]))
         return Event("lost", "down", goodbye=True) if heard else Event("lost", "foreign")
     except ConnectionRefusedError:
         return Event("lost", "absent")
-    except (http.client.HTTPException, ValueError):
-        return Event("lost", "down" if heard else "foreign")
+    except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        broke = heard and isinstance(error, http.client.HTTPException)
+        return Event("lost", "down" if broke else "foreign")
     except OSError as error:
         return Event("lost", "down", error.strerror or str(error))
 
@@ -377,11 +383,13 @@ DESKTOP = """[Desktop Entry]\nType=Application\nName=llmq tray\nExec={}\nIcon={}
 Comment=One queue in front of the local LLM runners\nX-GNOME-Autostart-Delay=5\n"""
 
 
-def place(variable: str, default: str, name: str) -> Path:
-    """A directory of ours in one of the XDG places."""
-    path = Path(os.environ.get(variable) or Path.home() / default) / name
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path
+def place(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / default)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def run(*command: str, given: str = "") -> str:
@@ -403,13 +411,18 @@ class Box:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.private = place("XDG_RUNTIME_DIR", ".cache", "llmq-tray")
-        self.home = place("XDG_CONFIG_HOME", ".config", "llmq")
         self.name = "".join(char if char.isalnum() else "-" for char in url)
+        self.private = place("XDG_RUNTIME_DIR", ".cache") / "llmq-tray"
+        self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.born = self.private / f"{self.name}.json"  # the llmq that was started from here
-        self.entry = place("XDG_CONFIG_HOME", ".config", "autostart") / "llmq-tray.desktop"
+        self.state = place("XDG_STATE_HOME", ".local/state") / "llmq"
+        self.home = place("XDG_CONFIG_HOME", ".config") / "llmq"
+        self.entry = self.home.parent / "autostart/llmq-tray.desktop"
         if sys.platform == "darwin":
             self.entry = Path.home() / "Library/LaunchAgents/local.llmq-tray.plist"
+        elif sys.platform == "win32":
+            programs = place("APPDATA", ".") / "Microsoft/Windows/Start Menu/Programs"
+            self.entry = programs / "Startup/llmq-tray.cmd"
         self.lock: Any = None
 
     def alone(self) -> bool:
@@ -441,7 +454,7 @@ class Box:
         return run(program, given=self.url + "/v1")
 
     def save(self, notify: bool) -> None:
-        (self.home / "tray.json").write_text(json.dumps({"notify": notify}), encoding="utf-8")
+        write(self.home / "tray.json", json.dumps({"notify": notify}))
 
     def service(self, action: str) -> list[str]:
         """The command that starts or stops llmq where a service manager has it."""
@@ -461,7 +474,8 @@ class Box:
         if not command[-1]:
             return "llmq.py is neither beside the tray nor on PATH"
         command += ["serve", "--port", str(urlsplit(self.url).port or 80)]
-        log = place("XDG_STATE_HOME", ".local/state", "llmq") / "llmq.log"
+        log = self.state / "llmq.log"
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         apart: Any = {"start_new_session": True, "cwd": Path.home(), "stdin": subprocess.DEVNULL}
         if sys.platform == "win32":
             apart["creationflags"] = 0x08000008  # detached, without a window
@@ -471,7 +485,7 @@ class Box:
         end = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < end:
             if instance := self.instance():
-                self.born.write_text(json.dumps([process.pid, instance]), encoding="utf-8")
+                write(self.born, json.dumps([process.pid, instance]))
                 return ""
             time.sleep(0.05)
         return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
@@ -498,11 +512,14 @@ class Box:
             self.entry.unlink()
         elif sys.platform == "darwin":
             facts = {"Label": self.entry.stem, "ProgramArguments": command, "RunAtLoad": True}
-            self.entry.write_bytes(plistlib.dumps({**facts, "ProcessType": "Interactive"}))
+            write(self.entry, plistlib.dumps({**facts, "ProcessType": "Interactive"}).decode())
+        elif sys.platform == "win32":
+            command[0] = command[0].replace("python.exe", "pythonw.exe")
+            write(self.entry, f'@start "" {subprocess.list2cmdline(command)}\n')
         else:
-            icon = place("XDG_DATA_HOME", ".local/share", "llmq") / "llmq.png"
-            draw(FACES["idle"], 0, 256).save(icon)
-            self.entry.write_text(DESKTOP.format(exec_line(command), icon), encoding="utf-8")
+            write(self.entry, DESKTOP.format(exec_line(command), self.state / "llmq.png"))
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draw(FACES["idle"], 0, 256).save(self.state / "llmq.png")
 
 
 # ---- The shell -----------------------------------------------------------------------------------
@@ -616,7 +633,7 @@ class Shell:
         except Exception as error:  # noqa: BLE001 - GLib's, at the end, if nobody takes notes
             if not self.quitting:
                 raise Unable(f"the icon cannot be shown: {error}") from None
-        return 0
+        return 0 if self.quitting else 1
 
     def ready(self, _icon: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT) if self.glib else ():
@@ -628,32 +645,40 @@ class Shell:
 
     def quit(self) -> None:
         self.quitting = True
-        self.on_ui(self.icon.stop)
+        self.events.put(Event("tick"))
 
     def think(self) -> None:
         """Every event in turn; what is shown follows the state, the icon not too often."""
         shown, changed = view(self.state), time.monotonic()
         blinks = [changed + 5, changed + 30] if self.kind == "win32" else []
-        while True:
-            event = Event("tick")
-            with contextlib.suppress(queue.Empty):
-                event = self.events.get(timeout=ICON_SECONDS)
-            now = time.monotonic()
-            self.state, effects = reduce(self.state, event, now)
-            for effect in effects:
-                self.perform(*effect)
-            wanted = view(self.state)
-            if wanted.menu != shown.menu:
-                shown = shown._replace(menu=wanted.menu)
-                self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
-            if wanted != shown and now - changed >= ICON_SECONDS:
-                changed, shown = now, wanted
-                self.on_ui(setattr, self.icon, "title", wanted.title)
-                self.on_ui(setattr, self.icon, "icon", self.picture(wanted))
-            if blinks and now > blinks[0]:  # Explorer may have come late
-                for visible in (False, True):
-                    self.on_ui(setattr, self.icon, "visible", visible)
-                blinks.pop(0)
+        try:
+            while not self.quitting:
+                now = self.take_one()
+                wanted = view(self.state)
+                if wanted.menu != shown.menu:
+                    self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
+                    shown = shown._replace(menu=wanted.menu)
+                if wanted != shown and now - changed >= ICON_SECONDS:
+                    self.on_ui(setattr, self.icon, "title", wanted.title)
+                    if wanted[:2] != shown[:2]:  # the face, the number
+                        self.on_ui(setattr, self.icon, "icon", self.picture(wanted))
+                    changed, shown = now, wanted
+                if blinks and now > blinks[0]:  # Explorer may have come late
+                    for visible in (False, True):
+                        self.on_ui(setattr, self.icon, "visible", visible)
+                    blinks.pop(0)
+        finally:  # also when this has failed: better no icon than one that lies
+            self.on_ui(self.icon.stop)
+
+    def take_one(self) -> float:
+        event = Event("tick")
+        with contextlib.suppress(queue.Empty):
+            event = self.events.get(timeout=ICON_SECONDS)
+        now = time.monotonic()
+        self.state, effects = reduce(self.state, event, now)
+        for effect in effects:
+            self.perform(*effect)
+        return now
 
     def perform(self, command: str, *arguments: Any) -> None:
         if command == "quit":
