@@ -469,7 +469,8 @@ class Box:
     def start(self) -> str:
         if command := self.service("start"):
             return run(*command)
-        beside = [path / "llmq.py" for path in HERE.parents[:2] if (path / "llmq.py").exists()]
+        places = [folder / "llmq.py" for folder in (HERE.parent, HERE.parent.parent)]
+        beside = [path for path in places if path.exists()]
         command = [sys.executable, str(beside[0])] if beside else [shutil.which("llmq") or ""]
         if not command[-1]:
             return "llmq.py is neither beside the tray nor on PATH"
@@ -659,9 +660,9 @@ class Shell:
                     self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
                     shown = shown._replace(menu=wanted.menu)
                 if wanted != shown and now - changed >= ICON_SECONDS:
-                    self.on_ui(setattr, self.icon, "title", wanted.title)
                     if wanted[:2] != shown[:2]:  # the face, the number
                         self.on_ui(setattr, self.icon, "icon", self.picture(wanted))
+                    self.on_ui(setattr, self.icon, "title", wanted.title)
                     changed, shown = now, wanted
                 if blinks and now > blinks[0]:  # Explorer may have come late
                     for visible in (False, True):
