@@ -263,10 +263,6 @@ def draw(face: Face, number: int, pixels: int) -> Image.Image:
     picture = Image.new("RGBA", (8 * pixels, 8 * pixels), (0, 0, 0, 0))
     canvas = ImageDraw.Draw(picture)
 
-    def tile(bottom: float, colour: str) -> None:
-        box, below = (0, 0, 16 * unit - 1, bottom * unit - 1), bottom == 16
-        canvas.rounded_rectangle(box, 3.4 * unit, colour, corners=(True, True, below, below))
-
     def paint(lines: Lines, ink: str, x: float, y: float, *scale: float) -> None:
         wide, high, thick = scale or (1, 1, 1)
         for width, *numbers in lines:
@@ -280,12 +276,13 @@ def draw(face: Face, number: int, pixels: int) -> Image.Image:
             for a, b in path:  # round ends
                 canvas.ellipse((a - half, b - half, a + half, b + half), fill=ink)
 
-    tile(16, face.tile)
+    canvas.rounded_rectangle((0, 0, 16 * unit - 1, 16 * unit - 1), 3.4 * unit, face.tile)
     if not number or not (face.band or face.mark == "play"):
         paint(MARKS[face.mark], face.ink, 4, 4)
         number = 0
     elif face.band:
-        tile(5.4, face.band)
+        canvas.rounded_rectangle((0, 0, 16 * unit - 1, 12 * unit), 3.4 * unit, face.band)
+        canvas.rectangle((0, 5.4 * unit, 16 * unit - 1, 12 * unit), face.tile)
         paint(MARKS[face.mark], "#ffffff", 4.8, 0.9, 0.8, 0.45, 0.77)
     text = ("99+" if number > 99 else str(number)) if number else ""
     for place, digit in enumerate(text):
