@@ -509,6 +509,22 @@ def test_a_launch_agent_is_started_and_stopped_by_launchd(home: Path):
     assert log.read_text().splitlines() == [f"kickstart {target}", f"kill SIGTERM {target}"]
 
 
+def test_on_wayland_the_url_is_copied_by_wl_copy(home: Path):
+    stub(home, "wl-copy", f"/bin/cat >'{home}/copied'; /bin/sleep 2 &")  # it serves the text on
+    assert tray.Box(URL).copy() == ""
+    assert (home / "copied").read_text() == URL + "/v1"
+    stub(home, "wl-copy", "exit 1")
+    assert tray.Box(URL).copy() == "wl-copy failed"
+
+
+@pytest.mark.parametrize("url", ["gpu-box:11500", "ftp://box", "http://", "http://u:p@box"])
+def test_a_url_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        tray.main(["--url", url])
+    assert caught.value.code == 2
+    assert "--url wants http://HOST:PORT" in capsys.readouterr().err
+
+
 def test_nothing_to_start_and_nothing_of_ours_to_stop_is_said(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakes import FakeBackend, Process, Raw, ask, eventually, http, require_command
 from tests.tray.desktop import TRAY, Desktop, Tray
+from tray.llmq_tray import DESKTOP, exec_line
 
 
 def url_of(port: int) -> str:
@@ -212,6 +213,16 @@ async def test_without_a_notification_service_the_tray_works_and_ends_well():
         assert desktop.pictures() == []
 
 
+@pytest.mark.deadline(40)
+def test_the_autostart_entry_survives_any_path():
+    with Desktop() as desktop:
+        entry = desktop.folder / "odd.desktop"
+        command = ["/usr/bin/env", 'a "b"', "c$d`e`", "f\\g", "100%", "ünter"]
+        entry.write_text(DESKTOP.format(exec_line(command), "/icon.png"), encoding="utf-8")
+        assert complaints(require_command("desktop-file-validate"), str(entry)) == ""
+        assert desktop.ask("command_of", str(entry)) == command
+
+
 def complaints(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
@@ -271,6 +282,7 @@ async def test_a_panel_that_comes_late_gets_the_icon():
 
 
 CASES = {
+    "no place": ({"XDG_RUNTIME_DIR": "/proc"}, "[Errno"),
     "no display": ({"DISPLAY": ""}, "there is no desktop session here"),
     "dead display": ({"DISPLAY": ":4095"}, "there is no desktop session here"),
     "no bus": ({"DBUS_SESSION_BUS_ADDRESS": "unix:path=/nowhere"}, "there is no D-Bus session"),

@@ -16,6 +16,7 @@ import os
 import plistlib
 import queue
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,11 +27,8 @@ import time
 import webbrowser
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 from urllib.parse import urlsplit
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # ---- State: what is known, and what follows from what happens ------------------------------------
 
@@ -255,7 +253,7 @@ DIGITS: dict[str, Lines] = {
 NUMBERS = {1: (4.6, 2.0, 0.0), 2: (3.9, 1.7, 2.0), 3: (2.7, 1.3, 1.5)}  # width, stroke, gap
 
 
-def draw(face: Face, number: int, pixels: int) -> Image.Image:
+def draw(face: Face, number: int, pixels: int) -> Any:
     """The mark of the face; or the number alone, when it works; or the number below a band."""
     from PIL import Image, ImageDraw
 
@@ -389,9 +387,9 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def run(*command: str, given: str = "") -> str:
+def run(*command: str) -> str:
     """What the program complains about, nothing if it succeeds."""
-    pipes: Any = {"input": given, "capture_output": True, "text": True, "timeout": 60}
+    pipes: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
     done = subprocess.run(command, check=False, **pipes)  # noqa: S603 - none from outside
     return done.stderr.strip()[-200:] or f"{command[0]} failed" if done.returncode else ""
 
@@ -448,7 +446,10 @@ class Box:
 
     def copy(self) -> str:
         program = {"darwin": "pbcopy", "win32": "clip"}.get(sys.platform, "wl-copy")
-        return run(program, given=self.url + "/v1")
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        # wl-copy leaves a process behind that serves the text, and would hold a pipe open.
+        done = subprocess.run([program], input=f"{self.url}/v1".encode(), check=False, **quiet)  # noqa: S603
+        return f"{program} failed" if done.returncode else ""
 
     def save(self, notify: bool) -> None:
         write(self.home / "tray.json", json.dumps({"notify": notify}))
@@ -738,9 +739,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--autostart", action="store_true", help="started at login: to show nothing is no failure")
     add("--panel-wait", type=float, default=10.0, help="seconds for a panel to appear")
     options = parser.parse_args(arguments)
+    if not re.fullmatch(r"https?://[^/?#@]+(/[^?#]*)?", options.url):
+        parser.error(f"--url wants http://HOST:PORT, not {options.url}")
     try:
         return start(options)
-    except Unable as error:
+    except (Unable, OSError) as error:
         say(str(error))
         return 0 if options.autostart else 2
 
