@@ -402,20 +402,42 @@ async def test_a_server_that_says_nothing_is_no_llmq(monkeypatch: pytest.MonkeyP
     assert (end.what, end.why) == ("down", "timed out")
 
 
-async def test_a_silent_link_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tray, "SILENCE_SECONDS", 0.1)
+async def stream(pieces: list[tuple[float, bytes]]) -> tuple[list[Event], Event]:
+    """What `watch` makes of an event stream that says each piece so many seconds after the head."""
     writers = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writers.append(writer)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: ping\n\n")
+        for seconds, piece in pieces:
+            asyncio.get_running_loop().call_later(seconds, writer.write, piece)
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        _, end = await told_by(url, nothing)
+        told = await told_by(url, nothing)
         writers[0].close()
-    assert (end.what, end.why, end.goodbye) == ("down", "timed out", False)
+    return told
+
+
+async def test_a_silent_link_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 0.1)
+    events, end = await stream([])
+    assert (events, end) == ([], Event("lost", "down", "timed out"))
+
+
+async def test_a_quiet_link_is_kept_longer_than_an_answer_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 1.0)
+    facts = b'{"mode": "open", "queue": {"waiting": 2, "running": 1}, "backends": [],'
+    facts += b' "requests_total": {}}'
+    # Cut anywhere, even inside the blank line that ends it.
+    pieces = [(0.4, b"data: " + facts[:50]), (0.5, facts[50:] + b"\n"), (0.6, b"\n: ping")]
+    events, end = await stream(pieces)
+    assert [event.what["waiting"] for event in events] == [2]
+    assert end.why == "timed out"
 
 
 class Enough(Exception):
@@ -533,8 +555,11 @@ def test_nothing_to_start_and_nothing_of_ours_to_stop_is_said(
     assert box.start() == "llmq.py is neither beside the tray nor on PATH"
     assert box.stop() == "it was not started from here; stop it where it was started"
     # A number of old, that may be anybody's by now: nobody answers with that instance.
-    box.born.write_text(json.dumps([os.getpid(), "old"]), encoding="utf-8")
-    assert box.stop() == "it was not started from here; stop it where it was started"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as anybody:
+        box.born.write_text(json.dumps([anybody.pid, "old"]), encoding="utf-8")
+        assert box.stop() == "it was not started from here; stop it where it was started"
+        anybody.communicate(b"\n")
+    assert anybody.returncode == 0
 
 
 @pytest.mark.usefixtures("home")
