@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import plistlib
@@ -602,7 +602,8 @@ def test_start_at_login_on_a_mac_is_a_launch_agent(monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def dummy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """pystray without a desktop."""
-    need(importlib.util.find_spec("pystray"), "the package pystray is not installed")
+    for package in ("PIL", "pystray"):
+        need(importlib.util.find_spec(package), f"the package {package} is not installed")
     monkeypatch.setenv("PYSTRAY_BACKEND", "dummy")
     for name in [name for name in sys.modules if name.split(".")[0] == "pystray"]:
         monkeypatch.delitem(sys.modules, name)
