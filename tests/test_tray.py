@@ -1,0 +1,668 @@
+"""The tray icon without a desktop: what it decides, shows, draws, hears and does to the box."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import plistlib
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeBackend, Process, eventually, need, render_answer, require, running
+from tests.tray import sheet
+from tray import llmq_tray as tray
+from tray.llmq_tray import FACES, Event, State, reduce, view
+
+UP = State(link="up", may_start=False)
+
+
+def snapshot(
+    mode: str = "open", waiting: int = 0, running: int = 0, backends: Any = ("up",), full: int = 0
+) -> Event:
+    facts = {
+        "mode": mode,
+        "queue": {"waiting": waiting, "running": running, "oldest_wait_s": 1.5},
+        "backends": [{"name": "a", "state": state} for state in backends],
+        "requests_total": {"done": 7, "queue_full": full} if full else {},
+        "of later": [1, 2, 3],
+    }
+    return tray.read_snapshot(json.dumps(facts).encode())
+
+
+def play(state: State, *events: tuple[float, Event]) -> tuple[State, list[Any]]:
+    """The state after all of them, and every effect on the way."""
+    all_of_them: list[Any] = []
+    for now, event in events:
+        state, effects = reduce(state, event, now)
+        all_of_them += effects
+    return state, all_of_them
+
+
+def told(effects: list[Any]) -> list[str]:
+    return [effect[1] for effect in effects if effect[0] == "tell"]
+
+
+TICK = Event("tick")
+GONE = Event("lost", "down")
+ABSENT = Event("lost", "absent")
+
+
+# ---- view
+
+
+SHOWN = [
+    (State(), "connecting", 0, "llmq: connecting"),
+    (UP, "idle", 0, "llmq: idle"),
+    (replace(UP, running=1), "working", 0, "llmq: 1 running"),
+    (replace(UP, waiting=3, running=1), "working", 3, "llmq: 3 waiting, 1 running"),
+    (replace(UP, mode="paused"), "paused", 0, "llmq: paused"),
+    (replace(UP, mode="paused", waiting=8), "paused", 8, "llmq: 8 waiting, paused"),
+    (
+        replace(UP, mode="priority", waiting=2),
+        "priority",
+        2,
+        "llmq: 2 waiting, only urgent requests start",
+    ),
+    (replace(UP, runners_down=True, waiting=1), "runners", 1, "llmq: 1 waiting, no runner answers"),
+    (replace(UP, mode="paused", runners_down=True), "paused", 0, "llmq: paused"),
+    (replace(UP, link="absent", waiting=5), "absent", 0, "llmq: not running"),
+    (State(link="down", why="timed out"), "down", 0, "llmq: no answer, timed out"),
+    (State(link="denied"), "denied", 0, "llmq: not authorised"),
+    (
+        State(url="https://gpu-box:8443/llm", local=False, link="down"),
+        "down",
+        0,
+        "llmq at gpu-box: no answer",
+    ),
+    (State(link="foreign"), "foreign", 0, "llmq: the port is used by another program"),
+]
+
+
+@pytest.mark.parametrize(("state", "face", "number", "title"), SHOWN, ids=[row[3] for row in SHOWN])
+def test_face_number_and_title_tell_the_state(state: State, face: str, number: int, title: str):
+    shown = view(state)
+    assert (shown.face, shown.number, shown.title) == (face, number, title)
+    first = shown.menu[0]
+    assert not first.enabled
+    assert first.text.lower() == FACES[face].words
+    assert not any(char.isdigit() for char in first.text)
+
+
+def test_titles_fit_on_every_system():
+    assert len(view(State(link="down", why="x" * 300)).title) == 100
+
+
+def test_the_menu_does_not_change_with_the_numbers():
+    menus = {
+        view(replace(UP, waiting=waiting, running=1)).menu for waiting in (0, 1, 2, 99, 100, 10_000)
+    }
+    assert len(menus) == 1
+
+
+def item(state: State, command: str) -> tray.Item:
+    return next(one for one in view(state).menu if one.command == command)
+
+
+def test_switches_are_checked_as_llmq_says_and_wait_for_its_answer():
+    assert item(UP, "paused").checked is item(UP, "priority").checked is False
+    assert item(replace(UP, mode="paused"), "paused").checked
+    assert item(replace(UP, mode="priority"), "priority").checked
+    for state in (replace(UP, busy="Pausing…"), replace(UP, link="down")):
+        assert not item(state, "paused").enabled
+        assert not item(state, "priority").enabled
+    assert view(replace(UP, busy="Pausing…")).menu[0].text == "Pausing…"
+
+
+def test_start_and_stop_are_offered_where_they_make_sense():
+    commands = {one.command for one in view(UP).menu}
+    assert "stop" in commands
+    assert "start" not in commands
+    assert item(replace(UP, link="absent"), "start").enabled
+    assert not item(State(link="foreign"), "start").enabled
+    assert not item(replace(State(link="absent"), busy="Starting…"), "start").enabled
+    elsewhere = {one.command for one in view(replace(UP, local=False)).menu}
+    assert not elsewhere & {"start", "stop", "config"}
+
+
+# ---- reduce
+
+
+def test_what_a_snapshot_says_is_taken_over():
+    state, effects = play(State(), (0, snapshot("paused", 4, 2, ("down", "loading"))))
+    assert (state.link, state.mode, state.waiting, state.running) == ("up", "paused", 4, 2)
+    assert not state.runners_down
+    assert effects == []
+    assert play(state, (1, snapshot(backends=("down", "refused"))))[0].runners_down
+    assert not play(state, (1, snapshot(backends=())))[0].runners_down
+
+
+def test_llmq_is_started_once_where_nothing_listens_on_this_box():
+    state, effects = play(State(), (0, ABSENT), (1, ABSENT), (2, ABSENT))
+    assert effects == [("start",)]
+    assert view(state).face == "connecting"
+    state, effects = play(state, (3, Event("done", "start")), (4, snapshot()))
+    assert effects == [("retry",)]
+    assert view(state).face == "idle"
+    assert play(State(local=False), (0, ABSENT))[1] == []
+    assert play(State(), (0, Event("lost", "foreign")))[1] == []
+    assert play(State(), (0, Event("lost", "down", "timed out")))[1] == []
+
+
+def test_a_start_that_fails_is_told_and_its_reason_stays():
+    failed = Event("done", "start", "port taken")
+    state, effects = play(State(), (0, ABSENT), (1, failed), (2, ABSENT), (3, ABSENT))
+    assert effects == [
+        ("start",),
+        ("tell", "Could not do it: start", "port taken"),
+        ("retry",),
+    ]
+    assert view(state).title == "llmq: not running, port taken"
+    assert play(state, (4, snapshot()), (5, GONE))[0].why == ""
+
+
+def test_a_death_is_told_once_and_so_is_the_recovery():
+    state, effects = play(UP, (0, GONE), (1, ABSENT))
+    assert view(state).face == "absent"
+    assert effects == []  # perhaps it only restarts
+    state, effects = play(state, (3, TICK), (4, ABSENT), (60, TICK))
+    assert told(effects) == ["llmq is gone"]
+    state, effects = play(state, (61, snapshot()), (62, TICK), (63, snapshot()))
+    assert told(effects) == ["llmq is well again"]
+
+
+def test_a_quick_restart_a_goodbye_and_a_stop_from_here_are_no_deaths():
+    assert told(play(UP, (0, GONE), (2, snapshot()), (9, TICK))[1]) == []
+    assert told(play(UP, (0, Event("lost", "down", goodbye=True)), (9, TICK))[1]) == []
+    click = Event("click", "stop")
+    assert told(play(UP, (0, click), (0, Event("done", "stop")), (1, GONE), (9, TICK))[1]) == []
+
+
+def test_a_stop_that_failed_excuses_no_death():
+    failed = Event("done", "stop", "started elsewhere")
+    state, effects = play(UP, (0, Event("click", "stop")), (1, failed))
+    assert told(effects) == ["Could not do it: stop"]
+    assert told(play(state, (2, GONE), (9, TICK))[1]) == ["llmq is gone"]
+
+
+def test_silent_runners_are_told_after_half_a_minute():
+    down = snapshot(backends=("down", "down"))
+    state, effects = play(UP, (0, down), (29, TICK))
+    assert effects == []
+    state, effects = play(state, (30, TICK), (40, down))
+    assert told(effects) == ["No runner answers"]
+    assert told(play(state, (50, snapshot()))[1]) == ["llmq is well again"]
+    flapping = [(second, (down, snapshot())[second % 2]) for second in range(100)]
+    assert play(UP, *flapping)[1] == []
+
+
+def test_a_full_queue_is_told_once_per_episode():
+    state, effects = play(State(), (0, snapshot(full=5)))
+    assert effects == []  # it was before the tray came
+    state, effects = play(state, (1, snapshot(full=6)), (2, snapshot(full=9)), (50, TICK))
+    assert told(effects) == ["The queue is full"]
+    state, effects = play(state, (61, TICK), (63, TICK))
+    assert told(effects) == ["llmq is well again"]
+
+
+def test_nothing_is_told_when_notifications_are_off():
+    state, effects = play(UP, (0, Event("click", "notify")))
+    assert effects == [("save", False)]
+    state, effects = play(state, (1, GONE), (9, TICK), (10, Event("done", "start", "no")))
+    assert told(effects) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "command", "wanted"),
+    [
+        ("open", "paused", "paused"),
+        ("paused", "paused", "open"),
+        ("priority", "paused", "paused"),
+        ("open", "priority", "priority"),
+        ("priority", "priority", "open"),
+    ],
+)
+def test_a_click_asks_llmq_and_shows_that_it_did(mode: str, command: str, wanted: str):
+    state, effects = play(replace(UP, mode=mode), (0, Event("click", command)))
+    assert effects == [("mode", wanted)]
+    assert state.mode == mode  # llmq has not said so yet
+    assert state.busy.endswith("…")
+    state, effects = play(state, (1, Event("done", "mode")))
+    assert (state.busy, effects) == ("", [("retry",)])
+    failed = play(replace(state, busy="…"), (1, Event("done", "mode", "refused")))[1]
+    assert told(failed) == ["Could not do it: mode"]
+
+
+def test_stop_wants_a_second_click_while_requests_run():
+    busy = replace(UP, running=2)
+    state, effects = play(busy, (0, Event("click", "stop")))
+    assert effects == []
+    assert item(state, "stop").text == "Stop llmq (2 running, click again)"
+    assert play(state, (1, snapshot(running=1)), (5, Event("click", "stop")))[1] == [("stop",)]
+    late = play(state, (11, TICK), (12, Event("click", "stop")))[1]
+    assert late == []
+    assert play(UP, (0, Event("click", "stop")))[1] == [("stop",)]
+
+
+def test_login_is_checked_once_it_is_done():
+    state, effects = play(UP, (0, Event("click", "login")))
+    assert effects == [("login", True)]
+    assert not state.login
+    assert play(state, (1, Event("done", "login")))[0].login
+    assert not play(state, (1, Event("done", "login", "disk full")))[0].login
+
+
+def test_every_line_of_the_menu_has_somebody_who_does_it():
+    states = [UP, State(link="absent")]
+    commands = {one.command for state in states for one in view(state).menu if one.command}
+    known = {"quit", "retry", "tell"} | {name for name in dir(tray.Box) if name[0] != "_"}
+    for command, state in product(sorted(commands), states):
+        for effect in play(state, (0, Event("click", command)))[1]:
+            assert effect[0] in known, command
+
+
+# ---- draw
+
+
+@pytest.mark.parametrize("pixels", [16, 22, 32, 44, 64])
+def test_every_face_and_number_draws_another_picture(pixels: int):
+    require("PIL.Image")
+    drawn = {}
+    for name, number in product(FACES, (0, 1, 8, 9, 10, 88, 99, 100)):
+        face = FACES[name]
+        picture = tray.draw(face, number, pixels)
+        assert picture.size == (pixels, pixels)
+        assert picture.mode == "RGBA"
+        if number and not (face.band or face.mark == "play"):
+            assert picture.tobytes() == tray.draw(face, 0, pixels).tobytes()  # trouble goes first
+        else:
+            drawn[name, number] = picture.tobytes()
+    drawn.pop(("foreign", 0))  # its sentence tells it from `runners`
+    drawn.pop(("down", 0))
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    line = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * line[0] + 0.7152 * line[1] + 0.0722 * line[2]
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_marks_and_numbers_stand_out_from_their_tile(name: str):
+    face = FACES[name]
+    pairs = [(face.tile, face.ink), *([(face.band, "#ffffff")] if face.band else [])]
+    for pair in pairs:
+        dark, light = sorted(luminance(colour) for colour in pair)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, pair  # WCAG 2, text of any size
+
+
+def test_the_corners_are_clear_and_the_middle_is_not():
+    require("PIL.Image")
+    picture = tray.draw(FACES["idle"], 0, 64)
+    alpha = picture.getchannel("A")
+    assert [alpha.getpixel(at) for at in ((0, 0), (63, 0), (0, 63), (63, 63))] == [0] * 4
+    assert alpha.getpixel((32, 32)) == 255
+
+
+def test_the_picture_of_the_readme_is_the_drawn_one():
+    image = require("PIL.Image")
+    with image.open(sheet.PICTURE) as kept:
+        assert sheet.PICTURE.stat().st_size < 60_000
+        now = sheet.sheet()
+        assert kept.size == now.size
+        difference = require("PIL.ImageChops").difference(kept.convert("RGB"), now)
+    # It has fewer colours than were drawn, and another Pillow may shrink a little differently.
+    off = [sum(difference.convert("L").histogram()[48:]) / (now.width * now.height)]
+    assert off[0] < 0.002, "run python3 -m tests.tray.sheet"
+
+
+# ---- the link
+
+
+async def told_by(url: str, until: Any) -> tuple[list[Event], Event]:
+    """What `watch` tells from another thread until it ends; `until` makes it end."""
+    events: list[Event] = []
+    task = asyncio.get_running_loop().run_in_executor(None, tray.watch, url, events.append)
+    await until(events)
+    return events, await task
+
+
+async def test_the_link_tells_every_change_and_a_goodbye():
+    async with running("http://127.0.0.1:9") as q:
+
+        async def until(events: list[Event]) -> None:
+            await eventually(lambda: events)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, tray.ask, q.base, "/llmq/mode", {"mode": "paused"})
+            await eventually(lambda: events[-1].what["mode"] == "paused")
+            await q.service.stop()
+
+        events, end = await told_by(q.base, until)
+    assert events[0].what["mode"] == "open"
+    assert end == Event("lost", "down", goodbye=True)
+
+
+async def test_the_link_tells_a_death_from_a_goodbye():
+    async with Process("--demo", "--port", "0") as llmq:
+
+        async def until(events: list[Event]) -> None:
+            await eventually(lambda: events)
+            llmq.popen.kill()
+
+        _, end = await told_by(f"http://127.0.0.1:{llmq.port}", until)
+    assert (end.kind, end.what, end.goodbye) == ("lost", "down", False)
+
+
+async def nothing(_events: list[Event]) -> None:
+    pass
+
+
+async def test_who_else_may_be_there_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which is none of its business
+    async with FakeBackend() as fake:
+        _, end = await told_by(fake.url, nothing)
+        assert end == Event("lost", "foreign")
+        fake.probe_answers["/llmq/events"] = (401, {"error": {"message": "no key"}})
+        _, end = await told_by(fake.url, nothing)
+        assert end == Event("lost", "denied")
+        url = fake.url
+    _, end = await told_by(url, nothing)
+    assert end == Event("lost", "absent")
+
+
+@pytest.mark.parametrize("data", ["no JSON", "[1]", "{}", '{"queue": 7}', "null"])
+async def test_events_of_another_program_are_not_taken_for_a_state(data: str):
+    async with FakeBackend() as fake:
+        stream = [("Content-Type", "text/event-stream")]
+        answer = render_answer(200, f"data: {data}\n\n".encode(), stream)
+
+        async def send(request: Any) -> None:
+            await request.send(answer)
+
+        fake._answer_probe = send  # type: ignore[method-assign]
+        events, end = await told_by(fake.url, nothing)
+    assert (events, end) == ([], Event("lost", "foreign"))
+
+
+async def test_a_server_that_says_nothing_is_no_llmq(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # and nobody accepts
+        _, end = await told_by(f"http://127.0.0.1:{listening.getsockname()[1]}", nothing)
+    assert (end.what, end.why) == ("down", "timed out")
+
+
+async def stream(pieces: list[tuple[float, bytes]]) -> tuple[list[Event], Event]:
+    """What `watch` makes of an event stream that says each piece so many seconds after the head."""
+    writers = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writers.append(writer)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: ping\n\n")
+        for seconds, piece in pieces:
+            asyncio.get_running_loop().call_later(seconds, writer.write, piece)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        told = await told_by(url, nothing)
+        writers[0].close()
+    return told
+
+
+async def test_a_silent_link_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 0.1)
+    events, end = await stream([])
+    assert (events, end) == ([], Event("lost", "down", "timed out"))
+
+
+async def test_a_quiet_link_is_kept_longer_than_an_answer_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 1.0)
+    facts = b'{"mode": "open", "queue": {"waiting": 2, "running": 1}, "backends": [],'
+    facts += b' "requests_total": {}}'
+    # Cut anywhere, even inside the blank line that ends it.
+    pieces = [(0.4, b"data: " + facts[:50]), (0.5, facts[50:] + b"\n"), (0.6, b"\n: ping")]
+    events, end = await stream(pieces)
+    assert [event.what["waiting"] for event in events] == [2]
+    assert end.why == "timed out"
+
+
+class Enough(Exception):
+    """Ends a loop that has no end."""
+
+
+def pauses(monkeypatch: pytest.MonkeyPatch, lives: list[float], woken: list[bool]) -> list[float]:
+    """The pauses between links that lived so long, where nothing spreads them."""
+    clock, waited = [0.0], []
+
+    def live(_url: str, _tell: Any) -> Event:
+        if not lives:
+            raise Enough
+        clock[0] += lives.pop(0)
+        return GONE
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        return woken.pop(0)
+
+    monkeypatch.setattr(tray, "watch", live)
+    monkeypatch.setattr(tray.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tray.random, "uniform", lambda low, high: (low + high) / 2)
+    with contextlib.suppress(Enough):
+        retry: Any = SimpleNamespace(wait=wait, clear=lambda: None)
+        tray.keep_watching("", lambda _event: None, retry)
+    return waited
+
+
+def test_attempts_grow_rarer_until_a_link_lives_or_a_click_asks(monkeypatch: pytest.MonkeyPatch):
+    lives = [0.0] * 7
+    assert pauses(monkeypatch, lives, [False] * 7) == [0.5, 1, 2, 4, 8, 10, 10]
+    assert pauses(monkeypatch, [0, 0, 6, 0], [False] * 4) == [0.5, 1, 0.5, 1]
+    assert pauses(monkeypatch, [0, 0, 0], [False, True, False]) == [0.5, 1, 0.5]
+
+
+# ---- this box
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with nothing in it, and nothing on PATH."""
+    for name in [*os.environ]:
+        if name.startswith(("XDG_", "LLMQ_")):
+            monkeypatch.delenv(name)
+    home = tmp_path / 'my "home" 100%'
+    (home / "bin").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    return home
+
+
+def stub(home: Path, name: str, script: str) -> Path:
+    """A program on PATH that notes how it was called, then does what `script` says."""
+    log = home / f"{name}.log"
+    path = home / "bin" / name
+    path.write_text(f"#!/bin/sh\necho \"$*\" >>'{log}'\n{script}\n")
+    path.chmod(0o755)
+    return log
+
+
+URL = "http://127.0.0.1:11500"
+
+
+def test_an_installed_unit_is_started_and_stopped_by_its_manager(home: Path):
+    log = stub(home, "systemctl", '[ "$3" != llmq.socket ]')
+    box = tray.Box(URL)
+    assert box.start() == box.stop() == ""
+    calls = [line for line in log.read_text().splitlines() if " cat " not in line]
+    assert calls == ["--user start llmq.service", "--user stop llmq.service"]
+    stub(home, "systemctl", "true")  # there is a socket as well, which would start it again
+    assert box.stop() == ""
+    assert log.read_text().splitlines()[-1] == "--user stop llmq.socket llmq.service"
+
+
+def test_what_a_service_manager_complains_about_is_told(home: Path):
+    stub(home, "systemctl", '[ "$2" = cat ] || { echo "Job failed." >&2; exit 1; }')
+    assert tray.Box(URL).start() == "Job failed."
+
+
+def test_a_launch_agent_is_started_and_stopped_by_launchd(home: Path):
+    log = stub(home, "launchctl", "true")
+    agents = home / "Library" / "LaunchAgents"
+    agents.mkdir(parents=True)
+    (agents / "local.llmq-tray.plist").touch()  # its own
+    box = tray.Box(URL)
+    assert box.service("start") == []
+    (agents / "local.llmq.plist").touch()
+    assert box.start() == box.stop() == ""
+    target = f"gui/{os.getuid()}/local.llmq"
+    assert log.read_text().splitlines() == [f"kickstart {target}", f"kill SIGTERM {target}"]
+
+
+def test_on_wayland_the_url_is_copied_by_wl_copy(home: Path):
+    stub(home, "wl-copy", f"/bin/cat >'{home}/copied'; /bin/sleep 2 &")  # it serves the text on
+    assert tray.Box(URL).copy() == ""
+    assert (home / "copied").read_text() == URL + "/v1"
+    stub(home, "wl-copy", "exit 1")
+    assert tray.Box(URL).copy() == "wl-copy failed"
+
+
+@pytest.mark.parametrize("url", ["gpu-box:11500", "ftp://box", "http://", "http://u:p@box"])
+def test_a_url_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        tray.main(["--url", url])
+    assert caught.value.code == 2
+    assert "--url wants http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_nothing_to_start_and_nothing_of_ours_to_stop_is_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tray, "HERE", home / "tray" / "llmq_tray.py")
+    box = tray.Box("http://127.0.0.1:9")
+    assert box.start() == "llmq.py is neither beside the tray nor on PATH"
+    assert box.stop() == "it was not started from here; stop it where it was started"
+    # A number of old, that may be anybody's by now: nobody answers with that instance.
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as anybody:
+        box.born.write_text(json.dumps([anybody.pid, "old"]), encoding="utf-8")
+        assert box.stop() == "it was not started from here; stop it where it was started"
+        anybody.communicate(b"\n")
+    assert anybody.returncode == 0
+
+
+@pytest.mark.usefixtures("home")
+def test_only_one_tray_looks_after_one_llmq():
+    box = tray.Box(URL)
+    look = f"import sys; sys.path.insert(0, {str(sheet.ROOT)!r}); from tray.llmq_tray import Box; "
+    first, other = tray.Box(URL), "http://gpu-box:11500"
+    assert first.alone()
+    for url, alone in ((URL, "False"), (other, "True")):
+        command = [sys.executable, "-c", f"{look}print(Box({url!r}).alone())"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == alone
+    first.lock.close()
+    assert box.alone()
+    box.lock.close()
+
+
+@pytest.mark.usefixtures("home")
+def test_start_at_login_on_a_mac_is_a_launch_agent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tray.sys, "platform", "darwin")
+    box = tray.Box(URL)
+    box.login(True)
+    facts = plistlib.loads(box.entry.read_bytes())
+    assert facts["ProgramArguments"] == [
+        sys.executable,
+        str(tray.HERE),
+        "--autostart",
+        "--url",
+        URL,
+    ]
+    assert facts["RunAtLoad"] is True
+    assert facts["Label"] == box.entry.stem
+    box.login(False)
+    assert not box.entry.exists()
+
+
+# ---- the shell, on pystray's dummy
+
+
+@pytest.fixture
+def dummy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """pystray without a desktop."""
+    for package in ("PIL", "pystray"):
+        need(importlib.util.find_spec(package), f"the package {package} is not installed")
+    monkeypatch.setenv("PYSTRAY_BACKEND", "dummy")
+    for name in [name for name in sys.modules if name.split(".")[0] == "pystray"]:
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("pystray")
+
+
+@pytest.mark.usefixtures("home")
+def test_the_menu_becomes_pystrays_and_clicks_become_events(dummy: Any):
+    box = tray.Box(URL)
+    state = replace(UP, mode="paused", login=True)
+    shell = tray.Shell(dummy, state, box)
+    wanted = view(state)
+    assert shell.icon.title == wanted.title
+    assert shell.icon.icon.tobytes() == tray.draw(FACES["paused"], 0, 64).tobytes()
+    items = shell.icon.menu.items
+    assert len(items) == len(wanted.menu)
+    for shown, line in zip(items, wanted.menu):
+        if not line.text:
+            assert shown is dummy.Menu.SEPARATOR
+            continue
+        assert (shown.text, shown.checked, shown.enabled) == (line.text, line.checked, line.enabled)
+        assert shown.default == (line.command == "dashboard")
+        shown(shell.icon)
+        assert shell.events.get_nowait() == Event("click", line.command)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_failure_in_a_command_is_an_event_with_its_words(dummy: Any):
+    box = tray.Box("http://127.0.0.1:9")
+    shell = tray.Shell(dummy, UP, box)
+    shell.go("mode", "paused")
+    event = shell.events.get_nowait()
+    assert (event.kind, event.what) == ("done", "mode")
+    assert "refused" in event.why
+    shell.perform("save", False)
+    assert shell.events.get(timeout=5) == Event("done", "save", "")
+    assert json.loads((box.home / "tray.json").read_text()) == {"notify": False}
+
+
+@pytest.mark.usefixtures("home")
+def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: pytest.MonkeyPatch):
+    shell = tray.Shell(dummy, UP, tray.Box(URL))
+    done: list[Any] = []
+    clock = [0.0]
+    script = [(0.1 * step, snapshot(waiting=step)) for step in range(1, 31)]
+
+    def get(**_: float) -> Event:
+        if not script:
+            raise Enough
+        clock[0], event = script.pop(0)
+        return event
+
+    monkeypatch.setattr(tray.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(shell, "on_ui", lambda *call: done.append((clock[0], call[2:][:1])))
+    monkeypatch.setattr(shell.events, "get", get)
+    with pytest.raises(Enough):
+        shell.think()
+    icons = [when for when, name in done if name == ("icon",)]
+    assert len(icons) >= 5
+    assert all(later - sooner >= 0.5 for sooner, later in zip(icons, icons[1:]))
+    assert [name for _, name in done].count(("menu",)) == 1  # from idle to working
+    assert done[-1] == (clock[0], ())  # a shell that has failed takes its icon away

@@ -1,0 +1,1 @@
+"""The tray companion of llmq; `python3 -m tray` runs it."""
