@@ -15,37 +15,39 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 14 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 16: the life of one request.
+The map.  A section uses only what stands above it; nothing above 15 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 17: the life of one request.
 
   A  Words
-     1. Errors        what a client is told instead of an answer
-     2. Tools         durations, sizes, averages, JSON
-     3. Settings      every setting, declared once
+     1. Errors         what a client is told instead of an answer
+     2. Tools          durations, sizes, averages, JSON
+     3. Settings       every setting, declared once
+     4. Metrics        what is counted, and how Prometheus reads it
   B  The queue
-     4. Clients       who asks, and how urgently
-     5. Backends      who serves: runners, their devices, slots, models and health
-     6. Scheduler     who goes next
+     5. Clients        who asks, and how urgently
+     6. Backends       who serves: runners, their devices, slots, models and health
+     7. Scheduler      who goes next
   C  HTTP
-     7. Messages      bytes to heads and bodies, and back
-     8. Bodies        JSON read without losing a byte of it
-     9. Dialects      what all of them share: errors, streams, questions
-    10. OpenAI        its endpoints, its errors, how its streams end
-    11. Ollama        the same for Ollama's own routes
-    12. Anthropic     the same for messages
-    13. Translation   one dialect in the words of another
-    14. Transport     sockets towards the clients
-    15. Upstream      sockets towards the runners
+     8. Messages       bytes to heads and bodies, and back
+     9. Bodies         JSON read without losing a byte of it
+    10. Dialects       what all of them share: errors, streams, questions
+    11. OpenAI         its endpoints, its errors, how its streams end
+    12. Ollama         the same for Ollama's own routes
+    13. Anthropic      the same for messages
+    14. Translation    one dialect in the words of another
+    15. Transport      sockets towards the clients
+    16. Upstream       sockets towards the runners
   D  The gateway
-    16. Gateway       the life of one request
-    17. Desk          where requests come in, what the outside may see and change
-    18. Models        what there is, and its management
-    19. Background    what runs beside the requests: probes, signs of life, the sweep
+    17. Gateway        the life of one request
+    18. Desk           where requests come in, what the outside may see and change
+    19. Models         what there is, and its management
+    20. Background     what runs beside the requests: probes, signs of life, the sweep
   E  Doors
-    20. Routes        which path leads where, and who may go there
-    21. Demo          a runner that only echoes
-    22. Service       start, reload, drain, stop
-    23. Command line  serve, status, mode, config
+    21. Routes         which path leads where, and who may go there
+    22. Demo           a runner that only echoes
+    23. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    24. Service        start, reload, drain, stop
+    25. Command line   serve, status, top, mode, config
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - 3.8 can parse this file, so that 
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import enum
 import functools
@@ -68,12 +71,16 @@ import ipaddress
 import json
 import logging
 import os
+import queue
 import re
 import secrets
+import shutil
 import signal
 import socket
 import struct
+import threading
 import time
+import unicodedata
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -89,7 +96,7 @@ log = logging.getLogger("llmq")
 
 # ==== 1. Errors ===================================================================================
 # One tree.  Pure code raises it, foreign exceptions are translated into it where they are met, and
-# `render_error` of section 9 turns it into bytes.  Status and code stand on the class, once.
+# `render_error` of section 10 turns it into bytes.  Status and code stand on the class, once.
 
 
 class LlmqError(Exception):
@@ -707,7 +714,144 @@ def render_settings(settings: Settings) -> dict[str, Any]:
     return {**tables, "aliases": settings.aliases}
 
 
-# ==== 4. Clients ==================================================================================
+# ==== 4. Metrics ==================================================================================
+# What is counted, each metric declared once: name, type, labels, help.  The text for Prometheus and
+# the README's table are derived.  Labels hold names that clients choose, so both their length and
+# their number are bounded: what is too many counts as `other`, and is counted all the same.
+
+LABEL_BYTES = 128
+LABEL_VALUES = 200  # of one label, `other` among them
+MOST_SERIES = 2000  # of one metric: labels multiply
+OTHER = "other"
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+class Metric(NamedTuple):
+    name: str
+    type: str  # counter, gauge or histogram (of seconds)
+    labels: Names
+    help: str
+
+
+REQUEST = ("route", "model", "client", "status", "outcome")
+WHO = ("model", "client")
+METRICS = (
+    Metric("llmq_requests_total", "counter", REQUEST, "requests that have ended, however they did"),
+    Metric("llmq_wait_seconds", "histogram", ("class",), "from arrival to the start, or the end"),
+    Metric("llmq_first_token_seconds", "histogram", ("model",), "from arrival to the first byte"),
+    Metric("llmq_total_seconds", "histogram", ("model",), "from arrival to a good end"),
+    Metric("llmq_tokens_in_total", "counter", WHO, "tokens of prompts, as the runner tells"),
+    Metric("llmq_tokens_out_total", "counter", WHO, "tokens of answers, as the runner tells"),
+    Metric("llmq_rejected_total", "counter", ("reason",), "refused, at the door or as too many"),
+    Metric("llmq_cancels_total", "counter", ("by",), "requests given up, by client or order"),
+    Metric("llmq_retries_total", "counter", ("backend",), "attempts there that had to be repeated"),
+    Metric("llmq_model_loads_total", "counter", ("backend", "model"), "models seen newly loaded"),
+    Metric("llmq_waiting", "gauge", ("class",), "requests that wait"),
+    Metric("llmq_running", "gauge", ("class",), "requests that run"),
+    Metric("llmq_oldest_wait_seconds", "gauge", (), "how long the oldest request has waited"),
+    Metric("llmq_mode", "gauge", ("mode",), "1 for the mode that it is in"),
+    Metric("llmq_slots", "gauge", ("device",), "requests that may run at once"),
+    Metric("llmq_slots_busy", "gauge", ("device",), "slots taken"),
+    Metric("llmq_backend_up", "gauge", ("backend",), "1 if it is sent requests"),
+    Metric("llmq_uptime_seconds", "gauge", (), "since the start"),
+    Metric("process_cpu_seconds_total", "counter", (), "user and system time"),
+    Metric("process_resident_memory_bytes", "gauge", (), "memory in use, on Linux"),
+    Metric("process_open_fds", "gauge", (), "open files, on Linux"),
+)
+
+
+def metrics_markdown() -> str:
+    """The README's table of metrics."""
+    lines = ["| metric | type | labels | what |", "|---|---|---|---|"]
+    for one in METRICS:
+        labels = ", ".join(f"`{label}`" for label in one.labels)
+        lines.append(f"| `{one.name}` | {one.type} | {labels} | {one.help} |")
+    return "\n".join(lines)
+
+
+class Family:
+    """One metric: its series, each the numbers for one set of label values."""
+
+    def __init__(self, metric: Metric, known: dict[str, set[str]]) -> None:
+        self.metric = metric
+        self.series: dict[Names, list[float]] = {}  # a histogram's: by bucket, then the sum
+        self.texts: dict[Names, str] = {}  # the labels of each, as they are written
+        self._known = known  # the values that each label has had, shared by all metrics
+        self._empty = [0.0] * (len(BUCKETS) + 2 if metric.type == "histogram" else 1)
+
+    def find(self, values: Names) -> list[float]:
+        """The numbers to change."""
+        numbers = self.series.get(values)
+        if numbers is not None:
+            return numbers
+        values = tuple(map(self._bound, self.metric.labels, values))
+        if values not in self.series and len(self.series) >= MOST_SERIES:
+            values = (OTHER,) * len(values)
+        if values not in self.series:
+            pairs = zip(self.metric.labels, values)
+            text = ",".join(f'{label}="{value.translate(ESCAPES)}"' for label, value in pairs)
+            self.texts[values], self.series[values] = text, self._empty[:]
+        return self.series[values]
+
+    def _bound(self, label: str, value: str) -> str:
+        raw = printable(value).encode("utf-8", "replace")[:LABEL_BYTES]
+        short, known = raw.decode("utf-8", "ignore"), self._known.setdefault(label, {OTHER})
+        if short not in known and len(known) >= LABEL_VALUES:
+            return OTHER
+        known.add(short)
+        return short
+
+    def render(self) -> Iterator[str]:
+        name, kind, _, text = self.metric
+        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+        for values, numbers in self.series.items():
+            labels = self.texts[values]
+            if kind == "histogram":
+                yield from self._render_buckets(labels, numbers)
+            else:
+                yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
+
+    def _render_buckets(self, labels: str, numbers: Sequence[float]) -> Iterator[str]:
+        start, total = f"{self.metric.name}_bucket{{{labels}", 0
+        for bound, number in zip((*BUCKETS, "+Inf"), numbers):
+            total += int(number)
+            yield f'{start},le="{bound}"}} {total}\n'
+        yield f"{self.metric.name}_sum{{{labels}}} {numbers[-1]!r}\n"
+        yield f"{self.metric.name}_count{{{labels}}} {total}\n"
+
+
+class Metrics:
+    """All that is counted."""
+
+    def __init__(self) -> None:
+        known: dict[str, set[str]] = {}
+        self.families = {metric.name: Family(metric, known) for metric in METRICS}
+
+    def add(self, name: str, *values: str, amount: float = 1) -> None:
+        """Count in a counter."""
+        self.families[name].find(values)[0] += amount
+
+    def observe(self, name: str, value: str, seconds: float) -> None:
+        """Count in a histogram, whose buckets hold what is up to their bound."""
+        numbers = self.families[name].find((value,))
+        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
+        numbers[-1] += seconds
+
+    def show(self, name: str, rows: Mapping[str, float] | float) -> None:
+        """What a gauge stands at now, by its label if it has one."""
+        family = self.families[name]
+        family.series.clear()
+        for value, number in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
+            family.find((value,) if family.metric.labels else ())[0] = number
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format, version 0.0.4."""
+        lines = (line for family in self.families.values() for line in family.render())
+        return "".join(lines).encode()
+
+
+# ==== 5. Clients ==================================================================================
 # Who asks, and how urgently.  Without keys a name is courtesy, not protection: it keeps apart the
 # programs of people who trust each other.  Foreign web pages are told apart by their Origin, which
 # browsers do not let them choose.
@@ -833,7 +977,7 @@ class Clients:
                 del self.known[client.name]
 
 
-# ==== 5. Backends =================================================================================
+# ==== 6. Backends =================================================================================
 # Who serves.  A backend is one runner, a device what runners on one host share: a request starts
 # only where both have a free slot.  Health is one small state machine per backend, fed by probes
 # and by requests; what a backend has (models, which of them loaded) is what its last probe told.
@@ -1194,7 +1338,7 @@ class Fleet:
         return None
 
 
-# ==== 6. Scheduler ================================================================================
+# ==== 7. Scheduler ================================================================================
 # Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
@@ -1571,7 +1715,7 @@ class Scheduler:
         return "next"
 
 
-# ==== 7. Messages =================================================================================
+# ==== 8. Messages =================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out, nothing awaited.  Strict where
 # leniency has been a hole: what a lenient peer and we would read differently is refused, never
 # repaired.  `parse_request_head` and `parse_response_head` share the grammar of the fields; the
@@ -1881,7 +2025,7 @@ def render_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# ==== 8. Bodies ===================================================================================
+# ==== 9. Bodies ===================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: its top-level members
 # are located, and only the spans of `model`, of llmq's own fields and of a shared context are
 # replaced or cut.
@@ -2095,7 +2239,7 @@ def parse_context(value: Any, param: str) -> int:
     return value
 
 
-# ==== 9. Dialects =================================================================================
+# ==== 10. Dialects ================================================================================
 # What the dialects have in common, pure: an answer is watched, not parsed.  What tells an end, an
 # error or the usage is looked for, the rest passes.
 
@@ -2206,25 +2350,37 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     return answer
 
 
-def read_usage(document: Any) -> int | None:
-    """The number of tokens that an answer says it has; llama.cpp's timings where there is no usage.
+def find_count(document: Any, of_usage: Names, of_timings: str, of_all: str) -> int | None:
+    """A number of tokens that an answer tells; llama.cpp's timings where there is no usage.
 
-    The place differs: `usage` (OpenAI, Anthropic), `response.usage` (OpenAI's responses, streamed),
-    the top level (Ollama).
+    The place differs: `usage` (OpenAI, Anthropic), the same inside `response` (OpenAI's responses,
+    streamed) or `message` (Anthropic, streamed), the top level (Ollama).
     """
     if not isinstance(document, dict):
         return None
-    if isinstance(document.get("response"), dict):
-        document = document["response"]
+    for name in ("response", "message"):
+        inner = document.get(name)
+        document = inner if isinstance(inner, dict) and "usage" in inner else document
     for table, names in (
-        (document.get("usage"), ("completion_tokens", "output_tokens")),
-        (document.get("timings"), ("predicted_n",)),
-        (document, ("eval_count",)),
+        (document.get("usage"), of_usage),
+        (document.get("timings"), (of_timings,)),
+        (document, (of_all,)),
     ):
         for name in names if isinstance(table, dict) else ():
             if isinstance(table.get(name), int):
                 return int(table[name])
     return None
+
+
+def read_usage(document: Any) -> int | None:
+    """The tokens of an answer, as it tells."""
+    return find_count(document, ("completion_tokens", "output_tokens"), "predicted_n", "eval_count")
+
+
+def read_prompt_usage(document: Any) -> int | None:
+    """The tokens of its prompt, likewise."""
+    names = ("prompt_tokens", "input_tokens")
+    return find_count(document, names, "prompt_n", "prompt_eval_count")
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2257,6 +2413,7 @@ class StreamWatch:
         self.dialect = dialect
         self.pieces = 0
         self.tokens: int | None = None
+        self.tokens_in: int | None = None  # of the prompt
         self.ended = b""  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
         self.inside = False  # what was shown ends inside an event, too long to be held
@@ -2305,6 +2462,7 @@ class StreamWatch:
                 self.failure = BackendError(words)
                 return event
             self.tokens = read_usage(document) or self.tokens
+            self.tokens_in = read_prompt_usage(document) or self.tokens_in
             at += len(line)
             event = at if self.dialect.line_events or not line.strip() else event
         return at
@@ -2379,7 +2537,7 @@ def cut_context(text: str) -> str:
     )
 
 
-# ==== 10. OpenAI ==================================================================================
+# ==== 11. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 DONE_LINE = re.compile(rb"(?:\A|\n)data: ?\[DONE\]")
@@ -2455,7 +2613,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 11. Ollama ==================================================================================
+# ==== 12. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 DONE_HINT = re.compile(rb'"done" ?: ?true')
@@ -2529,7 +2687,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 12. Anthropic ===============================================================================
+# ==== 13. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 MESSAGE_END = re.compile(rb"(?:\A|\n)event: ?message_stop\r?\ndata:")
@@ -2605,7 +2763,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 13. Translation =============================================================================
+# ==== 14. Translation =============================================================================
 # Between OpenAI's and Ollama's shapes, where a backend lacks the dialect or a shared context needs
 # the other one.  What comes out equals, field by field, what Ollama's own /v1 gives (its
 # `openai.go`), ids and times aside; what that drops is dropped.  A request that would lose its
@@ -3191,7 +3349,7 @@ TRANSLATORS: dict[tuple[str, str], type[Translator]] = {  # (asked for, asked at
 }
 
 
-# ==== 14. Transport ===============================================================================
+# ==== 15. Transport ===============================================================================
 # The first section that awaits: asyncio streams, the server's side.  One coroutine reads and writes
 # a connection; whoever wants to end its wait sets an error on its reader (`interrupt`), so that it
 # surfaces where the wait is.  Deadlines are numbers on the connection that a sweep compares four
@@ -3733,7 +3891,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 15. Upstream ================================================================================
+# ==== 16. Upstream ================================================================================
 # The other side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.
 
@@ -4027,7 +4185,7 @@ class Pool:
         self.sweep(float("inf"))
 
 
-# ==== 16. Gateway =================================================================================
+# ==== 17. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; each of its steps
 # is a method below it, what happens at a backend is an `Attempt`.  Two rules hold everything
 # together: whoever wants to end a call early calls `Gateway.stop` with the reason, and a slot is
@@ -4042,6 +4200,7 @@ RELAYED_ANSWER = ("openai-processing-ms", "retry-after")
 RATE_LIMITS = "x-ratelimit-"
 ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
 RECENT = 50  # ended requests that the snapshot shows
+CANCELS = {ClientLeft.code: "client", Cancelled.code: "order"}  # who gave a request up
 NEVER = float("inf")
 NO_HEADERS: Headers = {}
 
@@ -4051,7 +4210,8 @@ class Call:
 
     __slots__ = (
         "beat", "connecting", "deadline", "endpoint", "error", "exchange", "first_byte", "head",
-        "model", "question", "route", "ticket", "tokens", "translator", "turn", "upstream", "watch",
+        "model", "question", "route", "ticket", "tokens",
+        "tokens_in", "translator", "turn", "upstream", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -4070,6 +4230,7 @@ class Call:
         self.connecting: asyncio.Task[Upstream] | None = None
         self.watch: StreamWatch | None = None
         self.tokens: int | None = None  # of a whole answer
+        self.tokens_in: int | None = None  # of its prompt
         self.deadline = NEVER  # for the backend's next byte, monotonic
         self.beat = NEVER  # when the client is to get a sign of life, monotonic
         self.first_byte = 0.0
@@ -4137,21 +4298,26 @@ class Record(NamedTuple):
     tokens: int | None
     status: int
     outcome: str  # `done`, or the code of the error
+    tokens_in: int | None = None
+    tokens_per_s: float | None = None
 
     def facts(self) -> dict[str, Any]:
         facts = self._asdict()
         facts["class"] = facts.pop("priority")
-        for name in ("wait_s", "first_s", "total_s"):
+        for name in ("wait_s", "first_s", "total_s", "tokens_per_s"):
             facts[name] = facts[name] and round(facts[name], 4)
         return facts
 
     def __str__(self) -> str:
         first = "-" if self.first_s is None else f"{self.first_s:.3f}"
+        tokens_in = "-" if self.tokens_in is None else self.tokens_in
         tokens = "-" if self.tokens is None else self.tokens
+        rate = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f}"
         return (
             f"{self.status} {self.route} id={self.id} client={self.client} class={self.priority} "
             f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
-            f"first={first} total={self.total_s:.3f} tokens={tokens} outcome={self.outcome}"
+            f"first={first} total={self.total_s:.3f} tokens_in={tokens_in} tokens_per_s={rate} "
+            f"tokens={tokens} outcome={self.outcome}"
         )
 
 
@@ -4168,6 +4334,7 @@ def record_of(call: Call, now: float) -> Record:
     """The record of a call that ends now."""
     ticket, error = call.ticket, call.error
     arrived = ticket.arrived or now
+    source = call.watch or call
     return Record(
         id=ticket.id,
         request_id=call.exchange.request_id,
@@ -4179,10 +4346,40 @@ def record_of(call: Call, now: float) -> Record:
         wait_s=(ticket.started or now) - arrived,
         first_s=call.first_byte - arrived if call.first_byte else None,
         total_s=now - arrived,
-        tokens=call.watch.tokens if call.watch else call.tokens,
+        tokens=source.tokens,
         status=call.exchange.status or (error.status if error else 200),
         outcome=error.code if error else "done",
+        tokens_in=source.tokens_in,
+        tokens_per_s=token_rate(call, source.tokens, now),
     )
+
+
+def token_rate(call: Call, tokens: int | None, now: float) -> float | None:
+    """Tokens per second: of a stream while it came, of a whole answer since its start."""
+    seconds = now - ((call.first_byte if call.watch else 0) or call.ticket.started)
+    return tokens / seconds if tokens and seconds > 0 else None
+
+
+def count_record(metrics: Metrics, record: Record) -> None:
+    """What a record adds to the metrics."""
+    client, model, outcome = record.client, record.model, record.outcome
+    status = str(record.status)
+    metrics.add("llmq_requests_total", record.route, model, client, status, outcome)
+    if outcome in CANCELS:
+        metrics.add("llmq_cancels_total", CANCELS[outcome])
+    if outcome == QueueFull.code:
+        metrics.add("llmq_rejected_total", outcome)
+    if client == "-" or outcome == QueueFull.code:  # it never waited
+        return
+    metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
+    if record.first_s is not None:
+        metrics.observe("llmq_first_token_seconds", model, record.first_s)
+    if outcome == "done":
+        metrics.observe("llmq_total_seconds", model, record.total_s)
+    if record.tokens_in:
+        metrics.add("llmq_tokens_in_total", model, client, amount=record.tokens_in)
+    if record.tokens:
+        metrics.add("llmq_tokens_out_total", model, client, amount=record.tokens)
 
 
 class Attempt:
@@ -4293,7 +4490,7 @@ class Attempt:
 
 
 async def no_look() -> None:
-    """In place of the look at the backends, until the monitor of section 19 is there."""
+    """In place of the look at the backends, until the monitor of section 20 is there."""
 
 
 class Gateway:
@@ -4311,6 +4508,7 @@ class Gateway:
         self.calls: dict[str, Call] = {}  # waiting and running
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: dict[str, int] = {}
+        self.metrics = Metrics()
         self.changes = 0  # counts up with everything that a snapshot shows
         self.draining = False
         self.config_error: str | None = None  # what the last reload complained about
@@ -4368,7 +4566,7 @@ class Gateway:
             exchange.finish(body)
             return
         document = read_whole(body)  # BackendError if it is not what it must be
-        call.tokens = read_usage(document)
+        call.tokens, call.tokens_in = read_usage(document), read_prompt_usage(document)
         if call.translator is not None:
             document = document or parse_json(body)  # which is None for a very long one
             body = render_json(call.translator.retell(call.translator.whole, document))
@@ -4408,6 +4606,7 @@ class Gateway:
         self.recent.append(record)
         self.outcomes[record.outcome] = self.outcomes.get(record.outcome, 0) + 1
         self.changes += 1
+        count_record(self.metrics, record)
         if log.isEnabledFor(logging.INFO):  # without looking for the line that logs it
             log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record, (), None))
 
@@ -4457,6 +4656,7 @@ class Gateway:
             again = failure is not None and failure.again and left
         again = again and call.error is None and not self.draining
         if again:
+            self.metrics.add("llmq_retries_total", backend.name)
             call.turn = asyncio.get_running_loop().create_future()
             self.scheduler.retry(ticket, now, counted=not lacking)
         else:
@@ -4544,7 +4744,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 17. Desk ====================================================================================
+# ==== 18. Desk ====================================================================================
 # Where the outside meets the gateway: requests become calls, snapshots show names, numbers and
 # states (never a word of a prompt or an answer), orders change what waits.
 
@@ -4718,11 +4918,12 @@ class Desk:
             position, eta, reason = self.expected(ticket)
             eta = eta if eta is None else round(eta, 1)
             facts.update(position=position, eta_s=eta, reason=reason, backend=None)
-            facts["waited_s"] = round(now - ticket.arrived, 3)
+            facts.update(waited_s=round(now - ticket.arrived, 3), running_s=0.0)
         else:
             assert ticket.backend is not None  # it runs there
             facts.update(position=0, eta_s=0, reason="", backend=ticket.backend.name)
             facts["waited_s"] = round(ticket.started - ticket.arrived, 3)
+            facts["running_s"] = round(now - ticket.started, 3)
         return facts
 
     # ---- what it may change
@@ -4813,7 +5014,38 @@ def show_client(client: Client) -> dict[str, Any]:
     }
 
 
-# ==== 18. Models ==================================================================================
+def show_gauges(gateway: Gateway) -> None:
+    """Let the gauges stand where things stand now."""
+    show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
+    now, mode = gateway.now(), scheduler.mode
+    waiting, running = scheduler.waiting.values(), scheduler.running.values()
+    for name, tickets in (("llmq_waiting", waiting), ("llmq_running", running)):
+        found = Counter(ticket.priority for ticket in tickets)
+        show(name, {priority.word: found[priority] for priority in Priority})
+    oldest = min((ticket.arrived for ticket in waiting), default=now)
+    show("llmq_oldest_wait_seconds", now - oldest)
+    show("llmq_mode", {one.value: one is mode for one in Mode})
+    show("llmq_slots", {one.name: one.slots for one in fleet.devices.values()})
+    show("llmq_slots_busy", {one.name: one.busy for one in fleet.devices.values()})
+    show("llmq_backend_up", {one.name: one.usable for one in fleet.backends.values()})
+    show("llmq_uptime_seconds", now - gateway.started)
+    for name, number in process_figures():
+        show(name, number)
+
+
+def process_figures() -> Iterator[tuple[str, float]]:
+    """What this process uses, as far as the system tells."""
+    yield "process_cpu_seconds_total", time.process_time()
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        yield "process_open_fds", len(os.listdir("/proc/self/fd")) - 1  # one was for looking
+        with open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+        yield "process_resident_memory_bytes", pages * resource.getpagesize()
+
+
+# ==== 19. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -5005,7 +5237,7 @@ class Passage:
         exchange.finish()
 
 
-# ==== 19. Background ==============================================================================
+# ==== 20. Background ==============================================================================
 # What runs beside the requests.  Each is one loop around one `step`: the monitor looks at the
 # backends when they are due, the finder for runners nobody named, the feed renders the snapshot
 # once for all who watch, the pulse keeps those patient who wait long, the sweep ends what took too
@@ -5072,6 +5304,13 @@ async def identify(backend: Backend) -> str:
     return "openai"
 
 
+def count_loads(metrics: Metrics, backend: Backend, report: Report) -> None:
+    """Models that the backend has loaded since it was last looked at."""
+    before = backend.report.loaded if backend.report else report.loaded
+    for name in set(report.loaded).difference(before):
+        metrics.add("llmq_model_loads_total", backend.name, name)
+
+
 class Monitor:
     """Keeps what llmq knows of its backends fresh."""
 
@@ -5134,6 +5373,7 @@ class Monitor:
         was = backend.state
         try:
             if task.done():
+                count_loads(self.gateway.metrics, backend, task.result())
                 backend.succeeded(now, task.result(), interval)
             elif now - backend.delivered < LATELY:
                 backend.next_probe = now + interval  # slow, but at work
@@ -5277,7 +5517,7 @@ class Sweeper:
             handler.flush()
 
 
-# ==== 20. Routes ==================================================================================
+# ==== 21. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method and has read the body: there is
 # no path around it.
@@ -5321,6 +5561,8 @@ class Door:
             handler, argument = self.enter(exchange)
             await handler(self, exchange, argument)
         except LlmqError as error:
+            if not isinstance(error, ClientLeft):
+                self.gateway.metrics.add("llmq_rejected_total", error.code)
             if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
                 raise
             self.refuse(exchange, error)
@@ -5585,6 +5827,11 @@ async def get_events(door: Door, exchange: Exchange, _: str) -> None:
         feed.watchers -= 1
 
 
+async def get_metrics(door: Door, exchange: Exchange, _: str) -> None:
+    show_gauges(door.gateway)
+    exchange.respond(200, door.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+
+
 async def read_control(exchange: Exchange) -> dict[str, Any]:
     """The JSON object that changes something.
 
@@ -5708,6 +5955,7 @@ ROUTES = (
     reading("/api/version", "a version for clients of Ollama, and llmq's own", get_version),
     owned("GET HEAD", "/llmq/status", "the snapshot; `?all=1`: with all that wait", get_status),
     owned("GET", "/llmq/events", "the snapshot on every change, server-sent events", get_events),
+    owned("GET HEAD", "/metrics", "figures for Prometheus", get_metrics),
     owned("POST", "/llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', post_mode),
     owned(
         "POST",
@@ -5767,7 +6015,7 @@ def routes_markdown() -> str:
     return "\n".join(lines)
 
 
-# ==== 21. Demo ====================================================================================
+# ==== 22. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -5842,7 +6090,346 @@ class Demo:
         exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 22. Service =================================================================================
+# ==== 23. Terminal view ===========================================================================
+# `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
+# stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
+# slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
+
+Row = Mapping[str, Any]
+Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
+Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
+STATUS: Order = ("GET", "/llmq/status", None)
+LOST_SECONDS = 5.0  # without an answer, and it is given up
+KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
+COLOURS = {"bold": "1", "dim": "2", "good": "32", "warn": "33", "bad": "31", "bar": "30;46",
+           "head": "30;42", "alarm": "30;43"}  # fmt: skip
+NO_COLOURS = {"bold": "1", "bad": "1", "bar": "7", "head": "4", "alarm": "7"}  # with NO_COLOR
+STYLES = {  # of a row, by what it is; what is not here is bad
+    "up": "", "loading": "warn", "draining": "warn", "unknown": "dim", "running": "good",
+    "high": "warn", "normal": "", "low": "dim", "done": "", "client_left": "dim",
+    "cancelled": "dim",
+}  # fmt: skip
+KEY = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z])|(.)", re.DOTALL)
+KEY_NAMES = {  # by what terminals send behind ESC
+    "[A": "k", "OA": "k", "[B": "j", "OB": "j", "[5~": "page up", "[6~": "page down", "[H": "g",
+    "OH": "g", "[1~": "g", "[F": "G", "OF": "G", "[4~": "G", "[3~": "x", "OP": "?", "[11~": "?",
+    "[17~": ">", "[18~": "+", "[19~": "-", "[20~": "x", "[21~": "q",
+}  # fmt: skip
+STEPS = {"k": -1, "j": 1, "page up": -10, "page down": 10, "g": -9999, "G": 9999}
+FOOT = "? Help  x Cancel  + Raise  - Lower  p Pause  m Priority  < > Sort  q Quit"
+KEY_HELP = """
+  up down, k j    select a request; also PgUp, PgDn, Home, End
+  x, F9, Del      cancel it
+  +, F7           raise its class, from low to normal to high
+  -, F8           lower its class
+  p               pause, so that nothing starts; again to go on
+  m               priority mode, in which only high starts; again to leave it
+  < >, F6         sort by another column
+  ? h, F1         this help
+  q, F10          leave; llmq goes on"""
+# Titles, and cells: to the right if negative, 0: a share of what the others leave.
+BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 14, "DEVICE": 12, "PING": -6, " LOADED": 0}
+QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
+ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
+         "TOKENS": -6, "TOK/S": -5}  # fmt: skip
+SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
+
+
+def brief(seconds: float | None) -> str:
+    """A duration in at most seven characters."""
+    if seconds is None or seconds < 10:
+        return "-" if seconds is None else f"{max(0.0, seconds):.1f}s"
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if minutes < 60:
+        return f"{minutes}m {int(seconds) % 60:02}s" if minutes else f"{int(seconds)}s"
+    return f"{hours}h {minutes % 60:02}m" if hours < 48 else f"{hours // 24}d {hours % 24:02}h"
+
+
+def cells(text: str) -> int:
+    """The columns that a terminal takes for it."""
+    return len(text) + sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+
+
+def fit(text: str, width: int) -> str:
+    """The text in so many cells, at their right if negative; nothing in it moves the cursor."""
+    room, text = abs(width), printable(text, 1000)
+    if not text.isascii():  # terminals do not agree on marks that combine
+        text = "".join(one for one in text if not unicodedata.category(one).startswith("M"))
+    if cells(text) > room:
+        while text and cells(text) >= room:
+            text = text[:-1]
+        text += "…" * (room > 0)
+    space = " " * (room - cells(text))
+    return space + text if width < 0 else text + space
+
+
+def backend_row(one: Row) -> tuple[str, list[str]]:
+    """The state of a backend, and its cells."""
+    meter = "|" * -(-8 * one["busy"] // max(1, one["slots"]))
+    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
+    told = one["error"] or ", ".join(one["loaded"])
+    busy = f"[{meter:8}] {one['busy']}/{one['slots']}"
+    return one["state"], [one["name"], one["state"], busy, one["device"], ping, f" {told}"]
+
+
+def request_row(one: Row) -> tuple[str, list[str]]:
+    """The class of a request, or that it runs, and its cells."""
+    kind, number, where = one["class"], str(one["position"]), one["reason"]
+    when = "" if one["eta_s"] is None else f"~ {brief(one['eta_s'])}"
+    if one["state"] != "waiting":
+        kind, number, when = "running", "run", f"ran {brief(one.get('running_s'))}"
+        where = f"{one['backend']}, {one['tokens']} tokens".replace(", 0 tokens", "")
+    names = [one["class"], one["client"], one["model"], brief(one["waited_s"])]
+    return kind, [number, *names, when, f" {where}"]
+
+
+def ended_row(one: Row) -> tuple[str, list[str]]:
+    times = [brief(one[name]) for name in ("wait_s", "first_s", "total_s")]
+    rate = f"{one['tokens_per_s']:.0f}" if one.get("tokens_per_s") else "-"
+    names = [one["outcome"], one["client"], one["model"]]
+    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), rate]
+
+
+class View:
+    """What is shown and selected."""
+
+    def __init__(self, url: str, styles: Mapping[str, str]) -> None:
+        self.url = url
+        self.styles = styles
+        self.snapshot: Row = {}
+        self.rows: list[Row] = []
+        self.index = self.first = 0  # of the selected row, of the first one that is seen
+        self.picked = ""  # the id of the selected request
+        self.sort = "#"
+        self.help = self.over = False
+        self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
+        self.note = ""
+
+    def update(self, snapshot: Row) -> None:
+        """Take in what llmq says now; the selection stays with its request."""
+        self.snapshot = snapshot
+        self.rows, key = list(snapshot["requests"]), SORTS[self.sort]
+        if key:
+            self.rows.sort(key=lambda one: one[key], reverse=key == "waited_s")
+        found = [place for place, one in enumerate(self.rows) if one["id"] == self.picked]
+        self.select(found[0] if found else self.index)
+
+    def select(self, index: int) -> None:
+        self.index = max(0, min(index, len(self.rows) - 1))
+        self.picked = self.rows[self.index]["id"] if self.rows else ""
+
+    def press(self, key: str) -> Order | None:
+        """What a key does; the order it stands for, if any."""
+        if self.asking:
+            order, self.asking = self.asking[1], None
+            return order if key in ("y", "Y") else None
+        self.note, self.help = "", key in ("?", "h") and not self.help
+        self.over = key in ("q", "\x03")
+        if key in ("p", "m"):
+            wanted = "paused" if key == "p" else "priority"
+            mode = "open" if self.snapshot["mode"] == wanted else wanted
+            return "POST", "/llmq/mode", {"mode": mode}
+        if key in ("<", ">"):
+            names = list(SORTS)
+            self.sort = names[(names.index(self.sort) + (1 if key == ">" else -1)) % len(names)]
+        self.select(self.index + STEPS.get(key, 0))
+        return self.press_on(self.rows[self.index], key) if self.rows else None
+
+    def press_on(self, one: Row, key: str) -> Order | None:
+        """What a key does to the selected request; what cannot be undone is asked about."""
+        path, classes = f"/llmq/requests/{one['id']}", list(PRIORITY_WORDS)
+        if key == "x":
+            self.asking = f"cancel {one['id']} of {one['client']}?", ("DELETE", path, None)
+        if key not in ("+", "=", "-"):
+            return None
+        place = classes.index(one["class"]) + (1 if key == "-" else -1)
+        return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
+
+    # ---- the picture
+
+    def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
+        """The picture, as many lines as the terminal has."""
+        lines = self.head(width, trouble)
+        if self.help:
+            lines += [self.paint("", text, width) for text in KEY_HELP.split("\n")]
+        else:
+            lines += self.tables(width, height - len(lines) - 1)
+        foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else self.note or FOOT
+        blank = [""] * (height - 1 - len(lines))
+        return [*lines[: height - 1], *blank, self.paint("bar", f" {foot}", width)]
+
+    def head(self, width: int, trouble: str = "") -> list[str]:
+        now, total = self.snapshot, self.snapshot["requests_total"]
+        done, mode, waits = total.get("done", 0), f" {now['mode']} ", now["queue"]
+        title = self.paint("bold", f" llmq {now['version']}  {self.url}", width - len(mode))
+        badge = self.paint("head" if mode == " open " else "alarm", mode, min(width, len(mode)))
+        figures = (
+            f" waiting {waits['waiting']}   running {waits['running']}   done {done}   "
+            f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
+            f"up {brief(now['uptime_s'])}"
+        )
+        error = now["config_error"] and f"not reloaded: {now['config_error']}"
+        wrong = [self.paint("bad", f" {text}", width) for text in (trouble, error) if text]
+        return [title + badge, self.paint("", figures, width), *wrong]
+
+    def tables(self, width: int, room: int) -> list[str]:
+        """Backends, the queue and what has ended, each with its share of the lines."""
+        backends, ended = self.snapshot["backends"], self.snapshot["recent"]
+        few = min(len(backends), max(1, room // 5))
+        room -= few + 7  # titles, and lines between
+        most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
+        self.first = max(min(self.first, self.index), self.index - most + 1, 0)
+        seen = self.rows[self.first : self.first + most]
+        hint = "no backend: start a runner here, or llmq with --backend URL"
+        empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
+        return [
+            *self.table(BACKENDS, map(backend_row, backends[:few]), width, hint),
+            *self.table(QUEUE, map(request_row, seen), width, empty),
+            *self.table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
+        ]
+
+    def table(
+        self, columns: dict[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
+    ) -> list[str]:
+        left = max(0, width - sum(1 + abs(size) for size in columns.values()))
+        flexible = [place for place, size in enumerate(columns.values()) if not size]
+        share = min(28, left // len(flexible))
+        sizes = [size or share for size in columns.values()]
+        sizes[flexible[-1]] = left - share * (len(flexible) - 1)
+        sort, picked = (self.sort, self.index - self.first) if columns is QUEUE else ("", -1)
+        titles = [f"{name}↓" if name == sort else name for name in columns]
+        table = [("head", titles), *((STYLES.get(kind, "bad"), row) for kind, row in rows)]
+        lines = [""]
+        for place, (style, row) in enumerate(table, -1):
+            text = "".join(" " + fit(*cell) for cell in zip(row, sizes))
+            lines.append(self.paint("bar" if place == picked >= 0 else style, text, width))
+        return lines if table[1:] else [*lines, self.paint("dim", f" {empty}", width)]
+
+    def paint(self, style: str, text: str, width: int) -> str:
+        text, code = fit(text, max(0, width)), self.styles.get(style)
+        return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+class Terminal:
+    """The terminal while `top` has it; on every way out it is as it was."""
+
+    def __init__(self) -> None:
+        import termios
+
+        self._saved = termios.tcgetattr(0)
+        self._shown: list[str] = []
+        self._size = (0, 0)
+
+    def enter(self) -> None:
+        import tty
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave its picture behind
+        tty.setcbreak(0)
+        self.write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # own screen, no cursor, no wrapping
+
+    def leave(self) -> None:
+        import termios
+
+        with contextlib.suppress(termios.error):  # it may be gone
+            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+        self.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def draw(self, lines: list[str], size: tuple[int, int]) -> None:
+        """Show these lines; only those that have changed are sent."""
+        text = ""
+        if size != self._size:
+            self._size, self._shown, text = size, [""] * len(lines), "\x1b[2J"
+        pairs = enumerate(zip(lines, self._shown), 1)
+        text += "".join(f"\x1b[{at}H{new}\x1b[K" for at, (new, old) in pairs if new != old)
+        self._shown = lines
+        if text:
+            self.write(f"\x1b[?2026h{text}\x1b[?2026l")  # at once, where terminals know how
+
+    def read_keys(self) -> list[str]:
+        """The keys that are pressed within a moment."""
+        import select
+
+        if not select.select([0], [], [], KEY_SECONDS)[0]:
+            return []
+        with contextlib.suppress(OSError):
+            if typed := os.read(0, 1024).decode("utf-8", "ignore"):
+                found = [(match[2], match[1]) for match in KEY.finditer(typed)]
+                return [key or KEY_NAMES.get(code, "") for key, code in found]
+        return ["q"]  # the terminal is gone
+
+
+class Follower(threading.Thread):
+    """Asks again and again, and hands on orders, beside the keys."""
+
+    def __init__(self, ask: Ask, interval: float) -> None:
+        super().__init__(daemon=True)
+        self.ask = ask
+        self.interval = interval
+        self.snapshot = ask(STATUS)
+        self.seen = time.monotonic()  # when that was
+        self.trouble: StartError | None = None
+        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self.notes: deque[str] = deque()  # what came of them
+
+    def run(self) -> None:
+        while True:
+            order = STATUS
+            with contextlib.suppress(queue.Empty):
+                order = self.orders.get(timeout=self.interval)
+            try:
+                self.hear(order, self.ask(order))
+            except StartError as error:
+                self.trouble = error if order is STATUS else self.trouble
+                self.notes += [] if order is STATUS else [str(error)]
+
+    def hear(self, order: Order, answer: Row) -> None:
+        if order is STATUS:
+            self.snapshot, self.trouble, self.seen = answer, None, time.monotonic()
+        else:
+            self.notes.append(", ".join(f"{name} {text}" for name, text in answer.items()))
+            self.orders.put(STATUS)
+
+
+def plain_top(snapshot: Row, url: str, width: int) -> str:
+    """The picture once, all of it and without a trace of a terminal."""
+    view = View(url, {})
+    view.update(snapshot)
+    lines = [*view.head(width), *view.tables(width, 9999)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def run_top(ask: Ask, url: str, interval: float) -> None:
+    """Show and obey until `q`, a signal, or nobody answers any more (StartError)."""
+    follower = Follower(ask, interval)
+    view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
+    terminal = Terminal()
+    try:
+        terminal.enter()
+        follower.start()
+        while not view.over:
+            view.update(follower.snapshot)
+            view.note = follower.notes.popleft() if follower.notes else view.note
+            silent = time.monotonic() - follower.seen - interval
+            if follower.trouble and silent > LOST_SECONDS:
+                raise follower.trouble
+            size = os.get_terminal_size(1)
+            trouble = f"no answer for {silent:.0f} s" if silent > 2 else ""
+            terminal.draw(view.lines(*size, trouble), size)
+            orders = [view.press(key) for key in terminal.read_keys()]
+            for order in filter(None, orders):
+                follower.orders.put(order)
+    finally:
+        terminal.leave()
+
+
+# ==== 24. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, signals, reload and
 # drain.
 
@@ -6102,7 +6689,7 @@ class Service:
         waits.cancel()
 
 
-# ==== 23. Command line ============================================================================
+# ==== 25. Command line ============================================================================
 # What a person types.  All words to them go through `say`.
 
 
@@ -6197,7 +6784,17 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as JSON")
     mode = commands.add_parser("mode", help="switch a running llmq to another mode")
     mode.add_argument("mode", choices=[mode.value for mode in Mode])
-    for asking in (status, mode):
+    top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
+    top.add_argument("--once", action="store_true", help="print it once, as where it is piped")
+    top.add_argument("--json", action="store_true", help="print once what llmq tells, as JSON")
+    top.add_argument(
+        "--interval",
+        type=parse_duration,
+        default=1.0,
+        metavar="TIME",
+        help="between looks (default: 1s)",
+    )
+    for asking in (status, mode, top):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
@@ -6263,26 +6860,38 @@ def banner(service: Service) -> str:
     return "\n".join(lines)
 
 
-def ask_llmq(url: str | None, path: str, change: dict[str, Any] | None = None) -> Any:
+def llmq_url(url: str | None) -> str:
+    """Where to ask; the llmq on this box unless it is said."""
+    if url:
+        return url.rstrip("/")
+    settings, _ = read_settings({}, os.environ)
+    host = settings.server.host or "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+
+
+def ask_llmq(
+    url: str | None, path: str, change: dict[str, Any] | None = None, method: str | None = None
+) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
+    from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
-    if not url:
-        settings, _ = read_settings({}, os.environ)
-        host = settings.server.host or "127.0.0.1"
-        url = f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+    url = llmq_url(url)
     data = None if change is None else render_json(change)
     headers = {"Content-Type": "application/json"}
     try:
-        request = Request(url.rstrip("/") + path, data, headers)  # noqa: S310 - the user's own URL
+        request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
         with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
             facts = json.load(answer)
-        if not isinstance(facts, dict) or "mode" not in facts:
+        if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
     except HTTPError as error:
+        if "X-LLMQ-Id" in error.headers:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                raise StartError(json.load(error)["error"]["message"]) from None
         raise StartError(f"{url} answers {error.code}: is that llmq?") from None
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, OSError, ValueError, HTTPException) as error:
         raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
     return facts
 
@@ -6317,6 +6926,24 @@ def cmd_mode(options: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_top(options: argparse.Namespace) -> int:
+    url = llmq_url(options.url)
+    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
+
+    def ask(order: Order) -> Any:
+        method, path, change = order
+        return ask_llmq(url, path, change, method)
+
+    able = os.name == "posix" and os.environ.get("TERM") != "dumb"
+    if options.json:
+        say(json.dumps(ask(STATUS), indent=2))
+    elif able and not options.once and os.isatty(0) and os.isatty(1):
+        run_top(ask, url, max(0.1, options.interval))
+    else:
+        say(plain_top(ask(STATUS), url, max(80, shutil.get_terminal_size((140, 0)).columns)))
+    return 0
+
+
 def cmd_config(options: argparse.Namespace) -> int:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
@@ -6341,6 +6968,7 @@ def cmd_config(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": cmd_serve,
     "status": cmd_status,
+    "top": cmd_top,
     "mode": cmd_mode,
     "config": cmd_config,
 }
@@ -6360,6 +6988,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as error:
         say(f"llmq: {error}", error=True)
         return 78 if options.command == "serve" else 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except KeyboardInterrupt:
         return 0
 

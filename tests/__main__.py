@@ -21,7 +21,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 SUMMARY = re.compile(r"(=+ )?\d+ (passed|failed|skipped|error|deselected|xfailed|warning)")
 
 # tomllib is imported where a TOML file is read, and its absence has an answer of its own.
-VERMIN = "-t=3.9- --no-tips --violations --exclude tomllib llmq.py"
+VERMIN = "-t=3.9- --no-tips --violations --exclude tomllib llmq.py tray"
 CHECKS: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "--quiet", "--output-format=concise"],
     "ruff format": ["-m", "ruff", "format", "--check", "--quiet"],

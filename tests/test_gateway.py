@@ -209,7 +209,8 @@ async def test_served_request_has_one_line_with_all_facts(
         facts = line.facts()
         assert facts["id"] == answer.headers["x-llmq-id"]
         assert 0 <= facts["wait_s"] <= facts["first_s"] <= facts["total_s"] < 10
-        for name in ("id", "wait_s", "first_s", "total_s"):
+        assert facts["tokens_per_s"] > 0
+        for name in ("id", "wait_s", "first_s", "total_s", "tokens_per_s"):
             del facts[name]
         assert facts == {
             "request_id": "mine",
@@ -218,6 +219,7 @@ async def test_served_request_has_one_line_with_all_facts(
             "model": "m",
             "route": CHAT,
             "backend": "box",
+            "tokens_in": 1,
             "tokens": 3,
             "status": 200,
             "outcome": "done",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
 
 from tests.fake_ollama import (
     COUNTS,
+    EVENTS,
     NDJSON,
+    RECORDINGS,
     ROUTES,
     Recording,
     Runner,
@@ -73,6 +76,26 @@ def piece(path: str, text: str) -> dict[str, Any]:
 
 def end(path: str, reason: str = "stop") -> dict[str, Any]:
     return chat_end(reason) if path == "/api/chat" else generate_end(reason)
+
+
+# ---- What the tests stand on -----------------------------------------------------------------
+
+
+def test_recordings_are_whole_and_read_as_they_were_sent() -> None:
+    """The index tells how many bytes each had; json.loads judges what is read from them."""
+    index = (RECORDINGS / "ollama.index.txt").read_text()
+    told_of = re.findall(r"^(ollama\.\S+)\.response\.txt: .*\n +(\d+) bytes", index, re.MULTILINE)
+    assert len(told_of) > 20
+    for name, size in told_of:
+        recorded = Recording(name)
+        assert len(recorded.raw) == int(size), name
+        if recorded.content_type.startswith("application/json"):
+            assert isinstance(recorded.json(), dict)
+        if recorded.content_type == NDJSON:
+            said = [json.loads(one) for one in recorded.body.splitlines()]
+            assert [one["done"] for one in said] == [False] * (len(said) - 1) + [True]
+        if recorded.content_type == EVENTS:
+            assert recorded.events()[-1] == "[DONE]"
 
 
 # ---- What passes -----------------------------------------------------------------------------

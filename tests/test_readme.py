@@ -17,6 +17,7 @@ TABLES = {
     "settings": llmq.settings_markdown,
     "routes": llmq.routes_markdown,
     "clients": clients_markdown,
+    "metrics": llmq.metrics_markdown,
 }
 
 
@@ -44,6 +45,10 @@ def test_comparison_is_measured():
 def test_every_flag_that_is_named_exists():
     known = {row.flag for row in llmq.known_settings()}
     known |= {"--backend", "--config", "--demo", "--json", "--help", "--version"}
+    known |= {"--url", "--once", "--interval"}  # of `top`
+    known |= {"--system-site-packages"}  # of Python's venv
+    for path in ("install.sh", "tray/llmq_tray.py"):
+        known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / path).read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text(encoding="utf-8")))
     assert named <= known
 

@@ -1,0 +1,714 @@
+"""`llmq top`: what it shows, what its keys do, and a terminal that is left as it was found."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+import llmq
+from llmq import COLOURS, View, brief, cells, fit
+from tests.fakes import (
+    LLMQ,
+    FakeBackend,
+    Process,
+    Raw,
+    ask,
+    chat,
+    clean_environment,
+    eventually,
+    http,
+    require,
+    run_llmq,
+    running,
+)
+
+CHAT = "/v1/chat/completions"
+NOBODY = "http://127.0.0.1:9"  # where no backend listens
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+HOSTILE = [
+    "\x1b]0;owned\x07",
+    "\x1b[2J\x1b[H",
+    "a\nb\rc\td",
+    "\u202egnp",
+    "名前" * 20,
+    "e\u0301" * 40,
+]
+
+
+# ---- The picture, without a terminal -----------------------------------------------------------
+
+
+def request(number: int, **changes: Any) -> dict[str, Any]:
+    facts = {
+        "id": f"r{number}",
+        "client": f"app:c{number}",
+        "class": "normal",
+        "model": "m",
+        "state": "waiting",
+        "position": number,
+        "waited_s": 1.0 * number,
+        "running_s": 0.0,
+        "eta_s": 2.0,
+        "reason": "local busy (1/1)",
+        "backend": None,
+        "tokens": 0,
+    }
+    return {**facts, **changes}
+
+
+def ended(**changes: Any) -> dict[str, Any]:
+    facts = {
+        "outcome": "done",
+        "client": "app:x",
+        "model": "m",
+        "wait_s": 0.5,
+        "first_s": 1.5,
+        "total_s": 75.0,
+        "tokens": 40,
+        "tokens_per_s": 12.34,
+    }
+    return {**facts, **changes}
+
+
+def backend(**changes: Any) -> dict[str, Any]:
+    facts = {
+        "name": "box",
+        "state": "up",
+        "busy": 1,
+        "slots": 4,
+        "device": "local",
+        "latency_ms": 3.2,
+        "loaded": ["m"],
+        "error": None,
+    }
+    return {**facts, **changes}
+
+
+def snapshot(requests: list[Any], **changes: Any) -> dict[str, Any]:
+    facts = {
+        "version": "0.0",
+        "mode": "open",
+        "uptime_s": 3700.0,
+        "queue": {"waiting": len(requests), "running": 0, "oldest_wait_s": 9.0},
+        "requests": requests,
+        "requests_total": {"done": 7, "client_left": 2, "queue_full": 1},
+        "backends": [backend()],
+        "recent": [ended()],
+        "config_error": None,
+    }
+    return {**facts, **changes}
+
+
+def shown(seen: dict[str, Any]) -> View:
+    view = View("http://box:1", {})
+    view.update(seen)
+    return view
+
+
+def five() -> View:
+    return shown(snapshot([request(number) for number in range(1, 6)]))
+
+
+def order_of(view: View) -> list[str]:
+    return [one["id"] for one in view.rows]
+
+
+def test_picture_shows_who_waits_for_what() -> None:
+    runs = request(0, state="running", backend="box", tokens=12, running_s=3.0, eta_s=0)
+    text = "\n".join(shown(snapshot([runs, request(1, priority="low")])).lines(100, 30))
+    for words in (
+        r"llmq 0\.0  http://box:1 .* open ",
+        r"waiting 2 .* done 7 .* failed 3 .* oldest 9\.0s .* up 1h 01m",
+        r"box +up +\[\|\|      \] 1/4 +local +3ms +m",
+        r"run normal +app:c0 +m +0\.0s +ran 3\.0s +box, 12 tokens",
+        r" 1 normal +app:c1 +m +1\.0s +~ 2\.0s +local busy \(1/1\)",
+        r"done +app:x +m +0\.5s +1\.5s +1m 15s +40 +12",
+    ):
+        assert re.search(words, text), (words, text)
+
+
+def test_trouble_is_told_on_top() -> None:
+    view = shown(snapshot([], config_error="llmq.toml: odd", backends=[]))
+    text = "\n".join(view.lines(100, 30, "no answer for 3 s"))
+    assert "no answer for 3 s" in text
+    assert "not reloaded: llmq.toml: odd" in text
+
+
+def test_empty_state_says_the_next_step() -> None:
+    text = "\n".join(shown(snapshot([], backends=[], recent=[])).lines(100, 30))
+    assert "OPENAI_BASE_URL=http://box:1/v1" in text
+    assert "--backend URL" in text
+
+
+@pytest.mark.parametrize(
+    "size", [(200, 60), (140, 40), (80, 24), (40, 12), (20, 5), (1, 1), (3, 2)]
+)
+@pytest.mark.parametrize("styles", [{}, COLOURS], ids=["plain", "coloured"])
+def test_picture_fills_the_terminal_and_no_cell_more(
+    size: tuple[int, int], styles: dict[str, str]
+) -> None:
+    names = [request(n, client=name, model=name, reason=name) for n, name in enumerate(HOSTILE)]
+    backends = [backend(name=name, error=name) for name in HOSTILE]
+    recent = [ended(outcome=name, client=name, model=name) for name in HOSTILE]
+    view = View(HOSTILE[0], styles)
+    view.update(snapshot(names, backends=backends, recent=recent, config_error=HOSTILE[1]))
+    for key in ("", "?", "", "x"):
+        view.press(key)
+        lines = view.lines(*size, HOSTILE[2])
+        assert len(lines) == size[1]
+        for line in lines:
+            text = COLOUR.sub("", line)
+            assert text.isprintable()
+            assert cells(text) <= size[0]
+            assert styles or text == line
+
+
+def test_selected_row_stays_in_sight() -> None:
+    view = shown(snapshot([request(number) for number in range(1, 200)]))
+    for key in ("G", "page up", "k", "g", "page down"):
+        view.press(key)
+        view.lines(80, 24)
+        text = "\n".join(view.lines(80, 24))
+        assert f"app:c{view.rows[view.index]['position']} " in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0, "0.0s"),
+        (-1, "0.0s"),
+        (9.94, "9.9s"),
+        (10, "10s"),
+        (59.9, "59s"),
+        (60, "1m 00s"),
+        (3599, "59m 59s"),
+        (3600, "1h 00m"),
+        (172_799, "47h 59m"),
+        (172_800, "2d 00h"),
+        (8_640_000, "100d 00h"),
+    ],
+)
+def test_durations_are_short(seconds: float | None, text: str) -> None:
+    assert brief(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("abc", 5, "abc  "),
+        ("abc", -5, "  abc"),
+        ("abcdef", 4, "abc…"),
+        ("abcdef", -4, "abc…"),
+        ("abc", 3, "abc"),
+        ("abc", 0, ""),
+        ("名前です", 5, "名前…"),
+        ("名前です", 6, "名前… "),
+        ("e\u0301a", 3, "ea "),
+        ("\x1b[2Jx", 8, "?[2Jx   "),
+    ],
+)
+def test_text_takes_the_cells_it_is_given(text: str, width: int, expected: str) -> None:
+    assert fit(text, width) == expected
+
+
+# ---- Keys, without a terminal ------------------------------------------------------------------
+
+
+def test_selection_stays_with_its_request() -> None:
+    view = five()
+    view.press("j")
+    view.press("j")
+    assert view.picked == "r3"
+    view.update(snapshot([request(9), *(request(number) for number in range(2, 6))]))
+    assert view.picked == "r3"
+    view.update(snapshot([request(4), request(5)]))
+    assert view.picked == "r5"
+    view.update(snapshot([]))
+    assert view.press("x") is None
+    assert not view.asking
+
+
+@pytest.mark.parametrize(
+    ("keys", "picked"),
+    [
+        ("j", "r2"),
+        ("jjk", "r2"),
+        ("k", "r1"),
+        ("G", "r5"),
+        ("Gj", "r5"),
+        ("Gg", "r1"),
+    ],
+)
+def test_keys_select(keys: str, picked: str) -> None:
+    view = five()
+    assert not any(view.press(key) for key in keys)
+    assert view.picked == picked
+
+
+def test_cancel_is_asked_about_first() -> None:
+    view = five()
+    view.press("j")
+    assert view.press("x") is None
+    assert "cancel r2 of app:c2?" in view.lines(80, 24)[-1]
+    assert view.press("n") is None
+    assert view.press("y") is None
+    view.press("x")
+    view.update(snapshot([request(7)]))  # another request is selected meanwhile
+    assert view.press("y") == ("DELETE", "/llmq/requests/r2", None)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("+", "low", "normal"),
+        ("+", "normal", "high"),
+        ("=", "high", "high"),
+        ("-", "high", "normal"),
+        ("-", "normal", "low"),
+        ("-", "low", "low"),
+    ],
+)
+def test_keys_raise_and_lower(key: str, before: str, after: str) -> None:
+    view = shown(snapshot([request(1, **{"class": before})]))
+    assert view.press(key) == ("POST", "/llmq/requests/r1", {"priority": after})
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("p", "open", "paused"),
+        ("p", "paused", "open"),
+        ("p", "priority", "paused"),
+        ("m", "open", "priority"),
+        ("m", "priority", "open"),
+        ("m", "paused", "priority"),
+    ],
+)
+def test_keys_set_the_mode(key: str, before: str, after: str) -> None:
+    view = shown(snapshot([], mode=before))
+    assert view.press(key) == ("POST", "/llmq/mode", {"mode": after})
+
+
+def test_rows_are_sorted_by_the_column_that_is_marked() -> None:
+    rows = [
+        request(0, state="running", backend="box", model="c", waited_s=5.0),
+        request(1, model="b", client="z", waited_s=9.0, **{"class": "high"}),
+        request(2, model="a", client="y", waited_s=1.0, **{"class": "low"}),
+    ]
+    view = shown(snapshot(rows))
+    orders = {}
+    for _ in llmq.SORTS:
+        (title,) = [line for line in view.lines(100, 30) if "WHERE, WHY" in line]
+        orders[re.search(r"(\S+)↓", title)[1]] = order_of(view)
+        view.press(">")
+        view.update(snapshot(rows))
+    assert orders == {
+        "#": ["r0", "r1", "r2"],
+        "CLIENT": ["r0", "r2", "r1"],
+        "MODEL": ["r2", "r1", "r0"],
+        "WAITED": ["r1", "r0", "r2"],
+    }
+    assert view.sort == "#"
+    view.press("<")
+    assert view.sort == "WAITED"
+
+
+def test_keys_in_the_last_line_fit_eighty_columns() -> None:
+    assert five().lines(80, 24)[-1].rstrip().endswith("q Quit")
+
+
+def test_help_names_every_key() -> None:
+    view = five()
+    view.press("?")
+    text = "\n".join(view.lines(80, 24))
+    for key in ("x", "+", "-", "p", "m", "< >", "?", "q", "F7", "F8", "F9", "F10", "PgUp"):
+        assert re.search(rf"(^|[ ,]){re.escape(key)}[ ,]", text, re.MULTILINE), key
+    view.press("h")
+    assert "WHERE, WHY" in "\n".join(view.lines(80, 24))
+
+
+@pytest.mark.parametrize("key", ["", "z", "\x1b", "[", "O", "A", "~", "ü", "1", " ", "\n"])
+def test_other_keys_do_nothing(key: str) -> None:
+    view = five()
+    assert view.press(key) is None
+    assert not view.over
+    assert view.picked == "r1"
+
+
+# ---- In a terminal -----------------------------------------------------------------------------
+
+
+class Top:
+    """`llmq top` in a terminal of its own, and the screen that a person would see."""
+
+    def __init__(self, url: str, size: tuple[int, int], env: dict[str, str]) -> None:
+        pyte = require("pyte")
+        self.screen = pyte.Screen(*size)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.home = tempfile.TemporaryDirectory(prefix="llmq-test-")
+        self.hand, self.theirs = os.openpty()
+        self.resize(*size, screen=False)
+        self.before = termios.tcgetattr(self.theirs)
+        self.popen = subprocess.Popen(
+            [sys.executable, str(LLMQ), "top", "--url", url, "--interval", "0.1"],
+            stdin=self.theirs,
+            stdout=self.theirs,
+            stderr=self.theirs,
+            env={**clean_environment(self.home.name), "TERM": "xterm-256color", **env},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )
+        os.set_blocking(self.hand, False)
+        asyncio.get_running_loop().add_reader(self.hand, self.read)
+
+    def read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                data = os.read(self.hand, 65536)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise
+                data = b""  # nobody has it open any more
+            self.raw += data
+            self.stream.feed(data)
+            if not data:
+                asyncio.get_running_loop().remove_reader(self.hand)
+
+    def resize(self, columns: int, lines: int, *, screen: bool = True) -> None:
+        fcntl.ioctl(self.hand, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        if screen:
+            self.screen.resize(lines, columns)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.screen.display)
+
+    def is_filled(self, columns: int, lines: int) -> bool:
+        """The titles reach from edge to edge, the keys stand in the last line."""
+        display = self.screen.display
+        titles = [place for place, line in enumerate(display) if "BACKEND" in line]
+        ends = [self.screen.buffer[place][columns - 1].bg for place in titles]
+        return ends == ["green"] and len(display) == lines and display[-1].startswith(" ? Help")
+
+    def press(self, keys: str) -> None:
+        os.write(self.hand, keys.encode())
+
+    async def shows(self, words: str) -> None:
+        try:
+            await eventually(lambda: re.search(words, self.text), 8)
+        except AssertionError:
+            raise AssertionError(f"no {words!r} in\n{self.text}") from None
+
+    async def ended(self) -> int:
+        """Its exit code; all that it wrote has been read by then."""
+        await eventually(lambda: self.popen.poll() is not None, 8)
+        end = b"\x1b[?1049l"
+        await eventually(lambda: end in self.raw, 2)
+        return int(self.popen.returncode)
+
+    def left_as_found(self) -> bool:
+        """The terminal reads keys as before, has its own screen, its cursor and its wrapping."""
+        restored = self.raw.rpartition(b"\x1b[?1049l")[0].endswith(b"\x1b[?7h\x1b[?25h")
+        return restored and termios.tcgetattr(self.theirs) == self.before
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.hand)
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        for descriptor in (self.hand, self.theirs):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self.home.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def top(url: str, size: tuple[int, int] = (80, 24), **env: str) -> AsyncIterator[Top]:
+    one = Top(url, size, env)
+    try:
+        await one.shows(r"BACKEND +STATE")
+        yield one
+    finally:
+        one.close()
+
+
+@contextlib.asynccontextmanager
+async def busy(**settings: Any) -> AsyncIterator[tuple[running, FakeBackend, list[Raw]]]:
+    """One request runs, `alice`'s; those of `bob` and `carol` wait."""
+    async with FakeBackend(auto=False) as fake, running(f"box={fake.url}", **settings) as q:
+        clients = []
+        for user in ("alice", "bob", "carol"):
+            client = await Raw.open(q.port)
+            headers = {"Content-Type": "application/json", "X-User-ID": user}
+            await client.send(http("POST", CHAT, headers, json.dumps(chat("x")).encode()))
+            clients.append(client)
+            count = len(clients)
+            await eventually(lambda count=count: len(q.gateway.calls) == count)
+        yield q, fake, clients
+        for client in clients:
+            client.close()
+        await eventually(lambda: not q.gateway.calls)
+
+
+async def test_terminal_shows_and_follows_what_goes_on() -> None:
+    async with busy() as (q, fake, _), top(q.base) as seen:
+        await seen.shows(r"waiting 2 +running 1")
+        await seen.shows(r"box +up +\[\|{8}\] 1/1 +local")
+        await seen.shows(r"run normal user:alice +m .* ran .*s +box")
+        await seen.shows(r"1 normal user:bob +m .* ~ .* local busy \(1/1\)")
+        await (await fake.arrived()).answer("done now")
+        await seen.shows(r"run normal user:bob")
+        await seen.shows(r"done +user:alice +m .* 2 +\d+")
+        seen.press("q")
+        assert await seen.ended() == 0
+
+
+@pytest.mark.deadline(30)
+async def test_keys_reach_the_queue() -> None:
+    async with busy() as (q, _, clients), top(q.base) as seen:
+        await seen.shows("user:carol")
+        tickets = {one.client.name: one for one in q.gateway.scheduler.waiting.values()}
+        carol, bob = tickets["user:carol"], tickets["user:bob"]
+        seen.press("\x1b[B\x1b[B+")  # down, down, raise
+        await eventually(lambda: carol.priority is llmq.Priority.HIGH)
+        await seen.shows(r"id \S+, class high")
+        await seen.shows(r"1 high +user:carol")
+        seen.press("\x1b[19~")  # F8
+        await eventually(lambda: carol.priority is llmq.Priority.NORMAL)
+        await seen.shows(r"2 normal +user:carol")
+        seen.press("p")
+        await seen.shows(" paused ")
+        assert q.gateway.scheduler.mode is llmq.Mode.PAUSED
+        seen.press("m")
+        await seen.shows(" priority ")
+        seen.press("m")
+        await seen.shows(" open ")
+        seen.press("gjx")
+        await seen.shows(rf"cancel {bob.id} of user:bob\?")
+        assert bob.state is llmq.TicketState.WAITING
+        seen.press("y")
+        assert (await clients[1].response()).code == "cancelled"
+        await seen.shows("cancelled 1")
+        seen.press("gx")
+        await seen.shows("of user:alice")
+        seen.press("y")  # what runs can be cancelled too
+        assert (await clients[0].response()).status == 499
+        seen.press("?")
+        await seen.shows("priority mode, in which only high starts")
+
+
+async def test_what_llmq_refuses_is_told() -> None:
+    async with busy() as (q, _, _), top(q.base) as seen:
+        await seen.shows("run normal user:alice")
+        seen.press("+")
+        await seen.shows("only a waiting request can change its class")
+
+
+async def test_picture_follows_the_size_of_the_terminal() -> None:
+    async with busy() as (q, _, _), top(q.base) as seen:
+        await seen.shows("user:alice")
+        for size in ((140, 40), (60, 16), (100, 30)):
+            seen.resize(*size)
+            await eventually(lambda size=size: seen.is_filled(*size))
+            await seen.shows("2 normal user:car")
+
+
+@pytest.mark.parametrize("way", ["q", "\x1b[21~", "\x03", signal.SIGTERM, signal.SIGHUP])
+async def test_terminal_is_left_as_it_was_found(way: str | int) -> None:
+    async with running(NOBODY) as q, top(q.base) as seen:
+        assert not seen.left_as_found()
+        if isinstance(way, str):
+            seen.press(way)
+        else:
+            seen.popen.send_signal(way)
+        assert await seen.ended() == 0
+        assert seen.left_as_found()
+        assert b"Traceback" not in seen.raw
+
+
+@pytest.mark.deadline(30)
+async def test_lost_llmq_is_told_then_given_up() -> None:
+    async with Process("--demo", "--port", "0") as p:
+        url = f"http://127.0.0.1:{p.port}"
+        async with top(url) as seen:
+            await seen.shows("nobody waits")
+            assert await p.ended() == 0
+            await seen.shows(r"no answer for \d s")
+            await eventually(lambda: seen.popen.poll() is not None, 15)
+            assert await seen.ended() == 1
+            assert seen.left_as_found()
+            said = seen.raw.rpartition(b"\x1b[?1049l")[2].decode()
+            assert re.fullmatch(rf"llmq: no llmq answers at {url}: [^\r\n]+\r\n", said)
+
+
+@pytest.mark.deadline(30)
+async def test_restart_of_llmq_is_survived() -> None:
+    async with Process("--demo", "--port", "0") as first:
+        async with top(f"http://127.0.0.1:{first.port}") as seen:
+            await seen.shows("nobody waits")
+            assert await first.ended() == 0
+            await seen.shows(r"no answer for \d s")
+            async with Process("--demo", "--port", str(first.port)):
+                await eventually(lambda: "no answer" not in seen.text, 8)
+                seen.press("p")
+                await seen.shows(" paused ")
+
+
+@pytest.mark.deadline(30)
+async def test_llmq_that_hangs_holds_up_no_key() -> None:
+    async with Process("--demo", "--port", "0") as p:
+        async with top(f"http://127.0.0.1:{p.port}") as seen:
+            p.signal(signal.SIGSTOP)
+            try:
+                await seen.shows(r"no answer for \d s")
+                seen.press("q")
+                assert await seen.ended() == 0
+            finally:
+                p.signal(signal.SIGCONT)
+
+
+async def test_terminal_that_goes_away_ends_it() -> None:
+    async with running(NOBODY) as q, top(q.base) as seen:
+        asyncio.get_running_loop().remove_reader(seen.hand)
+        os.close(seen.theirs)
+        os.close(seen.hand)
+        await eventually(lambda: seen.popen.poll() is not None, 8)
+        seen.hand = os.open(os.devnull, os.O_RDONLY)
+
+
+@pytest.mark.parametrize("wish", ["", "1"])
+async def test_no_color_is_honoured(wish: str) -> None:
+    async with busy() as (q, _, _), top(q.base, NO_COLOR=wish) as seen:
+        await seen.shows("user:carol")
+        coloured = re.search(rb"\x1b\[[0-9;]*(?:[34][0-7])[0-9;]*m", seen.raw)
+        assert bool(coloured) == (not wish)
+        (row,) = [n for n, line in enumerate(seen.screen.display) if "user:alice" in line]
+        assert seen.screen.buffer[row][5].reverse == bool(wish)
+
+
+async def test_hostile_names_cannot_draw() -> None:
+    async with FakeBackend(["m", *HOSTILE]) as fake, running(fake.url) as q:
+        for name in HOSTILE:
+            assert (await q.chat("x", model=name)).status == 200
+        async with top(q.base, (100, 30)) as seen:
+            await seen.shows(r"done +anonymous +名前")
+            assert b"owned\x07" not in seen.raw
+            assert b"\x1b]" not in seen.raw
+            assert seen.screen.display[-1].startswith(" ? Help")
+            assert seen.screen.title == ""
+
+
+# ---- Without a terminal ------------------------------------------------------------------------
+
+
+async def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, lambda: run_llmq(*arguments, env=env))
+
+
+@pytest.mark.parametrize("more", [[], ["--once"]])
+async def test_piped_it_prints_one_plain_table(more: list[str]) -> None:
+    async with busy() as (q, _, _):
+        done = await run("top", "--url", q.base, *more, COLUMNS="120")
+    assert done.returncode == 0
+    assert not done.stderr
+    assert "\x1b" not in done.stdout
+    assert re.search(r"run normal user:alice +m .* box", done.stdout)
+    assert re.search(r" 2 normal user:carol ", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+
+
+async def test_json_is_the_snapshot() -> None:
+    async with busy() as (q, _, _):
+        done = await run("top", "--url", q.base, "--json")
+        now = await q.status()
+    told = json.loads(done.stdout)
+    assert set(told) == set(now)
+    assert [one["id"] for one in told["requests"]] == [one["id"] for one in now["requests"]]
+
+
+async def test_terminal_without_a_cursor_gets_the_plain_table() -> None:
+    async with running(NOBODY) as q:
+        seen = Top(q.base, (80, 24), {"TERM": "dumb"})
+        try:
+            await eventually(lambda: seen.popen.poll() is not None, 8)
+            await eventually(lambda: b"nobody waits" in seen.raw)
+            assert b"\x1b" not in seen.raw
+        finally:
+            seen.close()
+
+
+def run_for_nobody(*arguments: str) -> tuple[int, bytes]:
+    """Exit code and standard error of llmq whose output is read by nobody any more."""
+    there, here = os.pipe()
+    os.close(there)
+    with tempfile.TemporaryDirectory(prefix="llmq-test-") as home:
+        command = [sys.executable, str(LLMQ), *arguments]
+        environment = clean_environment(home)
+        done = subprocess.run(
+            command, stdout=here, stderr=subprocess.PIPE, env=environment, timeout=8, check=False
+        )
+    os.close(here)
+    return done.returncode, done.stderr
+
+
+async def test_reader_that_has_seen_enough_is_no_failure() -> None:
+    async with running(NOBODY) as q:
+        arguments = ("top", "--once", "--url", q.base)
+        loop = asyncio.get_running_loop()
+        assert await loop.run_in_executor(None, run_for_nobody, *arguments) == (0, b"")
+
+
+def test_nobody_there_is_said_in_one_plain_line() -> None:
+    done = run_llmq("top", "--url", NOBODY)
+    assert done.returncode == 1
+    assert not done.stdout
+    assert re.fullmatch(rf"llmq: no llmq answers at {NOBODY}: .+\n", done.stderr)
+
+
+async def test_somebody_else_there_is_said() -> None:
+    async with FakeBackend() as fake:
+        done = await run("top", "--url", fake.url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is that llmq?" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", ""])
+def test_interval_that_is_none_is_refused(value: str) -> None:
+    done = run_llmq("top", "--interval", value)
+    assert done.returncode == 2
+    assert "--interval" in done.stderr
+
+
+async def test_control_routes_stay_as_they_are_for_it() -> None:
+    """`top` sends what any script would: the order of a key is a plain control request."""
+    async with busy() as (q, _, clients):
+        (row,) = [one for one in (await q.status())["requests"] if one["client"] == "user:carol"]
+        view = shown(await q.status())
+        view.press("G")
+        method, path, change = view.press("-")
+        assert (await ask(q.port, method, path, json=change)).json() == {
+            "id": row["id"],
+            "class": "low",
+        }
+        view.press("x")
+        method, path, _ = view.press("y")
+        assert (await ask(q.port, method, path)).status == 200
+        assert (await clients[2].response()).code == "cancelled"
