@@ -264,12 +264,12 @@ while [ $# -gt 0 ]; do
     shift
 done
 DESTDIR=${DESTDIR-} changed='' mac=''
-HOME=${HOME%/} prefix=${prefix%/} DESTDIR=${DESTDIR%/}
 case $prefix in *[\"\`\$\\]* | *"
 "*) die 2 "no file that is written here could quote the path $prefix" ;; esac
-for path in "$HOME/" "$prefix/" "$DESTDIR/"; do
-    case $path in /*) ;; *) die 2 "HOME, DESTDIR and --prefix begin with /, not so: $path" ;; esac
+for path in "$HOME" "$prefix" "${DESTDIR:-/}"; do
+    case $path in /*) ;; *) die 2 "HOME, DESTDIR and --prefix begin with /, not so: '$path'" ;; esac
 done
+HOME=${HOME%/} prefix=${prefix%/} DESTDIR=${DESTDIR%/}
 case $sandbox in auto | yes | no) ;; *) die 2 "--sandbox is auto, yes or no" ;; esac
 [ -z "$purge" ] || [ $action = uninstall ] || die 2 "--purge goes with --uninstall"
 case ${XDG_CONFIG_HOME-} in /*) etc=${XDG_CONFIG_HOME%/} ;; *) etc=$HOME/.config ;; esac
