@@ -175,12 +175,12 @@ async def test_stopping_is_told_at_once_and_more_time_asked_for_while_it_drains(
                 assert await p.ended(0) == 0
 
 
-async def test_watchdog_hears_three_beats_in_its_time() -> None:
+async def test_watchdog_hears_each_beat_before_its_time_is_up() -> None:
     with Manager() as manager:
-        env = {**manager.env, "WATCHDOG_USEC": "600000"}
+        env = {**manager.env, "WATCHDOG_USEC": "1500000"}
         async with Process("--port", "0", "--backend", NOBODY, env=env) as p:
             for _ in range(4):
-                await asyncio.wait_for(manager.until("^WATCHDOG=1$"), 3)
+                await asyncio.wait_for(manager.until("^WATCHDOG=1$"), 1.5)
             assert await p.ended() == 0
 
 
@@ -462,6 +462,25 @@ async def test_new_connection_that_says_nothing_does_not_hold_up_the_stop() -> N
                 assert (await ask(p.port, "GET", "/health")).status == 200  # it is accepted
                 assert await p.ended(seconds=4) == 0
                 assert await silent.closed() == "eof"
+
+
+async def test_connection_accepted_before_the_stop_may_still_speak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "STOP_SECONDS", 0)
+    with listening() as held:
+        settings = llmq.build_settings({"backends": [NOBODY]})
+        service = llmq.Service(settings, sockets=[held.dup()])
+        await service.start()
+        clients = [await Raw.open(service.port) for _ in range(2)]
+        await eventually(lambda: len(service._servers[0].connections) == len(clients))
+        stop = asyncio.ensure_future(service.stop())
+        await service.stopping.wait()
+        for client in clients:  # one after the other, so that the second is late
+            await client.send(http("GET", "/health"))
+            answer = await client.response()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+        await stop
 
 
 async def test_what_comes_while_it_stops_stays_for_the_next_one() -> None:
