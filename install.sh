@@ -1,6 +1,6 @@
 #!/bin/sh
 # Puts llmq on this box for the user who runs it: llmq.py, the command `llmq`, and a service that
-# starts at login (a systemd user unit; on macOS a launch agent). No root, no network, no download:
+# starts at login (a systemd user unit, on macOS a launch agent). It needs neither root nor network:
 # it copies what lies beside it. Run again, it changes only what has changed. See --help.
 set -eu
 umask 022
@@ -93,8 +93,7 @@ has_user_manager() { # and may use it
 
 try_sandbox() { # turns `sandbox` from auto to yes or no; where it cannot be tried, as it was
     [ "$sandbox" = auto ] || return 0
-    sandbox=no
-    [ ! -e "$DESTDIR$drop_in" ] || sandbox=yes
+    [ -e "$DESTDIR$drop_in" ] && sandbox=yes || sandbox=no
     has_user_manager || return 0
     sandbox=no
     ! systemd-run --user --quiet --wait --collect -p PrivateUsers=yes -p ProtectSystem=strict \
@@ -236,16 +235,18 @@ uninstall() {
     fi
     drop "$prefix/bin/llmq" "$prefix/bin/llmq-tray" "$library/llmq.py" "$library/__pycache__" \
         "$library/tray" "$desktop" "$etc/autostart/llmq-tray.desktop" "$agent" \
-        "$HOME/Library/LaunchAgents/$label-tray.plist" "$HOME/Library/Logs/llmq.log" \
-        "$units/llmq.service" "$drop_in" "$units/llmq.socket" \
-        "$units/default.target.wants/llmq.service" "$units/sockets.target.wants/llmq.socket"
-    [ -z "$purge" ] || drop "$config/llmq.env" "$config/llmq.toml" "$config/llmq.json"
+        "${agent%.plist}-tray.plist" "$HOME/Library/Logs/llmq.log" "$HOME/.cache/llmq-tray" \
+        "$state/llmq/llmq.log" "$state/llmq/llmq.png" "$units/llmq.service" "$drop_in" \
+        "$units/llmq.socket" "$units/default.target.wants/llmq.service" \
+        "$units/sockets.target.wants/llmq.socket"
+    [ -z "$purge" ] ||
+        drop "$config/llmq.env" "$config/llmq.toml" "$config/llmq.json" "$config/tray.json"
     [ "$changed" ] || echo "nothing of llmq is here"
     case $changed in *" llmq.s"*) ! has_user_manager || systemctl --user daemon-reload ;; esac
 }
 
-HOME=${HOME-} && prefix=${HOME%/}/.local
-socket='' sandbox=auto tray='' start=yes dry='' action=install purge=''
+HOME=${HOME-} DESTDIR=${DESTDIR-} changed='' mac=''
+prefix=${HOME%/}/.local socket='' sandbox=auto tray='' start=yes dry='' action=install purge=''
 while [ $# -gt 0 ]; do
     case $1 in
         --prefix=*) prefix=${1#*=} ;;
@@ -263,7 +264,6 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-DESTDIR=${DESTDIR-} changed='' mac=''
 case $prefix in *[\"\`\$\\]* | *"
 "*) die 2 "no file that is written here could quote the path $prefix" ;; esac
 for path in "$HOME" "$prefix" "${DESTDIR:-/}"; do
@@ -273,6 +273,7 @@ HOME=${HOME%/} prefix=${prefix%/} DESTDIR=${DESTDIR%/}
 case $sandbox in auto | yes | no) ;; *) die 2 "--sandbox is auto, yes or no" ;; esac
 [ -z "$purge" ] || [ $action = uninstall ] || die 2 "--purge goes with --uninstall"
 case ${XDG_CONFIG_HOME-} in /*) etc=${XDG_CONFIG_HOME%/} ;; *) etc=$HOME/.config ;; esac
+case ${XDG_STATE_HOME-} in /*) state=$XDG_STATE_HOME ;; *) state=$HOME/.local/state ;; esac
 case ${XDG_DATA_HOME-} in /*) share=${XDG_DATA_HOME%/} ;; *) share=$HOME/.local/share ;; esac
 units=$etc/systemd/user drop_in=$etc/systemd/user/llmq.service.d/10-sandbox.conf
 library=$prefix/lib/llmq label=local.llmq config=$HOME/.config/llmq # not XDG's: as llmq reads it
@@ -286,8 +287,7 @@ if [ $action = uninstall ]; then uninstall; exit 0; fi
 [ -e "$here/llmq.py" ] || die 1 "llmq.py is not beside install.sh"
 [ -z "$tray" ] || [ -e "$here/tray/llmq_tray.py" ] || die 1 "tray/ is not beside install.sh"
 scratch=$(mktemp -d) part=''
-trap 'rm -rf "$scratch" "$part"' EXIT
-trap 'exit 1' HUP INT TERM
+trap 'rm -rf "$scratch" "$part"' EXIT && trap 'exit 1' HUP INT TERM
 find_python
 read_settings
 install_files

@@ -605,11 +605,15 @@ def test_tray_needs_no_login_entry_but_uninstall_takes_its_own_away(box: Box) ->
     box.tray()
     box.run("--tray")
     assert not (box.home / ".config/autostart").exists()
-    (box.home / ".config/autostart").mkdir()
-    (box.home / ".config/autostart/llmq-tray.desktop").write_text("")  # by a tick in its menu
-    (box.library / "tray/__pycache__").mkdir()
-    (box.library / "tray/__pycache__/a.pyc").write_text("")
+    by_the_tray = [".config/autostart/llmq-tray.desktop", ".cache/llmq-tray/lock"]
+    by_the_tray += [".local/state/llmq/llmq.log", ".local/state/llmq/llmq.png"]
+    by_the_tray += [".local/lib/llmq/tray/__pycache__/a.pyc", ".config/llmq/tray.json"]
+    for name in by_the_tray:
+        (box.home / name).parent.mkdir(parents=True, exist_ok=True)
+        (box.home / name).write_text("")
     box.run("--uninstall")
+    assert box.files == [".config/llmq/tray.json"]  # what was chosen in its menu
+    box.run("--uninstall", "--purge")
     assert list(box.home.iterdir()) == []
 
 
@@ -715,6 +719,8 @@ def test_mac_gets_a_launch_agent(box: Box) -> None:
     assert box.calls == [bootout, bootstrap]
     box.run()
     assert box.calls == [f"launchctl print {domain}/local.llmq"]
+    (box.home / "Library/Logs").mkdir()
+    (box.home / "Library/Logs/llmq.log").write_text("")  # by launchd
     box.run("--uninstall")
     assert box.calls == [bootout]
     assert list(box.home.iterdir()) == []
