@@ -3619,6 +3619,12 @@ class Connection:
     def idle(self) -> bool:
         return self.phase is Phase.IDLE and self.reader.received == self.consumed
 
+    @property
+    def arriving(self) -> bool:
+        """Part of a request is here, or none yet of the first one."""
+        part = self.phase is Phase.IDLE and not (self.idle and self.consumed)
+        return part or self.phase in (Phase.HEAD, Phase.BODY)
+
     def enter(self, phase: Phase, limit: float | None = None) -> None:
         self.phase, self.since = phase, time.monotonic()
         self.deadline = self.since + limit if limit else 0.0
@@ -3824,13 +3830,16 @@ class HttpServer:
         self.connections: dict[Connection, asyncio.Task[None]] = {}
         self.closing = False
         self.date = ""
-        self._servers: list[asyncio.AbstractServer] = []
+        self._servers: list[asyncio.Server] = []
         self.sweep(time.monotonic())
 
     async def listen(self, host: str, port: int) -> int:
         """Open one listening socket; the port, which is new where 0 was asked for."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family)
+        return await self.listen_on(socket.create_server((host, port), family=family))
+
+    async def listen_on(self, listening: socket.socket) -> int:
+        """Let in whom this socket brings; its port."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(self._protocol, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
@@ -3869,6 +3878,13 @@ class HttpServer:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
             connection.sweep(now)
+
+    def stop_accepting(self) -> None:
+        """Leave who comes now to whoever else holds the sockets; those inside are answered."""
+        self.closing = True
+        for server in self._servers:
+            for listening in server.sockets:  # closing them could lose one just being accepted
+                asyncio.get_running_loop().remove_reader(listening.fileno())
 
     def quiesce(self) -> None:
         """Answer what is being answered, then close each connection; idle ones at once."""
@@ -4537,6 +4553,8 @@ class Gateway:
         await call.exchange.watch(functools.partial(self.leave, call))
         if call.exchange.gone:
             raise ClientLeft("the client left")
+        if self.draining:  # since it was read
+            raise ShuttingDown("llmq is shutting down")
         now, limits = self.now(), self.settings.server
         patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
         call.beat = now + patience if patience else NEVER
@@ -6434,6 +6452,8 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
 # drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
+HANDOVER_SECONDS = 0.5  # for requests to arrive on connections that were just accepted
+FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
@@ -6523,16 +6543,43 @@ def device_name(settings: BackendSettings) -> str:
     return "local" if is_this_box(host) else host
 
 
+def inherited_sockets() -> list[socket.socket]:
+    """The listening sockets that a service manager opened for this process, sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    asked = os.environ.get("LISTEN_FDS", "")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    numbers = range(FIRST_INHERITED, FIRST_INHERITED + (int(asked) if asked.isdecimal() else 0))
+    try:
+        found = [socket.socket(fileno=number) for number in numbers]
+        kinds = {
+            (one.family, one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) for one in found
+        }
+    except OSError as error:
+        raise StartError(f"LISTEN_FDS: {error.strerror}") from None
+    if kinds - {(socket.AF_INET, 1), (socket.AF_INET6, 1)}:
+        raise StartError("LISTEN_FDS: llmq takes listening TCP sockets, and got something else")
+    return found
+
+
 class Service:
     """A running llmq."""
 
     def __init__(
-        self, settings: Settings, *, demo: bool = False, read: Callable[[], Settings] | None = None
+        self,
+        settings: Settings,
+        *,
+        demo: bool = False,
+        read: Callable[[], Settings] | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
         self.settings = settings
         self.demo = demo
         self.read = read  # reads the settings again
-        self.host = settings.server.host  # as bound: a reload does not move it
+        self.sockets = sockets  # that a service manager holds too, in place of our own
+        hosts = [one.getsockname()[0] for one in sockets] or [settings.server.host]
+        self.host: str = min(hosts, key=is_loopback)  # as bound: a reload does not move it
         self.looking = not settings.backends and not demo  # for runners on this box
         self.port = 0
         self.addresses: list[str] = []
@@ -6556,7 +6603,7 @@ class Service:
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
-        host = self.settings.server.host
+        host = self.host
         if host and not is_loopback(host) and not self.settings.server.allow_anonymous_lan:
             raise ConfigError(
                 f"host {host}: nobody needs a key, so the whole network could use your runner;"
@@ -6587,6 +6634,11 @@ class Service:
         self.settings = replace(self.settings, backends=found)
 
     async def listen(self, server: HttpServer) -> None:
+        for inherited in self.sockets:
+            host, self.port = inherited.getsockname()[0], await server.listen_on(inherited)
+            self.addresses.append(f"http://{f'[{host}]' if ':' in host else host}:{self.port}")
+        if self.sockets:
+            return
         wanted, port = self.settings.server.host, self.settings.server.port
         try:
             self.port = await server.listen(wanted or "127.0.0.1", port)
@@ -6659,6 +6711,8 @@ class Service:
     async def stop(self) -> None:
         """Drain and close: what runs may finish, what waits is told, nothing is left open."""
         self.stopping.set()
+        if self.sockets:
+            await self.hand_over()
         self.feed.desk.drain()
         self.feed.wake()
         self._servers[0].quiesce()
@@ -6673,6 +6727,14 @@ class Service:
             await server.close()
         self.gateway.pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def hand_over(self) -> None:
+        """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
+        server = self._servers[0]
+        server.stop_accepting()
+        await asyncio.sleep(STOP_SECONDS)  # so that what was just accepted is a connection
+        open_now = server.connections
+        await self.until(lambda: not any(one.arriving for one in open_now), HANDOVER_SECONDS)
 
     def settled(self) -> bool:
         """Nobody is owed another word."""
@@ -6690,7 +6752,11 @@ class Service:
 
 
 # ==== 25. Command line ============================================================================
-# What a person types.  All words to them go through `say`.
+# What a person types, and what a service manager is told.  All words to people go through `say`.
+
+READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
+REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
+EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -6825,7 +6891,7 @@ def cmd_serve(options: argparse.Namespace) -> int:
 async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
-    service = Service(settings, demo=demo, read=read)
+    service = Service(settings, demo=demo, read=read, sockets=inherited_sockets())
     await service.start()
     if os.name == "posix":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -6835,11 +6901,58 @@ async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) ->
     gc.collect()
     gc.freeze()  # what is here now stays: later collections need not look at it
     gc.set_threshold(50_000, 20, 20)
+    reports = asyncio.ensure_future(keep_informed(service))
+    notify("READY=1", patience=READY_SECONDS)
     try:
         await service.stopping.wait()
     finally:
+        notify("STOPPING=1")
         await service.stop()
+        reports.cancel()
     return 1 if service.hurry.is_set() else 0
+
+
+def notify(*facts: str, patience: float = 0.0) -> None:
+    """Tell the service manager that wants to hear it, sd_notify(3); without one do nothing."""
+    place = os.environ.get("NOTIFY_SOCKET")
+    if not place:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(patience)
+        address = "\0" + place[1:] if place.startswith("@") else place
+        sender.sendto("\n".join(facts).encode(), address)
+
+
+def watchdog_seconds() -> float:
+    """How soon the service manager wants each next sign of life; 0: it wants none."""
+    asked, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
+    return int(asked) / 1e6 if asked.isdecimal() and pid in (None, str(os.getpid())) else 0.0
+
+
+async def keep_informed(service: Service) -> None:
+    """Tell the service manager what goes on, and, from the event loop itself, that it turns."""
+    limit = watchdog_seconds()
+    pause = min(REPORT_SECONDS, limit / 3) if limit else REPORT_SECONDS
+    if limit:
+        import faulthandler
+
+        faulthandler.enable()  # the watchdog ends what hangs by SIGABRT: then the log says where
+    told, due, scheduler = "", 0.0, service.gateway.scheduler
+    while os.environ.get("NOTIFY_SOCKET"):
+        facts, stopping, now = [], service.stopping.is_set(), time.monotonic()
+        mode = "stopping" if stopping else scheduler.mode.value
+        status = f"{mode}: {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
+        if status != told:
+            facts.append(f"STATUS={service.addresses[0]}, {status}")
+            told = status
+        if limit and now >= due:
+            facts.append("WATCHDOG=1")
+            due = now + limit / 3
+        if stopping:
+            facts.append(f"EXTEND_TIMEOUT_USEC={EXTENSION_USEC}")
+        if facts:
+            notify(*facts)
+        await asyncio.sleep(pause)
 
 
 def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

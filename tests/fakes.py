@@ -845,12 +845,14 @@ class Process:
         python: str = sys.executable,
         cwd: Any = None,
         ready: bool = True,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         self.command = [python, str(LLMQ), *arguments]
         self.home = tempfile.TemporaryDirectory(prefix="llmq-test-")
         self.cwd = cwd or self.home.name
         self.env = {**clean_environment(self.home.name), **(env or {})}
         self.ready = ready  # wait for the address in the banner before the block begins
+        self.pass_fds = pass_fds
         self.port = 0
         self.text = ""
         self.news = threading.Condition()
@@ -875,6 +877,7 @@ class Process:
             stderr=subprocess.STDOUT,
             cwd=self.cwd,
             env=self.env,
+            pass_fds=self.pass_fds,
         )
         self.thread = threading.Thread(target=self._collect, daemon=True)
         self.thread.start()

@@ -195,8 +195,10 @@ class Listener:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for listening in self.server.sockets:  # to close them now could lose a client
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        await turns()
         self.server.close()
-        await turns()  # for who was accepted but not yet met
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

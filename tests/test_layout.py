@@ -89,11 +89,11 @@ POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "t
 # sys.stdlib_module_names is there from 3.10 on; this is for 3.9 and holds what a server may need.
 STDLIB_39 = """
 __future__ abc argparse ast asyncio base64 bisect codecs collections concurrent contextlib copy
-ctypes dataclasses datetime difflib email enum errno fnmatch functools gc getpass gzip hashlib
-heapq hmac html http inspect io ipaddress itertools json logging math mimetypes msvcrt operator
-os pathlib platform queue random re resource secrets select shlex shutil signal socket sqlite3
-ssl stat statistics string struct subprocess sys tempfile termios textwrap threading time
-traceback tty types typing unicodedata urllib uuid weakref
+ctypes dataclasses datetime difflib email enum errno faulthandler fnmatch functools gc getpass
+gzip hashlib heapq hmac html http inspect io ipaddress itertools json logging math mimetypes
+msvcrt operator os pathlib platform queue random re resource secrets select shlex shutil signal
+socket sqlite3 ssl stat statistics string struct subprocess sys tempfile termios textwrap
+threading time traceback tty types typing unicodedata urllib uuid weakref
 """
 STDLIB = frozenset(getattr(sys, "stdlib_module_names", STDLIB_39.split())) | {"tomllib"}
 
