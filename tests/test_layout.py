@@ -45,8 +45,8 @@ BUDGET = {
     "Clients": 250,
     "Backends": 350,
     "Scheduler": 520,
-    "Cache": 120,  # later
-    "Jobs": 260,  # later
+    "Cache": 100,  # later
+    "Jobs": 220,  # later
     "Messages": 350,
     "Dialects": 550,
     "Transport": 550,
@@ -59,7 +59,7 @@ BUDGET = {
     "Terminal view": 160,  # later
     "Service": 300,
     "Command line": 350,
-    "Web page": 350,  # later
+    "Web page": 410,  # 400 of HTML, CSS and JavaScript
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 

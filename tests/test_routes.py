@@ -86,6 +86,7 @@ async def test_head_is_get_without_the_body(route: Any) -> None:
             headers = dict(answer.headers)
             assert headers.pop("x-llmq-id")
             del headers["date"]
+            headers.pop("content-security-policy", None)  # its nonce is new each time
             if route.path == "/llmq/status":  # times pass
                 del headers["content-length"]
             heads.append(headers)
@@ -125,7 +126,6 @@ def test_every_read_but_the_endless_one_takes_head() -> None:
         "/%ff",
         "/v1/models/%00",
         "/v1/models/a%0ab",
-        "/llmq",
         "/llmq/",
         "/llmq/requests/",
         "/llmq/requests/a/b",
