@@ -4671,7 +4671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ==== 18. Web page ================================================================================
-# What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of the events
+# What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
 
@@ -4729,10 +4729,10 @@ figure svg { display: block; width: 100%; height: 46px; margin: 6px 0 4px; overf
 figure path { vector-effect: non-scaling-stroke; stroke: var(--blue) }
 .area { stroke: none; fill: var(--blue); opacity: .13 } .base { stroke: var(--line) }
 .head { flex-wrap: wrap; min-height: 50px; padding: 9px 18px } .head input { width: 190px }
-table { width: 100%; border-collapse: collapse; table-layout: fixed }
+table { width: 100%; border-collapse: collapse; table-layout: fixed } td :is(b, small) { display: block }
 th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 :is(th, td):first-child { padding-left: 18px } :is(th, td):last-child { padding-right: 14px }
-.n, .acts { text-align: right !important; white-space: nowrap } td b, td small { display: block }
+.n, .acts { text-align: right !important } .n, .acts, figure { white-space: nowrap }
 .runs .pos { color: var(--blue) } [aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
 .tag { display: inline-block; padding: 0 8px; border-radius: 6px; font-size: 12px; color: var(--soft);
   line-height: 20px; white-space: nowrap; background: var(--fill) } .tag.high { color: var(--blue) }
@@ -4757,7 +4757,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
-#clients .n { width: 45px; padding-inline: 4px } #clients .acts { width: 50px }
+#clients .n { width: 45px; padding-inline: 4px } #clients .acts { width: 44px; padding-left: 0 }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -4815,7 +4815,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 'use strict';
 const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelector(what);
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
-const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show
+const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
 const STARTERS = {ollama: ' (ollama serve)', lmstudio: ' (lms server start)'};
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
@@ -4850,7 +4850,7 @@ function table(id, heads, rows, empty) {
 }
 const num = value => value.toLocaleString('en-US'), age = () => (performance.now() - got) / 1000;
 const plural = (n, word) => `${num(n)} ${word}${n === 1 ? '' : 's'}`;
-const sum = counts => counts.reduce((a, b) => a + b, 0);
+const sum = all => all.reduce((a, b) => a + b, 0), brief = s => dur(s).split(' ', 2).join(' ');
 function dur(s, fine) {
   const t = Math.max(0, Math.round(s)), m = Math.floor(t / 60), hours = Math.floor(m / 60);
   return fine && s < 0.95 ? `${Math.round(1000 * s)} ms` : fine && s < 10 ? `${s.toFixed(1)} s` :
@@ -4911,8 +4911,7 @@ function draw() {
     `line note ${color}`, [dot, h('span', '', text), verb && h('button', 'push', verb,
       {onclick: () => setMode('open')})], {key})));
   drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
-  drawRecent(recent, recent.map(one =>  // tokens per second, of what streamed since the first
-    one.tokens / Math.max(0.05, one.total_s - Math.max(one.first_s, one.wait_s))));
+  drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
 function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
@@ -4922,7 +4921,7 @@ function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
   render($('figures'), [
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
     ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
-    ['Oldest wait', waiting ? dur(queue.oldest_wait_s + age()) : '–',
+    ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
       `room for ${num(queue.full_at - waiting)}`], ['Done', num(done), 'since the start'],
     ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
   ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
@@ -4960,8 +4959,7 @@ function drawQueue({requests, queue}) {
 }
 function choose(id) {
   chosen = id, draw();
-  const node = q('queue', '[aria-current]');
-  if (node) node.focus(), node.scrollIntoView({block: 'nearest'});
+  if (document.activeElement !== $('filter')) q('queue', '[aria-current]')?.focus();
 }
 function step(by) {
   const ids = [...q('queue', 'tbody').children].map(node => node.key), at = ids.indexOf(chosen);
@@ -4993,39 +4991,41 @@ function drawClients(all) {
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
 }
-function drawRecent(recent, speeds) {
+function drawRecent(recent, count) {
+  const speeds = recent.map(one =>  // tokens per second, of what streamed after the first
+    one.tokens / Math.max(0.05, one.total_s - Math.max(one.first_s, one.wait_s)));
   const most = Math.max(1e-3, ...recent.map(one => one.total_s)), fastest = Math.max(1, ...speeds);
   table('recent', {who: 'Client, model', how: 'Outcome', bars: 'Time', 'n 1': 'Tokens', 'n 2':
-    'Tokens/s'}, recent.slice(0, whole ? 50 : 10).map((one, i) => {
-    const {wait_s: wait, total_s: total, tokens, outcome} = one, first = one.first_s ?? total;
+    'Tokens/s'}, recent.map(({wait_s: wait, total_s: total, tokens, outcome, ...one}, i) => {
+    const first = one.first_s ?? total, word = outcome.replaceAll('_', ' ');
     const tone = outcome === 'done' ? 'green' : one.status === 499 ? 'grey' : 'red';
     return h('tr', '', [td('who', two(one.client, one.model || one.route), {title: one.request_id}),
-      td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', outcome.replaceAll('_', ' '))])]),
+      td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', word)])]),
       td('bars', [bar('', [wait, first - wait, total - first].map(s => s / most)),
         h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`)]),
-      td('n', tokens == null ? '–' : num(tokens)),
-      td('n', [h('span', '', tokens ? num(Math.round(speeds[i])) : '–'),
-        tokens && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
+      td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', tokens ? num(Math.round(
+        speeds[i])) : '–'), tokens && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
   }), 'What has ended shows here: how long it waited, and how fast it was.');
-  $('more').hidden = recent.length <= 10;
-  render($('more'), whole ? 'Last 10' : `All ${recent.length}`);
+  render($('more'), whole ? 'Last 10' : `All ${count}`), $('more').hidden = count <= 10;
 }
 function drawPlots() {
   const now = Date.now(), ended = sum(Object.values(snap.requests_total));
   if (past.at(-1)?.[1] > ended) past = [];  // llmq has started anew
   if (live) past.push([now, ended, snap.queue.waiting ? snap.queue.oldest_wait_s + age() : 0]);
   past = past.filter(one => one[0] > now - SPAN - 60e3);
+  const span = Math.min(SPAN, Math.max(120e3, now - (past[0]?.[0] ?? now)));
   let at = 0, rates = past.map(([when, count]) => {  // `at`: the last sample a minute before
     while (past[at + 1]?.[0] <= when - 60e3) at += 1;
     return [when, Math.round((count - past[at][1]) / Math.max(1, (when - past[at][0]) / 60e3))]; });
-  for (const [id, all, text] of [['rate', rates, num], ['wait', past.map(p => [p[0], p[2]]), dur]]) {
+  for (const [id, all, text] of [['rate', rates, num], ['wait', past.map(p => [p[0], p[2]]), brief]]) {
     const most = Math.max(1, ...all.map(one => one[1])), [, area, line] = $(id).querySelectorAll(
-      'path'), seen = all.filter(one => one[0] > now - SPAN).map(([when, y]) =>
-      [(100 - 100 * (now - when) / SPAN).toFixed(2), (40 - 38 * y / most).toFixed(2)].join(' '));
+      'path'), seen = all.filter(one => one[0] >= now - span).map(([when, y]) =>
+      [(100 - 100 * (now - when) / span).toFixed(2), (40 - 38 * y / most).toFixed(2)].join(' '));
     line.setAttribute('d', seen.length ? `M${seen.join('L')}` : '');
     area.setAttribute('d', seen.length ? `M${seen.join('L')}V40H${seen[0].split(' ')[0]}Z` : '');
     render(q(id, 'b'), text(all.at(-1)?.[1] ?? 0));
-    render(q(id, 'small'), [h('span', '', '15 min ago'), h('span', 'push', `most ${text(most)}`)]); }
+    render(q(id, 'small'), [h('span', '', `${Math.round(span / 60e3)} min ago`), h('span', 'push',
+      `most ${text(most)}`)]); }
 }
 function listen() {  // one stream while the page is seen, none while it is hidden
   clearTimeout(again);

@@ -182,7 +182,7 @@ class Page:
         scheme = [{"name": "prefers-color-scheme", "value": theme}]
         await self.call("Emulation.setEmulatedMedia", features=scheme)
 
-    async def shot(self) -> bytes:
-        """The page as a PNG, from top to bottom."""
-        picture = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    async def shot(self, *, whole: bool = True) -> bytes:
+        """The page as a PNG, from top to bottom, or what the window shows of it."""
+        picture = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         return base64.b64decode(picture["data"])

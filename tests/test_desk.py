@@ -19,8 +19,8 @@ SNAPSHOT = {
     "": "version mode uptime_s draining queue requests requests_total devices backends clients "
     "recent config_error",
     "queue": "waiting running oldest_wait_s by_class full_at",
-    "requests": "id request_id client class model route state position waited_s running_s eta_s reason "
-    "backend tokens",
+    "requests": "id request_id client class model route state position waited_s running_s eta_s "
+    "reason backend tokens",
     "devices": "name slots busy",
     "backends": "name url kind device state slots busy models loaded latency_ms error",
     "clients": "name waiting running served_s done failed",

@@ -291,12 +291,13 @@ async def test_hostile_names_stay_text(browser: Browser, monkeypatch: pytest.Mon
 
 async def test_what_waits_is_filtered_and_the_rest_is_counted(browser: Browser) -> None:
     async with queue_of("alice", "bob", "carol") as q, opened(browser, q) as page:
-        await page.until(f"{row('carol')}")
+        await select(page, "bob")
         await page.key("/")
         for letter in "car":
             await page.key(letter)
         await page.until(f"!{row('bob')} && {row('carol')}")
-        assert await page.js("document.querySelector('#filter').value") == "car"
+        await page.until(f"{row('carol')}.ariaCurrent === 'true'")  # in the place of bob's
+        assert await page.js("document.activeElement.value") == "car"
         await page.key("Escape")
         await page.until(f"{row('bob')}")
         assert (await q.status())["mode"] == "open", "a letter that was typed changed something"
@@ -565,7 +566,7 @@ def axe() -> str:
 
 
 @contextlib.asynccontextmanager
-async def state(name: str) -> AsyncIterator[running]:
+async def state(name: str) -> AsyncIterator[tuple[running, FakeBackend]]:
     """llmq with nothing to do, with much to do, or in trouble."""
     clients = ("cron", "editor", "open-webui", "alice", "nightly-report", "editor", "cron")
     models = ["qwen3:8b", "llama3.2:3b", "qwen3-coder:30b"]
@@ -596,25 +597,35 @@ async def state(name: str) -> AsyncIterator[running]:
                     q.gateway.config_error = "llmq.toml: [queue] slotz is not known: slots?"
                     await ask(q.port, "POST", "/llmq/mode", json={"mode": "priority"})
                     await q.gateway.look()
-                yield q
+                yield q, vllm
                 for raw in sent:
                     raw.close()
                 await eventually(lambda: not q.gateway.calls)
 
 
-async def finish(q: running, fake: FakeBackend, client: str, model: str, pieces: int) -> None:
-    """A request from beginning to end; none but the first piece is an error."""
+async def finish(
+    q: running, fake: FakeBackend, client: str, model: str, pieces: int, pace: float = 0
+) -> None:
+    """A request from beginning to end, `pace` seconds a piece; none but the first is an error."""
     options = {"stream": True, "stream_options": {"include_usage": True}}
     raw = await begin(q, client, model, **options)
     request = await fake.arrived()
     if not pieces:
         await request.status(500, {"error": {"message": "out of memory"}})
     else:
+        await passed(20 * pace)
         await request.start_stream()
         for _ in range(pieces):
+            await passed(pace)
             await request.piece("word ")
         await request.finish_stream(pieces)
     await raw.response()
+
+
+async def passed(seconds: float) -> None:
+    """So much time, for pictures of what takes time."""
+    end = time.monotonic() + seconds
+    await eventually(lambda: time.monotonic() >= end)
 
 
 @pytest.mark.deadline(30)
@@ -625,7 +636,7 @@ async def test_page_is_for_everybody_at_every_width_in_both_themes(
     source = axe()
     shots = peers.CACHE / "pictures"  # for people to look at
     shots.mkdir(parents=True, exist_ok=True)
-    async with state(name) as q, opened(browser, q) as page:
+    async with state(name) as (q, _), opened(browser, q) as page:
         await page.js(source + "; 0")
         for theme in ("light", "dark"):
             for width in WIDTHS:
@@ -645,21 +656,27 @@ async def test_page_is_for_everybody_at_every_width_in_both_themes(
                 assert not found, (width, theme)
 
 
+async def take_pictures(browser: Browser) -> None:
+    """The README's: a busy minute, in three sizes."""
+    folder = ROOT / "tests" / "pictures"
+    folder.mkdir(exist_ok=True)
+    people = ("open-webui", "editor", "cron", "alice", "nightly-report")
+    async with state("busy") as (q, vllm), opened(browser, q) as page:
+        await page.look(1440, 900)
+        for at in range(26):
+            pieces = (37 * at) % 90 + 12
+            await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
+        sizes = {"wide": (1440, 1180, "light"), "dark": (1024, 800, "dark")}
+        for file, look in {**sizes, "phone": (390, 844, "light")}.items():
+            await page.look(*look)
+            await page.until(f"innerWidth === {look[0]}")
+            await passed(1.2)
+            (folder / f"page-{file}.png").write_bytes(await page.shot(whole=False))
+
+
 if __name__ == "__main__":
-
-    async def picture(browser: Browser, file: str, width: int, theme: str) -> None:
-        async with state("busy") as q, opened(browser, q) as page:
-            await page.look(width, 900, theme)
-            await page.until(f"innerWidth === {width} && past.length > 3")
-            (ROOT / "tests" / "pictures" / file).write_bytes(await page.shot())
-
-    started = Browser(require_command("chromium"))
+    chromium = Browser(require_command("chromium"))
     try:
-        for row_ in (
-            ("light.png", 1440, "light"),
-            ("dark.png", 1024, "dark"),
-            ("phone.png", 390, "light"),
-        ):
-            asyncio.run(picture(started, *row_))
+        asyncio.run(take_pictures(chromium))
     finally:
-        started.close()
+        chromium.close()
