@@ -4808,7 +4808,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
 </footer><div id="toasts" role="status"></div>
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
-  class="push">Keep</button><button class="danger" value="go" autofocus>Cancel</button></form></dialog>
+  class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
   <button class="push">Close</button></form></dialog>
 <script nonce="NONCE">
@@ -4879,8 +4879,8 @@ function move(id, by) {
   if (priority && one.state === 'waiting')
     change('POST', `requests/${id}`, {priority}, told => `${one.client}: class ${told.class}`);
 }
-const cancel = one => one && sure('Cancel this request?', `${one.client} is told so; it wants ${
-  one.model}.`, `requests/${one.id}`, () => `Cancelled: ${one.client}, ${one.model}`);
+const cancel = one => one && sure('Cancel this request?', `${one.client} wants ${one.model}, and is ` +
+  'told.', `requests/${one.id}`, () => `Cancelled: ${one.client}, ${one.model}`);
 const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the queue has no name
   `Cancel ${plural(many, 'waiting request')}?`, `${name ? `All of ${name}` : 'Everything'} that ` +
   'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
@@ -4936,11 +4936,11 @@ function drawQueue({requests, queue}) {
     'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
   table('queue', heads, rows.map(one => {
     const {id, client, model, tokens, reason} = one, runs = one.state === 'running', eta = one.eta_s -
-      age(), held = one.eta_s == null || /pause|priority|down/.test(reason), here = id === chosen;
-    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : num(one.position)),
+      age(), held = /pause|priority|down/.test(reason), fresh = one.eta_s == null, here = id === chosen;
+    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : fresh ? '–' : num(one.position)),
       td('who', two(client, model), {title: [client, model, one.route, one.request_id].join('\n')}),
       td('time', two(dur(one.waited_s + (runs ? 0 : age())), runs ? `runs for ${dur(one.running_s +
-        age())}` : held ? 'held back' : eta < 1 ? 'starts soon' : `starts in ~ ${dur(eta)}`)),
+        age())}` : fresh ? '–' : held ? 'held back' : eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`)),
       td('class', [h('span', `tag ${one.class}`, one.class)]), td('reason', !runs ? reason :
         `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}`),
       td('acts', [!runs && act('↑', `Raise ${client}`, () => move(id, 1), one.class === 'high'),
