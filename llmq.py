@@ -4992,8 +4992,8 @@ function drawClients(all) {
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
 }
 function drawRecent(recent, count) {
-  const speeds = recent.map(one =>  // tokens per second, of what streamed after the first
-    one.tokens / Math.max(0.05, one.total_s - Math.max(one.first_s, one.wait_s)));
+  const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
+    since => one.total_s - since).find(s => s > 0.05) ?? Infinity));  // what was quicker tells nothing
   const most = Math.max(1e-3, ...recent.map(one => one.total_s)), fastest = Math.max(1, ...speeds);
   table('recent', {who: 'Client, model', how: 'Outcome', bars: 'Time', 'n 1': 'Tokens', 'n 2':
     'Tokens/s'}, recent.map(({wait_s: wait, total_s: total, tokens, outcome, ...one}, i) => {
@@ -5003,8 +5003,8 @@ function drawRecent(recent, count) {
       td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', word)])]),
       td('bars', [bar('', [wait, first - wait, total - first].map(s => s / most)),
         h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`)]),
-      td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', tokens ? num(Math.round(
-        speeds[i])) : '–'), tokens && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
+      td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', speeds[i] ? num(Math.round(
+        speeds[i])) : '–'), speeds[i] && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
   }), 'What has ended shows here: how long it waited, and how fast it was.');
   render($('more'), whole ? 'Last 10' : `All ${count}`), $('more').hidden = count <= 10;
 }

@@ -1,6 +1,7 @@
 """The web page in a real Chromium: what it shows, what its clicks and keys change, what it bears.
 
-`python3 -m tests.test_page` takes the README's pictures anew.
+`python3 -m tests.test_page` takes the README's pictures anew; the kept ones were then reduced to 192
+colours (ImageMagick: `convert FILE -dither None -colors 192 png8:FILE`).
 """
 
 from __future__ import annotations
@@ -574,7 +575,8 @@ async def state(name: str) -> AsyncIterator[tuple[running, FakeBackend]]:
         async with FakeBackend(kind="vllm", models=["mistral-small"], auto=False) as vllm:
             ollama.loaded = models[:1]
             backends = {"ollama": {"url": ollama.url}, "vllm": {"url": vllm.url, "device": "gpu"}}
-            async with running(backends=backends, devices={"gpu": {"slots": 4}}) as q:
+            more = {"devices": {"gpu": {"slots": 4}}, "upstream.probe_interval": 0.5}
+            async with running(backends=backends, **more) as q:
                 await q.gateway.look()
                 sent = []
                 if name != "empty":
@@ -596,7 +598,8 @@ async def state(name: str) -> AsyncIterator[tuple[running, FakeBackend]]:
                     await vllm.stop_listening()
                     q.gateway.config_error = "llmq.toml: [queue] slotz is not known: slots?"
                     await ask(q.port, "POST", "/llmq/mode", json={"mode": "priority"})
-                    await q.gateway.look()
+                    backends = q.gateway.fleet.backends.values()
+                    await eventually(lambda: all(b.state is llmq.State.DOWN for b in backends))
                 yield q, vllm
                 for raw in sent:
                     raw.close()
