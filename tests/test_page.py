@@ -1,6 +1,6 @@
 """The web page in a real Chromium: what it shows, what its clicks and keys change, what it bears.
 
-`python3 -m tests.test_page` takes the README's pictures anew; the kept ones were then reduced to 192
+`python3 -m tests.test_page` takes the README's pictures anew; those kept were reduced to 192
 colours (ImageMagick: `convert FILE -dither None -colors 192 png8:FILE`).
 """
 
