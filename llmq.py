@@ -48,6 +48,7 @@ reads a clock.  Start reading at `Gateway.serve` in section 17: the life of one 
     23. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
     24. Service        start, reload, drain, stop
     25. Command line   serve, status, top, mode, config
+    26. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -1685,18 +1686,18 @@ class Scheduler:
         """Position, expected wait and reason of every waiting ticket, in one pass."""
         service = self.service.value or 1.0
         ahead: dict[str, int] = {}
+        # What all of one model, class and routes share is found once.
+        alike: dict[tuple[str, Priority, Names], tuple[str, int, str]] = {}
         result: Forecast = {}
         for position, ticket in enumerate(self.in_order(), 1):
-            able = [one for one in self.fleet.serving(ticket.model, ticket.routes) if one.usable]
-            device = able[0].device if able else None
-            name = device.name if device else ""
-            slots = device.slots if device else 1
+            kind = (ticket.model, ticket.priority, ticket.routes)
+            if kind not in alike:
+                able = [one for one in self.fleet.serving(kind[0], kind[2]) if one.usable]
+                name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
+                alike[kind] = (name, slots, self._reason(ticket, able))
+            name, slots, reason = alike[kind]
             ahead[name] = ahead.get(name, 0) + 1
-            result[ticket.id] = (
-                position,
-                ahead[name] * service / slots,
-                self._reason(ticket, able),
-            )
+            result[ticket.id] = (position, ahead[name] * service / slots, reason)
         return result
 
     def _reason(self, ticket: Ticket, able: Sequence[Backend]) -> str:
@@ -5462,6 +5463,7 @@ class Feed:
         self.latest = b""
         self.version = -1  # of the gateway's changes, as far as they are rendered
         self.watchers = 0
+        self._rendered = float("-inf")  # when `latest` was
         self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -5470,11 +5472,26 @@ class Feed:
             await asyncio.sleep(FEED_SECONDS)
 
     def step(self) -> None:
-        """Render if anything changed and anybody watches."""
-        if self.watchers and self.version != self.gateway.changes:
-            self.version = self.gateway.changes
-            self.latest = render_json(self.desk.snapshot())
+        """Render if anybody watches and anything changed; while requests are here, time does."""
+        gateway = self.gateway
+        if not self.watchers:
+            return
+        if gateway.calls and gateway.now() - self._rendered >= FORECAST_SECONDS:
+            gateway.changes += 1
+        if self.version != gateway.changes:
+            self.version = gateway.changes
+            self._render()
             self.wake()
+
+    def first(self) -> bytes:
+        """What a new watcher sees; those who come at one time share it, as they do all else."""
+        if self.gateway.now() - self._rendered >= FEED_SECONDS:
+            self._render()
+        return self.latest
+
+    def _render(self) -> None:
+        self._rendered = self.gateway.now()
+        self.latest = render_json(self.desk.snapshot())
 
     def wake(self) -> None:
         """Let everybody who waits look again: there is news, or somebody left, or the end."""
@@ -5546,6 +5563,16 @@ HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
 CONTROL_BODY = 64 * KIB
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+)
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
@@ -5708,8 +5735,20 @@ async def get_health(_door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(200, b"ok", "text/plain")
 
 
-async def get_root(_door: Door, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
+async def get_root(door: Door, exchange: Exchange, _: str) -> None:
+    """What clients of Ollama look for, to a browser the page."""
+    exchange.headers += (("Vary", "Accept"),)
+    if "text/html" in exchange.request.headers.get("accept", "").lower():
+        return await get_page(door, exchange, "")
+    return exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
+
+
+async def get_page(_door: Door, exchange: Exchange, _: str) -> None:
+    """The page, with a nonce that no earlier response had."""
+    nonce = secrets.token_urlsafe(16)
+    headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
+    page = PAGE.replace("NONCE", nonce).encode()
+    exchange.respond(200, page, "text/html; charset=utf-8", headers)
 
 
 async def get_version(door: Door, exchange: Exchange, _: str) -> None:
@@ -5832,7 +5871,7 @@ async def get_events(door: Door, exchange: Exchange, _: str) -> None:
     try:
         await exchange.watch(feed.wake)
         exchange.start(200, "text/event-stream")
-        newest, seen = render_json(door.desk.snapshot()), -1
+        newest, seen = feed.first(), feed.version
         while not exchange.gone and not door.gateway.draining:
             exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
             if exchange.blocked:
@@ -5969,7 +6008,8 @@ ROUTES = (
     managed("POST", "/api/copy", "the same"),
     managed("DELETE", "/api/delete", "the same"),
     reading("/health", "`ok` while serving", get_health),
-    reading("/", "`Ollama is running`, as clients of Ollama expect", get_root),
+    reading("/", "`Ollama is running`, as its clients expect; to a browser the page", get_root),
+    reading("/llmq", "the page", get_page),
     reading("/api/version", "a version for clients of Ollama, and llmq's own", get_version),
     owned("GET HEAD", "/llmq/status", "the snapshot; `?all=1`: with all that wait", get_status),
     owned("GET", "/llmq/events", "the snapshot on every change, server-sent events", get_events),
@@ -6691,6 +6731,7 @@ class Service:
             settings = self.read() if self.read else self.settings
         except ConfigError as error:
             self.gateway.config_error = str(error)
+            self.gateway.changes += 1
             log.warning("reload: %s; nothing was changed", error)
             return
         self.gateway.config_error = None
@@ -7106,6 +7147,414 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 0
+
+
+# ==== 26. Web page ================================================================================
+# What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
+# and control routes like any other.  Names are hostile until shown as text: nothing here parses
+# markup (the response's policy forbids it), nothing runs without the response's own nonce.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>llmq</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
+><rect width='16' height='16' rx='4' fill='%232a62d4'/><path d='M4 5h8M4 8h8M4 11h4'
+stroke='%23fff' stroke-width='1.6' stroke-linecap='round'/></svg>">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --bg: light-dark(#f4f5f7, #0e1014);
+  --card: light-dark(#fff, #16191f); --line: light-dark(#e4e7eb, #272c35);
+  --fill: light-dark(#eef0f3, #22262e); --ink: light-dark(#171a1f, #e7e9ed);
+  --soft: light-dark(#586070, #9ba4b2); --blue: light-dark(#2a62d4, #83b1ff);
+  --green: light-dark(#1b7a45, #62cf91); --amber: light-dark(#8a5700, #efbb60);
+  --red: light-dark(#b3261e, #ff938a); --wait: light-dark(#b3bac6, #566072) }
+:root[data-theme=light] { color-scheme: light } :root[data-theme=dark] { color-scheme: dark }
+.blue { --tone: var(--blue) } .green { --tone: var(--green) } .amber { --tone: var(--amber) }
+.red { --tone: var(--red) } .grey { --tone: var(--soft) } .word { flex: none; color: var(--tone) }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
+body { background: var(--bg); color: var(--ink); overflow-wrap: anywhere; font: 14px/1.45 Inter,
+  system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums }
+.wide { max-width: 1600px; margin: 0 auto; padding: 0 20px } h1 { font-size: 17px }
+h2 { font-size: 14px } h2, b { font-weight: 600 } .tags { flex-wrap: wrap; gap: 4px }
+small, dt, figcaption, footer, th { font-size: 12px; color: var(--soft); font-weight: 400 }
+code { font: 12px/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace }
+.clip { overflow: hidden; white-space: nowrap; text-overflow: ellipsis } .lost main { opacity: .6 }
+.line { display: flex; gap: 8px; align-items: center; min-width: 0 } .push { margin-left: auto }
+.dot { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--tone) }
+button, input { height: 30px; padding: 0 11px; font: inherit; color: inherit; background: none;
+  border: 1px solid var(--line); border-radius: 7px } .note button { border-color: var(--tone) }
+button { cursor: pointer; white-space: nowrap } button:hover { background: var(--fill) }
+[aria-disabled=true] { opacity: .35 } .top.wide { flex-wrap: wrap; gap: 10px; padding-block: 14px }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px } tr:focus { outline: 0 }
+.icon { width: 30px; padding: 0; border-color: transparent; color: var(--soft) }
+.danger, .danger:hover { background: var(--red); border-color: var(--red); color: var(--card) }
+svg { fill: none; stroke-width: 1.7; stroke-linecap: round; stroke-linejoin: round }
+h1 svg { width: 22px; height: 22px; border-radius: 6px; background: #2a62d4; stroke: #fff }
+#modes { gap: 0; padding: 3px; border-radius: 9px; background: var(--fill) }
+#modes button { height: 28px; padding: 0 14px; border: 0; color: var(--soft) }
+#modes [aria-pressed=true] { background: var(--card); color: var(--ink); font-weight: 600;
+  box-shadow: 0 1px 2px #0002, 0 0 0 1px var(--line) }
+.note { padding: 8px 14px; margin-bottom: 12px; border-radius: 10px;
+  border: 1px solid color-mix(in srgb, var(--tone) 35%, var(--card)) } .note, .high, [aria-current] {
+  background: color-mix(in srgb, var(--tone, var(--blue)) 10%, var(--card)) !important }
+main, aside { display: grid; gap: 14px; grid-template-columns: repeat(12, minmax(0, 1fr)) }
+main > *, aside > * { grid-column: span 12 } main > figure, aside > * { grid-column: span 6 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px }
+#figures { display: grid; grid-template-columns: repeat(5, 1fr); padding: 14px 0 }
+#figures div { padding: 0 18px; border-left: 1px solid var(--line); min-width: 0 }
+#figures div:first-child { border: 0 } dd + dd { font: inherit; font-size: 12px; color: var(--soft) }
+dd { font-size: 28px; line-height: 1.25; font-weight: 600; letter-spacing: -.02em }
+figure { padding: 14px 18px 10px } figcaption b { color: var(--ink) }
+figure svg { display: block; width: 100%; height: 46px; margin: 6px 0 4px; overflow: visible }
+figure path { vector-effect: non-scaling-stroke; stroke: var(--blue) }
+.area { stroke: none; fill: var(--blue); opacity: .13 } .base { stroke: var(--line) }
+.head { flex-wrap: wrap; min-height: 50px; padding: 9px 18px } .head input { width: 190px }
+table { width: 100%; border-collapse: collapse; table-layout: fixed } td :is(b, small) { display: block }
+th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
+:is(th, td):first-child { padding-left: 18px } :is(th, td):last-child { padding-right: 14px }
+.n, .acts { text-align: right !important } .n, .acts, figure { white-space: nowrap }
+.runs .pos { color: var(--blue) } [aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
+.tag { display: inline-block; padding: 0 8px; border-radius: 6px; font-size: 12px; color: var(--soft);
+  line-height: 20px; white-space: nowrap; background: var(--fill) } .tag.high { color: var(--blue) }
+.bar { display: flex; height: 7px; border-radius: 4px; overflow: hidden; background: var(--fill) }
+.thin { height: 4px; margin-top: 3px } .bar i, .key { background: var(--blue) }
+.key { width: 9px; height: 9px; margin-left: 8px; border-radius: 3px } .w.w { background: var(--wait) }
+.f.f { background: #d79b2c } .empty code { flex: 1; padding: 6px 10px; border-radius: 7px;
+  background: var(--fill); color: var(--ink); overflow-wrap: anywhere }
+.empty { padding: 18px 18px 22px; border-top: 1px solid var(--line); color: var(--soft) }
+.empty b { color: var(--ink) } .empty .line { margin-top: 12px; max-width: 820px }
+.device { border-top: 1px solid var(--line); padding: 10px 18px 12px } .slots { gap: 3px }
+.slots i { width: 14px; height: 8px; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--wait) }
+.slots .on { background: var(--blue); box-shadow: none } .backend { padding-top: 9px }
+.backend > * + * { margin-left: 16px } .backend > :not(.line) { display: block }
+.backend .alarm { color: var(--red); overflow-wrap: anywhere } .backend .tags { margin-block: 4px }
+dialog { width: min(430px, 92vw); margin: auto; padding: 20px 22px; border-radius: 14px;
+  border: 1px solid var(--line); background: var(--card); color: var(--ink) }
+footer.wide { flex-wrap: wrap; padding-block: 16px 24px } dialog::backdrop { background: #0008 }
+dialog p, dialog table { margin: 8px 0 16px } dialog td { border: 0; padding: 4px 0 !important }
+kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border-radius: 5px }
+#toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg) }
+#toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
+.pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
+.acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
+#clients .n { width: 45px; padding-inline: 4px } #clients .acts { width: 44px; padding-left: 0 }
+@media (min-width: 1100px) {
+  main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
+@media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
+  main > :nth-child(-n + 3) { align-self: stretch } aside > * { grid-column: span 12 }
+  main > #queue, main > #recent { grid-column: span 9 }
+  main > aside { grid-area: 2 / 10 / span 2 / span 3 } }
+@media (max-width: 720px) { .wide { padding-inline: 12px } main, aside { gap: 10px }
+  main > *, aside > * { grid-column: span 12 !important } .top > :last-child { margin-left: auto }
+  main > figure { grid-column: span 6 !important; padding: 12px 14px 8px } #about { width: 100% }
+  #modes { order: 1; width: 100% } #modes button { flex: 1 } .head, .empty, .device {
+  padding-inline: 14px } .head input { flex: 1; width: 90px } .empty .line { flex-wrap: wrap }
+  #figures { grid-template-columns: repeat(6, 1fr); row-gap: 12px } #figures div {
+  grid-column: span 2; padding: 0 14px } #figures div:nth-child(n + 4) { grid-column: span 3 }
+  #figures div:nth-child(4) { border: 0 } main thead, #recent .n, #help { display: none }
+  main tr { display: grid; gap: 4px 10px; align-items: center; padding: 9px 14px; border-top:
+  1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
+  width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
+  #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
+  #clients tr { grid-template-columns: minmax(0, 1fr) repeat(4, 38px) 30px } #clients thead {
+  display: block } #clients th { border: 0; padding: 0 !important } }
+</style></head>
+<body>
+<header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path
+  d="M4 5h8M4 8h8M4 11h4"/></svg>llmq</h1><p class="line" id="state"></p>
+  <div class="line push" id="modes" role="group" aria-label="Mode"></div>
+  <div class="line"><button id="theme">Theme</button><button id="help">Keys</button></div></header>
+<section class="wide" id="notes" aria-label="Notices"></section>
+<main class="wide"><dl class="card" id="figures"></dl>
+  <figure class="card" id="rate"><figcaption class="line">Requests per minute<b class="push"></b>
+    </figcaption><svg viewBox="0 0 100 40" preserveAspectRatio="none"><path class="base"
+    d="M0 40H100"/><path class="area"/><path/></svg><small class="line"></small></figure>
+  <figure class="card" id="wait"><figcaption class="line">Oldest wait<b class="push"></b>
+    </figcaption><svg viewBox="0 0 100 40" preserveAspectRatio="none"><path class="base"
+    d="M0 40H100"/><path class="area"/><path/></svg><small class="line"></small></figure>
+  <section class="card" id="queue" aria-label="Queue"><div class="line head"><h2>Queue</h2>
+    <small></small><input class="push" id="filter" type="search" placeholder="Filter"
+    aria-label="Filter"><button id="all">Cancel all waiting</button></div>
+    <table role="table"></table><div class="empty"></div></section>
+  <aside aria-label="Runners and clients"><section class="card" aria-label="Devices and backends">
+    <div class="line head"><h2>Devices and backends</h2></div><div id="devices"></div></section>
+    <section class="card" id="clients" aria-label="Clients"><div class="line head"><h2>Clients</h2>
+    <small></small></div><table role="table"></table><div class="empty"></div></section></aside>
+  <section class="card" id="recent" aria-label="Recent requests"><div class="line head"><h2>Recent
+    requests</h2><small class="line push"><i class="key w"></i>waited<i class="key f"></i>to the
+    first token<i class="key"></i>answering</small><button id="more"></button></div>
+    <table role="table"></table><div class="empty"></div></section></main>
+<footer class="wide line"><span id="about"></span><span class="push">Clients use</span>
+  <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
+</footer><div id="toasts" role="status"></div>
+<dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
+  class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
+<dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
+  <button class="push">Close</button></form></dialog>
+<script nonce="NONCE">
+'use strict';
+const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelector(what);
+const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
+const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
+const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
+const STARTERS = {ollama: ' (ollama serve)', lmstudio: ' (lms server start)'};
+let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
+let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
+// `h` describes an element and `render` makes the page so; a node stays while its key does, and
+// with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
+const h = (tag, className = '', kids = '', props) => ({tag, kids, props: {...props, className}});
+function render(at, kids) {
+  if (!Array.isArray(kids)) return void (at.textContent === `${kids}` || (at.textContent = kids));
+  const old = at.nodes ?? new Map(), focus = document.activeElement;
+  const list = kids.map((kid, i) => kid && [kid.props.key ?? i + kid.tag, kid]).filter(Boolean);
+  at.nodes = new Map(list.map(([k, kid]) => [k, old.get(k) ?? document.createElement(kid.tag)]));
+  for (const [key, node] of old) if (!at.nodes.has(key)) node.remove();
+  list.forEach(([key, {props, kids: inner}], i) => {
+    const node = at.nodes.get(key);
+    for (const name in props) if (node[name] !== props[name]) node[name] = props[name];
+    render(node, inner);
+    if (at.children[i] !== node) at.insertBefore(node, at.children[i] ?? null); });
+  if (focus !== document.activeElement && at.contains(focus)) focus.focus();
+}
+const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), dot = h('i', 'dot');
+const two = (first, second) => [h('b', 'clip', first), h('small', 'clip', second)];
+const act = (sign, title, onclick, off = false) =>
+  h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`});
+const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
+  h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
+function table(id, heads, rows, empty) {
+  const columns = Object.entries(heads).map(([cls, text]) => h(text ? 'th' : 'td', cls, text));
+  render(q(id, 'table'), [h('thead', '', [h('tr', '', columns)]), h('tbody', '', rows)]);
+  render(q(id, '.empty'), empty);
+  q(id, 'table').hidden = !(q(id, '.empty').hidden = rows.length > 0);
+}
+const num = value => value.toLocaleString('en-US'), age = () => (performance.now() - got) / 1000;
+const plural = (n, word) => `${num(n)} ${word}${n === 1 ? '' : 's'}`;
+const sum = all => all.reduce((a, b) => a + b, 0), brief = s => dur(s).split(' ', 2).join(' ');
+function dur(s, fine) {
+  const t = Math.max(0, Math.round(s)), m = Math.floor(t / 60), hours = Math.floor(m / 60);
+  return fine && s < 0.95 ? `${Math.round(1000 * s)} ms` : fine && s < 10 ? `${s.toFixed(1)} s` :
+    t < 60 ? `${t} s` : m < 60 ? `${m} min ${t % 60} s` : `${hours} h ${m % 60} min`;
+}
+function toast(text) {
+  const made = $('toasts').appendChild(document.createElement('div'));
+  made.append(text), setTimeout(() => made.remove(), 5000);
+}
+async function change(method, path, body, said) {
+  const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
+  try {
+    const answer = await fetch(`/llmq/${path}`, {method, headers, body: sent});
+    toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()));
+  } catch { toast('llmq does not answer: nothing was changed'); }
+}
+function sure(title, text, path, said) {  // to cancel cannot be undone
+  render(q('ask', 'h2'), title), render(q('ask', 'p'), `${text} This cannot be undone.`);
+  $('ask').onclose = () => $('ask').returnValue && change('DELETE', path, null, said);
+  $('ask').returnValue = '', $('ask').showModal();
+}
+const find = id => snap.requests.find(one => one.id === id);
+const setMode = mode => change('POST', 'mode', {mode}, told => `The mode is ${told.mode}`);
+function move(id, by) {
+  const one = find(id), priority = one && CLASSES[CLASSES.indexOf(one.class) + by];
+  if (priority && one.state === 'waiting')
+    change('POST', `requests/${id}`, {priority}, told => `${one.client}: class ${told.class}`);
+}
+const cancel = one => one && sure('Cancel this request?', `${one.client} wants ${one.model}, and is ` +
+  'told.', `requests/${one.id}`, () => `Cancelled: ${one.client}, ${one.model}`);
+const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the queue has no name
+  `Cancel ${plural(many, 'waiting request')}?`, `${name ? `All of ${name}` : 'Everything'} that ` +
+  'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
+  encodeURIComponent(name), told => `Cancelled ${plural(told.cancelled, 'request')}`);
+async function copy(code) {
+  try { await navigator.clipboard.writeText(code.textContent); toast('Copied'); } catch {
+    getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
+    toast('Marked: copy it with Ctrl+C'); }
+}
+function draw() {
+  if (!snap) return;
+  const {queue, mode, recent, config_error: wrong} = snap, states = snap.backends.map(b => b.state);
+  const ready = states.includes('up'), notes = [  // the first that holds names the state of it all
+    [!live, 'grey', 'reconnecting', 'llmq does not answer; it is asked again each second.'],
+    [snap.draining, 'amber', 'stopping', 'llmq is about to stop: nothing new is let in.'],
+    [!/up|loading|unknown/.test(states), 'red', 'no backend', 'No backend can serve what waits.'],
+    [mode === 'paused', 'amber', mode, 'Paused: nothing starts, what waits is safe.', 'Resume'],
+    [mode === 'priority', 'amber', 'priority only', 'Only high starts; the rest is safe.', 'Open'],
+    [!ready, 'amber', 'backend starts'], [queue.running, 'blue', 'working'], [true, 'green', 'idle'],
+    [wrong, 'red', '', `The configuration was not read again: ${wrong}`]].filter(one => one[0]);
+  const [, tone, word] = notes[0], {waiting} = queue;
+  document.title = `${waiting ? `(${waiting}) ` : ''}llmq — ${word}`;
+  document.body.className = live ? '' : 'lost';
+  render($('state'), [h('i', `dot ${tone}`), h('b', `word ${tone}`, word)]);
+  render($('modes'), MODES.map(name => h('button', '', name[0].toUpperCase() + name.slice(1),
+    {onclick: () => setMode(name), ariaPressed: `${name === mode}`})));
+  render($('notes'), notes.filter(one => one[3]).map(([, color, key, text, verb]) => h('div',
+    `line note ${color}`, [dot, h('span', '', text), verb && h('button', 'push', verb,
+      {onclick: () => setMode('open')})], {key})));
+  drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
+  drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
+  render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
+}
+function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
+  const {waiting, running, by_class: {high, low}} = queue, list = counts => Object.entries(counts)
+    .filter(one => one[1]).sort((a, b) => b[1] - a[1]).map(([word, n]) => `${num(n)} ${word}`)
+    .join(', ').replaceAll('_', ' ');
+  render($('figures'), [
+    ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
+    ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
+    ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
+      `room for ${num(queue.full_at - waiting)}`], ['Done', num(done), 'since the start'],
+    ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
+  ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
+    h('dd', 'clip', title, {title})])));
+}
+function drawQueue({requests, queue}) {
+  const want = $('filter').value.trim().toLowerCase(), shown = requests.length - queue.running;
+  const base = `${location.origin}/v1`, pastes = [base, `curl ${base}/chat/completions -H 'Content-` +
+    `Type: application/json' -d '{"messages": [{"role": "user", "content": "hello"}]}'`];
+  const heads = {pos: 'Place', who: 'Client, model', time: 'Waited, starts in', class: 'Class',
+    reason: 'Why', acts: ''}, rows = requests.filter(one => ['client', 'model', 'class',
+    'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
+  table('queue', heads, rows.map(one => {
+    const {id, client, model, tokens, reason} = one, runs = one.state === 'running', eta = one.eta_s -
+      age(), held = /pause|priority|down/.test(reason), fresh = one.eta_s == null, here = id === chosen;
+    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : fresh ? '–' : num(one.position)),
+      td('who', two(client, model), {title: [client, model, one.route, one.request_id].join('\n')}),
+      td('time', two(dur(one.waited_s + (runs ? 0 : age())), runs ? `runs for ${dur(one.running_s +
+        age())}` : fresh ? '–' : held ? 'held back' : eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`)),
+      td('class', [h('span', `tag ${one.class}`, one.class)]), td('reason', !runs ? reason :
+        `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}`),
+      td('acts', [!runs && act('↑', `Raise ${client}`, () => move(id, 1), one.class === 'high'),
+        !runs && act('↓', `Lower ${client}`, () => move(id, -1), one.class === 'low'),
+        act('×', `Cancel ${client}`, () => cancel(one))])], {key: id, role: 'row',
+      tabIndex: here - 1, ariaCurrent: here ? 'true' : null, onclick: () => here || choose(id)});
+  }), want ? [h('b', '', 'Nothing here fits the filter.'), h('p', '', 'Esc clears it.')] : [
+    h('b', '', 'Nothing waits, nothing runs.'), h('p', '', 'Point a client here instead of at the ' +
+      'runner, or try it:'), ...pastes.map(text => h('div', 'line', [h('code', '', text),
+      h('button', '', 'Copy', {onclick: event => copy(event.target.previousSibling)})]))]);
+  const at = rows.findIndex(one => one.id === chosen);
+  if (at >= 0) place = at;  // once it has gone, what moved up there is selected
+  else if (chosen) choose(rows[Math.min(place, rows.length - 1)]?.id ?? '');
+  render(q('queue', 'small'), shown < queue.waiting ? `the first ${shown} of ${num(queue.waiting)}` : '');
+  [$('all').hidden, $('filter').hidden] = [!queue.waiting, !requests.length];
+}
+function choose(id) {
+  chosen = id, draw();
+  if (document.activeElement !== $('filter')) q('queue', '[aria-current]')?.focus();
+}
+function step(by) {
+  const ids = [...q('queue', 'tbody').children].map(node => node.key), at = ids.indexOf(chosen);
+  if (ids.length) choose(ids[at < 0 ? 0 : Math.min(ids.length - 1, Math.max(0, at + by))]);
+}
+function drawBackends({devices, backends}) {
+  const show = ({name, state, loaded, models, kind, error, busy, ...one}) => h('div',
+    `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name), h('small',
+      'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state)]),
+    h('code', 'clip', one.url), state === 'up' && h('div', 'line tags', loaded.slice(0, 6).map(m =>
+      h('span', 'tag clip', m + (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '')))),
+    state === 'up' && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
+      'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
+    error && h('small', 'alarm', state !== 'down' ? error : `${error}. Start it${
+      STARTERS[kind ?? name] ?? ''}; llmq looks again by itself.`)], {key: name});
+  render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [
+    h('b', 'clip', name), h('span', 'line slots push', Array.from({length: Math.min(12, slots)},
+      (_, at) => h('i', at < busy ? 'on' : ''))), h('small', '', `${busy} of ${slots} busy`)]),
+    ...backends.filter(one => one.device === name).map(show)], {key: name})));
+}
+function drawClients(all) {
+  all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.served_s - a.served_s);
+  const most = Math.max(1e-9, ...all.map(one => one.served_s)), heads = {who: 'Client',
+    'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done', 'n failed': 'Failed', acts: ''};
+  table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [...two(one.name,
+    `${dur(one.served_s, true)} served`), bar('thin', [one.served_s / most])], {title: one.name}),
+    ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
+      one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
+    {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
+  render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
+}
+function drawRecent(recent, count) {
+  const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
+    since => one.total_s - since).find(s => s > 0.05) ?? Infinity));  // what was quicker tells nothing
+  const most = Math.max(1e-3, ...recent.map(one => one.total_s)), fastest = Math.max(1, ...speeds);
+  table('recent', {who: 'Client, model', how: 'Outcome', bars: 'Time', 'n 1': 'Tokens', 'n 2':
+    'Tokens/s'}, recent.map(({wait_s: wait, total_s: total, tokens, outcome, ...one}, i) => {
+    const first = one.first_s ?? total, word = outcome.replaceAll('_', ' ');
+    const tone = outcome === 'done' ? 'green' : one.status === 499 ? 'grey' : 'red';
+    return h('tr', '', [td('who', two(one.client, one.model || one.route), {title: one.request_id}),
+      td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', word)])]),
+      td('bars', [bar('', [wait, first - wait, total - first].map(s => s / most)),
+        h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`)]),
+      td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', speeds[i] ? num(Math.round(
+        speeds[i])) : '–'), speeds[i] && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
+  }), 'What has ended shows here: how long it waited, and how fast it was.');
+  render($('more'), whole ? 'Last 10' : `All ${count}`), $('more').hidden = count <= 10;
+}
+function drawPlots() {
+  const now = Date.now(), ended = sum(Object.values(snap.requests_total));
+  if (past.at(-1)?.[1] > ended) past = [];  // llmq has started anew
+  if (live) past.push([now, ended, snap.queue.waiting ? snap.queue.oldest_wait_s + age() : 0]);
+  past = past.filter(one => one[0] > now - SPAN - 60e3);
+  const span = Math.min(SPAN, Math.max(120e3, now - (past[0]?.[0] ?? now)));
+  let at = 0, rates = past.map(([when, count]) => {  // `at`: the last sample a minute before
+    while (past[at + 1]?.[0] <= when - 60e3) at += 1;
+    return [when, Math.round((count - past[at][1]) / Math.max(1, (when - past[at][0]) / 60e3))]; });
+  for (const [id, all, text] of [['rate', rates, num], ['wait', past.map(p => [p[0], p[2]]), brief]]) {
+    const most = Math.max(1, ...all.map(one => one[1])), [, area, line] = $(id).querySelectorAll(
+      'path'), seen = all.filter(one => one[0] >= now - span).map(([when, y]) =>
+      [(100 - 100 * (now - when) / span).toFixed(2), (40 - 38 * y / most).toFixed(2)].join(' '));
+    line.setAttribute('d', seen.length ? `M${seen.join('L')}` : '');
+    area.setAttribute('d', seen.length ? `M${seen.join('L')}V40H${seen[0].split(' ')[0]}Z` : '');
+    render(q(id, 'b'), text(all.at(-1)?.[1] ?? 0));
+    render(q(id, 'small'), [h('span', '', `${Math.round(span / 60e3)} min ago`), h('span', 'push',
+      `most ${text(most)}`)]); }
+}
+function listen() {  // one stream while the page is seen, none while it is hidden
+  clearTimeout(again);
+  if (stream || document.hidden) return;
+  stream = Object.assign(new EventSource('/llmq/events'), {onerror: lost});
+  stream.onmessage = event => {
+    [snap, got, live] = [JSON.parse(event.data), performance.now(), true];
+    draw(), past.length || drawPlots(); };
+}
+const leave = () => { stream = stream?.close(); };
+function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(); }
+function tick() {
+  if (!snap || document.hidden) return;
+  draw(), drawPlots();
+  if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
+}
+function theme(name) {
+  shade = document.documentElement.dataset.theme = THEMES.includes(name) ? name : 'system';
+  render($('theme'), `Theme: ${shade}`);
+  try { localStorage.setItem('llmq-theme', shade); } catch { /* it lasts as long as the page */ }
+}
+const next = (all, one) => all[(all.indexOf(one) + 1) % all.length];
+const owner = () => snap.clients.find(one => one.name === find(chosen)?.client);
+const KEYS = {
+  'j ArrowDown': ['the next request', () => step(1)], 'k ArrowUp': ['the one before', () => step(-1)],
+  x: ['cancel it', () => cancel(find(chosen))], '+ =': ['raise its class', () => move(chosen, 1)],
+  '-': ['lower it', () => move(chosen, -1)], X: ['cancel all of its client', () => cancelAll(owner())],
+  p: ['pause, resume', () => setMode(snap.mode === 'paused' ? 'open' : 'paused')],
+  m: ['next mode', () => setMode(next(MODES, snap.mode))], '/': ['filter', () => $('filter').focus()],
+  r: ['all recent requests, or the last 10', () => { whole = !whole; draw(); }],
+  t: ['theme', () => theme(next(THEMES, shade))], '?': ['these keys', () => $('map').showModal()],
+  Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
+};
+document.onkeydown = event => {
+  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]');
+  const typing = event.target === $('filter') && event.key !== 'Escape';
+  const found = Object.entries(KEYS).find(([names]) => names.split(' ').includes(event.key));
+  if (!snap || !found || typing || off) return;
+  event.preventDefault(), $('filter').blur(), found[1][1]();
+};
+document.onvisibilitychange = () => document.hidden ? leave() : listen();
+render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', '', [h('td', '',
+  names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
+for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
+  all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
+$('filter').oninput = draw, render($('base'), `${location.origin}/v1`);
+try { theme(localStorage.getItem('llmq-theme')); } catch { theme(); }
+listen(), setInterval(tick, 1000);
+</script></body></html>
+"""  # noqa: E501, RUF001
 
 
 if __name__ == "__main__":

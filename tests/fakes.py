@@ -600,6 +600,12 @@ class FakeBackend:
     async def stop_listening(self) -> None:
         """Refuse new connections; those there go on."""
         if self._server is not None:
+            loop = asyncio.get_running_loop()
+            for listening in self._server.sockets:  # to close them now could lose a connection
+                loop.remove_reader(listening.fileno())
+            turn = loop.create_future()
+            loop.call_soon(turn.set_result, None)
+            await turn  # who was just accepted is known now
             self._server.close()
             self._server = None
 

@@ -1,0 +1,685 @@
+"""The web page in a real Chromium: what it shows, what its clicks and keys change, what it bears.
+
+`python3 -m tests.test_page` takes the README's pictures anew; those kept were reduced to 192
+colours (ImageMagick: `convert FILE -dither None -colors 192 png8:FILE`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmq
+from tests.cdp import Browser, Page
+from tests.fakes import (
+    ROOT,
+    FakeBackend,
+    Process,
+    Raw,
+    ask,
+    chat,
+    eventually,
+    http,
+    need,
+    require_command,
+    running,
+)
+from tests.real import peers
+
+AXE = "4.14.1"
+SECOND = 1.0
+LIVE = "document.querySelector('#figures dd')"
+HOSTILE = "<img src=x onerror=hit=1><script>hit=1</script>&amp;\"'`${hit=1}"
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+REFUSED = "Failed to load resource: net::ERR_CONNECTION_REFUSED"
+WIDTHS = (390, 1024, 1600)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    started = Browser(require_command("chromium"))
+    yield started
+    started.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    browser: Browser, q: running, path: str = "/llmq", bears: str = ""
+) -> AsyncIterator[Page]:
+    """The page, live; at the end: nothing went wrong in it, and it asked nobody but llmq."""
+    async with browser.page() as page:
+        await page.look(1024, 900)
+        await page.goto(q.base + path)
+        await page.until(LIVE)
+        yield page
+        assert not [one for one in page.errors if not bears or bears not in one]
+        asked = [url for url in page.requests if not url.startswith((q.base + "/", "data:"))]
+        assert not asked
+
+
+async def begin(q: running, client: str = "alice", model: str = "m", **more: Any) -> Raw:
+    """A client that has sent its request and waits."""
+    raw = await Raw.open(q.port)
+    headers = {"Content-Type": "application/json", "X-User-ID": client}
+    body = json.dumps(chat("hi", model=model, **more)).encode()
+    await raw.send(http("POST", "/v1/chat/completions", headers, body))
+    return raw
+
+
+async def waiting(q: running, number: int) -> None:
+    await eventually(lambda: len(q.gateway.scheduler.waiting) == number)
+
+
+def in_line(q: running) -> list[str]:
+    """Who waits, by the queue's own books."""
+    return [ticket.client.name for ticket in q.gateway.scheduler.in_order()]
+
+
+@contextlib.asynccontextmanager
+async def queue_of(*clients: str, **settings: Any) -> AsyncIterator[running]:
+    """A queue with one request that runs and one of each of these clients that waits."""
+    async with FakeBackend(auto=False) as fake, running(f"box={fake.url}", **settings) as q:
+        sent = [await begin(q, "first")]
+        await fake.arrived()
+        for number, client in enumerate(clients, 1):
+            sent.append(await begin(q, client))
+            await waiting(q, number)
+        yield q
+        for raw in sent:
+            raw.close()
+        await eventually(lambda: not q.gateway.calls)
+
+
+def row(client: str) -> str:
+    """An expression: the row of the queue with this client's request."""
+    return (
+        "[...document.querySelectorAll('#queue tbody tr')].find("
+        f"one => one.querySelector('.who b').textContent === {json.dumps('user:' + client)})"
+    )
+
+
+async def press(page: Page, client: str, button: str) -> None:
+    """Click the button with this sign in this client's row."""
+    await page.js("document.querySelectorAll('[data-here]').forEach(n => delete n.dataset.here)")
+    await page.until(
+        f"[...{row(client)}.querySelectorAll('button')].some(one => one.textContent === "
+        f"{json.dumps(button)} && (one.dataset.here = 'yes'))"
+    )
+    await page.click("[data-here]")
+
+
+async def select(page: Page, client: str) -> None:
+    """Press j until this client's request is selected."""
+    await page.key("Escape")
+    place = await page.until(f"{row(client)}.rowIndex")
+    for _ in range(place):
+        await page.key("j")
+    await page.until(f"{row(client)}.ariaCurrent === 'true'")
+
+
+# ---- How it is served ------------------------------------------------------------------------
+
+
+async def test_browsers_get_the_page_and_programs_what_ollama_says() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        for path, headers in (("/", BROWSER), ("/llmq", {}), ("/llmq", BROWSER)):
+            answer = await ask(q.port, "GET", path, headers=headers)
+            assert answer.status == 200
+            assert answer.headers["content-type"] == "text/html; charset=utf-8"
+            assert answer.body.startswith(b"<!doctype html>")
+            head = await ask(q.port, "HEAD", path, headers=headers)
+            assert head.headers["content-length"] == answer.headers["content-length"]
+        for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
+            answer = await ask(q.port, "GET", "/", headers=accept)
+            assert answer.body == b"Ollama is running"
+            assert "Accept" in answer.headers["vary"]
+
+
+async def test_each_page_has_a_policy_and_a_nonce_of_its_own() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        nonces = set()
+        for _ in range(3):
+            answer = await ask(q.port, "GET", "/llmq")
+            policy = dict(
+                part.strip().split(" ", 1)
+                for part in answer.headers["content-security-policy"].split(";")
+            )
+            assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+            assert policy["frame-ancestors"] == "'none'"
+            assert policy["connect-src"] == "'self'"
+            (nonce,) = re.findall(r"^'nonce-([\w-]{20,})'$", policy["script-src"])
+            assert policy["style-src"] == f"'nonce-{nonce}'"
+            marked = re.findall(r'<(script|style) nonce="(.*?)">', answer.body.decode())
+            assert marked == [("style", nonce), ("script", nonce)]
+            nonces.add(nonce)
+        assert len(nonces) == 3
+
+
+def test_page_is_one_piece_without_a_foot_in_the_door() -> None:
+    assert not re.findall(r"""\son\w+=["']|\sstyle=["']|javascript:""", llmq.PAGE)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", llmq.PAGE)
+    assert set(re.findall(r"https?://[\w./]+", llmq.PAGE)) == {"http://www.w3.org/2000/svg"}
+    assert llmq.PAGE.count("\n") <= 400
+
+
+# ---- What it shows ---------------------------------------------------------------------------
+
+
+@pytest.mark.deadline(20)
+async def test_each_change_is_on_the_page_within_a_second(browser: Browser) -> None:
+    async with FakeBackend(auto=False) as fake, running(f"box={fake.url}") as q:
+        async with opened(browser, q, "/llmq") as page:
+            text = await page.until("document.querySelector('#queue .empty').innerText")
+            assert f"{q.base}/v1" in text
+            assert f"curl {q.base}/v1/chat/completions" in text
+
+            async def shows(expression: str, since: float) -> None:
+                await page.until(expression)
+                assert time.monotonic() - since < SECOND, expression
+
+            began = time.monotonic()
+            runs = await begin(q, stream=True)
+            request = await fake.arrived()
+            await shows(f"{row('alice')}.innerText.includes('on box')", began)
+            began = time.monotonic()
+            waits = await begin(q, "bob")
+            await shows(row("bob"), began)
+            await page.until(f"{row('bob')}.innerText.includes('local busy (1/1)')")
+            assert await page.js("document.title") == "(1) llmq — working"
+            began = time.monotonic()
+            await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+            await shows("document.querySelector('#notes').innerText.includes('Paused')", began)
+            assert await page.js("document.title") == "(1) llmq — paused"
+            await request.start_stream()
+            for _ in range(3):
+                await request.piece("word ")
+            await page.until(f"{row('alice')}.innerText.includes('3 tokens')")
+            began = time.monotonic()
+            await request.finish_stream()
+            await shows("document.querySelector('#recent tbody').innerText.includes('done')", began)
+            assert (await runs.response()).clean
+            waits.close()
+            await shows("document.querySelectorAll('#queue tbody tr').length === 0", began + SECOND)
+            began = time.monotonic()
+            await fake.stop_listening()
+            await q.gateway.look()
+            await shows("document.querySelector('#devices').innerText.includes('refused')", began)
+            assert await page.js("document.title") == "llmq — no backend"
+
+
+async def test_plots_and_figures_count_what_ends(browser: Browser) -> None:
+    async with FakeBackend() as fake, running(f"box={fake.url}") as q, opened(browser, q) as page:
+        for _ in range(12):
+            await q.chat("hi")
+        await page.until("document.querySelector('#rate b').textContent === '12'")
+        figures = await page.js(
+            "[...document.querySelectorAll('#figures dd')].map(n => n.innerText)"
+        )
+        assert figures[6] == "12"
+        assert await page.js("document.querySelectorAll('#recent tbody tr').length") == 10
+        await page.key("r")
+        await page.until("document.querySelectorAll('#recent tbody tr').length === 12")
+        drawn = "document.querySelector('#rate path:nth-of-type(3)').getAttribute('d').length > 10"
+        await page.until(drawn)
+
+
+async def test_what_a_backend_and_the_configuration_lack_is_said(browser: Browser) -> None:
+    async with FakeBackend(kind="ollama") as fake, running(f"ollama={fake.url}") as q:
+        await fake.stop_listening()
+        await q.gateway.look()
+        q.service.read = lambda: (_ for _ in ()).throw(llmq.ConfigError("llmq.toml: no such key"))
+        async with opened(browser, q) as page:
+            q.service.reload()
+            await page.until("document.querySelector('#notes').innerText.includes('no such key')")
+            text = await page.js("document.querySelector('#devices').innerText")
+            assert "connection refused. Start it (ollama serve)" in text
+            assert await page.js("document.title") == "llmq — no backend"
+
+
+@pytest.mark.deadline(20)
+async def test_hostile_names_stay_text(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "client_name", lambda _user, _origin, _agent: HOSTILE)
+    monkeypatch.setattr(llmq, "printable", lambda text, _limit=0: text)
+    async with FakeBackend(models=[HOSTILE], auto=False) as fake:
+        async with running(fake.url) as q:
+            (backend,) = q.gateway.fleet.backends.values()
+            backend.name = backend.device.name = HOSTILE
+            done = await begin(q, model=HOSTILE)
+            await (await fake.arrived()).answer("x")
+            await done.response()
+            sent = [await begin(q, model=HOSTILE) for _ in range(2)]
+            await waiting(q, 1)
+            async with opened(browser, q) as page:
+                for place in ("#queue .who b", "#queue .who small", "#clients .who b"):
+                    shown = await page.until(f"document.querySelector('{place}').textContent")
+                    assert shown == HOSTILE
+                for place in (
+                    "#recent .who b",
+                    "#recent .who small",
+                    "#devices b",
+                    "#devices .tag",
+                ):
+                    shown = await page.until(f"document.querySelector('{place}').textContent")
+                    assert shown == HOSTILE
+                await page.key("j")
+                await page.key("x")
+                await page.until(
+                    f"document.querySelector('#ask p').textContent.includes({json.dumps(HOSTILE)})"
+                )
+                await page.click("#ask [value=go]")
+                await page.until(
+                    f"document.querySelector('#toasts').textContent.includes({json.dumps(HOSTILE)})"
+                )
+                assert await page.js("document.querySelectorAll('img, script').length") == 1
+                assert await page.js("typeof hit") == "undefined"
+                with pytest.raises(AssertionError, match="TrustedHTML"):
+                    await page.js("document.querySelector('#about').innerHTML = '<b>x</b>'")
+                page.errors.clear()  # of the last line
+            for raw in sent:
+                raw.close()
+            await eventually(lambda: not q.gateway.calls)
+
+
+async def test_what_waits_is_filtered_and_the_rest_is_counted(browser: Browser) -> None:
+    async with queue_of("alice", "bob", "carol") as q, opened(browser, q) as page:
+        await select(page, "bob")
+        await page.key("/")
+        for letter in "car":
+            await page.key(letter)
+        await page.until(f"!{row('bob')} && {row('carol')}")
+        await page.until(f"{row('carol')}.ariaCurrent === 'true'")  # in the place of bob's
+        assert await page.js("document.activeElement.value") == "car"
+        await page.key("Escape")
+        await page.until(f"{row('bob')}")
+        assert (await q.status())["mode"] == "open", "a letter that was typed changed something"
+
+
+# ---- What it changes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["click", "key"])
+async def test_modes_are_changed(browser: Browser, by: str) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q, opened(browser, q) as page:
+        mode = lambda: q.gateway.scheduler.mode.value  # noqa: E731
+        if by == "click":
+            for place, name in ((2, "priority"), (3, "paused"), (1, "open")):
+                await page.click(f"#modes button:nth-child({place})")
+                await eventually(lambda: mode() == name)  # noqa: B023
+                await page.until(
+                    f"document.querySelector('#modes [aria-pressed=true]')"
+                    f".textContent.toLowerCase() === '{name}'"
+                )
+            await page.click("#modes button:nth-child(3)")
+            await page.click("#notes button")
+            await eventually(lambda: mode() == "open")
+        for key, name in (("p", "paused"), ("p", "open"), ("m", "priority"), ("m", "paused")):
+            if by == "key":
+                await page.key(key)
+                await eventually(lambda: mode() == name)  # noqa: B023
+                await page.until(f"snap.mode === '{name}'")
+
+
+@pytest.mark.parametrize("by", ["click", "key"])
+async def test_class_is_raised_and_lowered(browser: Browser, by: str) -> None:
+    async with queue_of("alice", "bob") as q, opened(browser, q) as page:
+
+        async def change(client: str, sign: str, key: str) -> None:
+            if by == "click":
+                return await press(page, client, sign)
+            await select(page, client)
+            return await page.key(key)
+
+        await change("bob", "↑", "+")
+        await eventually(lambda: in_line(q) == ["user:bob", "user:alice"])
+        await page.until(f"{row('bob')}.innerText.includes('high')")
+        await change("bob", "↓", "-")
+        await page.until(f"{row('bob')}.innerText.includes('normal')")
+        await change("alice", "↓", "-")
+        await eventually(lambda: in_line(q) == ["user:bob", "user:alice"])
+        await page.until(f"{row('alice')}.innerText.includes('low')")
+
+
+@pytest.mark.deadline(20)
+@pytest.mark.parametrize("by", ["click", "key"])
+async def test_requests_are_cancelled_once_that_is_confirmed(browser: Browser, by: str) -> None:
+    async with queue_of("alice", "bob", "bob", "carol") as q, opened(browser, q) as page:
+
+        async def confirm() -> None:
+            await page.until("document.querySelector('#ask').open")
+            await (page.click("#ask [value=go]") if by == "click" else page.key("Enter"))
+
+        async def cancel(client: str) -> None:
+            if by == "click":
+                return await press(page, client, "\u00d7")
+            await select(page, client)
+            return await page.key("x")
+
+        await cancel("alice")
+        if by == "click":
+            await page.click("#ask button:not([value])")
+        else:
+            await page.until("document.querySelector('#ask').open")
+            await page.key("Escape")
+        await page.until("!document.querySelector('#ask').open")
+        assert in_line(q) == ["user:alice", "user:bob", "user:bob", "user:carol"]
+        await cancel("alice")
+        await confirm()
+        await eventually(lambda: in_line(q) == ["user:bob", "user:bob", "user:carol"])
+        await page.until(f"!{row('alice')}")
+        if by == "click":
+            await page.click("[aria-label='Cancel all that waits of user:bob']")
+        else:
+            await select(page, "bob")
+            await page.key("X")
+        await confirm()
+        await eventually(lambda: in_line(q) == ["user:carol"])
+        await page.until(f"!{row('bob')}")
+        await cancel("first")  # which runs
+        await confirm()
+        await eventually(lambda: not in_line(q))
+        await page.until(f"!{row('first')}")
+
+
+async def test_everything_that_waits_is_cancelled_and_what_runs_goes_on(browser: Browser) -> None:
+    async with queue_of("alice", "bob") as q, opened(browser, q) as page:
+        await page.click("#all")
+        await page.until("document.querySelector('#ask h2').textContent.includes('2 waiting')")
+        await page.click("#ask [value=go]")
+        await eventually(lambda: not in_line(q))
+        assert len(q.gateway.scheduler.running) == 1
+
+
+async def test_what_is_refused_is_told(browser: Browser) -> None:
+    async with queue_of("alice") as q, opened(browser, q, bears="404 (Not Found)") as page:
+        await page.js("sure('', '', 'requests/gone', () => '')")
+        await page.click("#ask [value=go]")
+        await page.until(
+            "document.querySelector('#toasts').innerText.includes('Not done: no request')"
+        )
+
+
+async def test_selection_and_focus_stay_while_rows_come_and_go(browser: Browser) -> None:
+    async with queue_of("alice", "bob", "carol") as q, opened(browser, q) as page:
+        await select(page, "bob")
+        focused = f"document.activeElement === {row('bob')}"
+        assert await page.js(focused)
+        call = next(c for c in q.gateway.calls.values() if c.ticket.client.name == "user:carol")
+        q.service.feed.desk.reprioritise(call, llmq.Priority.HIGH)
+        await page.until(f"{row('carol')}.rowIndex < {row('bob')}.rowIndex")
+        assert await page.js(focused)
+        call = next(c for c in q.gateway.calls.values() if c.ticket.client.name == "user:bob")
+        q.service.feed.desk.cancel(call)
+        await page.until(f"!{row('bob')}")
+        assert await page.js("document.querySelector('#queue [aria-current]').innerText")
+
+
+async def test_theme_is_chosen_and_remembered(browser: Browser) -> None:
+    dark = "getComputedStyle(document.body).backgroundColor === 'rgb(14, 16, 20)'"
+    async with FakeBackend() as fake, running(fake.url) as q, opened(browser, q) as page:
+        await page.look(1024, 800, "dark")
+        await page.until(dark)
+        await page.key("t")
+        await page.until(f"!({dark})")
+        await page.click("#theme")
+        await page.look(1024, 800, "light")
+        await page.until(dark)
+        await page.goto(q.base + "/llmq")
+        await page.until(f"{dark} && document.querySelector('#theme').innerText === 'Theme: dark'")
+        await page.key("?")
+        await page.until("document.querySelector('#map').innerText.includes('raise its class')")
+
+
+# ---- What it bears ---------------------------------------------------------------------------
+
+
+@pytest.mark.deadline(20)
+async def test_page_is_back_after_a_restart(browser: Browser) -> None:
+    async with FakeBackend() as fake, contextlib.AsyncExitStack() as stack:
+        async with running(fake.url) as q:
+            page = await stack.enter_async_context(opened(browser, q, bears=REFUSED))
+        await page.until("document.title.includes('reconnecting')")
+        await page.until("document.querySelector('#notes').innerText.includes('does not answer')")
+        await page.key("p")
+        await page.until("document.querySelector('#toasts').innerText.includes('nothing was')")
+        async with running(fake.url, server__port=q.port) as again:
+            await ask(again.port, "POST", "/llmq/mode", json={"mode": "paused"})
+            await page.until("document.title === 'llmq — paused' && live")
+            assert again.service.feed.watchers == 1
+
+
+@pytest.mark.deadline(20)
+async def test_silence_is_noticed(browser: Browser) -> None:
+    async with Process("--demo", "--port", "0") as p, browser.page() as page:
+        await page.goto(f"http://127.0.0.1:{p.port}/llmq")
+        await page.until(f"live && {LIVE}")
+        p.signal(signal.SIGSTOP)
+        try:
+            await page.js("got -= 20e3")  # as if it had been silent for so long
+            await page.until("document.title.includes('reconnecting')", 8)
+        finally:
+            p.signal(signal.SIGCONT)
+        await page.until("live")
+
+
+@pytest.mark.deadline(20)
+async def test_tabs_have_one_stream_each_while_they_are_seen(browser: Browser) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q, contextlib.AsyncExitStack() as stack:
+        tabs = [await stack.enter_async_context(opened(browser, q)) for _ in range(3)]
+        feed = q.service.feed
+        await eventually(lambda: feed.watchers == 3)
+        async with browser.page(beside=tabs[0]) as cover:  # a tab in front of the first one
+            await tabs[0].until("document.hidden")
+            await eventually(lambda: feed.watchers == 2)
+            await cover.goto(q.base + "/llmq")
+            await cover.until(LIVE)
+            await eventually(lambda: feed.watchers == 3)
+            await q.chat("hi")
+            assert not await tabs[0].js("snap.recent.length")
+        await tabs[0].until("!document.hidden && snap.recent.length")
+        await eventually(lambda: feed.watchers == 3)
+        for tab in tabs:
+            assert sum(url.endswith("/llmq/events") for url in tab.requests) <= 2
+
+
+@pytest.mark.deadline(30)
+async def test_ten_thousand_that_wait_and_twenty_that_watch_hold_nobody_up() -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, upstream__probe_interval=3600) as q:
+            crowd(q, 10000)
+            feed, shown, spent = q.service.feed, q.service.feed.desk.snapshot, []
+
+            def timed(**options: Any) -> dict[str, Any]:
+                began = time.thread_time()  # of this process alone: the machine may be busy
+                snapshot = shown(**options)
+                spent.append(time.thread_time() - began)
+                return snapshot
+
+            feed.desk.snapshot = timed
+            gc.collect()
+            gc.freeze()  # as `serve` does
+            try:
+                viewers = [await Raw.open(q.port) for _ in range(20)]
+                for viewer in viewers:
+                    await viewer.send(http("GET", "/llmq/events"))
+                for viewer in viewers:
+                    await viewer.until(b"\n\n")
+                assert feed.watchers == 20
+                assert len(spent) <= 5, "each rendered its own"
+                for turn in range(8):
+                    before, q.gateway.config_error = len(spent), f"turn {turn}"
+                    q.gateway.pump()
+                    for viewer in viewers:
+                        await viewer.until(b'"config_error":"turn %d"' % turn)
+                    assert len(spent) <= before + 3, "each rendered its own"
+                    assert (await ask(q.port, "GET", "/health")).status == 200
+            finally:
+                gc.unfreeze()
+            assert max(spent) < 0.05
+            for ticket in list(q.gateway.scheduler.waiting.values()):
+                q.gateway.scheduler.cancel(ticket)
+            q.gateway.calls.clear()
+
+
+def crowd(q: running, number: int) -> None:
+    """Let so many wait, without a connection each."""
+    gateway = q.gateway
+    gateway.scheduler.mode = llmq.Mode.PAUSED
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = llmq.parse_request_head(head)
+    for at in range(number):
+        client = gateway.clients.named(f"user:{at % 50}")
+        exchange = llmq.Exchange(None, request)
+        exchange.id = exchange.request_id = f"x-{at}"
+        ticket = llmq.Ticket(exchange.id, client, "m", list(llmq.Priority)[at % 3], 100)
+        gateway.calls[ticket.id] = llmq.Call(exchange, ticket, llmq.ENDPOINTS[llmq.CHAT], None, "m")
+        gateway.scheduler.submit(ticket, gateway.now())
+
+
+# ---- How it looks ----------------------------------------------------------------------------
+
+
+def axe() -> str:
+    """The checker's source, installed once beside the other peers."""
+
+    def make(target: Path) -> None:
+        target.mkdir()
+        quiet = ("--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts")
+        npm = peers.found("npm")
+        at = f"--prefix={target}"
+        peers.run(npm, "install", at, *quiet, "--fetch-retries=1", f"axe-core@{AXE}", cwd=target)
+
+    file = "node_modules/axe-core/axe.min.js"
+    try:
+        return (peers.made("axe", AXE, make, file) / file).read_text(encoding="utf-8")
+    except peers.Missing as missing:
+        need(False, f"axe-core: {missing}")
+        raise
+
+
+@contextlib.asynccontextmanager
+async def state(name: str) -> AsyncIterator[tuple[running, FakeBackend]]:
+    """llmq with nothing to do, with much to do, or in trouble."""
+    clients = ("cron", "editor", "open-webui", "alice", "nightly-report", "editor", "cron")
+    models = ["qwen3:8b", "llama3.2:3b", "qwen3-coder:30b"]
+    async with FakeBackend(kind="ollama", models=models, auto=False) as ollama:
+        async with FakeBackend(kind="vllm", models=["mistral-small"], auto=False) as vllm:
+            ollama.loaded = models[:1]
+            backends = {"ollama": {"url": ollama.url}, "vllm": {"url": vllm.url, "device": "gpu"}}
+            more = {"devices": {"gpu": {"slots": 4}}, "upstream.probe_interval": 0.5}
+            async with running(backends=backends, **more) as q:
+                await q.gateway.look()
+                sent = []
+                if name != "empty":
+                    for at, client in enumerate(clients):
+                        await finish(q, ollama, client, models[at % 2], 40 * at)
+                    sent.append(await begin(q, "open-webui", models[0], stream=True))
+                    request = await ollama.arrived()
+                    await request.start_stream()
+                    for _ in range(40):
+                        await request.piece("word ")
+                    sent.append(await begin(q, "alice", "mistral-small"))
+                    await vllm.arrived()
+                    for at, client in enumerate(clients):
+                        urgency = "high" if client == "editor" else "low" if at == 4 else "normal"
+                        sent.append(await begin(q, client, models[at % 3], priority=urgency))
+                    await waiting(q, len(clients))
+                if name == "broken":
+                    await ollama.stop_listening()
+                    await vllm.stop_listening()
+                    q.gateway.config_error = "llmq.toml: [queue] slotz is not known: slots?"
+                    await ask(q.port, "POST", "/llmq/mode", json={"mode": "priority"})
+                    backends = q.gateway.fleet.backends.values()
+                    await eventually(lambda: all(b.state is llmq.State.DOWN for b in backends))
+                yield q, vllm
+                for raw in sent:
+                    raw.close()
+                await eventually(lambda: not q.gateway.calls)
+
+
+async def finish(
+    q: running, fake: FakeBackend, client: str, model: str, pieces: int, pace: float = 0
+) -> None:
+    """A request from beginning to end, `pace` seconds a piece; none but the first is an error."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    raw = await begin(q, client, model, **options)
+    request = await fake.arrived()
+    if not pieces:
+        await request.status(500, {"error": {"message": "out of memory"}})
+    else:
+        await passed(20 * pace)
+        await request.start_stream()
+        for _ in range(pieces):
+            await passed(pace)
+            await request.piece("word ")
+        await request.finish_stream(pieces)
+    await raw.response()
+
+
+async def passed(seconds: float) -> None:
+    """So much time, for pictures of what takes time."""
+    end = time.monotonic() + seconds
+    await eventually(lambda: time.monotonic() >= end)
+
+
+@pytest.mark.deadline(30)
+@pytest.mark.parametrize("name", ["empty", "busy", "broken"])
+async def test_page_is_for_everybody_at_every_width_in_both_themes(
+    browser: Browser, name: str
+) -> None:
+    source = axe()
+    shots = peers.CACHE / "pictures"  # for people to look at
+    shots.mkdir(parents=True, exist_ok=True)
+    async with state(name) as (q, _), opened(browser, q) as page:
+        await page.js(source + "; 0")
+        for theme in ("light", "dark"):
+            for width in WIDTHS:
+                await page.look(width, 900, theme)
+                await page.until(f"innerWidth === {width}")
+                assert await page.js("document.documentElement.scrollWidth") == width
+                height = await page.js("document.documentElement.scrollHeight")
+                picture = await page.shot()
+                assert picture.startswith(b"\x89PNG")
+                (shots / f"{name}-{width}-{theme}.png").write_bytes(picture)
+                assert height < 6000
+                if width == 1024:
+                    continue
+                found = await page.js(
+                    "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))"
+                )
+                assert not found, (width, theme)
+
+
+async def take_pictures(browser: Browser) -> None:
+    """The README's: a busy minute, in three sizes."""
+    folder = ROOT / "tests" / "pictures"
+    folder.mkdir(exist_ok=True)
+    people = ("open-webui", "editor", "cron", "alice", "nightly-report")
+    async with state("busy") as (q, vllm), opened(browser, q) as page:
+        await page.look(1440, 900)
+        for at in range(26):
+            pieces = (37 * at) % 90 + 12
+            await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
+        sizes = {"wide": (1440, 1180, "light"), "dark": (1024, 800, "dark")}
+        for file, look in {**sizes, "phone": (390, 844, "light")}.items():
+            await page.look(*look)
+            await page.until(f"innerWidth === {look[0]}")
+            await passed(1.2)
+            (folder / f"page-{file}.png").write_bytes(await page.shot(whole=False))
+
+
+if __name__ == "__main__":
+    chromium = Browser(require_command("chromium"))
+    try:
+        asyncio.run(take_pictures(chromium))
+    finally:
+        chromium.close()
