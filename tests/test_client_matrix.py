@@ -592,6 +592,8 @@ async def test_errors_are_raised_as_its_users_catch_them(
             assert_kind(library, "unknown", unknown)
             assert unknown.get("status_code", 404) == 404
             assert "nobody" in unknown["text"]
+            if library.raises["unknown"] == "NotFoundError":  # where an error can tell whose it is
+                assert unknown["request_id"]
         await home.mode("paused")
         waiting = jobs.start("whole", model="counter", **wanted)
         await home.wait(1)
@@ -770,6 +772,21 @@ async def test_the_responses_dialect_is_streamed(
         answer = await done(work)
     assert work.pieces == [" 1", " 2", " 3", " 4"]
     assert answer == {"text": " 1 2 3 4", "finish": "completed", "tokens": 4}
+
+
+@only("openai-python", "openai-node")
+async def test_a_late_failure_in_the_responses_dialect_is_raised(
+    library: Library, drivers: Drivers
+) -> None:
+    async with at_work(library, drivers) as jobs, scripted(library) as fake:
+        async with running(fake.url, **BEATING) as q, Tap(q.port) as tap:
+            work = jobs.start("responses", url=tap.url, model="counter", text="hello", limit=4)
+            request = await arrived(fake, "/v1/responses", work)
+            await eventually(lambda: signs(library, "stream", tap.body) >= 2)
+            await request.status(500, WIRE["openai"].error)
+            assert_kind(library, "late stream", await raised(work))
+            assert b"out of memory" in tap.body
+            assert_incomplete(tap)
 
 
 @only("anthropic-python", "anthropic-node")
