@@ -297,8 +297,11 @@ def parse_size(text: str) -> int:
 
 
 def render_json(value: object) -> bytes:
-    """Compact JSON in ASCII, so that no lone surrogate or control character can break a line."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    """Compact JSON in ASCII, so that no lone surrogate or control character can break a line.
+
+    ValueError for what JSON cannot hold: NaN, or what was 1e999 before it was parsed.
+    """
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def printable(text: str, limit: int = 128) -> str:
@@ -1072,7 +1075,8 @@ class Backend:
         self.delivered = float("-inf")  # when it last sent bytes of an answer
         self.used = 0.0  # when it was last given a request
         self.lacking: dict[tuple[str, str], str] = {}  # (route, model key or "") -> its words
-        self.proven: set[str] = set()  # routes that it has answered well: it cannot lack them
+        # (route, model key or "") that it has answered well: it cannot lack them.
+        self.proven: set[tuple[str, str]] = set()
         self.least_context = 0  # what every model starts with, as configured
         self.at_work: Counter[str] = Counter()  # model key -> requests that run
         self.asked: dict[str, int] = {}  # model key -> largest context asked for and started
@@ -2510,7 +2514,10 @@ def read_question(
     cut = cut_members(text, members, EXTENSIONS)
     options = values.get("options") if endpoint.options else None
     if isinstance(options, dict) and "num_ctx" in options:
-        context = max(context, parse_context(options["num_ctx"], "options.num_ctx"))
+        asked = options["num_ctx"]
+        if isinstance(asked, float) and asked.is_integer():
+            asked = int(asked)  # Ollama takes 4096.0
+        context = max(context, parse_context(asked, "options.num_ctx"))
         cut = cut_context(cut) if foreign else cut
     if cut is not text:
         text, members, body = cut, locate_members(cut), cut.encode()
@@ -4447,11 +4454,12 @@ class Attempt:
         assert upstream is not None  # `ask` made it
         if head.status != HTTPStatus.OK:
             error = read_refusal(head, await upstream.read_rest(ERROR_BODY))
-            proven = call.route in self.backend.proven
-            if isinstance(error, RouteLacking) and proven and not error.for_model:
-                raise error.answer
+            if isinstance(error, RouteLacking):
+                model = call.ticket.model if error.for_model else ""
+                if (call.route, model) in self.backend.proven:
+                    raise error.answer  # something else is meant
             raise error
-        self.backend.proven.add(cast(str, call.route))
+        self.backend.proven |= {(str(call.route), ""), (str(call.route), call.ticket.model)}
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
         kind = head.headers.get("content-type", "application/json")
@@ -4586,9 +4594,10 @@ class Gateway:
             return
         document = read_whole(body)  # BackendError if it is not what it must be
         call.tokens, call.tokens_in = read_usage(document), read_prompt_usage(document)
-        if call.translator is not None:
+        translator = call.translator
+        if translator is not None:
             document = document or parse_json(body)  # which is None for a very long one
-            body = render_json(call.translator.retell(call.translator.whole, document))
+            body = translator.retell(lambda told: render_json(translator.whole(told)), document)
             kind = "application/json"
         if not exchange.started:
             exchange.respond(200, body, kind, answer.headers + call.headers)
