@@ -1063,6 +1063,7 @@ class Backend:
         self.device = device
         self.busy = 0
         self.draining = False
+        self.suspect = False  # it hung up without a word: no request before a probe got through
         self.state = State.UNKNOWN
         self.error: str | None = None  # why it is not up, in words
         self.failures = 0  # in a row
@@ -1096,7 +1097,7 @@ class Backend:
 
     @property
     def usable(self) -> bool:
-        return self.state is State.UP and not self.draining
+        return self.state is State.UP and not self.draining and not self.suspect
 
     def serves(self, key: str) -> bool:
         """Whether it has the model; one that never told is believed to."""
@@ -2216,8 +2217,16 @@ def to_bytes(text: str, edit: Edit) -> Edit:
     return edit._replace(start=start, end=start + len(text[edit.start : edit.end].encode()))
 
 
+def check_case(values: Mapping[str, Any], names: Names) -> None:
+    """Ollama reads names in any case, so that one could say two things."""
+    for name in values:
+        if name not in names and name.casefold() in names:
+            raise BadRequest(f"write {name.casefold()} in lower case", param=name)
+
+
 def check_common(values: Mapping[str, Any]) -> None:
     """What holds for the requests of all dialects."""
+    check_case(values, ("model", "stream", "options"))
     model, stream = values.get("model"), values.get("stream")
     if model is not None and not isinstance(model, str):
         raise BadRequest("model is a text", param="model")
@@ -2682,8 +2691,10 @@ def check_chat(values: Mapping[str, Any]) -> None:
 
 
 def check_options(values: Mapping[str, Any]) -> None:
-    if not isinstance(values.get("options"), (dict, type(None))):
+    options = values.get("options")
+    if not isinstance(options, (dict, type(None))):
         raise BadRequest("options is an object", param="options")
+    check_case(options or {}, ("num_ctx",))
 
 
 OLLAMA = Ollama()
@@ -3903,7 +3914,9 @@ class HttpServer:
 
     async def close(self) -> None:
         """Stop listening and end every connection, whatever it does."""
-        self.closing = True
+        self.stop_accepting()
+        for _ in range(2):  # turns of the loop, in which one just accepted becomes a connection
+            await asyncio.sleep(0)
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
@@ -4660,7 +4673,7 @@ class Gateway:
         try:
             upstream.send(call.wire(backend))
             call.upstream = upstream
-        except LlmqError:  # which the attempt meets again
+        except Exception:  # noqa: BLE001 - the attempt meets it again, and harms nobody else
             upstream.writer.close()
 
     async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
@@ -4713,6 +4726,7 @@ class Gateway:
             self.trouble()
         elif isinstance(failure, (BackendError, BackendTimeout)):
             refused = isinstance(failure, BackendRefused)
+            backend.suspect = isinstance(failure, BackendUnreached)
             backend.failed(now, failure.message, interval, refused=refused)
             self.trouble()
         self.note_state(backend, was)
@@ -5398,7 +5412,7 @@ class Monitor:
     def conclude(self, backend: Backend, task: asyncio.Task[Report], now: float) -> None:
         """Tell the backend what came of looking at it."""
         interval = self.gateway.settings.upstream.probe_interval
-        was = backend.state
+        was, backend.suspect = backend.state, False
         try:
             if task.done():
                 count_loads(self.gateway.metrics, backend, task.result())
@@ -5442,11 +5456,12 @@ class Finder:
         known = {one.url for one in self.gateway.fleet.backends.values()}
         missing = [(kind, url) for kind, url in LOCAL_RUNNERS.items() if url not in known]
         tasks = [asyncio.ensure_future(self.try_place(kind, url)) for kind, url in missing]
-        if tasks:
-            _, late = await asyncio.wait(
-                tasks, timeout=self.gateway.settings.upstream.probe_timeout
-            )
-            for task in late:
+        try:
+            if tasks:
+                limit = self.gateway.settings.upstream.probe_timeout
+                await asyncio.wait(tasks, timeout=limit)
+        finally:
+            for task in tasks:
                 task.cancel()
 
     async def try_place(self, kind: str, url: str) -> None:

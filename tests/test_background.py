@@ -164,8 +164,9 @@ async def test_backend_that_does_not_answer_a_look_in_time_is_down() -> None:
 
 async def test_slow_look_says_nothing_of_a_backend_that_delivered_lately() -> None:
     async with FakeBackend() as fake:
-        gateway = gateway_of(upstream__probe_timeout=0.1)
+        gateway = gateway_of()
         backend = await probe(gateway, fake)
+        gateway.settings = gateway_of(upstream__probe_timeout=0.1).settings
         monitor = llmq.Monitor(gateway)
         fake.hold_probes()
         backend.delivered = time.monotonic()
@@ -351,6 +352,17 @@ async def test_found_runner_gets_the_slots_that_are_set_for_this_box(
         async with running(devices={"local": {"slots": 3}}, queue__slots=2) as q:
             await eventually(lambda: len(q.gateway.fleet.backends) == 2)
             assert q.gateway.fleet.devices["local"].slots == 3
+
+
+async def test_stop_ends_the_search_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FakeBackend(kind="vllm") as fake:
+        fake.hold_probes()
+        places = {"ollama": "http://127.0.0.1:9", "vllm": fake.url}
+        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        async with running(upstream__probe_timeout=8):
+            await eventually(lambda: fake.probes)
+        await eventually(lambda: not [c for c in fake.open if not c.peer_closed()])
+        fake.release_probes()
 
 
 async def test_ollama_is_used_though_it_starts_later_and_nothing_is_sought_with_a_backend(

@@ -95,3 +95,21 @@ async def test_failure_of_a_connection_is_logged_and_ends_only_this_one(
         assert (await other.response()).status == 200
         other.close()
     assert [one.getMessage() for one in caplog.records if one.exc_info] == ["connection failed"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"x\r\n", b"-5\r\n", b"5\r\nabcdeXX", b"5 ;\x00\r\n", b"1" * 100_000 + b"\r\n"],
+    ids=lambda sent: ascii(sent)[2:16],
+)
+async def test_broken_chunks_of_a_body_that_streams_through_are_told(sent: bytes) -> None:
+    async with FakeBackend(kind="ollama", auto=False) as fake, running(fake.url) as q:
+        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        raw = await Raw.open(q.port)
+        chunked = {"Transfer-Encoding": "chunked"}
+        await raw.send(http("POST", "/api/blobs/sha256:0", chunked, b"") + sent)
+        answer = await raw.response()
+        assert (answer.status, answer.clean) == (400, True)
+        assert answer.json()["error"].startswith("malformed body")
+        assert await raw.closed()
+        assert not fake.requests
