@@ -1677,7 +1677,7 @@ class Scheduler:
         assert backend is not None  # a running ticket has one
         backend.busy -= 1
         backend.device.busy -= 1
-        backend.at_work -= Counter((ticket.model,))  # and no key is left behind
+        backend.at_work[ticket.model] -= 1
         ticket.client.running -= 1
         ticket.client.served += now - ticket.started
 
@@ -4284,10 +4284,11 @@ class Call:
 
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
-        routes, key = self.ticket.routes, self.ticket.model
-        if self.question.context or self.question.lasting or backend.context(key):
-            native = [one for one in routes if one in NATIVE and backend.kind == "ollama"]
-            routes = (*native, *routes)
+        routes, key, question = self.ticket.routes, self.ticket.model, self.question
+        if backend.kind == "ollama" and (
+            question.context or question.lasting or backend.context(key)
+        ):
+            routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
     def wire(self, backend: Backend) -> bytes:
@@ -4472,7 +4473,8 @@ class Attempt:
                 if (call.route, model) in self.backend.proven:
                     raise error.answer  # something else is meant
             raise error
-        self.backend.proven |= {(str(call.route), ""), (str(call.route), call.ticket.model)}
+        if (call.route, call.ticket.model) not in self.backend.proven:
+            self.backend.proven |= {(str(call.route), ""), (str(call.route), call.ticket.model)}
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
         kind = head.headers.get("content-type", "application/json")
@@ -4816,7 +4818,8 @@ class Desk:
             request.body, endpoint, headers.get("x-queue-priority"), foreign=foreign
         )
         model = await self.resolve_model(question.model)
-        await self.check_context(model, question.context)
+        if question.context:
+            await self.check_context(model, question.context)
         user = None if foreign else headers.get("x-user-id")
         client = gateway.clients.named(client_name(user, origin, headers.get("user-agent")))
         priority = max(question.priority, Priority.NORMAL) if foreign else question.priority
@@ -4858,7 +4861,7 @@ class Desk:
         """BadRequest when more context is asked for than the settings or the model allow."""
         settings, key = self.gateway.settings.upstream, model_key(model)
         most = settings.max_num_ctx
-        for backend in self.gateway.fleet.serving(key) if asked else ():
+        for backend in self.gateway.fleet.serving(key):
             if backend.kind == "ollama":
                 most = min(most, await self.longest_context(backend, key, model) or most)
         if asked > most:
@@ -4882,11 +4885,15 @@ class Desk:
         able = fleet.serving(key, routes)
         if not able and fleet.serving(key):
             raise NotSpoken(fleet.lacking_words(key, routes))
-        roads = {call.route_at(one) for one in able}
-        if able and call.endpoint.path not in roads:  # it has to be translated
-            asked = json.loads(call.question.body)
-            for road in cast("set[str]", roads):
-                TRANSLATORS[call.endpoint.path, road](asked, call.model, 0, time.time).body()
+        roads = set()
+        for backend in able:
+            road = call.route_at(backend)
+            if road is None or road == routes[0]:
+                return
+            roads.add(road)
+        for road in roads:  # it has to be translated, wherever it goes
+            translator = TRANSLATORS[routes[0], road]
+            translator(json.loads(call.question.body), call.model, 0, time.time).body()
 
     def render_upstream_head(self, request: Request) -> bytes:
         """The lines that every backend gets alike."""
