@@ -400,7 +400,7 @@ class Connection:
 
     def reset(self) -> None:
         sock = self.writer.get_extra_info("socket")
-        if not self.writer.transport.is_closing():
+        if sock is not None and not self.writer.transport.is_closing():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.writer.transport.abort()
 

@@ -149,7 +149,7 @@ def documents(
         members = [(name, json.dumps(one)) for name, one in needed.items()]
         others = [f"{chance.choice(LETTERS)}{number}" for number in range(chance.randrange(6))]
         members += [(name, value(chance)) for name in others]
-        members += [(chance.choice(["Model", "PRIORITY", "numctx", "", "stream2"]), value(chance))]
+        members += [(chance.choice(["Modell", "PRIORITY", "numctx", "", "stream2"]), value(chance))]
         members.append(("model", text(chance, model)))
         if "priority" in own:
             members.append(("priority", chance.choice(PRIORITIES)))
