@@ -306,13 +306,11 @@ def printable(text: str, limit: int = 128) -> str:
     return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
 
 
+@dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
 
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: float | None = None
+    value: float | None = None
 
     def add(self, value: float) -> None:
         self.value = value if self.value is None else self.value + 0.2 * (value - self.value)
@@ -332,13 +330,10 @@ LEVELS = ("debug", "info", "warning", "error")
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
-def setting(
-    default: Any, help: str, *, also: str = "", least: float = 0, choices: Names = ()
-) -> Any:
+def setting(default: Any, help: str, also: str = "", least: float = 0, choices: Names = ()) -> Any:
     """Declare a setting; `also` is a foreign variable that sets it too, `least` its lower bound."""
-    return field(
-        default=default, metadata={"help": help, "also": also, "least": least, "choices": choices}
-    )
+    facts = {"help": help, "also": also, "least": least, "choices": choices}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -356,9 +351,7 @@ class ServerSettings:
     drain_timeout: Duration = setting(30.0, "for running requests to finish when stopping")
     heartbeat_after: Duration = setting(15.0, "a stream that waits shows a sign of life; 0: never")
     heartbeat_interval: Duration = setting(10.0, "between two signs of life", least=SHORT)
-    whole_heartbeat_after: Duration = setting(
-        240.0, "an answer that is no stream shows one, a space; 0: never"
-    )
+    whole_heartbeat_after: Duration = setting(240.0, "an unstreamed answer shows a space; 0: never")
     max_body: Size = setting(32 * MIB, "the largest request body", least=1)
 
 
@@ -382,9 +375,7 @@ class UpstreamSettings:
         600.0, "to the first byte of an answer's body", also="LLM_TIMEOUT_MS", least=SHORT
     )
     idle_timeout: Duration = setting(120.0, "between two pieces of an answer", least=SHORT)
-    num_ctx: int = setting(
-        0, "context that Ollama starts models with; 0: its own", also="OLLAMA_NUM_CTX"
-    )
+    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", also="OLLAMA_NUM_CTX")
     max_num_ctx: int = setting(131072, "the largest context that a request may ask for", least=1)
     probe_interval: Duration = setting(10.0, "between two looks at a backend", least=SHORT)
     probe_timeout: Duration = setting(2.0, "for such a look", least=SHORT)
@@ -468,11 +459,9 @@ class Setting(NamedTuple):
             return f"{self.default // MIB}MiB"
         if self.type == "Duration":
             return f"{self.default:g}s"
-        if self.type == "Names":
-            return ", ".join(self.default)
-        return (
-            {True: "on", False: "off"}[self.default] if self.type == "bool" else str(self.default)
-        )
+        if self.type == "bool":
+            return "on" if self.default else "off"
+        return ", ".join(self.default) if self.type == "Names" else str(self.default)
 
 
 def settings_of(table: str, cls: Any) -> Iterator[Setting]:
@@ -496,20 +485,9 @@ def settings_markdown() -> str:
 
 
 def parse_int(raw: Any) -> int:
-    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
+    if not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
         raise ValueError("wants a whole number")
     return int(raw)
-
-
-def parse_amount(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A parser of durations or sizes, which files may also write as plain numbers."""
-
-    def parse_raw(raw: Any) -> Any:
-        if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
-            raw = ""  # which no amount is
-        return parse(str(raw))
-
-    return parse_raw
 
 
 def parse_text(raw: Any) -> str:
@@ -519,12 +497,10 @@ def parse_text(raw: Any) -> str:
 
 
 def parse_bool(raw: Any) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True)
-    words.update(dict.fromkeys(("false", "0", "no", "off"), False))
     word = str(raw).lower()
-    if word not in words:
+    if word not in (*TRUE, "false", "0", "no", "off"):
         raise ValueError("wants true or false")
-    return words[word]
+    return word in TRUE
 
 
 def parse_names(raw: Any) -> Names:
@@ -534,10 +510,11 @@ def parse_names(raw: Any) -> Names:
     return tuple(item.strip() for item in items if item.strip())
 
 
+TRUE = ("true", "1", "yes", "on")
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "int": parse_int,
-    "Duration": parse_amount(parse_duration),
-    "Size": parse_amount(parse_size),
+    "Duration": lambda raw: parse_duration(str(raw)),  # files may also write plain numbers
+    "Size": lambda raw: parse_size(str(raw)),
     "str": parse_text,
     "bool": parse_bool,
     "Names": parse_names,
@@ -555,10 +532,9 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
-        name = f"{row.flag} " if source == "command line" else ""
-        raise ConfigError(
-            f"{source}: {name}{row.key} = {printable(str(raw), 60)}: {error}"
-        ) from None
+        place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
+        written = printable(str(raw), 60)
+        raise ConfigError(f"{place} {row.key} = {written}: {error}") from None
     return value
 
 
@@ -658,9 +634,7 @@ def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
     for name, values in raw.items() if isinstance(raw, dict) else [("", None)]:
         where = f"{source}: {table}.{printable(name)}"
         if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
-            raise ConfigError(
-                f"{where}: wants a table, write [{table}.NAME] with letters and digits"
-            )
+            raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
         rows = {row.key.split(".")[-1]: row for row in settings_of(f"{table}.{name}", cls)}
         for key in values:
             if key not in rows:
@@ -934,24 +908,21 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     if not match or origin in trusted:
         return not match
     scheme, host = match[1].lower(), match[2].lower()
-    return scheme not in EXTENSION_SCHEMES and (
-        scheme not in ("http", "https") or not is_loopback(host)
-    )
+    local = scheme in ("http", "https") and is_loopback(host)
+    return scheme not in EXTENSION_SCHEMES and not local
 
 
+@dataclass(eq=False)
 class Client:
     """One name that asks, and what it has had so far."""
 
-    __slots__ = ("done", "failed", "name", "queued_bytes", "running", "served", "waiting")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.waiting = 0
-        self.queued_bytes = 0
-        self.running = 0
-        self.served = 0.0  # seconds of backend time
-        self.done = 0
-        self.failed = 0
+    name: str
+    waiting: int = 0
+    queued_bytes: int = 0
+    running: int = 0
+    served: float = 0.0  # seconds of backend time
+    done: int = 0
+    failed: int = 0
 
 
 class Clients:
@@ -1014,15 +985,13 @@ class State(enum.Enum):
     REFUSED = "refused"  # never to be used: it is this llmq itself
 
 
+@dataclass(eq=False)
 class Device:
     """What backends share; `busy` never exceeds `slots`."""
 
-    __slots__ = ("busy", "name", "slots")
-
-    def __init__(self, name: str, slots: int) -> None:
-        self.name = name
-        self.slots = slots
-        self.busy = 0
+    name: str
+    slots: int
+    busy: int = 0
 
 
 @dataclass(frozen=True)
@@ -1103,9 +1072,8 @@ class Backend:
         return asked if asked in names else names[0]
 
     def is_loaded(self, key: str) -> bool:
-        return self.report is not None and any(
-            model_key(name) == key for name in self.report.loaded
-        )
+        loaded = self.report.loaded if self.report else ()
+        return any(model_key(name) == key for name in loaded)
 
     def speaks(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
@@ -1239,10 +1207,8 @@ def read_contexts(
 
 def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
     """Among backends with room: the model already loaded, then most room, then longest unused."""
-    if not candidates:
-        return None
-    if len(candidates) == 1:
-        return candidates[0]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     return min(candidates, key=lambda one: (not one.is_loaded(key), -one.room, one.used))
 
 
@@ -1316,9 +1282,8 @@ class Fleet:
         for one in self.backends.values():
             names = one.models.get(model_key(asked), [])
             if len(names) > 1 and asked not in names:
-                raise BadRequest(
-                    f"model {printable(asked)!r} means {' or '.join(names)}", param="model"
-                )
+                message = f"model {printable(asked)!r} means {' or '.join(names)}"
+                raise BadRequest(message, param="model")
 
     def lacking_words(self, key: str, routes: Names) -> str:
         """Why nobody takes these routes for this model."""
@@ -1330,12 +1295,9 @@ class Fleet:
 
     def default_model(self) -> str | None:
         """The first model of the first backend that is not for embeddings."""
-        for one in self.backends.values():
-            if one.report is not None:
-                for name in one.report.models:
-                    if not EMBEDDING.search(name):
-                        return name
-        return None
+        reports = [one.report for one in self.backends.values() if one.report]
+        names = (name for report in reports for name in report.models)
+        return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
 # ==== 7. Scheduler ================================================================================
@@ -1343,8 +1305,7 @@ class Fleet:
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
 #
-# A group is all that waits with the same candidates: one class, model, backend to avoid, and the
-# same routes.
+# A group is all that waits with the same candidates: one class, model, routes, backend to avoid.
 # In it a lane is what one client has waiting, oldest first; a heap of (tag, client) orders the
 # lanes, and a lane's tag is the number of its oldest ticket: first come, first served.  Tags rise
 # while a lane waits, so a stale top is re-keyed where it stands, and picking costs the same at any
@@ -1376,32 +1337,25 @@ MOVES = {  # the legal moves of a ticket
 }
 
 
+@dataclass(eq=False)
 class Ticket:
     """One request in the queue."""
 
-    __slots__ = (
-        "arrived", "attempts", "avoid", "backend", "client", "deadline", "foreign",
-        "id", "model", "number", "priority", "routes", "size", "started", "state",
-    )  # fmt: skip
-
-    def __init__(
-        self, ident: str, client: Client, model: str, priority: Priority, size: int = 0
-    ) -> None:
-        self.id = ident
-        self.client = client
-        self.model = model  # a model key
-        self.priority = priority
-        self.size = size  # bytes of its body
-        self.routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
-        self.foreign = False  # it came from a web page elsewhere
-        self.number = 0  # order of arrival
-        self.arrived = 0.0
-        self.started = 0.0
-        self.deadline: float | None = None
-        self.attempts = 0
-        self.backend: Backend | None = None
-        self.avoid: Backend | None = None  # where the last attempt failed
-        self.state = TicketState.NEW
+    id: str
+    client: Client
+    model: str  # a model key
+    priority: Priority
+    size: int = 0  # bytes of its body
+    routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
+    foreign: bool = False  # it came from a web page elsewhere
+    number: int = 0  # order of arrival
+    arrived: float = 0.0
+    started: float = 0.0
+    deadline: float | None = None  # while it waits, if it may not wait for ever
+    attempts: int = 0
+    backend: Backend | None = None
+    avoid: Backend | None = None  # where the last attempt failed
+    state: TicketState = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
         if (self.state, state) not in MOVES:
@@ -1409,14 +1363,12 @@ class Ticket:
         self.state = state
 
 
+@dataclass(eq=False)
 class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
-    __slots__ = ("tag", "tickets")
-
-    def __init__(self) -> None:
-        self.tickets: OrderedDict[int, Ticket] = OrderedDict()
-        self.tag = -1  # its key in the heap; other entries of this lane there are stale
+    tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
+    tag: int = -1  # its key in the heap; other entries of this lane there are stale
 
     @property
     def head(self) -> Ticket:
@@ -1527,10 +1479,7 @@ class Scheduler:
         ended: list[tuple[Ticket, LlmqError]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
-            if ticket.deadline != when:
-                continue  # it has moved to another class since
-            ticket.deadline = None
-            if ticket.state is TicketState.WAITING:
+            if ticket.deadline == when:  # else it has left or moved to another class since
                 message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
                 ended.append((ticket, WaitTimeout(message)))
                 self.cancel(ticket)
@@ -1538,6 +1487,7 @@ class Scheduler:
 
     def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
         ended: list[tuple[Ticket, LlmqError]] = []
+        longest = self.limits.down_wait
         alike: dict[tuple[str, Names], list[Ticket]] = {}
         for ticket in self.waiting.values():
             alike.setdefault((ticket.model, ticket.routes), []).append(ticket)
@@ -1545,18 +1495,16 @@ class Scheduler:
             since, known = self.fleet.down_since(model, routes), self.fleet.knows(model)
             lacking = known and not self.fleet.serving(model, routes)
             for ticket in tickets:
+                error: LlmqError | None = None
                 if known is False:
-                    ended.append((ticket, ModelNotFound(f"model {model!r} is gone")))
+                    error = ModelNotFound(f"model {model!r} is gone")
                 elif lacking and self.fleet.serving(model):
-                    why = self.fleet.lacking_words(model, routes)
-                    ended.append((ticket, NotSpoken(why)))
-                elif (
-                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
-                ):
-                    ended.append((ticket, BackendDown(f"every backend of model {model!r} is down")))
-                else:
-                    continue
-                self.cancel(ticket)
+                    error = NotSpoken(self.fleet.lacking_words(model, routes))
+                elif since is not None and now - max(since, ticket.arrived) >= longest:
+                    error = BackendDown(f"every backend of model {model!r} is down")
+                if error:
+                    ended.append((ticket, error))
+                    self.cancel(ticket)
         return ended
 
     # ---- who goes next
@@ -1604,20 +1552,20 @@ class Scheduler:
     def _check_room(self, ticket: Ticket) -> None:
         limits, client = self.limits, ticket.client
         if len(self.waiting) >= limits.max_depth:
-            raise self._full(f"{len(self.waiting)} requests are waiting, the queue is full")
-        if self.queued_bytes + ticket.size > limits.max_queued_bytes:
-            raise self._full("the waiting requests hold all the memory they may")
-        if client.waiting >= max(1, limits.max_depth // 2):
-            raise self._full(f"{client.name} has {client.waiting} requests waiting, half the queue")
-        if client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
-            raise self._full(f"{client.name} holds half the memory of the queue")
-        if ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
-            raise self._full(f"a web page may have {MOST_PER_ORIGIN} requests waiting")
-
-    def _full(self, message: str) -> QueueFull:
+            message = f"{len(self.waiting)} requests are waiting, the queue is full"
+        elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
+            message = "the waiting requests hold all the memory they may"
+        elif client.waiting >= max(1, limits.max_depth // 2):
+            message = f"{client.name} has {client.waiting} requests waiting, half the queue"
+        elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
+            message = f"{client.name} holds half the memory of the queue"
+        elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
+            message = f"a web page may have {MOST_PER_ORIGIN} requests waiting"
+        else:
+            return
         error = QueueFull(message)
         error.retry_after = self.predicted_wait()
-        return error
+        raise error
 
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
@@ -1637,22 +1585,12 @@ class Scheduler:
         ticket.client.waiting += 1
         ticket.client.queued_bytes += ticket.size
         longest = getattr(self.limits, "max_wait_" + ticket.priority.word)
-        self._set_deadline(ticket, ticket.arrived + longest if longest else None)
-
-    def _set_deadline(self, ticket: Ticket, deadline: float | None) -> None:
-        if deadline is None or deadline == ticket.deadline:
-            ticket.deadline = deadline
-            return
-        ticket.deadline = deadline
-        heapq.heappush(self._deadlines, (deadline, ticket.number, ticket))
-        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)) + 64:
-            alive = (TicketState.WAITING, TicketState.RUNNING)  # most are of tickets long gone
-            self._deadlines = [
-                one
-                for one in self._deadlines
-                if one[2].state in alive and one[2].deadline == one[0]
-            ]
-            heapq.heapify(self._deadlines)
+        if longest:
+            ticket.deadline = ticket.arrived + longest
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
+            if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
+                alive = {one for one in self._deadlines if one[0] == one[2].deadline}
+                self._deadlines = sorted(alive)
 
     def _leave(self, ticket: Ticket) -> None:
         groups = self._groups[ticket.priority]
@@ -1661,6 +1599,7 @@ class Scheduler:
         if not groups[want].lanes:
             del groups[want]
         del self.waiting[ticket.id]
+        ticket.deadline = None
         self.queued_bytes -= ticket.size
         ticket.client.waiting -= 1
         ticket.client.queued_bytes -= ticket.size
@@ -1684,19 +1623,14 @@ class Scheduler:
     def forecast(self) -> Forecast:
         """Position, expected wait and reason of every waiting ticket, in one pass."""
         service = self.service.value or 1.0
-        ahead: dict[str, int] = {}
+        ahead: Counter[str] = Counter()
         result: Forecast = {}
         for position, ticket in enumerate(self.in_order(), 1):
             able = [one for one in self.fleet.serving(ticket.model, ticket.routes) if one.usable]
-            device = able[0].device if able else None
-            name = device.name if device else ""
-            slots = device.slots if device else 1
-            ahead[name] = ahead.get(name, 0) + 1
-            result[ticket.id] = (
-                position,
-                ahead[name] * service / slots,
-                self._reason(ticket, able),
-            )
+            device = able[0].device if able else Device("", 1)
+            ahead[device.name] += 1
+            eta = ahead[device.name] * service / device.slots
+            result[ticket.id] = position, eta, self._reason(ticket, able)
         return result
 
     def _reason(self, ticket: Ticket, able: Sequence[Backend]) -> str:
