@@ -1680,7 +1680,8 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS[499] = "Client Closed Request"
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
-Fields = tuple[tuple[str, str], ...]  # of a head that is to be rendered
+Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
+Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
 
 
 class Request:
@@ -1834,16 +1835,16 @@ class LengthBody:
     """A body of known length."""
 
     def __init__(self, length: int) -> None:
-        self.left = length
+        self.wants = length  # bytes
         self.done = length == 0
         self.surplus = b""
 
     def feed(self, data: bytes) -> bytes:
         if not data and not self.done:
             raise ValueError("the body ends before its length")
-        payload, self.surplus = data[: self.left], data[self.left :]
-        self.left -= len(payload)
-        self.done = self.left == 0
+        payload, self.surplus = data[: self.wants], data[self.wants :]
+        self.wants -= len(payload)
+        self.done = self.wants == 0
         return payload
 
 
@@ -1865,15 +1866,10 @@ class ChunkedBody:
     def __init__(self) -> None:
         self.done = False
         self.surplus = b""
-        self._left = 0  # of the chunk at hand, its CRLF included
+        self.wants = 0  # bytes of the chunk at hand, its CRLF included; 0: a line comes next
         self._held = b""  # an incomplete line
         self._trailers = -1  # bytes of trailers so far, once the last chunk has come
         self._extensions = 0  # bytes of lines with extensions so far (CVE-2023-39326)
-
-    @property
-    def wants(self) -> int:
-        """Bytes that the chunk at hand still has, its CRLF included; 0: a line comes next."""
-        return self._left
 
     def feed(self, data: bytes) -> bytes:
         if not data:
@@ -1883,12 +1879,14 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self._left:
+            if self.wants:
                 at = self._take(data, at, pieces)
                 continue
             end = data.find(b"\n", at)
             if end < 0:
-                self._hold(data[at:])
+                if len(data) - at > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
+                    raise ValueError("a line of the chunked body is too long")
+                self._held = data[at:]
                 return b"".join(pieces)
             self._line(data[at : end + 1])
             at = end + 1
@@ -1897,22 +1895,16 @@ class ChunkedBody:
 
     def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         """Payload, then the chunk's own CRLF, as far as they are there."""
-        payload = self._left - 2
+        payload = self.wants - 2
         if payload > 0:
             piece = data[at : at + payload]
             pieces.append(piece)
-            self._left -= len(piece)
+            self.wants -= len(piece)
             return at + len(piece)
-        expected = b"\r" if self._left == 2 else b"\n"
-        if data[at : at + 1] != expected:
+        if data[at : at + 1] != (b"\r" if self.wants == 2 else b"\n"):
             raise ValueError("a chunk is not followed by CRLF")
-        self._left -= 1
+        self.wants -= 1
         return at + 1
-
-    def _hold(self, line: bytes) -> None:
-        if len(line) > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
-            raise ValueError("a line of the chunked body is too long")
-        self._held = line
 
     def _line(self, line: bytes) -> None:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
@@ -1931,7 +1923,7 @@ class ChunkedBody:
             raise ValueError("the lines of the chunked body are too long")
         size = parse_chunk_line(line[:-2])
         if size:
-            self._left = size + 2
+            self.wants = size + 2
         else:
             self._trailers = 0
 
@@ -1945,10 +1937,9 @@ def body_decoder(length: int) -> Body:
     return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
-def render_head(first: str, headers: Iterable[tuple[str, str]]) -> bytes:
+def render_head(first: str, headers: Pairs) -> bytes:
     """A head; whoever passes a value from outside has it from a parsed, hence clean, field."""
-    lines = [first]
-    lines += [f"{name}: {value}" for name, value in headers]
+    lines = [first, *[f"{name}: {value}" for name, value in headers]]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
@@ -3394,50 +3385,41 @@ class Exchange:
             self.keep = False
             raise BodyTooLarge(f"a request body has at most {limit} bytes here")
         if self._unread:
-            if self.expects_continue:
-                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._invite()
             self.request.body = await self.connection.read_body(self.length, limit)
             self._unread = False
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, however long it is."""
-        if self.expects_continue and self._unread:
-            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._unread:
+            self._invite()
             async for piece in self.connection.read_pieces(self.length):
                 yield piece
         self._unread = False
 
+    def _invite(self) -> None:
+        if self.expects_continue:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     @property
     def expects_continue(self) -> bool:
-        return (
-            self.request.minor >= 1
-            and self.request.headers.get("expect", "").lower() == "100-continue"
-        )
+        expected = self.request.headers.get("expect", "")
+        return self.request.minor >= 1 and expected.lower() == "100-continue"
 
     def respond(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        headers: Iterable[tuple[str, str]] = (),
+        self, status: int, body: bytes, kind: str = "application/json", headers: Pairs = ()
     ) -> None:
         """The whole answer, in one write."""
         if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep = False
-        framing = (
-            []
-            if status == 204
-            else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
-        )
+        framing = [("Content-Type", kind), ("Content-Length", str(len(body)))]
         self.finished = True
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
-        self.connection.write(self._render_head(status, framing, headers) + shown)
+        head = self._render_head(status, framing if status != 204 else [], headers)
+        self.connection.write(head + shown)
 
-    def start(
-        self, status: int, content_type: str, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
         self._chunked = self.request.minor >= 1
         framing = [("Content-Type", content_type), ("Cache-Control", "no-cache")]
@@ -3455,9 +3437,7 @@ class Exchange:
         peer = writer.get_extra_info("peername") or ("",)
         return is_loopback(peer[0]) or peer[0] == writer.get_extra_info("sockname")[0]
 
-    def _render_head(
-        self, status: int, framing: list[tuple[str, str]], headers: Iterable[tuple[str, str]]
-    ) -> bytes:
+    def _render_head(self, status: int, framing: Pairs, headers: Pairs) -> bytes:
         server = self.connection.server
         ending = []
         if not self.keep or server.closing:
@@ -3465,8 +3445,8 @@ class Exchange:
             ending.append(("Connection", "close"))
         elif self.request.minor == 0:
             ending.append(("Connection", "keep-alive"))
-        ids = [("X-Request-Id", self.request_id), ("request-id", self.request_id)]
-        ids.append(("X-LLMQ-Id", self.id))
+        asked, own = self.request_id, self.id
+        ids = [("X-Request-Id", asked), ("request-id", asked), ("X-LLMQ-Id", own)]
         first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
         date = ("Date", server.date)
         return render_head(first, [date, *framing, *ids, *self.headers, *headers, *ending])
@@ -3541,8 +3521,6 @@ class Connection:
         self.consumed = 0  # bytes of what was received that have been read
         self.written = 0
         self.taken, self.taken_at = 0, 0.0  # what the client had taken when it last took anything
-        self.heard, self.heard_at = 0, 0.0  # likewise of what it sent
-        self.phase, self.deadline = Phase.IDLE, 0.0
         self.enter(Phase.IDLE, server.settings.head_timeout)
 
     @property
@@ -3560,8 +3538,10 @@ class Connection:
         return part or self.phase in (Phase.HEAD, Phase.BODY)
 
     def enter(self, phase: Phase, limit: float | None = None) -> None:
-        self.phase, self.since = phase, time.monotonic()
-        self.deadline = self.since + limit if limit else 0.0
+        self.phase = phase
+        self.since = self.heard_at = now = time.monotonic()
+        self.heard = self.reader.received  # what the client had sent when it last sent anything
+        self.deadline = now + limit if limit else 0.0
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
@@ -3639,71 +3619,50 @@ class Connection:
 
     async def read_body(self, length: int, limit: int) -> bytes:
         self.enter(Phase.BODY, self.server.settings.upload_timeout)
-        self.heard, self.heard_at = self.reader.received, time.monotonic()
-        try:
-            if length != CHUNKED:
-                body = await self.reader.readexactly(length)
-                self.consumed += length
-            else:
-                body = await self.read_chunks(limit)
-        except asyncio.IncompleteReadError:
-            raise ClientLeft("the client left before its request was complete") from None
+        decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
+        pieces, size = [], 0
+        while not decoder.done:
+            if size + decoder.wants > limit + 2:  # a chunk's CRLF is no part of the body
+                raise BodyTooLarge(f"a request body has at most {limit} bytes here")
+            piece = await self.read_piece(decoder)
+            size += len(piece)
+            pieces.append(piece)
         self.enter(Phase.BUSY)
-        return body
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""
         decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
         while not decoder.done:
             self.enter(Phase.BODY)
-            self.heard, self.heard_at = self.reader.received, time.monotonic()
-            wanted = decoder.left if isinstance(decoder, LengthBody) else decoder.wants
-            try:
-                if wanted:
-                    data = await self.reader.read(min(wanted, READ_SIZE))
-                else:
-                    data = await self.reader.readuntil(b"\n")
-                self.consumed += len(data)
-                piece = decoder.feed(data)
-            except asyncio.IncompleteReadError:
-                raise ClientLeft("the client left before its request was complete") from None
-            except (asyncio.LimitOverrunError, ValueError) as error:
-                if self.reader.ended:
-                    raise ClientLeft("the client left before its request was complete") from None
-                raise BadRequest(f"malformed body: {error}") from None
+            piece = await self.read_piece(decoder)
             self.enter(Phase.BUSY)  # whoever takes the piece may take its time
             if piece:
                 yield piece
 
-    async def read_chunks(self, limit: int) -> bytes:
-        decoder, pieces, size = ChunkedBody(), [], 0
+    async def read_piece(self, decoder: LengthBody | ChunkedBody) -> bytes:
+        """What the next bytes, or the next line, add to a body."""
         try:
-            while not decoder.done:
-                if size + decoder.wants > limit + 2:
-                    raise BodyTooLarge(f"a request body has at most {limit} bytes here")
-                if decoder.wants:
-                    data = await self.reader.readexactly(decoder.wants)
-                else:
-                    data = await self.reader.readuntil(b"\n")
-                self.consumed += len(data)
-                payload = decoder.feed(data)
-                size += len(payload)
-                pieces.append(payload)
+            if decoder.wants:
+                data = await self.reader.read(min(decoder.wants, READ_SIZE))
+            else:
+                data = await self.reader.readuntil(b"\n")
+            self.consumed += len(data)
+            if data:
+                return decoder.feed(data)
         except asyncio.LimitOverrunError:
-            raise BadRequest("malformed chunked body: a line is too long") from None
+            raise BadRequest("malformed body: a line is too long") from None
         except ValueError as error:
-            raise BadRequest(f"malformed chunked body: {error}") from None
-        return b"".join(pieces)
+            raise BadRequest(f"malformed body: {error}") from None
+        except asyncio.IncompleteReadError:
+            pass
+        raise ClientLeft("the client left before its request was complete")
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
         body = OPENAI.render_error(error)
-        headers = [
-            ("Date", self.server.date),
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(body))),
-            ("Connection", "close"),
-        ]
+        headers = [("Date", self.server.date), ("Content-Type", "application/json")]
+        headers += [("Content-Length", str(len(body))), ("Connection", "close")]
         if "*" in self.server.settings.cors_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
@@ -3775,17 +3734,17 @@ class HttpServer:
     async def listen_on(self, listening: socket.socket) -> int:
         """Let in whom this socket brings; its port."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._protocol, sock=listening, backlog=ACCEPT_BURST)
+
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(Inbox(), self._opened, loop=loop)
+
+        server = await loop.create_server(protocol, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
         self._servers.append(server)
         return int(listening.getsockname()[1])
 
-    def _protocol(self) -> asyncio.StreamReaderProtocol:
-        loop = asyncio.get_running_loop()
-        return asyncio.StreamReaderProtocol(Inbox(), self._opened, loop=loop)
-
     def _opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert isinstance(reader, Inbox)  # `_protocol` made it
+        assert isinstance(reader, Inbox)  # `listen_on` made it
         writer.transport.set_write_buffer_limits(high=ANSWER_BUFFER)
         raw = writer.get_extra_info("socket")  # asyncio does not know that ours are TCP
         with contextlib.suppress(OSError):  # it has gone already
@@ -3911,14 +3870,10 @@ class Upstream:
             raise BackendError("the head of the backend's answer is too large") from None
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
-        self._remember(head)
-        return head
-
-    def _remember(self, head: ResponseHead) -> None:
-        options = connection_options(head.headers)
-        self._keep_alive = head.minor >= 1 and "close" not in options
+        self._keep_alive = head.minor >= 1 and "close" not in connection_options(head.headers)
         announced = re.search(r"timeout=(\d{1,6})", head.headers.get("keep-alive", ""))
         self.keep_until = min(POOL_SECONDS, int(announced[1]) - 1.0) if announced else POOL_SECONDS
+        return head
 
     async def read_piece(self) -> bytes:
         """The next bytes of the body, b'' at its end; BackendError when it is cut or malformed."""
@@ -4058,7 +4013,7 @@ async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: f
 
 
 async def fetch(
-    backend: Backend, path: str, body: bytes | None = None, more: Iterable[tuple[str, str]] = ()
+    backend: Backend, path: str, body: bytes | None = None, more: Pairs = ()
 ) -> tuple[int, Any]:
     """Status and parsed JSON (None where it is none) of a GET, or of a POST of this body.
 
@@ -4081,7 +4036,7 @@ async def fetch(
 
 
 async def try_fetch(
-    seconds: float, backend: Backend, path: str, body: bytes, more: Iterable[tuple[str, str]] = ()
+    seconds: float, backend: Backend, path: str, body: bytes, more: Pairs = ()
 ) -> tuple[int, Any]:
     """A POST within a time; (0, None) where that fails."""
     task = asyncio.ensure_future(fetch(backend, path, body, more))
@@ -5246,10 +5201,8 @@ def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
 
 async def identify(backend: Backend) -> str:
     """The kind of a runner whose list of models does not give it away."""
-    for path, table, kind in (
-        ("/api/version", "version", "ollama"),
-        ("/api/v0/models", "data", "lmstudio"),
-    ):
+    places = ("/api/version", "version", "ollama"), ("/api/v0/models", "data", "lmstudio")
+    for path, table, kind in places:
         status, payload = await fetch(backend, path)
         if status == 200 and isinstance(payload, dict) and table in payload:
             return kind
@@ -5300,8 +5253,7 @@ class Monitor:
         """A fresh look at every backend, shared by all who want one, at most one a second."""
         now = time.monotonic()
         fresh = now - self.looked < LOOK_SECONDS
-        if not fresh:
-            self.looked = now
+        self.looked = self.looked if fresh else now
         backends = list(self.gateway.fleet.backends.values())
         due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
         flights = {flight for flight in due if flight is not None}
@@ -5367,9 +5319,8 @@ class Finder:
         missing = [(kind, url) for kind, url in LOCAL_RUNNERS.items() if url not in known]
         tasks = [asyncio.ensure_future(self.try_place(kind, url)) for kind, url in missing]
         if tasks:
-            _, late = await asyncio.wait(
-                tasks, timeout=self.gateway.settings.upstream.probe_timeout
-            )
+            limit = self.gateway.settings.upstream.probe_timeout
+            _, late = await asyncio.wait(tasks, timeout=limit)
             for task in late:
                 task.cancel()
 
@@ -5999,47 +5950,34 @@ class Demo:
         if request.path == "/v1/models":
             entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
             return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-        if request.path != "/v1/chat/completions" or request.method != "POST":
-            return exchange.respond(
-                404, OPENAI.render_error(NotFound("the demo has no such route"))
-            )
+        if request.path != CHAT or request.method != "POST":
+            error = NotFound("the demo has no such route")
+            return exchange.respond(404, OPENAI.render_error(error))
         await exchange.read_body(64 * MIB)
         question = json.loads(request.body)
         words, reason = demo_words(question)
         usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        common = {
-            "id": f"chatcmpl-demo-{next(self._numbers)}",
-            "created": int(time.time()),
-            "model": DEMO_MODEL,
-        }
-        if question.get("stream"):
-            return await self.stream(exchange, words, reason, common, usage)
-        message = {"role": "assistant", "content": "".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
-        return exchange.respond(200, render_json(answer))
+        ident, created = f"chatcmpl-demo-{next(self._numbers)}", int(time.time())
+        common = {"id": ident, "created": created, "model": DEMO_MODEL}
 
-    async def stream(
-        self,
-        exchange: Exchange,
-        words: list[str],
-        reason: str,
-        common: dict[str, Any],
-        usage: dict[str, int],
-    ) -> None:
         def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
             facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
             return b"data: " + render_json(facts) + b"\n\n"
 
+        if not question.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
+            return exchange.respond(200, render_json(answer))
         exchange.start(200, "text/event-stream")
         exchange.send(event({"role": "assistant", "content": ""}))
         for word in words:
             await asyncio.sleep(DEMO_WORD_SECONDS)
             if exchange.gone:
-                return
+                return None
             exchange.send(event({"content": word}))
-        exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
+        return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
 # ==== 23. Terminal view ===========================================================================
