@@ -1130,9 +1130,8 @@ class Backend:
     def _learn_contexts(self, report: Report) -> None:
         """What is loaded, and how; the mark of a model that is not any more is forgotten."""
         self.held = read_contexts(report.running, lambda one: one.get("context_length"))
-        self.lengths.update(
-            read_contexts(report.tags, lambda one: one["details"].get("context_length"))
-        )
+        lengths = read_contexts(report.tags, lambda one: one["details"].get("context_length"))
+        self.lengths.update(lengths)
         loaded = {model_key(name) for name in report.loaded}
         for key in {*self.asked, *self.forgotten} - loaded:
             if not self.at_work[key] and self.asked_at.get(key, 0.0) < report.began:
@@ -1229,8 +1228,7 @@ class Fleet:
 
     def remove(self, name: str, now: float) -> None:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
-        gone = self.backends.pop(name)
-        gone.draining = True
+        self.backends.pop(name).draining = True
         self.shrunk = now
         used = {one.device.name for one in self.backends.values()}
         for device in list(self.devices.values()):
@@ -1239,22 +1237,15 @@ class Fleet:
 
     def serving(self, key: str, routes: Names = ()) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        return [
-            one
-            for one in self.backends.values()
-            if one.serves(key)
-            and one.state is not State.REFUSED
-            and not one.draining
-            and (not routes or one.route_for(routes, key))
-        ]
+        able = [one for one in self.backends.values() if one.serves(key)]
+        able = [one for one in able if one.state is not State.REFUSED and not one.draining]
+        return [one for one in able if one.route_for(routes, key)] if routes else able
 
     def candidates(self, key: str, avoid: Backend | None, routes: Names = ()) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        able = [
-            one
-            for one in self.backends.values()
-            if one.usable and key in one.models and (not routes or one.route_for(routes, key))
-        ]
+        able = [one for one in self.backends.values() if one.usable and key in one.models]
+        if routes:
+            able = [one for one in able if one.route_for(routes, key)]
         if avoid is not None:
             able = [one for one in able if one is not avoid] or able
         return [one for one in able if one.room > 0]
@@ -1327,13 +1318,11 @@ class TicketState(enum.Enum):
     ENDED = "ended"
 
 
-MOVES = {  # the legal moves of a ticket
-    (TicketState.NEW, TicketState.WAITING),
-    (TicketState.WAITING, TicketState.WAITING),  # to another class
-    (TicketState.WAITING, TicketState.RUNNING),
-    (TicketState.WAITING, TicketState.ENDED),
-    (TicketState.RUNNING, TicketState.WAITING),  # for another attempt
-    (TicketState.RUNNING, TicketState.ENDED),
+MOVES = {  # the legal moves of a ticket; it waits again in another class or for another attempt
+    TicketState.NEW: (TicketState.WAITING,),
+    TicketState.WAITING: (TicketState.WAITING, TicketState.RUNNING, TicketState.ENDED),
+    TicketState.RUNNING: (TicketState.WAITING, TicketState.ENDED),
+    TicketState.ENDED: (),
 }
 
 
@@ -1358,7 +1347,7 @@ class Ticket:
     state: TicketState = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
-        if (self.state, state) not in MOVES:
+        if state not in MOVES[self.state]:
             raise RuntimeError(f"ticket {self.id} cannot go from {self.state} to {state}")
         self.state = state
 
@@ -3819,7 +3808,6 @@ class Upstream:
         self.transport = cast(asyncio.Transport, writer.transport)
         self.body: Body = CloseBody()
         self.keep_until = 0.0  # monotonic, while idle
-        self.idle_mark = 0  # bytes received when it became idle
         self._keep_alive = False
         self._mark = 0  # bytes received before the request at hand was sent
         self._consumed = 0  # bytes received and read
@@ -3943,16 +3931,14 @@ class Upstream:
         """The rest of the body, at once; `heard` is called for each piece."""
         pieces: list[bytes] = []
         size = 0
-        while True:
-            piece = await self.read_piece()
-            if not piece:
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        while piece := await self.read_piece():
             size += len(piece)
             if heard is not None:
                 heard()
             if size > limit:
                 raise BackendError(f"the backend's answer is larger than {limit} bytes")
             pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     @property
     def reusable(self) -> bool:
@@ -4061,15 +4047,13 @@ class Pool:
         while idle:
             upstream = idle.pop()
             upstream.reader.on_end = None
-            stray = upstream.reader.received != upstream.idle_mark  # nobody's answer
-            if now < upstream.keep_until and not upstream.reader.ended and not stray:
+            if now < upstream.keep_until and upstream.reusable:  # what came meanwhile is no answer
                 return upstream
             upstream.writer.close()
         return None
 
     def give(self, upstream: Upstream, now: float) -> None:
         upstream.keep_until += now
-        upstream.idle_mark = upstream.reader.received
         idle = self._idle.setdefault(upstream.backend, [])
         idle.append(upstream)
         upstream.reader.on_end = functools.partial(self._drop, idle, upstream)
@@ -5209,13 +5193,6 @@ async def identify(backend: Backend) -> str:
     return "openai"
 
 
-def count_loads(metrics: Metrics, backend: Backend, report: Report) -> None:
-    """Models that the backend has loaded since it was last looked at."""
-    before = backend.report.loaded if backend.report else report.loaded
-    for name in set(report.loaded).difference(before):
-        metrics.add("llmq_model_loads_total", backend.name, name)
-
-
 class Monitor:
     """Keeps what llmq knows of its backends fresh."""
 
@@ -5277,8 +5254,10 @@ class Monitor:
         was = backend.state
         try:
             if task.done():
-                count_loads(self.gateway.metrics, backend, task.result())
-                backend.succeeded(now, task.result(), interval)
+                report, before = task.result(), backend.report or task.result()
+                for name in set(report.loaded).difference(before.loaded):
+                    self.gateway.metrics.add("llmq_model_loads_total", backend.name, name)
+                backend.succeeded(now, report, interval)
             elif now - backend.delivered < LATELY:
                 backend.next_probe = now + interval  # slow, but at work
             else:
