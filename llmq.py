@@ -1139,11 +1139,7 @@ class Backend:
                 self.forgotten.pop(key, None)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
-        """A probe or request failed: look again at once.
-
-        Three in a row, or nobody listening (`refused`), and only probes go there, later and
-        later, until one gets through.
-        """
+        """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
         self.failures += 1
         self.error = why
         if self.state is State.DOWN:
@@ -1153,7 +1149,7 @@ class Backend:
             self.state, self.since = State.DOWN, now
             self.next_probe = now + min(self.backoff, interval)
         else:
-            self.next_probe = now
+            self.next_probe = now  # look again at once
 
     def loads(self, now: float, why: str) -> None:
         self.state, self.error, self.next_probe = State.LOADING, why, now + LOADING_INTERVAL
@@ -1446,15 +1442,12 @@ class Scheduler:
         ticket.move(TicketState.ENDED)
 
     def retry(self, ticket: Ticket, now: float, *, counted: bool = True) -> None:
-        """Back to the head of its lane, with its arrival time.
-
-        Its backend is avoided, unless it merely lacked the route: then that was no attempt.
-        """
+        """Let it wait again, in its place by arrival, for another backend where there is one."""
         self._free(ticket, now)
         if counted:
             ticket.avoid = ticket.backend
         else:
-            ticket.attempts -= 1
+            ticket.attempts -= 1  # the backend merely lacked the route
         self._enter(ticket)
 
     def reprioritise(self, ticket: Ticket, priority: Priority) -> None:
@@ -1660,8 +1653,7 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\x
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
-HEX_DIGITS = re.compile(rb"[0-9A-Fa-f]{1,16}")
-CHUNK_EXTENSION = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
@@ -1812,12 +1804,10 @@ def response_length(head: ResponseHead) -> int:
 
 def parse_chunk_line(line: bytes) -> int:
     """The size in a chunk's first line, given without its CRLF; ValueError when malformed."""
-    size, mark, extension = line.partition(b";")
-    if mark:
-        size = size.rstrip(b" \t")
-    if not HEX_DIGITS.fullmatch(size) or not CHUNK_EXTENSION.fullmatch(extension):
+    match = CHUNK_LINE.fullmatch(line)
+    if not match:
         raise ValueError("malformed chunk size")
-    return int(size, 16)
+    return int(match[1], 16)
 
 
 class LengthBody:
@@ -3608,16 +3598,26 @@ class Connection:
 
     async def read_body(self, length: int, limit: int) -> bytes:
         self.enter(Phase.BODY, self.server.settings.upload_timeout)
-        decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
-        pieces, size = [], 0
+        try:
+            if length == CHUNKED:
+                body = await self.read_chunks(limit)
+            else:
+                body = await self.reader.readexactly(length)
+                self.consumed += length
+        except asyncio.IncompleteReadError:
+            raise ClientLeft("the client left before its request was complete") from None
+        self.enter(Phase.BUSY)
+        return body
+
+    async def read_chunks(self, limit: int) -> bytes:
+        decoder, pieces, size = ChunkedBody(), [], 0
         while not decoder.done:
             if size + decoder.wants > limit + 2:  # a chunk's CRLF is no part of the body
                 raise BodyTooLarge(f"a request body has at most {limit} bytes here")
             piece = await self.read_piece(decoder)
             size += len(piece)
             pieces.append(piece)
-        self.enter(Phase.BUSY)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""
@@ -3657,10 +3657,7 @@ class Connection:
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
 
     async def close(self) -> None:
-        """Send what is left, then wait a little for the client to hang up first.
-
-        Closing with unread input would make the kernel send a reset that destroys the answer.
-        """
+        """Send what is left, then wait a little for the client to hang up first."""
         if self.reader.ended or self.writer.transport.is_closing():
             self.abort()  # nobody is there to take what is left
             return
@@ -3673,7 +3670,7 @@ class Connection:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.abort()
             return
-        self.writer.write_eof()
+        self.writer.write_eof()  # to close with input unread would reset, and destroy the answer
         await self.reader.farewell(LINGER_SECONDS)
 
     def sweep(self, now: float) -> None:
@@ -4001,10 +3998,7 @@ async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: f
 async def fetch(
     backend: Backend, path: str, body: bytes | None = None, more: Pairs = ()
 ) -> tuple[int, Any]:
-    """Status and parsed JSON (None where it is none) of a GET, or of a POST of this body.
-
-    OSError or BackendError where nobody answers.
-    """
+    """Status and JSON, or None, of a GET, or of a POST of this body; OSError or BackendError."""
     upstream = await dial(backend)
     try:
         headers = [("Host", backend.authority), ("Accept", "application/json")]
@@ -5350,10 +5344,7 @@ class Feed:
 
 
 class Pulse:
-    """Signs of life for those who wait, so that their clients do not give up.
-
-    The first makes the status 200 and the rest of the answer a body, whatever comes: it is late.
-    """
+    """Signs of life for those who wait, so that their clients do not give up."""
 
     def __init__(self, gateway: Gateway, desk: Desk) -> None:
         self.gateway = gateway
@@ -5367,7 +5358,7 @@ class Pulse:
 
     def beat(self, call: Call, now: float) -> None:
         exchange, dialect, stream = call.exchange, call.endpoint.dialect, call.question.stream
-        if not exchange.started:
+        if not exchange.started:  # from here on whatever comes is a body under status 200
             exchange.start(200, dialect.stream_type if stream else "application/json")
         position, eta = 0, 0.0
         if call.ticket.state is TicketState.WAITING:
