@@ -497,10 +497,10 @@ def parse_text(raw: Any) -> str:
 
 
 def parse_bool(raw: Any) -> bool:
-    word = str(raw).lower()
-    if word not in (*TRUE, "false", "0", "no", "off"):
+    word, yes = str(raw).lower(), ("true", "1", "yes", "on")
+    if word not in (*yes, "false", "0", "no", "off"):
         raise ValueError("wants true or false")
-    return word in TRUE
+    return word in yes
 
 
 def parse_names(raw: Any) -> Names:
@@ -510,7 +510,6 @@ def parse_names(raw: Any) -> Names:
     return tuple(item.strip() for item in items if item.strip())
 
 
-TRUE = ("true", "1", "yes", "on")
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "int": parse_int,
     "Duration": lambda raw: parse_duration(str(raw)),  # files may also write plain numbers
@@ -3386,12 +3385,12 @@ class Exchange:
         return self.request.minor >= 1 and expected.lower() == "100-continue"
 
     def respond(
-        self, status: int, body: bytes, kind: str = "application/json", headers: Pairs = ()
+        self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
         """The whole answer, in one write."""
         if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep = False
-        framing = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        framing = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.finished = True
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
@@ -3998,7 +3997,7 @@ async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: f
 async def fetch(
     backend: Backend, path: str, body: bytes | None = None, more: Pairs = ()
 ) -> tuple[int, Any]:
-    """Status and JSON, or None, of a GET, or of a POST of this body; OSError or BackendError."""
+    """Status and JSON (or None) of a GET, or a POST of this body; raises OSError, BackendError."""
     upstream = await dial(backend)
     try:
         headers = [("Host", backend.authority), ("Accept", "application/json")]
