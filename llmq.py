@@ -1604,14 +1604,19 @@ class Scheduler:
     def forecast(self) -> Forecast:
         """Position, expected wait and reason of every waiting ticket, in one pass."""
         service = self.service.value or 1.0
-        ahead: Counter[str] = Counter()
+        ahead: dict[str, int] = {}
         result: Forecast = {}
         for position, ticket in enumerate(self.in_order(), 1):
             able = [one for one in self.fleet.serving(ticket.model, ticket.routes) if one.usable]
-            device = able[0].device if able else Device("", 1)
-            ahead[device.name] += 1
-            eta = ahead[device.name] * service / device.slots
-            result[ticket.id] = position, eta, self._reason(ticket, able)
+            device = able[0].device if able else None
+            name = device.name if device else ""
+            slots = device.slots if device else 1
+            ahead[name] = ahead.get(name, 0) + 1
+            result[ticket.id] = (
+                position,
+                ahead[name] * service / slots,
+                self._reason(ticket, able),
+            )
         return result
 
     def _reason(self, ticket: Ticket, able: Sequence[Backend]) -> str:
@@ -5291,8 +5296,9 @@ class Finder:
         missing = [(kind, url) for kind, url in LOCAL_RUNNERS.items() if url not in known]
         tasks = [asyncio.ensure_future(self.try_place(kind, url)) for kind, url in missing]
         if tasks:
-            limit = self.gateway.settings.upstream.probe_timeout
-            _, late = await asyncio.wait(tasks, timeout=limit)
+            _, late = await asyncio.wait(
+                tasks, timeout=self.gateway.settings.upstream.probe_timeout
+            )
             for task in late:
                 task.cancel()
 
