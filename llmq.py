@@ -310,13 +310,11 @@ def printable(text: str, limit: int = 128) -> str:
     return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
 
 
+@dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
 
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value: float | None = None
+    value: float | None = None
 
     def add(self, value: float) -> None:
         self.value = value if self.value is None else self.value + 0.2 * (value - self.value)
@@ -336,13 +334,10 @@ LEVELS = ("debug", "info", "warning", "error")
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
-def setting(
-    default: Any, help: str, *, also: str = "", least: float = 0, choices: Names = ()
-) -> Any:
+def setting(default: Any, help: str, also: str = "", least: float = 0, choices: Names = ()) -> Any:
     """Declare a setting; `also` is a foreign variable that sets it too, `least` its lower bound."""
-    return field(
-        default=default, metadata={"help": help, "also": also, "least": least, "choices": choices}
-    )
+    facts = {"help": help, "also": also, "least": least, "choices": choices}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -360,9 +355,7 @@ class ServerSettings:
     drain_timeout: Duration = setting(30.0, "for running requests to finish when stopping")
     heartbeat_after: Duration = setting(15.0, "a stream that waits shows a sign of life; 0: never")
     heartbeat_interval: Duration = setting(10.0, "between two signs of life", least=SHORT)
-    whole_heartbeat_after: Duration = setting(
-        240.0, "an answer that is no stream shows one, a space; 0: never"
-    )
+    whole_heartbeat_after: Duration = setting(240.0, "an unstreamed answer shows a space; 0: never")
     max_body: Size = setting(32 * MIB, "the largest request body", least=1)
 
 
@@ -386,9 +379,7 @@ class UpstreamSettings:
         600.0, "to the first byte of an answer's body", also="LLM_TIMEOUT_MS", least=SHORT
     )
     idle_timeout: Duration = setting(120.0, "between two pieces of an answer", least=SHORT)
-    num_ctx: int = setting(
-        0, "context that Ollama starts models with; 0: its own", also="OLLAMA_NUM_CTX"
-    )
+    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", also="OLLAMA_NUM_CTX")
     max_num_ctx: int = setting(131072, "the largest context that a request may ask for", least=1)
     probe_interval: Duration = setting(10.0, "between two looks at a backend", least=SHORT)
     probe_timeout: Duration = setting(2.0, "for such a look", least=SHORT)
@@ -472,11 +463,9 @@ class Setting(NamedTuple):
             return f"{self.default // MIB}MiB"
         if self.type == "Duration":
             return f"{self.default:g}s"
-        if self.type == "Names":
-            return ", ".join(self.default)
-        return (
-            {True: "on", False: "off"}[self.default] if self.type == "bool" else str(self.default)
-        )
+        if self.type == "bool":
+            return "on" if self.default else "off"
+        return ", ".join(self.default) if self.type == "Names" else str(self.default)
 
 
 def settings_of(table: str, cls: Any) -> Iterator[Setting]:
@@ -500,20 +489,9 @@ def settings_markdown() -> str:
 
 
 def parse_int(raw: Any) -> int:
-    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
+    if not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
         raise ValueError("wants a whole number")
     return int(raw)
-
-
-def parse_amount(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A parser of durations or sizes, which files may also write as plain numbers."""
-
-    def parse_raw(raw: Any) -> Any:
-        if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
-            raw = ""  # which no amount is
-        return parse(str(raw))
-
-    return parse_raw
 
 
 def parse_text(raw: Any) -> str:
@@ -523,12 +501,10 @@ def parse_text(raw: Any) -> str:
 
 
 def parse_bool(raw: Any) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True)
-    words.update(dict.fromkeys(("false", "0", "no", "off"), False))
-    word = str(raw).lower()
-    if word not in words:
+    word, yes = str(raw).lower(), ("true", "1", "yes", "on")
+    if word not in (*yes, "false", "0", "no", "off"):
         raise ValueError("wants true or false")
-    return words[word]
+    return word in yes
 
 
 def parse_names(raw: Any) -> Names:
@@ -540,8 +516,8 @@ def parse_names(raw: Any) -> Names:
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "int": parse_int,
-    "Duration": parse_amount(parse_duration),
-    "Size": parse_amount(parse_size),
+    "Duration": lambda raw: parse_duration(str(raw)),  # files may also write plain numbers
+    "Size": lambda raw: parse_size(str(raw)),
     "str": parse_text,
     "bool": parse_bool,
     "Names": parse_names,
@@ -559,10 +535,9 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
-        name = f"{row.flag} " if source == "command line" else ""
-        raise ConfigError(
-            f"{source}: {name}{row.key} = {printable(str(raw), 60)}: {error}"
-        ) from None
+        place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
+        written = printable(str(raw), 60)
+        raise ConfigError(f"{place} {row.key} = {written}: {error}") from None
     return value
 
 
@@ -662,9 +637,7 @@ def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
     for name, values in raw.items() if isinstance(raw, dict) else [("", None)]:
         where = f"{source}: {table}.{printable(name)}"
         if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
-            raise ConfigError(
-                f"{where}: wants a table, write [{table}.NAME] with letters and digits"
-            )
+            raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
         rows = {row.key.split(".")[-1]: row for row in settings_of(f"{table}.{name}", cls)}
         for key in values:
             if key not in rows:
@@ -938,24 +911,21 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     if not match or origin in trusted:
         return not match
     scheme, host = match[1].lower(), match[2].lower()
-    return scheme not in EXTENSION_SCHEMES and (
-        scheme not in ("http", "https") or not is_loopback(host)
-    )
+    local = scheme in ("http", "https") and is_loopback(host)
+    return scheme not in EXTENSION_SCHEMES and not local
 
 
+@dataclass(eq=False)
 class Client:
     """One name that asks, and what it has had so far."""
 
-    __slots__ = ("done", "failed", "name", "queued_bytes", "running", "served", "waiting")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.waiting = 0
-        self.queued_bytes = 0
-        self.running = 0
-        self.served = 0.0  # seconds of backend time
-        self.done = 0
-        self.failed = 0
+    name: str
+    waiting: int = 0
+    queued_bytes: int = 0
+    running: int = 0
+    served: float = 0.0  # seconds of backend time
+    done: int = 0
+    failed: int = 0
 
 
 class Clients:
@@ -1018,15 +988,13 @@ class State(enum.Enum):
     REFUSED = "refused"  # never to be used: it is this llmq itself
 
 
+@dataclass(eq=False)
 class Device:
     """What backends share; `busy` never exceeds `slots`."""
 
-    __slots__ = ("busy", "name", "slots")
-
-    def __init__(self, name: str, slots: int) -> None:
-        self.name = name
-        self.slots = slots
-        self.busy = 0
+    name: str
+    slots: int
+    busy: int = 0
 
 
 @dataclass(frozen=True)
@@ -1109,9 +1077,8 @@ class Backend:
         return asked if asked in names else names[0]
 
     def is_loaded(self, key: str) -> bool:
-        return self.report is not None and any(
-            model_key(name) == key for name in self.report.loaded
-        )
+        loaded = self.report.loaded if self.report else ()
+        return any(model_key(name) == key for name in loaded)
 
     def speaks(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
@@ -1168,9 +1135,8 @@ class Backend:
     def _learn_contexts(self, report: Report) -> None:
         """What is loaded, and how; the mark of a model that is not any more is forgotten."""
         self.held = read_contexts(report.running, lambda one: one.get("context_length"))
-        self.lengths.update(
-            read_contexts(report.tags, lambda one: one["details"].get("context_length"))
-        )
+        lengths = read_contexts(report.tags, lambda one: one["details"].get("context_length"))
+        self.lengths.update(lengths)
         loaded = {model_key(name) for name in report.loaded}
         for key in {*self.asked, *self.forgotten} - loaded:
             if not self.at_work[key] and self.asked_at.get(key, 0.0) < report.began:
@@ -1178,11 +1144,7 @@ class Backend:
                 self.forgotten.pop(key, None)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
-        """A probe or request failed: look again at once.
-
-        Three in a row, or nobody listening (`refused`), and only probes go there, later and
-        later, until one gets through.
-        """
+        """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
         self.failures += 1
         self.error = why
         if self.state is State.DOWN:
@@ -1192,7 +1154,7 @@ class Backend:
             self.state, self.since = State.DOWN, now
             self.next_probe = now + min(self.backoff, interval)
         else:
-            self.next_probe = now
+            self.next_probe = now  # look again at once
 
     def loads(self, now: float, why: str) -> None:
         self.state, self.error, self.next_probe = State.LOADING, why, now + LOADING_INTERVAL
@@ -1245,10 +1207,8 @@ def read_contexts(
 
 def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
     """Among backends with room: the model already loaded, then most room, then longest unused."""
-    if not candidates:
-        return None
-    if len(candidates) == 1:
-        return candidates[0]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     return min(candidates, key=lambda one: (not one.is_loaded(key), -one.room, one.used))
 
 
@@ -1269,8 +1229,7 @@ class Fleet:
 
     def remove(self, name: str, now: float) -> None:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
-        gone = self.backends.pop(name)
-        gone.draining = True
+        self.backends.pop(name).draining = True
         self.shrunk = now
         used = {one.device.name for one in self.backends.values()}
         for device in list(self.devices.values()):
@@ -1279,22 +1238,15 @@ class Fleet:
 
     def serving(self, key: str, routes: Names = ()) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        return [
-            one
-            for one in self.backends.values()
-            if one.serves(key)
-            and one.state is not State.REFUSED
-            and not one.draining
-            and (not routes or one.route_for(routes, key))
-        ]
+        able = [one for one in self.backends.values() if one.serves(key)]
+        able = [one for one in able if one.state is not State.REFUSED and not one.draining]
+        return [one for one in able if one.route_for(routes, key)] if routes else able
 
     def candidates(self, key: str, avoid: Backend | None, routes: Names = ()) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        able = [
-            one
-            for one in self.backends.values()
-            if one.usable and key in one.models and (not routes or one.route_for(routes, key))
-        ]
+        able = [one for one in self.backends.values() if one.usable and key in one.models]
+        if routes:
+            able = [one for one in able if one.route_for(routes, key)]
         if avoid is not None:
             able = [one for one in able if one is not avoid] or able
         return [one for one in able if one.room > 0]
@@ -1322,9 +1274,8 @@ class Fleet:
         for one in self.backends.values():
             names = one.models.get(model_key(asked), [])
             if len(names) > 1 and asked not in names:
-                raise BadRequest(
-                    f"model {printable(asked)!r} means {' or '.join(names)}", param="model"
-                )
+                message = f"model {printable(asked)!r} means {' or '.join(names)}"
+                raise BadRequest(message, param="model")
 
     def lacking_words(self, key: str, routes: Names) -> str:
         """Why nobody takes these routes for this model."""
@@ -1336,12 +1287,9 @@ class Fleet:
 
     def default_model(self) -> str | None:
         """The first model of the first backend that is not for embeddings."""
-        for one in self.backends.values():
-            if one.report is not None:
-                for name in one.report.models:
-                    if not EMBEDDING.search(name):
-                        return name
-        return None
+        reports = [one.report for one in self.backends.values() if one.report]
+        names = (name for report in reports for name in report.models)
+        return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
 # ==== 7. Scheduler ================================================================================
@@ -1349,8 +1297,7 @@ class Fleet:
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
 #
-# A group is all that waits with the same candidates: one class, model, backend to avoid, and the
-# same routes.
+# A group is all that waits with the same candidates: one class, model, routes, backend to avoid.
 # In it a lane is what one client has waiting, oldest first; a heap of (tag, client) orders the
 # lanes, and a lane's tag is the number of its oldest ticket: first come, first served.  Tags rise
 # while a lane waits, so a stale top is re-keyed where it stands, and picking costs the same at any
@@ -1372,57 +1319,46 @@ class TicketState(enum.Enum):
     ENDED = "ended"
 
 
-MOVES = {  # the legal moves of a ticket
-    (TicketState.NEW, TicketState.WAITING),
-    (TicketState.WAITING, TicketState.WAITING),  # to another class
-    (TicketState.WAITING, TicketState.RUNNING),
-    (TicketState.WAITING, TicketState.ENDED),
-    (TicketState.RUNNING, TicketState.WAITING),  # for another attempt
-    (TicketState.RUNNING, TicketState.ENDED),
+MOVES = {  # the legal moves of a ticket; it waits again in another class or for another attempt
+    TicketState.NEW: (TicketState.WAITING,),
+    TicketState.WAITING: (TicketState.WAITING, TicketState.RUNNING, TicketState.ENDED),
+    TicketState.RUNNING: (TicketState.WAITING, TicketState.ENDED),
+    TicketState.ENDED: (),
 }
 
 
+@dataclass(eq=False)
 class Ticket:
     """One request in the queue."""
 
-    __slots__ = (
-        "arrived", "attempts", "avoid", "backend", "client", "deadline", "foreign",
-        "id", "model", "number", "priority", "routes", "size", "started", "state",
-    )  # fmt: skip
-
-    def __init__(
-        self, ident: str, client: Client, model: str, priority: Priority, size: int = 0
-    ) -> None:
-        self.id = ident
-        self.client = client
-        self.model = model  # a model key
-        self.priority = priority
-        self.size = size  # bytes of its body
-        self.routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
-        self.foreign = False  # it came from a web page elsewhere
-        self.number = 0  # order of arrival
-        self.arrived = 0.0
-        self.started = 0.0
-        self.deadline: float | None = None
-        self.attempts = 0
-        self.backend: Backend | None = None
-        self.avoid: Backend | None = None  # where the last attempt failed
-        self.state = TicketState.NEW
+    id: str
+    client: Client
+    model: str  # a model key
+    priority: Priority
+    size: int = 0  # bytes of its body
+    routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
+    foreign: bool = False  # it came from a web page elsewhere
+    number: int = 0  # order of arrival
+    arrived: float = 0.0
+    started: float = 0.0
+    deadline: float | None = None  # while it waits, if it may not wait for ever
+    attempts: int = 0
+    backend: Backend | None = None
+    avoid: Backend | None = None  # where the last attempt failed
+    state: TicketState = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
-        if (self.state, state) not in MOVES:
+        if state not in MOVES[self.state]:
             raise RuntimeError(f"ticket {self.id} cannot go from {self.state} to {state}")
         self.state = state
 
 
+@dataclass(eq=False)
 class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
-    __slots__ = ("tag", "tickets")
-
-    def __init__(self) -> None:
-        self.tickets: OrderedDict[int, Ticket] = OrderedDict()
-        self.tag = -1  # its key in the heap; other entries of this lane there are stale
+    tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
+    tag: int = -1  # its key in the heap; other entries of this lane there are stale
 
     @property
     def head(self) -> Ticket:
@@ -1511,15 +1447,12 @@ class Scheduler:
         ticket.move(TicketState.ENDED)
 
     def retry(self, ticket: Ticket, now: float, *, counted: bool = True) -> None:
-        """Back to the head of its lane, with its arrival time.
-
-        Its backend is avoided, unless it merely lacked the route: then that was no attempt.
-        """
+        """Let it wait again, in its place by arrival, for another backend where there is one."""
         self._free(ticket, now)
         if counted:
             ticket.avoid = ticket.backend
         else:
-            ticket.attempts -= 1
+            ticket.attempts -= 1  # the backend merely lacked the route
         self._enter(ticket)
 
     def reprioritise(self, ticket: Ticket, priority: Priority) -> None:
@@ -1533,10 +1466,7 @@ class Scheduler:
         ended: list[tuple[Ticket, LlmqError]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
-            if ticket.deadline != when:
-                continue  # it has moved to another class since
-            ticket.deadline = None
-            if ticket.state is TicketState.WAITING:
+            if ticket.deadline == when:  # else it has left or moved to another class since
                 message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
                 ended.append((ticket, WaitTimeout(message)))
                 self.cancel(ticket)
@@ -1544,6 +1474,7 @@ class Scheduler:
 
     def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
         ended: list[tuple[Ticket, LlmqError]] = []
+        longest = self.limits.down_wait
         alike: dict[tuple[str, Names], list[Ticket]] = {}
         for ticket in self.waiting.values():
             alike.setdefault((ticket.model, ticket.routes), []).append(ticket)
@@ -1551,18 +1482,16 @@ class Scheduler:
             since, known = self.fleet.down_since(model, routes), self.fleet.knows(model)
             lacking = known and not self.fleet.serving(model, routes)
             for ticket in tickets:
+                error: LlmqError | None = None
                 if known is False:
-                    ended.append((ticket, ModelNotFound(f"model {model!r} is gone")))
+                    error = ModelNotFound(f"model {model!r} is gone")
                 elif lacking and self.fleet.serving(model):
-                    why = self.fleet.lacking_words(model, routes)
-                    ended.append((ticket, NotSpoken(why)))
-                elif (
-                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
-                ):
-                    ended.append((ticket, BackendDown(f"every backend of model {model!r} is down")))
-                else:
-                    continue
-                self.cancel(ticket)
+                    error = NotSpoken(self.fleet.lacking_words(model, routes))
+                elif since is not None and now - max(since, ticket.arrived) >= longest:
+                    error = BackendDown(f"every backend of model {model!r} is down")
+                if error:
+                    ended.append((ticket, error))
+                    self.cancel(ticket)
         return ended
 
     # ---- who goes next
@@ -1610,20 +1539,20 @@ class Scheduler:
     def _check_room(self, ticket: Ticket) -> None:
         limits, client = self.limits, ticket.client
         if len(self.waiting) >= limits.max_depth:
-            raise self._full(f"{len(self.waiting)} requests are waiting, the queue is full")
-        if self.queued_bytes + ticket.size > limits.max_queued_bytes:
-            raise self._full("the waiting requests hold all the memory they may")
-        if client.waiting >= max(1, limits.max_depth // 2):
-            raise self._full(f"{client.name} has {client.waiting} requests waiting, half the queue")
-        if client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
-            raise self._full(f"{client.name} holds half the memory of the queue")
-        if ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
-            raise self._full(f"a web page may have {MOST_PER_ORIGIN} requests waiting")
-
-    def _full(self, message: str) -> QueueFull:
+            message = f"{len(self.waiting)} requests are waiting, the queue is full"
+        elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
+            message = "the waiting requests hold all the memory they may"
+        elif client.waiting >= max(1, limits.max_depth // 2):
+            message = f"{client.name} has {client.waiting} requests waiting, half the queue"
+        elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
+            message = f"{client.name} holds half the memory of the queue"
+        elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
+            message = f"a web page may have {MOST_PER_ORIGIN} requests waiting"
+        else:
+            return
         error = QueueFull(message)
         error.retry_after = self.predicted_wait()
-        return error
+        raise error
 
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
@@ -1643,22 +1572,12 @@ class Scheduler:
         ticket.client.waiting += 1
         ticket.client.queued_bytes += ticket.size
         longest = getattr(self.limits, "max_wait_" + ticket.priority.word)
-        self._set_deadline(ticket, ticket.arrived + longest if longest else None)
-
-    def _set_deadline(self, ticket: Ticket, deadline: float | None) -> None:
-        if deadline is None or deadline == ticket.deadline:
-            ticket.deadline = deadline
-            return
-        ticket.deadline = deadline
-        heapq.heappush(self._deadlines, (deadline, ticket.number, ticket))
-        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)) + 64:
-            alive = (TicketState.WAITING, TicketState.RUNNING)  # most are of tickets long gone
-            self._deadlines = [
-                one
-                for one in self._deadlines
-                if one[2].state in alive and one[2].deadline == one[0]
-            ]
-            heapq.heapify(self._deadlines)
+        if longest:
+            ticket.deadline = ticket.arrived + longest
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
+            if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
+                alive = {one for one in self._deadlines if one[0] == one[2].deadline}
+                self._deadlines = sorted(alive)
 
     def _leave(self, ticket: Ticket) -> None:
         groups = self._groups[ticket.priority]
@@ -1667,6 +1586,7 @@ class Scheduler:
         if not groups[want].lanes:
             del groups[want]
         del self.waiting[ticket.id]
+        ticket.deadline = None
         self.queued_bytes -= ticket.size
         ticket.client.waiting -= 1
         ticket.client.queued_bytes -= ticket.size
@@ -1743,8 +1663,7 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\x
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
-HEX_DIGITS = re.compile(rb"[0-9A-Fa-f]{1,16}")
-CHUNK_EXTENSION = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
@@ -1752,7 +1671,8 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS[499] = "Client Closed Request"
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
-Fields = tuple[tuple[str, str], ...]  # of a head that is to be rendered
+Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
+Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
 
 
 class Request:
@@ -1894,28 +1814,26 @@ def response_length(head: ResponseHead) -> int:
 
 def parse_chunk_line(line: bytes) -> int:
     """The size in a chunk's first line, given without its CRLF; ValueError when malformed."""
-    size, mark, extension = line.partition(b";")
-    if mark:
-        size = size.rstrip(b" \t")
-    if not HEX_DIGITS.fullmatch(size) or not CHUNK_EXTENSION.fullmatch(extension):
+    match = CHUNK_LINE.fullmatch(line)
+    if not match:
         raise ValueError("malformed chunk size")
-    return int(size, 16)
+    return int(match[1], 16)
 
 
 class LengthBody:
     """A body of known length."""
 
     def __init__(self, length: int) -> None:
-        self.left = length
+        self.wants = length  # bytes
         self.done = length == 0
         self.surplus = b""
 
     def feed(self, data: bytes) -> bytes:
         if not data and not self.done:
             raise ValueError("the body ends before its length")
-        payload, self.surplus = data[: self.left], data[self.left :]
-        self.left -= len(payload)
-        self.done = self.left == 0
+        payload, self.surplus = data[: self.wants], data[self.wants :]
+        self.wants -= len(payload)
+        self.done = self.wants == 0
         return payload
 
 
@@ -1937,15 +1855,10 @@ class ChunkedBody:
     def __init__(self) -> None:
         self.done = False
         self.surplus = b""
-        self._left = 0  # of the chunk at hand, its CRLF included
+        self.wants = 0  # bytes of the chunk at hand, its CRLF included; 0: a line comes next
         self._held = b""  # an incomplete line
         self._trailers = -1  # bytes of trailers so far, once the last chunk has come
         self._extensions = 0  # bytes of lines with extensions so far (CVE-2023-39326)
-
-    @property
-    def wants(self) -> int:
-        """Bytes that the chunk at hand still has, its CRLF included; 0: a line comes next."""
-        return self._left
 
     def feed(self, data: bytes) -> bytes:
         if not data:
@@ -1955,12 +1868,14 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self._left:
+            if self.wants:
                 at = self._take(data, at, pieces)
                 continue
             end = data.find(b"\n", at)
             if end < 0:
-                self._hold(data[at:])
+                if len(data) - at > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
+                    raise ValueError("a line of the chunked body is too long")
+                self._held = data[at:]
                 return b"".join(pieces)
             self._line(data[at : end + 1])
             at = end + 1
@@ -1969,22 +1884,16 @@ class ChunkedBody:
 
     def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         """Payload, then the chunk's own CRLF, as far as they are there."""
-        payload = self._left - 2
+        payload = self.wants - 2
         if payload > 0:
             piece = data[at : at + payload]
             pieces.append(piece)
-            self._left -= len(piece)
+            self.wants -= len(piece)
             return at + len(piece)
-        expected = b"\r" if self._left == 2 else b"\n"
-        if data[at : at + 1] != expected:
+        if data[at : at + 1] != (b"\r" if self.wants == 2 else b"\n"):
             raise ValueError("a chunk is not followed by CRLF")
-        self._left -= 1
+        self.wants -= 1
         return at + 1
-
-    def _hold(self, line: bytes) -> None:
-        if len(line) > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
-            raise ValueError("a line of the chunked body is too long")
-        self._held = line
 
     def _line(self, line: bytes) -> None:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
@@ -2003,7 +1912,7 @@ class ChunkedBody:
             raise ValueError("the lines of the chunked body are too long")
         size = parse_chunk_line(line[:-2])
         if size:
-            self._left = size + 2
+            self.wants = size + 2
         else:
             self._trailers = 0
 
@@ -2017,10 +1926,9 @@ def body_decoder(length: int) -> Body:
     return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
-def render_head(first: str, headers: Iterable[tuple[str, str]]) -> bytes:
+def render_head(first: str, headers: Pairs) -> bytes:
     """A head; whoever passes a value from outside has it from a parsed, hence clean, field."""
-    lines = [first]
-    lines += [f"{name}: {value}" for name, value in headers]
+    lines = [first, *[f"{name}: {value}" for name, value in headers]]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
@@ -3479,50 +3387,41 @@ class Exchange:
             self.keep = False
             raise BodyTooLarge(f"a request body has at most {limit} bytes here")
         if self._unread:
-            if self.expects_continue:
-                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._invite()
             self.request.body = await self.connection.read_body(self.length, limit)
             self._unread = False
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, however long it is."""
-        if self.expects_continue and self._unread:
-            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._unread:
+            self._invite()
             async for piece in self.connection.read_pieces(self.length):
                 yield piece
         self._unread = False
 
+    def _invite(self) -> None:
+        if self.expects_continue:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     @property
     def expects_continue(self) -> bool:
-        return (
-            self.request.minor >= 1
-            and self.request.headers.get("expect", "").lower() == "100-continue"
-        )
+        expected = self.request.headers.get("expect", "")
+        return self.request.minor >= 1 and expected.lower() == "100-continue"
 
     def respond(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        headers: Iterable[tuple[str, str]] = (),
+        self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
         """The whole answer, in one write."""
         if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep = False
-        framing = (
-            []
-            if status == 204
-            else [("Content-Type", content_type), ("Content-Length", str(len(body)))]
-        )
+        framing = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
         self.finished = True
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
-        self.connection.write(self._render_head(status, framing, headers) + shown)
+        head = self._render_head(status, framing if status != 204 else [], headers)
+        self.connection.write(head + shown)
 
-    def start(
-        self, status: int, content_type: str, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
         self._chunked = self.request.minor >= 1
         framing = [("Content-Type", content_type), ("Cache-Control", "no-cache")]
@@ -3540,9 +3439,7 @@ class Exchange:
         peer = writer.get_extra_info("peername") or ("",)
         return is_loopback(peer[0]) or peer[0] == writer.get_extra_info("sockname")[0]
 
-    def _render_head(
-        self, status: int, framing: list[tuple[str, str]], headers: Iterable[tuple[str, str]]
-    ) -> bytes:
+    def _render_head(self, status: int, framing: Pairs, headers: Pairs) -> bytes:
         server = self.connection.server
         ending = []
         if not self.keep or server.closing:
@@ -3550,8 +3447,8 @@ class Exchange:
             ending.append(("Connection", "close"))
         elif self.request.minor == 0:
             ending.append(("Connection", "keep-alive"))
-        ids = [("X-Request-Id", self.request_id), ("request-id", self.request_id)]
-        ids.append(("X-LLMQ-Id", self.id))
+        asked, own = self.request_id, self.id
+        ids = [("X-Request-Id", asked), ("request-id", asked), ("X-LLMQ-Id", own)]
         first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
         date = ("Date", server.date)
         return render_head(first, [date, *framing, *ids, *self.headers, *headers, *ending])
@@ -3626,8 +3523,6 @@ class Connection:
         self.consumed = 0  # bytes of what was received that have been read
         self.written = 0
         self.taken, self.taken_at = 0, 0.0  # what the client had taken when it last took anything
-        self.heard, self.heard_at = 0, 0.0  # likewise of what it sent
-        self.phase, self.deadline = Phase.IDLE, 0.0
         self.enter(Phase.IDLE, server.settings.head_timeout)
 
     @property
@@ -3645,8 +3540,10 @@ class Connection:
         return part or self.phase in (Phase.HEAD, Phase.BODY)
 
     def enter(self, phase: Phase, limit: float | None = None) -> None:
-        self.phase, self.since = phase, time.monotonic()
-        self.deadline = self.since + limit if limit else 0.0
+        self.phase = phase
+        self.since = self.heard_at = now = time.monotonic()
+        self.heard = self.reader.received  # what the client had sent when it last sent anything
+        self.deadline = now + limit if limit else 0.0
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
@@ -3724,80 +3621,66 @@ class Connection:
 
     async def read_body(self, length: int, limit: int) -> bytes:
         self.enter(Phase.BODY, self.server.settings.upload_timeout)
-        self.heard, self.heard_at = self.reader.received, time.monotonic()
         try:
-            if length != CHUNKED:
+            if length == CHUNKED:
+                body = await self.read_chunks(limit)
+            else:
                 body = await self.reader.readexactly(length)
                 self.consumed += length
-            else:
-                body = await self.read_chunks(limit)
         except asyncio.IncompleteReadError:
             raise ClientLeft("the client left before its request was complete") from None
         self.enter(Phase.BUSY)
         return body
+
+    async def read_chunks(self, limit: int) -> bytes:
+        decoder, pieces, size = ChunkedBody(), [], 0
+        while not decoder.done:
+            if size + decoder.wants > limit + 2:  # a chunk's CRLF is no part of the body
+                raise BodyTooLarge(f"a request body has at most {limit} bytes here")
+            piece = await self.read_piece(decoder)
+            size += len(piece)
+            pieces.append(piece)
+        return b"".join(pieces)
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""
         decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
         while not decoder.done:
             self.enter(Phase.BODY)
-            self.heard, self.heard_at = self.reader.received, time.monotonic()
-            wanted = decoder.left if isinstance(decoder, LengthBody) else decoder.wants
-            try:
-                if wanted:
-                    data = await self.reader.read(min(wanted, READ_SIZE))
-                else:
-                    data = await self.reader.readuntil(b"\n")
-                self.consumed += len(data)
-                piece = decoder.feed(data)
-            except asyncio.IncompleteReadError:
-                raise ClientLeft("the client left before its request was complete") from None
-            except (asyncio.LimitOverrunError, ValueError) as error:
-                if self.reader.ended:
-                    raise ClientLeft("the client left before its request was complete") from None
-                raise BadRequest(f"malformed body: {error}") from None
+            piece = await self.read_piece(decoder)
             self.enter(Phase.BUSY)  # whoever takes the piece may take its time
             if piece:
                 yield piece
 
-    async def read_chunks(self, limit: int) -> bytes:
-        decoder, pieces, size = ChunkedBody(), [], 0
+    async def read_piece(self, decoder: LengthBody | ChunkedBody) -> bytes:
+        """What the next bytes, or the next line, add to a body."""
         try:
-            while not decoder.done:
-                if size + decoder.wants > limit + 2:
-                    raise BodyTooLarge(f"a request body has at most {limit} bytes here")
-                if decoder.wants:
-                    data = await self.reader.readexactly(decoder.wants)
-                else:
-                    data = await self.reader.readuntil(b"\n")
-                self.consumed += len(data)
-                payload = decoder.feed(data)
-                size += len(payload)
-                pieces.append(payload)
+            if decoder.wants:
+                data = await self.reader.read(min(decoder.wants, READ_SIZE))
+            else:
+                data = await self.reader.readuntil(b"\n")
+            self.consumed += len(data)
+            if data:
+                return decoder.feed(data)
         except asyncio.LimitOverrunError:
-            raise BadRequest("malformed chunked body: a line is too long") from None
+            raise BadRequest("malformed body: a line is too long") from None
         except ValueError as error:
-            raise BadRequest(f"malformed chunked body: {error}") from None
-        return b"".join(pieces)
+            raise BadRequest(f"malformed body: {error}") from None
+        except asyncio.IncompleteReadError:
+            pass
+        raise ClientLeft("the client left before its request was complete")
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
         body = OPENAI.render_error(error)
-        headers = [
-            ("Date", self.server.date),
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(body))),
-            ("Connection", "close"),
-        ]
+        headers = [("Date", self.server.date), ("Content-Type", "application/json")]
+        headers += [("Content-Length", str(len(body))), ("Connection", "close")]
         if "*" in self.server.settings.cors_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
 
     async def close(self) -> None:
-        """Send what is left, then wait a little for the client to hang up first.
-
-        Closing with unread input would make the kernel send a reset that destroys the answer.
-        """
+        """Send what is left, then wait a little for the client to hang up first."""
         if self.reader.ended or self.writer.transport.is_closing():
             self.abort()  # nobody is there to take what is left
             return
@@ -3810,7 +3693,7 @@ class Connection:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.abort()
             return
-        self.writer.write_eof()
+        self.writer.write_eof()  # to close with input unread would reset, and destroy the answer
         await self.reader.farewell(LINGER_SECONDS)
 
     def sweep(self, now: float) -> None:
@@ -3860,17 +3743,17 @@ class HttpServer:
     async def listen_on(self, listening: socket.socket) -> int:
         """Let in whom this socket brings; its port."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._protocol, sock=listening, backlog=ACCEPT_BURST)
+
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(Inbox(), self._opened, loop=loop)
+
+        server = await loop.create_server(protocol, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
         self._servers.append(server)
         return int(listening.getsockname()[1])
 
-    def _protocol(self) -> asyncio.StreamReaderProtocol:
-        loop = asyncio.get_running_loop()
-        return asyncio.StreamReaderProtocol(Inbox(), self._opened, loop=loop)
-
     def _opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert isinstance(reader, Inbox)  # `_protocol` made it
+        assert isinstance(reader, Inbox)  # `listen_on` made it
         writer.transport.set_write_buffer_limits(high=ANSWER_BUFFER)
         raw = writer.get_extra_info("socket")  # asyncio does not know that ours are TCP
         with contextlib.suppress(OSError):  # it has gone already
@@ -3947,7 +3830,6 @@ class Upstream:
         self.transport = cast(asyncio.Transport, writer.transport)
         self.body: Body = CloseBody()
         self.keep_until = 0.0  # monotonic, while idle
-        self.idle_mark = 0  # bytes received when it became idle
         self._keep_alive = False
         self._mark = 0  # bytes received before the request at hand was sent
         self._consumed = 0  # bytes received and read
@@ -3998,14 +3880,10 @@ class Upstream:
             raise BackendError("the head of the backend's answer is too large") from None
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
-        self._remember(head)
-        return head
-
-    def _remember(self, head: ResponseHead) -> None:
-        options = connection_options(head.headers)
-        self._keep_alive = head.minor >= 1 and "close" not in options
+        self._keep_alive = head.minor >= 1 and "close" not in connection_options(head.headers)
         announced = re.search(r"timeout=(\d{1,6})", head.headers.get("keep-alive", ""))
         self.keep_until = min(POOL_SECONDS, int(announced[1]) - 1.0) if announced else POOL_SECONDS
+        return head
 
     async def read_piece(self) -> bytes:
         """The next bytes of the body, b'' at its end; BackendError when it is cut or malformed."""
@@ -4075,16 +3953,14 @@ class Upstream:
         """The rest of the body, at once; `heard` is called for each piece."""
         pieces: list[bytes] = []
         size = 0
-        while True:
-            piece = await self.read_piece()
-            if not piece:
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        while piece := await self.read_piece():
             size += len(piece)
             if heard is not None:
                 heard()
             if size > limit:
                 raise BackendError(f"the backend's answer is larger than {limit} bytes")
             pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     @property
     def reusable(self) -> bool:
@@ -4145,12 +4021,9 @@ async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: f
 
 
 async def fetch(
-    backend: Backend, path: str, body: bytes | None = None, more: Iterable[tuple[str, str]] = ()
+    backend: Backend, path: str, body: bytes | None = None, more: Pairs = ()
 ) -> tuple[int, Any]:
-    """Status and parsed JSON (None where it is none) of a GET, or of a POST of this body.
-
-    OSError or BackendError where nobody answers.
-    """
+    """Status and JSON (or None) of a GET, or a POST of this body; raises OSError, BackendError."""
     upstream = await dial(backend)
     try:
         headers = [("Host", backend.authority), ("Accept", "application/json")]
@@ -4168,7 +4041,7 @@ async def fetch(
 
 
 async def try_fetch(
-    seconds: float, backend: Backend, path: str, body: bytes, more: Iterable[tuple[str, str]] = ()
+    seconds: float, backend: Backend, path: str, body: bytes, more: Pairs = ()
 ) -> tuple[int, Any]:
     """A POST within a time; (0, None) where that fails."""
     task = asyncio.ensure_future(fetch(backend, path, body, more))
@@ -4193,15 +4066,13 @@ class Pool:
         while idle:
             upstream = idle.pop()
             upstream.reader.on_end = None
-            stray = upstream.reader.received != upstream.idle_mark  # nobody's answer
-            if now < upstream.keep_until and not upstream.reader.ended and not stray:
+            if now < upstream.keep_until and upstream.reusable:  # what came meanwhile is no answer
                 return upstream
             upstream.writer.close()
         return None
 
     def give(self, upstream: Upstream, now: float) -> None:
         upstream.keep_until += now
-        upstream.idle_mark = upstream.reader.received
         idle = self._idle.setdefault(upstream.backend, [])
         idle.append(upstream)
         upstream.reader.on_end = functools.partial(self._drop, idle, upstream)
@@ -5343,21 +5214,12 @@ def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
 
 async def identify(backend: Backend) -> str:
     """The kind of a runner whose list of models does not give it away."""
-    for path, table, kind in (
-        ("/api/version", "version", "ollama"),
-        ("/api/v0/models", "data", "lmstudio"),
-    ):
+    places = ("/api/version", "version", "ollama"), ("/api/v0/models", "data", "lmstudio")
+    for path, table, kind in places:
         status, payload = await fetch(backend, path)
         if status == 200 and isinstance(payload, dict) and table in payload:
             return kind
     return "openai"
-
-
-def count_loads(metrics: Metrics, backend: Backend, report: Report) -> None:
-    """Models that the backend has loaded since it was last looked at."""
-    before = backend.report.loaded if backend.report else report.loaded
-    for name in set(report.loaded).difference(before):
-        metrics.add("llmq_model_loads_total", backend.name, name)
 
 
 class Monitor:
@@ -5397,8 +5259,7 @@ class Monitor:
         """A fresh look at every backend, shared by all who want one, at most one a second."""
         now = time.monotonic()
         fresh = now - self.looked < LOOK_SECONDS
-        if not fresh:
-            self.looked = now
+        self.looked = self.looked if fresh else now
         backends = list(self.gateway.fleet.backends.values())
         due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
         flights = {flight for flight in due if flight is not None}
@@ -5422,8 +5283,10 @@ class Monitor:
         was, backend.suspect = backend.state, False
         try:
             if task.done():
-                count_loads(self.gateway.metrics, backend, task.result())
-                backend.succeeded(now, task.result(), interval)
+                report, before = task.result(), backend.report or task.result()
+                for name in set(report.loaded).difference(before.loaded):
+                    self.gateway.metrics.add("llmq_model_loads_total", backend.name, name)
+                backend.succeeded(now, report, interval)
             elif now - backend.delivered < LATELY:
                 backend.next_probe = now + interval  # slow, but at work
             else:
@@ -5534,10 +5397,7 @@ class Feed:
 
 
 class Pulse:
-    """Signs of life for those who wait, so that their clients do not give up.
-
-    The first makes the status 200 and the rest of the answer a body, whatever comes: it is late.
-    """
+    """Signs of life for those who wait, so that their clients do not give up."""
 
     def __init__(self, gateway: Gateway, desk: Desk) -> None:
         self.gateway = gateway
@@ -5551,7 +5411,7 @@ class Pulse:
 
     def beat(self, call: Call, now: float) -> None:
         exchange, dialect, stream = call.exchange, call.endpoint.dialect, call.question.stream
-        if not exchange.started:
+        if not exchange.started:  # from here on whatever comes is a body under status 200
             exchange.start(200, dialect.stream_type if stream else "application/json")
         position, eta = 0, 0.0
         if call.ticket.state is TicketState.WAITING:
@@ -6136,47 +5996,34 @@ class Demo:
         if request.path == "/v1/models":
             entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
             return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-        if request.path != "/v1/chat/completions" or request.method != "POST":
-            return exchange.respond(
-                404, OPENAI.render_error(NotFound("the demo has no such route"))
-            )
+        if request.path != CHAT or request.method != "POST":
+            error = NotFound("the demo has no such route")
+            return exchange.respond(404, OPENAI.render_error(error))
         await exchange.read_body(64 * MIB)
         question = json.loads(request.body)
         words, reason = demo_words(question)
         usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        common = {
-            "id": f"chatcmpl-demo-{next(self._numbers)}",
-            "created": int(time.time()),
-            "model": DEMO_MODEL,
-        }
-        if question.get("stream"):
-            return await self.stream(exchange, words, reason, common, usage)
-        message = {"role": "assistant", "content": "".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
-        return exchange.respond(200, render_json(answer))
+        ident, created = f"chatcmpl-demo-{next(self._numbers)}", int(time.time())
+        common = {"id": ident, "created": created, "model": DEMO_MODEL}
 
-    async def stream(
-        self,
-        exchange: Exchange,
-        words: list[str],
-        reason: str,
-        common: dict[str, Any],
-        usage: dict[str, int],
-    ) -> None:
         def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
             facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
             return b"data: " + render_json(facts) + b"\n\n"
 
+        if not question.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
+            return exchange.respond(200, render_json(answer))
         exchange.start(200, "text/event-stream")
         exchange.send(event({"role": "assistant", "content": ""}))
         for word in words:
             await asyncio.sleep(DEMO_WORD_SECONDS)
             if exchange.gone:
-                return
+                return None
             exchange.send(event({"content": word}))
-        exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
+        return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
 # ==== 23. Terminal view ===========================================================================
