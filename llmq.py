@@ -85,7 +85,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, Callable, NamedTuple, NoReturn, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
@@ -770,29 +770,52 @@ def metrics_markdown() -> str:
     return "\n".join(lines)
 
 
-class Family:
-    """One metric: its series, each the numbers for one set of label values."""
+# By the values of the labels: these as they are written, and a number, or a histogram's numbers: by
+# bucket, what is above them, the sum.
+Series = dict[Names, tuple[str, list[float]]]
 
-    def __init__(self, metric: Metric, known: dict[str, set[str]]) -> None:
-        self.metric = metric
-        self.series: dict[Names, list[float]] = {}  # a histogram's: by bucket, then the sum
-        self.texts: dict[Names, str] = {}  # the labels of each, as they are written
-        self._known = known  # the values that each label has had, shared by all metrics
-        self._empty = [0.0] * (len(BUCKETS) + 2 if metric.type == "histogram" else 1)
 
-    def find(self, values: Names) -> list[float]:
+class Metrics:
+    """All that is counted: each metric, and its series by the values of its labels."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, tuple[Metric, Series]] = {one.name: (one, {}) for one in METRICS}
+        self._known: dict[str, set[str]] = {}  # the values that each label has had
+
+    def add(self, name: str, *values: str, amount: float = 1) -> None:
+        """Count in a counter."""
+        self._find(name, values)[0] += amount
+
+    def observe(self, name: str, value: str, seconds: float) -> None:
+        """Count in a histogram, whose buckets hold what is up to their bound."""
+        numbers = self._find(name, (value,))
+        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
+        numbers[-1] += seconds
+
+    def show(self, name: str, rows: Mapping[str, float] | float) -> None:
+        """What a gauge stands at now, by its label if it has one."""
+        self._families[name][1].clear()
+        for value, number in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
+            self._find(name, (value,))[0] = number
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format, version 0.0.4."""
+        lines = (line for family in self._families.values() for line in render_metric(*family))
+        return "".join(lines).encode()
+
+    def _find(self, name: str, values: Names) -> list[float]:
         """The numbers to change."""
-        numbers = self.series.get(values)
-        if numbers is not None:
-            return numbers
-        values = tuple(map(self._bound, self.metric.labels, values))
-        if values not in self.series and len(self.series) >= MOST_SERIES:
-            values = (OTHER,) * len(values)
-        if values not in self.series:
-            pairs = zip(self.metric.labels, values)
-            text = ",".join(f'{label}="{value.translate(ESCAPES)}"' for label, value in pairs)
-            self.texts[values], self.series[values] = text, self._empty[:]
-        return self.series[values]
+        metric, series = self._families[name]
+        if values not in series:
+            values = tuple(map(self._bound, metric.labels, values))
+            if len(series) >= MOST_SERIES and values not in series:
+                values = (OTHER,) * len(values)
+        if values not in series:
+            pairs = zip(metric.labels, (value.translate(ESCAPES) for value in values))
+            text = ",".join(f'{label}="{value}"' for label, value in pairs)
+            size = len(BUCKETS) + 2 if metric.type == "histogram" else 1
+            series[values] = text, [0.0] * size
+        return series[values][1]
 
     def _bound(self, label: str, value: str) -> str:
         raw = printable(value).encode("utf-8", "replace")[:LABEL_BYTES]
@@ -802,53 +825,19 @@ class Family:
         known.add(short)
         return short
 
-    def render(self) -> Iterator[str]:
-        name, kind, _, text = self.metric
-        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-        for values, numbers in self.series.items():
-            labels = self.texts[values]
-            if kind == "histogram":
-                yield from self._render_buckets(labels, numbers)
-            else:
-                yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
-    def _render_buckets(self, labels: str, numbers: Sequence[float]) -> Iterator[str]:
-        start, total = f"{self.metric.name}_bucket{{{labels}", 0
-        for bound, number in zip((*BUCKETS, "+Inf"), numbers):
-            total += int(number)
-            yield f'{start},le="{bound}"}} {total}\n'
-        yield f"{self.metric.name}_sum{{{labels}}} {numbers[-1]!r}\n"
-        yield f"{self.metric.name}_count{{{labels}}} {total}\n"
-
-
-class Metrics:
-    """All that is counted."""
-
-    def __init__(self) -> None:
-        known: dict[str, set[str]] = {}
-        self.families = {metric.name: Family(metric, known) for metric in METRICS}
-
-    def add(self, name: str, *values: str, amount: float = 1) -> None:
-        """Count in a counter."""
-        self.families[name].find(values)[0] += amount
-
-    def observe(self, name: str, value: str, seconds: float) -> None:
-        """Count in a histogram, whose buckets hold what is up to their bound."""
-        numbers = self.families[name].find((value,))
-        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
-        numbers[-1] += seconds
-
-    def show(self, name: str, rows: Mapping[str, float] | float) -> None:
-        """What a gauge stands at now, by its label if it has one."""
-        family = self.families[name]
-        family.series.clear()
-        for value, number in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
-            family.find((value,) if family.metric.labels else ())[0] = number
-
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format, version 0.0.4."""
-        lines = (line for family in self.families.values() for line in family.render())
-        return "".join(lines).encode()
+def render_metric(metric: Metric, series: Series) -> Iterator[str]:
+    name, kind, _, text = metric
+    yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+    for labels, numbers in series.values():
+        if kind == "histogram":
+            totals = list(accumulate(numbers[:-1]))
+            for bound, total in zip((*BUCKETS, "+Inf"), totals):
+                yield f'{name}_bucket{{{labels},le="{bound}"}} {total:.15g}\n'
+            yield f"{name}_sum{{{labels}}} {numbers[-1]!r}\n"
+            yield f"{name}_count{{{labels}}} {totals[-1]:.15g}\n"
+        else:
+            yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
 
 # ==== 5. Clients ==================================================================================
@@ -4385,9 +4374,8 @@ def count_record(metrics: Metrics, record: Record) -> None:
         metrics.add("llmq_cancels_total", CANCELS[outcome])
     if outcome == QueueFull.code:
         metrics.add("llmq_rejected_total", outcome)
-    if client == "-" or outcome == QueueFull.code:  # it never waited
-        return
-    metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
+    elif client != "-":  # else it was refused before it could wait
+        metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
     if record.first_s is not None:
         metrics.observe("llmq_first_token_seconds", model, record.first_s)
     if outcome == "done":
@@ -4880,9 +4868,6 @@ class Desk:
         scheduler, fleet = gateway.scheduler, gateway.fleet
         self.refresh_forecast(now)
         waiting = scheduler.in_order()
-        by_class = {priority.word: 0 for priority in Priority}
-        for ticket in waiting:
-            by_class[ticket.priority.word] += 1
         oldest = min((ticket.arrived for ticket in waiting), default=now)
         shown = waiting if everything else waiting[:SHOWN_WAITING]
         return {
@@ -4894,7 +4879,7 @@ class Desk:
                 "waiting": len(waiting),
                 "running": len(scheduler.running),
                 "oldest_wait_s": round(now - oldest, 3),
-                "by_class": by_class,
+                "by_class": count_classes(waiting),
                 "full_at": scheduler.limits.max_depth,
             },
             "requests": [
@@ -4988,6 +4973,12 @@ class Desk:
             self.gateway.stop(self.gateway.calls[ticket.id], ShuttingDown("llmq is shutting down"))
 
 
+def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
+    """How many there are of each class."""
+    found = Counter(ticket.priority for ticket in tickets)
+    return {priority.word: found[priority] for priority in Priority}
+
+
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     """The model that a name stands for: the alias that equals it, else the first that fits."""
     for pattern in sorted(aliases, key=lambda one: one != asked):
@@ -5035,32 +5026,22 @@ def show_client(client: Client) -> dict[str, Any]:
 def show_gauges(gateway: Gateway) -> None:
     """Let the gauges stand where things stand now."""
     show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
-    now, mode = gateway.now(), scheduler.mode
-    waiting, running = scheduler.waiting.values(), scheduler.running.values()
-    for name, tickets in (("llmq_waiting", waiting), ("llmq_running", running)):
-        found = Counter(ticket.priority for ticket in tickets)
-        show(name, {priority.word: found[priority] for priority in Priority})
+    now, waiting = gateway.now(), scheduler.waiting.values()
+    show("llmq_waiting", count_classes(waiting))
+    show("llmq_running", count_classes(scheduler.running.values()))
     oldest = min((ticket.arrived for ticket in waiting), default=now)
     show("llmq_oldest_wait_seconds", now - oldest)
-    show("llmq_mode", {one.value: one is mode for one in Mode})
+    show("llmq_mode", {mode.value: mode is scheduler.mode for mode in Mode})
     show("llmq_slots", {one.name: one.slots for one in fleet.devices.values()})
     show("llmq_slots_busy", {one.name: one.busy for one in fleet.devices.values()})
     show("llmq_backend_up", {one.name: one.usable for one in fleet.backends.values()})
     show("llmq_uptime_seconds", now - gateway.started)
-    for name, number in process_figures():
-        show(name, number)
-
-
-def process_figures() -> Iterator[tuple[str, float]]:
-    """What this process uses, as far as the system tells."""
-    yield "process_cpu_seconds_total", time.process_time()
-    with contextlib.suppress(OSError, ImportError):
-        import resource
-
-        yield "process_open_fds", len(os.listdir("/proc/self/fd")) - 1  # one was for looking
+    show("process_cpu_seconds_total", time.process_time())
+    with contextlib.suppress(OSError):  # a system without /proc
+        show("process_open_fds", len(os.listdir("/proc/self/fd")) - 1)  # one was for looking
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-        yield "process_resident_memory_bytes", pages * resource.getpagesize()
+        show("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 # ==== 19. Models ==================================================================================
