@@ -6095,42 +6095,40 @@ class Demo:
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
 
 Row = Mapping[str, Any]
+Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
 LOST_SECONDS = 5.0  # without an answer, and it is given up
 KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
-COLOURS = {"bold": "1", "dim": "2", "good": "32", "warn": "33", "bad": "31", "bar": "30;46",
-           "head": "30;42", "alarm": "30;43"}  # fmt: skip
-NO_COLOURS = {"bold": "1", "bad": "1", "bar": "7", "head": "4", "alarm": "7"}  # with NO_COLOR
-STYLES = {  # of a row, by what it is; what is not here is bad
-    "up": "", "loading": "warn", "draining": "warn", "unknown": "dim", "running": "good",
-    "high": "warn", "normal": "", "low": "dim", "done": "", "client_left": "dim",
-    "cancelled": "dim",
+COLOURS = {  # what is not here is bad
+    "": "", "up": "", "normal": "", "done": "", "running": "32", "high": "33", "loading": "33",
+    "draining": "33", "dim": "2", "unknown": "2", "low": "2", "client_left": "2", "cancelled": "2",
+    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43",
 }  # fmt: skip
-KEY = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z])|(.)", re.DOTALL)
-KEY_NAMES = {  # by what terminals send behind ESC
-    "[A": "k", "OA": "k", "[B": "j", "OB": "j", "[5~": "page up", "[6~": "page down", "[H": "g",
-    "OH": "g", "[1~": "g", "[F": "G", "OF": "G", "[4~": "G", "[3~": "x", "OP": "?", "[11~": "?",
-    "[17~": ">", "[18~": "+", "[19~": "-", "[20~": "x", "[21~": "q",
+NO_COLOURS = {"bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7"}  # with NO_COLOR
+KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
+KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
+    "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
+    "4~": "G", "3~": "x", "20~": "x", "P": "?", "17~": ">", "18~": "+", "19~": "-", "21~": "q",
 }  # fmt: skip
 STEPS = {"k": -1, "j": 1, "page up": -10, "page down": 10, "g": -9999, "G": 9999}
+MODES = {"p": "paused", "m": "priority"}
 FOOT = "? Help  x Cancel  + Raise  - Lower  p Pause  m Priority  < > Sort  q Quit"
 KEY_HELP = """
   up down, k j    select a request; also PgUp, PgDn, Home, End
   x, F9, Del      cancel it
-  +, F7           raise its class, from low to normal to high
-  -, F8           lower its class
+  + -, F7 F8      raise or lower its class: low, normal, high
   p               pause, so that nothing starts; again to go on
   m               priority mode, in which only high starts; again to leave it
   < >, F6         sort by another column
-  ? h, F1         this help
+  ?, F1           this help
   q, F10          leave; llmq goes on"""
 # Titles, and cells: to the right if negative, 0: a share of what the others leave.
-BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 14, "DEVICE": 12, "PING": -6, " LOADED": 0}
+BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 14, "DEVICE": 12, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
-         "TOKENS": -6, "TOK/S": -5}  # fmt: skip
+         "TOKENS": -6, "TOK/S": 0}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
@@ -6165,40 +6163,53 @@ def fit(text: str, width: int) -> str:
 def backend_row(one: Row) -> tuple[str, list[str]]:
     """The state of a backend, and its cells."""
     meter = "|" * -(-8 * one["busy"] // max(1, one["slots"]))
-    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
-    told = one["error"] or ", ".join(one["loaded"])
     busy = f"[{meter:8}] {one['busy']}/{one['slots']}"
+    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
+    told = "  ".join(filter(None, (one["error"] or ", ".join(one["loaded"]), one["url"])))
     return one["state"], [one["name"], one["state"], busy, one["device"], ping, f" {told}"]
 
 
-def request_row(one: Row) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs, and its cells."""
+def request_row(one: Row, picked: str) -> tuple[str, list[str]]:
+    """The class of a request, or that it runs or is selected, and its cells."""
     kind, number, where = one["class"], str(one["position"]), one["reason"]
     when = "" if one["eta_s"] is None else f"~ {brief(one['eta_s'])}"
     if one["state"] != "waiting":
-        kind, number, when = "running", "run", f"ran {brief(one.get('running_s'))}"
+        kind, number, when = "running", "run", f"ran {brief(one['running_s'])}"
         where = f"{one['backend']}, {one['tokens']} tokens".replace(", 0 tokens", "")
     names = [one["class"], one["client"], one["model"], brief(one["waited_s"])]
-    return kind, [number, *names, when, f" {where}"]
+    return "bar" if one["id"] == picked else kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(one: Row) -> tuple[str, list[str]]:
+    """How a request ended, and its cells."""
     times = [brief(one[name]) for name in ("wait_s", "first_s", "total_s")]
-    rate = f"{one['tokens_per_s']:.0f}" if one.get("tokens_per_s") else "-"
+    rate = f"{one['tokens_per_s']:.0f}" if one["tokens_per_s"] else "-"
     names = [one["outcome"], one["client"], one["model"]]
-    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), rate]
+    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), f"{rate:>5}"]
+
+
+def table(
+    columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
+) -> list[Line]:
+    """Titles and rows; the last cell of each is as long as it is."""
+    sizes = list(columns.values())
+    left = max(0, width - sum(1 + abs(size) for size in sizes))
+    share = min(28, left // max(1, sizes.count(0)))
+    lines = [("", "")]
+    for kind, (*cells, last) in [("head", list(columns)), *rows]:
+        text = "".join(f" {fit(cell, size or share)}" for cell, size in zip(cells, sizes))
+        lines.append((kind, f"{text} {last}"))
+    return lines if lines[2:] else [*lines, ("dim", f" {empty}")]
 
 
 class View:
     """What is shown and selected."""
 
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
-        self.url = url
-        self.styles = styles
+        self.url, self.styles = url, styles
         self.snapshot: Row = {}
         self.rows: list[Row] = []
-        self.index = self.first = 0  # of the selected row, of the first one that is seen
-        self.picked = ""  # the id of the selected request
+        self.index, self.picked = 0, ""  # of the selected request: its place, its id
         self.sort = "#"
         self.help = self.over = False
         self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
@@ -6222,11 +6233,9 @@ class View:
         if self.asking:
             order, self.asking = self.asking[1], None
             return order if key in ("y", "Y") else None
-        self.note, self.help = "", key in ("?", "h") and not self.help
-        self.over = key in ("q", "\x03")
-        if key in ("p", "m"):
-            wanted = "paused" if key == "p" else "priority"
-            mode = "open" if self.snapshot["mode"] == wanted else wanted
+        self.note, self.help, self.over = "", key == "?" and not self.help, key == "q"
+        if key in MODES:
+            mode = "open" if self.snapshot["mode"] == MODES[key] else MODES[key]
             return "POST", "/llmq/mode", {"mode": mode}
         if key in ("<", ">"):
             names = list(SORTS)
@@ -6248,184 +6257,130 @@ class View:
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(width, trouble)
+        lines = self.head(trouble)
         if self.help:
-            lines += [self.paint("", text, width) for text in KEY_HELP.split("\n")]
+            lines += [("", text) for text in KEY_HELP.split("\n")]
         else:
             lines += self.tables(width, height - len(lines) - 1)
         foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else self.note or FOOT
-        blank = [""] * (height - 1 - len(lines))
-        return [*lines[: height - 1], *blank, self.paint("bar", f" {foot}", width)]
+        lines = [*lines, *[("", "")] * height][: height - 1]
+        return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, width: int, trouble: str = "") -> list[str]:
-        now, total = self.snapshot, self.snapshot["requests_total"]
-        done, mode, waits = total.get("done", 0), f" {now['mode']} ", now["queue"]
-        title = self.paint("bold", f" llmq {now['version']}  {self.url}", width - len(mode))
-        badge = self.paint("head" if mode == " open " else "alarm", mode, min(width, len(mode)))
+    def head(self, trouble: str = "") -> list[Line]:
+        now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
+        done, mode, error = total.get("done", 0), now["mode"], now["config_error"]
         figures = (
-            f" waiting {waits['waiting']}   running {waits['running']}   done {done}   "
+            f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
             f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
             f"up {brief(now['uptime_s'])}"
         )
-        error = now["config_error"] and f"not reloaded: {now['config_error']}"
-        wrong = [self.paint("bad", f" {text}", width) for text in (trouble, error) if text]
-        return [title + badge, self.paint("", figures, width), *wrong]
+        wrong = (trouble, error and f"not reloaded: {error}")
+        return [
+            ("title", f" llmq {now['version']}  {self.url}"),
+            ("" if mode == "open" else "alarm", figures),
+            *(("bad", f" {text}") for text in wrong if text),
+        ]
 
-    def tables(self, width: int, room: int) -> list[str]:
+    def tables(self, width: int, room: int) -> list[Line]:
         """Backends, the queue and what has ended, each with its share of the lines."""
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
         few = min(len(backends), max(1, room // 5))
         room -= few + 7  # titles, and lines between
         most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
-        self.first = max(min(self.first, self.index), self.index - most + 1, 0)
-        seen = self.rows[self.first : self.first + most]
+        first = max(0, min(self.index - most // 2, len(self.rows) - most))
+        seen = [request_row(one, self.picked) for one in self.rows[first : first + most]]
+        columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
         hint = "no backend: start a runner here, or llmq with --backend URL"
         empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
-            *self.table(BACKENDS, map(backend_row, backends[:few]), width, hint),
-            *self.table(QUEUE, map(request_row, seen), width, empty),
-            *self.table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
+            *table(BACKENDS, map(backend_row, backends[:few]), width, hint),
+            *table(columns, seen, width, empty),
+            *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
 
-    def table(
-        self, columns: dict[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
-    ) -> list[str]:
-        left = max(0, width - sum(1 + abs(size) for size in columns.values()))
-        flexible = [place for place, size in enumerate(columns.values()) if not size]
-        share = min(28, left // len(flexible))
-        sizes = [size or share for size in columns.values()]
-        sizes[flexible[-1]] = left - share * (len(flexible) - 1)
-        sort, picked = (self.sort, self.index - self.first) if columns is QUEUE else ("", -1)
-        titles = [f"{name}↓" if name == sort else name for name in columns]
-        table = [("head", titles), *((STYLES.get(kind, "bad"), row) for kind, row in rows)]
-        lines = [""]
-        for place, (style, row) in enumerate(table, -1):
-            text = "".join(" " + fit(*cell) for cell in zip(row, sizes))
-            lines.append(self.paint("bar" if place == picked >= 0 else style, text, width))
-        return lines if table[1:] else [*lines, self.paint("dim", f" {empty}", width)]
-
-    def paint(self, style: str, text: str, width: int) -> str:
-        text, code = fit(text, max(0, width)), self.styles.get(style)
-        return f"\x1b[{code}m{text}\x1b[0m" if code else text
-
-
-class Terminal:
-    """The terminal while `top` has it; on every way out it is as it was."""
-
-    def __init__(self) -> None:
-        import termios
-
-        self._saved = termios.tcgetattr(0)
-        self._shown: list[str] = []
-        self._size = (0, 0)
-
-    def enter(self) -> None:
-        import tty
-
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: sys.exit(0))
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave its picture behind
-        tty.setcbreak(0)
-        self.write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # own screen, no cursor, no wrapping
-
-    def leave(self) -> None:
-        import termios
-
-        with contextlib.suppress(termios.error):  # it may be gone
-            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
-        self.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def draw(self, lines: list[str], size: tuple[int, int]) -> None:
-        """Show these lines; only those that have changed are sent."""
-        text = ""
-        if size != self._size:
-            self._size, self._shown, text = size, [""] * len(lines), "\x1b[2J"
-        pairs = enumerate(zip(lines, self._shown), 1)
-        text += "".join(f"\x1b[{at}H{new}\x1b[K" for at, (new, old) in pairs if new != old)
-        self._shown = lines
-        if text:
-            self.write(f"\x1b[?2026h{text}\x1b[?2026l")  # at once, where terminals know how
-
-    def read_keys(self) -> list[str]:
-        """The keys that are pressed within a moment."""
-        import select
-
-        if not select.select([0], [], [], KEY_SECONDS)[0]:
-            return []
-        with contextlib.suppress(OSError):
-            if typed := os.read(0, 1024).decode("utf-8", "ignore"):
-                found = [(match[2], match[1]) for match in KEY.finditer(typed)]
-                return [key or KEY_NAMES.get(code, "") for key, code in found]
-        return ["q"]  # the terminal is gone
-
-
-class Follower(threading.Thread):
-    """Asks again and again, and hands on orders, beside the keys."""
-
-    def __init__(self, ask: Ask, interval: float) -> None:
-        super().__init__(daemon=True)
-        self.ask = ask
-        self.interval = interval
-        self.snapshot = ask(STATUS)
-        self.seen = time.monotonic()  # when that was
-        self.trouble: StartError | None = None
-        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self.notes: deque[str] = deque()  # what came of them
-
-    def run(self) -> None:
-        while True:
-            order = STATUS
-            with contextlib.suppress(queue.Empty):
-                order = self.orders.get(timeout=self.interval)
-            try:
-                self.hear(order, self.ask(order))
-            except StartError as error:
-                self.trouble = error if order is STATUS else self.trouble
-                self.notes += [] if order is STATUS else [str(error)]
-
-    def hear(self, order: Order, answer: Row) -> None:
-        if order is STATUS:
-            self.snapshot, self.trouble, self.seen = answer, None, time.monotonic()
-        else:
-            self.notes.append(", ".join(f"{name} {text}" for name, text in answer.items()))
-            self.orders.put(STATUS)
+    def paint(self, kind: str, text: str, width: int) -> str:
+        code = self.styles.get(kind if kind in COLOURS else "bad")
+        return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
 
 
 def plain_top(snapshot: Row, url: str, width: int) -> str:
     """The picture once, all of it and without a trace of a terminal."""
     view = View(url, {})
     view.update(snapshot)
-    lines = [*view.head(width), *view.tables(width, 9999)]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [*view.head(), *view.tables(width, 9999)]
+    return "\n".join(printable(text, 1000).rstrip() for _, text in lines)
+
+
+@contextlib.contextmanager
+def own_screen() -> Iterator[None]:
+    """Have the terminal; on every way out it is as it was."""
+    import termios
+    import tty
+
+    saved = termios.tcgetattr(0)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave its picture behind
+    try:
+        tty.setcbreak(0)
+        os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # own screen, no cursor, no wrapping
+        yield
+    finally:
+        with contextlib.suppress(OSError, termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+            os.write(1, b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+
+
+def read_keys() -> list[str]:
+    """The keys that are pressed within a moment."""
+    import select
+
+    if not select.select([0], [], [], KEY_SECONDS)[0]:
+        return []
+    typed = os.read(0, 1024).decode("utf-8", "ignore") or "q"  # nothing: the terminal is gone
+    return [match[2] or KEY_NAMES.get(match[1], "") for match in KEY.finditer(typed)]
 
 
 def run_top(ask: Ask, url: str, interval: float) -> None:
     """Show and obey until `q`, a signal, or nobody answers any more (StartError)."""
-    follower = Follower(ask, interval)
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
-    terminal = Terminal()
-    try:
-        terminal.enter()
-        follower.start()
+    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    lost: StartError | None = None
+    snapshot, heard, shown = ask(STATUS), time.monotonic(), ""
+
+    def follow() -> None:
+        nonlocal lost, snapshot, heard
+        while True:
+            order = STATUS
+            with contextlib.suppress(queue.Empty):
+                order = orders.get(timeout=interval)
+            try:
+                answer = ask(order)
+            except StartError as error:
+                lost, view.note = (error, view.note) if order is STATUS else (lost, str(error))
+                continue
+            if order is STATUS:
+                lost, snapshot, heard = None, answer, time.monotonic()
+            else:
+                view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
+
+    threading.Thread(target=follow, daemon=True).start()
+    with contextlib.suppress(OSError), own_screen():  # the terminal may go away
         while not view.over:
-            view.update(follower.snapshot)
-            view.note = follower.notes.popleft() if follower.notes else view.note
-            silent = time.monotonic() - follower.seen - interval
-            if follower.trouble and silent > LOST_SECONDS:
-                raise follower.trouble
-            size = os.get_terminal_size(1)
+            silent = time.monotonic() - heard - interval
+            if lost and silent > LOST_SECONDS:
+                raise lost
+            view.update(snapshot)
             trouble = f"no answer for {silent:.0f} s" if silent > 2 else ""
-            terminal.draw(view.lines(*size, trouble), size)
-            orders = [view.press(key) for key in terminal.read_keys()]
-            for order in filter(None, orders):
-                follower.orders.put(order)
-    finally:
-        terminal.leave()
+            lines = view.lines(*os.get_terminal_size(1), trouble)
+            picture = "\r\n".join(f"\x1b[K{line}" for line in lines)
+            if picture != shown:  # drawn at once, where terminals know how
+                drawn = f"\x1b[?2026h\x1b[H{picture}\x1b[?2026l"
+                os.write(1, drawn.encode(sys.stdout.encoding, "replace"))
+                shown = picture
+            for order in filter(None, map(view.press, read_keys())):
+                orders.put(order)
+                orders.put(STATUS)
 
 
 # ==== 24. Service =================================================================================
@@ -6483,6 +6438,10 @@ def set_up_log(settings: LogSettings) -> None:
     log.propagate = False
     # What no line shows need not be found out for each ("Optimization" in logging's HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def base_url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def raise_file_limit(wanted: int) -> int:
@@ -6751,30 +6710,24 @@ def read_file(path: str) -> Layer:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
         with open(path, "rb") as file:
             raw = file.read()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    try:
         if path.endswith(".json"):
             return file_layer(path, json.loads(raw))
-        try:
-            import tomllib  # novm
-        except ImportError:
-            raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
+        import tomllib  # novm
+
         return file_layer(path, tomllib.loads(raw.decode()))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ImportError:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def find_file(environ: Mapping[str, str]) -> str | None:
     """The configuration file: LLMQ_CONFIG, else the first of the usual places."""
-    if environ.get("LLMQ_CONFIG"):
-        return environ["LLMQ_CONFIG"]
-    for place in CONFIG_PLACES:
-        for ending in ("toml", "json"):
-            path = os.path.join(os.path.expanduser(place), "llmq." + ending)
-            if os.path.isfile(path):
-                return path
-    return None
+    places = [os.path.expanduser(place) for place in CONFIG_PLACES]
+    usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
+    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
 
 
 def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -6786,34 +6739,21 @@ def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Se
     return merge_layers([*file, *layers, ("command line", given)]), notes
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, of which only those that are given become options."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--config", metavar="FILE", help="configuration file")
+    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
+    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
+    words = {"int": "N", "Duration": "TIME", "Size": "SIZE", "Names": "NAME"}
     for row in known_settings():
         text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
-        options: dict[str, Any] = {"dest": row.key, "default": argparse.SUPPRESS, "help": text}
+        options: dict[str, Any] = {"metavar": words.get(row.type, "TEXT")}
         if row.type == "bool":
-            options.update(action="store_true")
+            options = {"action": "store_true"}
         elif row.type == "Names":
-            options.update(action="append", metavar="NAME")
-        else:
-            options.update(
-                metavar={"int": "N", "Duration": "TIME", "Size": "SIZE"}.get(row.type, "TEXT")
-            )
-        parser.add_argument(row.flag, **options)
-
-
-def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="configuration file"
-    )
-    parser.add_argument(
-        "--backend",
-        dest="backends",
-        action="append",
-        metavar="URL",
-        default=argparse.SUPPRESS,
-        help="a runner, as URL or NAME=URL; repeatable (default: look for those on this box)",
-    )
-    add_setting_flags(parser)
+            options["action"] = "append"
+        parser.add_argument(row.flag, dest=row.key, help=text, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -6826,38 +6766,29 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser("serve", help="run the queue (the default)")
     serve.add_argument("--demo", action="store_true", help="with a built-in model that echoes")
-    add_serve_flags(serve)
-    status = commands.add_parser("status", help="show what a running llmq does")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    status = commands.add_parser("status", help="show what a running llmq does: top --once")
     mode = commands.add_parser("mode", help="switch a running llmq to another mode")
     mode.add_argument("mode", choices=[mode.value for mode in Mode])
     top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
     top.add_argument("--once", action="store_true", help="print it once, as where it is piped")
-    top.add_argument("--json", action="store_true", help="print once what llmq tells, as JSON")
-    top.add_argument(
-        "--interval",
-        type=parse_duration,
-        default=1.0,
-        metavar="TIME",
-        help="between looks (default: 1s)",
-    )
+    text = "between looks (default: 1s)"
+    top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
     for asking in (status, mode, top):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
+    for showing in (status, top):
+        showing.add_argument("--json", action="store_true", help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
-    config.add_argument(
-        "--json", action="store_true", help="as a JSON configuration file, keys included"
-    )
-    add_serve_flags(config)
+    text = "as a JSON configuration file, keys included"
+    config.add_argument("--json", action="store_true", help=text)
+    add_flags(serve)
+    add_flags(config)
     return parser
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(options).items()
-        if "." in key or key in ("backends", "config")
-    }
+    settings = vars(options).items()
+    return {key: value for key, value in settings if "." in key or key in ("backends", "config")}
 
 
 def cmd_serve(options: argparse.Namespace) -> int:
@@ -6918,17 +6849,14 @@ async def keep_informed(service: Service) -> None:
         import faulthandler
 
         faulthandler.enable()  # the watchdog ends what hangs by SIGABRT: then the log says where
-    told, due, scheduler = "", 0.0, service.gateway.scheduler
+    told, scheduler = "", service.gateway.scheduler
     while os.environ.get("NOTIFY_SOCKET"):
-        facts, stopping, now = [], service.stopping.is_set(), time.monotonic()
+        stopping, facts = service.stopping.is_set(), ["WATCHDOG=1"] if limit else []
         mode = "stopping" if stopping else scheduler.mode.value
         status = f"{mode}: {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
         if status != told:
             facts.append(f"STATUS={service.addresses[0]}, {status}")
             told = status
-        if limit and now >= due:
-            facts.append("WATCHDOG=1")
-            due = now + limit / 3
         if stopping:
             facts.append(f"EXTEND_TIMEOUT_USEC={EXTENSION_USEC}")
         if facts:
@@ -6959,19 +6887,16 @@ def llmq_url(url: str | None) -> str:
     if url:
         return url.rstrip("/")
     settings, _ = read_settings({}, os.environ)
-    host = settings.server.host or "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+    return base_url(settings.server.host or "127.0.0.1", settings.server.port)
 
 
-def ask_llmq(
-    url: str | None, path: str, change: dict[str, Any] | None = None, method: str | None = None
-) -> Any:
+def ask_llmq(url: str, order: Order) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
-    url = llmq_url(url)
+    method, path, change = order
     data = None if change is None else render_json(change)
     headers = {"Content-Type": "application/json"}
     try:
@@ -6990,51 +6915,27 @@ def ask_llmq(
     return facts
 
 
-def cmd_status(options: argparse.Namespace) -> int:
-    snapshot = ask_llmq(options.url, "/llmq/status")
-    say(json.dumps(snapshot, indent=2) if options.json else render_status(snapshot))
+def cmd_mode(options: argparse.Namespace) -> int:
+    order: Order = ("POST", "/llmq/mode", {"mode": options.mode})
+    say("mode is " + ask_llmq(llmq_url(options.url), order)["mode"])
     return 0
 
 
-def render_status(snapshot: Mapping[str, Any]) -> str:
-    queue = snapshot["queue"]
-    lines = [f"{snapshot['mode']}: {queue['waiting']} waiting, {queue['running']} running"]
-    for one in snapshot["backends"]:
-        why = f"  {one['error']}" if one["error"] else ""
-        lines.append(
-            f"  {one['name']:<20} {one['state']:<8} {one['busy']}/{one['slots']}  {one['url']}{why}"
-        )
-    for one in snapshot["requests"]:
-        where = one["backend"] or f"#{one['position']} {one['reason']}"
-        lines.append(
-            f"  {one['id']:<14} {one['client']:<20} {one['class']:<7} {one['model']:<24} "
-            f"{one['waited_s']:8.1f} s  {where}"
-        )
-    if snapshot["config_error"]:
-        lines.append(f"  configuration not reloaded: {snapshot['config_error']}")
-    return "\n".join(lines)
-
-
-def cmd_mode(options: argparse.Namespace) -> int:
-    say("mode is " + ask_llmq(options.url, "/llmq/mode", {"mode": options.mode})["mode"])
+def cmd_status(options: argparse.Namespace) -> int:
+    url = llmq_url(options.url)
+    snapshot = ask_llmq(url, STATUS)
+    width = max(80, shutil.get_terminal_size((140, 0)).columns)
+    say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
     return 0
 
 
 def cmd_top(options: argparse.Namespace) -> int:
-    url = llmq_url(options.url)
     cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-
-    def ask(order: Order) -> Any:
-        method, path, change = order
-        return ask_llmq(url, path, change, method)
-
-    able = os.name == "posix" and os.environ.get("TERM") != "dumb"
-    if options.json:
-        say(json.dumps(ask(STATUS), indent=2))
-    elif able and not options.once and os.isatty(0) and os.isatty(1):
-        run_top(ask, url, max(0.1, options.interval))
-    else:
-        say(plain_top(ask(STATUS), url, max(80, shutil.get_terminal_size((140, 0)).columns)))
+    plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
+    if plain or not (os.isatty(0) and os.isatty(1)):
+        return cmd_status(options)
+    url = llmq_url(options.url)
+    run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
     return 0
 
 
@@ -7048,14 +6949,11 @@ def cmd_config(options: argparse.Namespace) -> int:
     elif options.json:
         say(json.dumps(tables, indent=2))
     else:
+        for backend in settings.backends:
+            tables["backends"][backend] = {**tables["backends"][backend], "key": "***"}
         for table, values in tables.items():
             for name, value in values.items():
-                shown = (
-                    {**value, "key": "***" if value.get("key") else ""}
-                    if table == "backends"
-                    else value
-                )
-                say(f"{table}.{name} = {json.dumps(shown)}")
+                say(f"{table}.{name} = {json.dumps(value)}")
     return 0
 
 
