@@ -74,6 +74,7 @@ import os
 import queue
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -4906,8 +4907,10 @@ class Desk:
         return self._forecast.get(ticket.id, newcomer)
 
     def show_ticket(self, ticket: Ticket, now: float) -> dict[str, Any]:
-        call = self.gateway.calls[ticket.id]
-        facts: dict[str, Any] = {
+        call, waits = self.gateway.calls[ticket.id], ticket.state is TicketState.WAITING
+        position, eta, reason = self.expected(ticket) if waits else (0, 0, "")
+        started = now if waits else ticket.started
+        return {
             "id": ticket.id,
             "request_id": call.exchange.request_id,
             "client": ticket.client.name,
@@ -4916,18 +4919,13 @@ class Desk:
             "route": call.exchange.request.path,
             "state": ticket.state.value,
             "tokens": call.watch.pieces if call.watch else 0,
+            "position": position,
+            "eta_s": eta if eta is None else round(eta, 1),
+            "reason": reason,
+            "backend": ticket.backend.name if ticket.backend and not waits else None,
+            "waited_s": round(started - ticket.arrived, 3),
+            "running_s": round(now - started, 3),
         }
-        if ticket.state is TicketState.WAITING:
-            position, eta, reason = self.expected(ticket)
-            eta = eta if eta is None else round(eta, 1)
-            facts.update(position=position, eta_s=eta, reason=reason, backend=None)
-            facts.update(waited_s=round(now - ticket.arrived, 3), running_s=0.0)
-        else:
-            assert ticket.backend is not None  # it runs there
-            facts.update(position=0, eta_s=0, reason="", backend=ticket.backend.name)
-            facts["waited_s"] = round(ticket.started - ticket.arrived, 3)
-            facts["running_s"] = round(now - ticket.started, 3)
-        return facts
 
     # ---- what it may change
 
@@ -6210,19 +6208,17 @@ class View:
         self.snapshot: Row = {}
         self.rows: list[Row] = []
         self.index, self.picked = 0, ""  # of the selected request: its place, its id
-        self.sort = "#"
+        self.sort, self.note = "#", ""
         self.help = self.over = False
         self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
-        self.note = ""
 
     def update(self, snapshot: Row) -> None:
         """Take in what llmq says now; the selection stays with its request."""
-        self.snapshot = snapshot
-        self.rows, key = list(snapshot["requests"]), SORTS[self.sort]
-        if key:
-            self.rows.sort(key=lambda one: one[key], reverse=key == "waited_s")
-        found = [place for place, one in enumerate(self.rows) if one["id"] == self.picked]
-        self.select(found[0] if found else self.index)
+        self.snapshot, key = snapshot, SORTS[self.sort]
+        requests, longest_first = snapshot["requests"], key == "waited_s"
+        self.rows = sorted(requests, key=lambda one: one.get(key, 0), reverse=longest_first)
+        places = {one["id"]: place for place, one in enumerate(self.rows)}
+        self.select(places.get(self.picked, self.index))
 
     def select(self, index: int) -> None:
         self.index = max(0, min(index, len(self.rows) - 1))
@@ -6238,8 +6234,8 @@ class View:
             mode = "open" if self.snapshot["mode"] == MODES[key] else MODES[key]
             return "POST", "/llmq/mode", {"mode": mode}
         if key in ("<", ">"):
-            names = list(SORTS)
-            self.sort = names[(names.index(self.sort) + (1 if key == ">" else -1)) % len(names)]
+            place = list(SORTS).index(self.sort) + (1 if key == ">" else -1)
+            self.sort = list(SORTS)[place % len(SORTS)]
         self.select(self.index + STEPS.get(key, 0))
         return self.press_on(self.rows[self.index], key) if self.rows else None
 
@@ -6269,17 +6265,15 @@ class View:
     def head(self, trouble: str = "") -> list[Line]:
         now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
         done, mode, error = total.get("done", 0), now["mode"], now["config_error"]
+        title = f" llmq {now['version']}  {self.url}"
         figures = (
             f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
             f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
             f"up {brief(now['uptime_s'])}"
         )
+        lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
         wrong = (trouble, error and f"not reloaded: {error}")
-        return [
-            ("title", f" llmq {now['version']}  {self.url}"),
-            ("" if mode == "open" else "alarm", figures),
-            *(("bad", f" {text}") for text in wrong if text),
-        ]
+        return lines + [("bad", f" {text}") for text in wrong if text]
 
     def tables(self, width: int, room: int) -> list[Line]:
         """Backends, the queue and what has ended, each with its share of the lines."""
@@ -6333,8 +6327,6 @@ def own_screen() -> Iterator[None]:
 
 def read_keys() -> list[str]:
     """The keys that are pressed within a moment."""
-    import select
-
     if not select.select([0], [], [], KEY_SECONDS)[0]:
         return []
     typed = os.read(0, 1024).decode("utf-8", "ignore") or "q"  # nothing: the terminal is gone
@@ -6356,13 +6348,12 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 order = orders.get(timeout=interval)
             try:
                 answer = ask(order)
+                if order is STATUS:
+                    lost, snapshot, heard = None, answer, time.monotonic()
+                else:
+                    view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
             except StartError as error:
                 lost, view.note = (error, view.note) if order is STATUS else (lost, str(error))
-                continue
-            if order is STATUS:
-                lost, snapshot, heard = None, answer, time.monotonic()
-            else:
-                view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
 
     threading.Thread(target=follow, daemon=True).start()
     with contextlib.suppress(OSError), own_screen():  # the terminal may go away
@@ -6451,12 +6442,13 @@ def raise_file_limit(wanted: int) -> int:
     except ImportError:  # Windows has no such limit
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
     best = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= best:
-        return wanted if soft == resource.RLIM_INFINITY else soft
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
-        return best
+    if soft < best:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
+            return best
     return soft
 
 
@@ -6493,9 +6485,8 @@ def inherited_sockets() -> list[socket.socket]:
     numbers = range(FIRST_INHERITED, FIRST_INHERITED + (int(asked) if asked.isdecimal() else 0))
     try:
         found = [socket.socket(fileno=number) for number in numbers]
-        kinds = {
-            (one.family, one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) for one in found
-        }
+        listening = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        kinds = {(one.family, one.getsockopt(*listening)) for one in found}
     except OSError as error:
         raise StartError(f"LISTEN_FDS: {error.strerror}") from None
     if kinds - {(socket.AF_INET, 1), (socket.AF_INET6, 1)}:
@@ -6549,10 +6540,9 @@ class Service:
                 f"host {host}: nobody needs a key, so the whole network could use your runner;"
                 " add --allow-anonymous-lan if that is meant"
             )
-        queue = self.settings.queue
-        files = raise_file_limit(queue.max_depth + 512)
-        spare = SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * queue.slots
-        self.most_connections = max(4, files - RESERVED_FILES - spare)
+        limits = self.settings.queue
+        spare = RESERVED_FILES + SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * limits.slots
+        self.most_connections = max(4, raise_file_limit(limits.max_depth + 512) - spare)
         server = HttpServer(self.door.handle, self.settings.server, self.most_connections)
         self._servers.append(server)
         if self.demo:
@@ -6562,8 +6552,7 @@ class Service:
         pulse = Pulse(self.gateway, self.feed.desk)
         sweeper = Sweeper(self.gateway, pulse, self._servers)
         loops = [self.monitor.run(), self.feed.run(), sweeper.run()]
-        if self.looking:
-            loops.append(Finder(self.gateway).run())
+        loops += [Finder(self.gateway).run()] if self.looking else []
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     async def start_demo(self) -> None:
@@ -6575,22 +6564,21 @@ class Service:
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
-            host, self.port = inherited.getsockname()[0], await server.listen_on(inherited)
-            self.addresses.append(f"http://{f'[{host}]' if ':' in host else host}:{self.port}")
+            self.port = await server.listen_on(inherited)
+            self.addresses.append(base_url(inherited.getsockname()[0], self.port))
         if self.sockets:
             return
         wanted, port = self.settings.server.host, self.settings.server.port
+        host = wanted or "127.0.0.1"
         try:
-            self.port = await server.listen(wanted or "127.0.0.1", port)
+            self.port = await server.listen(host, port)
         except OSError as error:
-            where = f"{wanted or '127.0.0.1'}:{port}"
-            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from None
-        shown = f"[{wanted}]" if ":" in wanted else wanted or "127.0.0.1"
-        self.addresses = [f"http://{shown}:{self.port}"]
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        self.addresses = [base_url(host, self.port)]
         if not wanted:
             with contextlib.suppress(OSError):  # a box without IPv6
                 await server.listen("::1", self.port)
-                self.addresses.append(f"http://[::1]:{self.port}")
+                self.addresses.append(base_url("::1", self.port))
 
     def apply(self, settings: Settings) -> None:
         """Let these settings hold for everything that is decided from now on."""
@@ -6598,28 +6586,23 @@ class Service:
         self.gateway.scheduler.limits = settings.queue
         self._servers[0].settings = settings.server
         self.door.names = frozenset(self.own_names())
-        fleet, now = self.gateway.fleet, time.monotonic()
-        wanted = dict(settings.backends)
-        if not wanted:
-            wanted["ollama"] = BackendSettings(url=LOCAL_RUNNERS["ollama"])
+        fleet = self.gateway.fleet
+        wanted = settings.backends or {"ollama": BackendSettings(url=LOCAL_RUNNERS["ollama"])}
         devices = {name: device_name(one) for name, one in wanted.items()}
         for name, backend in list(fleet.backends.items()):
-            place = (backend.url, backend.device.name)
-            if name not in wanted:
-                stays = self.looking  # it was found, not configured
-            else:
-                stays = place == (wanted[name].url, devices[name])
+            stays = self.looking  # it was found, not configured
+            if name in wanted:
+                place = (wanted[name].url, devices[name])
+                stays = (backend.url, backend.device.name) == place
             if not stays:
-                fleet.remove(name, now)
+                fleet.remove(name, time.monotonic())
         for name, one in wanted.items():
-            device = devices[name]
-            slots = settings.slots_of(device)
-            if name in fleet.backends:
-                backend = fleet.backends[name]
-                backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
-                backend.kind = one.kind or backend.kind
-            else:
-                fleet.add(name, one, device, slots)
+            slots = settings.slots_of(devices[name])
+            if name not in fleet.backends:
+                fleet.add(name, one, devices[name], slots)
+            backend = fleet.backends[name]
+            backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
+            backend.kind = one.kind or backend.kind
         for backend in fleet.backends.values():
             backend.least_context = settings.upstream.num_ctx
         self.monitor.wake()
@@ -6925,12 +6908,12 @@ def cmd_status(options: argparse.Namespace) -> int:
     url = llmq_url(options.url)
     snapshot = ask_llmq(url, STATUS)
     width = max(80, shutil.get_terminal_size((140, 0)).columns)
+    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
     say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
     return 0
 
 
 def cmd_top(options: argparse.Namespace) -> int:
-    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
     if plain or not (os.isatty(0) and os.isatty(1)):
         return cmd_status(options)
@@ -6949,8 +6932,8 @@ def cmd_config(options: argparse.Namespace) -> int:
     elif options.json:
         say(json.dumps(tables, indent=2))
     else:
-        for backend in settings.backends:
-            tables["backends"][backend] = {**tables["backends"][backend], "key": "***"}
+        for name, one in settings.backends.items():
+            tables["backends"][name] = {**vars(one), "key": "***" if one.key else ""}
         for table, values in tables.items():
             for name, value in values.items():
                 say(f"{table}.{name} = {json.dumps(value)}")

@@ -609,9 +609,9 @@ async def test_hostile_names_cannot_draw() -> None:
             assert (await q.chat("x", model=name)).status == 200
         async with top(q.base, (100, 30)) as seen:
             await seen.shows(r"done +anonymous +名前")
+            await eventually(lambda: seen.screen.display[-1].startswith(" ? Help"))
             assert b"owned\x07" not in seen.raw
             assert b"\x1b]" not in seen.raw
-            assert seen.screen.display[-1].startswith(" ? Help")
             assert seen.screen.title == ""
 
 
