@@ -6123,10 +6123,10 @@ KEY_HELP = """
   ?, F1           this help
   q, F10          leave; llmq goes on"""
 # Titles, and cells: to the right if negative, 0: a share of what the others leave.
-BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 14, "DEVICE": 12, "PING": -6, " LOADED, URL": 0}
+BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 16, "DEVICE": 10, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
-         "TOKENS": -6, "TOK/S": 0}  # fmt: skip
+         "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
