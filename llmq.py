@@ -75,6 +75,7 @@ import os
 import queue
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -86,7 +87,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, Callable, NamedTuple, NoReturn, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
@@ -747,29 +748,52 @@ def metrics_markdown() -> str:
     return "\n".join(lines)
 
 
-class Family:
-    """One metric: its series, each the numbers for one set of label values."""
+# By the values of the labels: these as they are written, and a number, or a histogram's numbers: by
+# bucket, what is above them, the sum.
+Series = dict[Names, tuple[str, list[float]]]
 
-    def __init__(self, metric: Metric, known: dict[str, set[str]]) -> None:
-        self.metric = metric
-        self.series: dict[Names, list[float]] = {}  # a histogram's: by bucket, then the sum
-        self.texts: dict[Names, str] = {}  # the labels of each, as they are written
-        self._known = known  # the values that each label has had, shared by all metrics
-        self._empty = [0.0] * (len(BUCKETS) + 2 if metric.type == "histogram" else 1)
 
-    def find(self, values: Names) -> list[float]:
+class Metrics:
+    """All that is counted: each metric, and its series by the values of its labels."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, tuple[Metric, Series]] = {one.name: (one, {}) for one in METRICS}
+        self._known: dict[str, set[str]] = {}  # the values that each label has had
+
+    def add(self, name: str, *values: str, amount: float = 1) -> None:
+        """Count in a counter."""
+        self._find(name, values)[0] += amount
+
+    def observe(self, name: str, value: str, seconds: float) -> None:
+        """Count in a histogram, whose buckets hold what is up to their bound."""
+        numbers = self._find(name, (value,))
+        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
+        numbers[-1] += seconds
+
+    def show(self, name: str, rows: Mapping[str, float] | float) -> None:
+        """What a gauge stands at now, by its label if it has one."""
+        self._families[name][1].clear()
+        for value, number in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
+            self._find(name, (value,))[0] = number
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format, version 0.0.4."""
+        lines = (line for family in self._families.values() for line in render_metric(*family))
+        return "".join(lines).encode()
+
+    def _find(self, name: str, values: Names) -> list[float]:
         """The numbers to change."""
-        numbers = self.series.get(values)
-        if numbers is not None:
-            return numbers
-        values = tuple(map(self._bound, self.metric.labels, values))
-        if values not in self.series and len(self.series) >= MOST_SERIES:
-            values = (OTHER,) * len(values)
-        if values not in self.series:
-            pairs = zip(self.metric.labels, values)
-            text = ",".join(f'{label}="{value.translate(ESCAPES)}"' for label, value in pairs)
-            self.texts[values], self.series[values] = text, self._empty[:]
-        return self.series[values]
+        metric, series = self._families[name]
+        if values not in series:
+            values = tuple(map(self._bound, metric.labels, values))
+            if len(series) >= MOST_SERIES and values not in series:
+                values = (OTHER,) * len(values)
+        if values not in series:
+            pairs = zip(metric.labels, (value.translate(ESCAPES) for value in values))
+            text = ",".join(f'{label}="{value}"' for label, value in pairs)
+            size = len(BUCKETS) + 2 if metric.type == "histogram" else 1
+            series[values] = text, [0.0] * size
+        return series[values][1]
 
     def _bound(self, label: str, value: str) -> str:
         raw = printable(value).encode("utf-8", "replace")[:LABEL_BYTES]
@@ -779,53 +803,19 @@ class Family:
         known.add(short)
         return short
 
-    def render(self) -> Iterator[str]:
-        name, kind, _, text = self.metric
-        yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-        for values, numbers in self.series.items():
-            labels = self.texts[values]
-            if kind == "histogram":
-                yield from self._render_buckets(labels, numbers)
-            else:
-                yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
-    def _render_buckets(self, labels: str, numbers: Sequence[float]) -> Iterator[str]:
-        start, total = f"{self.metric.name}_bucket{{{labels}", 0
-        for bound, number in zip((*BUCKETS, "+Inf"), numbers):
-            total += int(number)
-            yield f'{start},le="{bound}"}} {total}\n'
-        yield f"{self.metric.name}_sum{{{labels}}} {numbers[-1]!r}\n"
-        yield f"{self.metric.name}_count{{{labels}}} {total}\n"
-
-
-class Metrics:
-    """All that is counted."""
-
-    def __init__(self) -> None:
-        known: dict[str, set[str]] = {}
-        self.families = {metric.name: Family(metric, known) for metric in METRICS}
-
-    def add(self, name: str, *values: str, amount: float = 1) -> None:
-        """Count in a counter."""
-        self.families[name].find(values)[0] += amount
-
-    def observe(self, name: str, value: str, seconds: float) -> None:
-        """Count in a histogram, whose buckets hold what is up to their bound."""
-        numbers = self.families[name].find((value,))
-        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
-        numbers[-1] += seconds
-
-    def show(self, name: str, rows: Mapping[str, float] | float) -> None:
-        """What a gauge stands at now, by its label if it has one."""
-        family = self.families[name]
-        family.series.clear()
-        for value, number in rows.items() if isinstance(rows, Mapping) else [("", rows)]:
-            family.find((value,) if family.metric.labels else ())[0] = number
-
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format, version 0.0.4."""
-        lines = (line for family in self.families.values() for line in family.render())
-        return "".join(lines).encode()
+def render_metric(metric: Metric, series: Series) -> Iterator[str]:
+    name, kind, _, text = metric
+    yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+    for labels, numbers in series.values():
+        if kind == "histogram":
+            totals = list(accumulate(numbers[:-1]))
+            for bound, total in zip((*BUCKETS, "+Inf"), totals):
+                yield f'{name}_bucket{{{labels},le="{bound}"}} {total:.15g}\n'
+            yield f"{name}_sum{{{labels}}} {numbers[-1]!r}\n"
+            yield f"{name}_count{{{labels}}} {totals[-1]:.15g}\n"
+        else:
+            yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
 
 # ==== 5. Clients ==================================================================================
@@ -4278,9 +4268,8 @@ def count_record(metrics: Metrics, record: Record) -> None:
         metrics.add("llmq_cancels_total", CANCELS[outcome])
     if outcome == QueueFull.code:
         metrics.add("llmq_rejected_total", outcome)
-    if client == "-" or outcome == QueueFull.code:  # it never waited
-        return
-    metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
+    elif client != "-":  # else it was refused before it could wait
+        metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
     if record.first_s is not None:
         metrics.observe("llmq_first_token_seconds", model, record.first_s)
     if outcome == "done":
@@ -4782,9 +4771,6 @@ class Desk:
         scheduler, fleet = gateway.scheduler, gateway.fleet
         self.refresh_forecast(now)
         waiting = scheduler.in_order()
-        by_class = {priority.word: 0 for priority in Priority}
-        for ticket in waiting:
-            by_class[ticket.priority.word] += 1
         oldest = min((ticket.arrived for ticket in waiting), default=now)
         shown = waiting if everything else waiting[:SHOWN_WAITING]
         return {
@@ -4796,7 +4782,7 @@ class Desk:
                 "waiting": len(waiting),
                 "running": len(scheduler.running),
                 "oldest_wait_s": round(now - oldest, 3),
-                "by_class": by_class,
+                "by_class": count_classes(waiting),
                 "full_at": scheduler.limits.max_depth,
             },
             "requests": [
@@ -4823,8 +4809,10 @@ class Desk:
         return self._forecast.get(ticket.id, newcomer)
 
     def show_ticket(self, ticket: Ticket, now: float) -> dict[str, Any]:
-        call = self.gateway.calls[ticket.id]
-        facts: dict[str, Any] = {
+        call, waits = self.gateway.calls[ticket.id], ticket.state is TicketState.WAITING
+        position, eta, reason = self.expected(ticket) if waits else (0, 0, "")
+        started = now if waits else ticket.started
+        return {
             "id": ticket.id,
             "request_id": call.exchange.request_id,
             "client": ticket.client.name,
@@ -4833,18 +4821,13 @@ class Desk:
             "route": call.exchange.request.path,
             "state": ticket.state.value,
             "tokens": call.watch.pieces if call.watch else 0,
+            "position": position,
+            "eta_s": eta if eta is None else round(eta, 1),
+            "reason": reason,
+            "backend": ticket.backend.name if ticket.backend and not waits else None,
+            "waited_s": round(started - ticket.arrived, 3),
+            "running_s": round(now - started, 3),
         }
-        if ticket.state is TicketState.WAITING:
-            position, eta, reason = self.expected(ticket)
-            eta = eta if eta is None else round(eta, 1)
-            facts.update(position=position, eta_s=eta, reason=reason, backend=None)
-            facts.update(waited_s=round(now - ticket.arrived, 3), running_s=0.0)
-        else:
-            assert ticket.backend is not None  # it runs there
-            facts.update(position=0, eta_s=0, reason="", backend=ticket.backend.name)
-            facts["waited_s"] = round(ticket.started - ticket.arrived, 3)
-            facts["running_s"] = round(now - ticket.started, 3)
-        return facts
 
     # ---- what it may change
 
@@ -4888,6 +4871,12 @@ class Desk:
         self.gateway.draining = True
         for ticket in list(self.gateway.scheduler.waiting.values()):
             self.gateway.stop(self.gateway.calls[ticket.id], ShuttingDown("llmq is shutting down"))
+
+
+def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
+    """How many there are of each class."""
+    found = Counter(ticket.priority for ticket in tickets)
+    return {priority.word: found[priority] for priority in Priority}
 
 
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
@@ -4937,32 +4926,22 @@ def show_client(client: Client) -> dict[str, Any]:
 def show_gauges(gateway: Gateway) -> None:
     """Let the gauges stand where things stand now."""
     show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
-    now, mode = gateway.now(), scheduler.mode
-    waiting, running = scheduler.waiting.values(), scheduler.running.values()
-    for name, tickets in (("llmq_waiting", waiting), ("llmq_running", running)):
-        found = Counter(ticket.priority for ticket in tickets)
-        show(name, {priority.word: found[priority] for priority in Priority})
+    now, waiting = gateway.now(), scheduler.waiting.values()
+    show("llmq_waiting", count_classes(waiting))
+    show("llmq_running", count_classes(scheduler.running.values()))
     oldest = min((ticket.arrived for ticket in waiting), default=now)
     show("llmq_oldest_wait_seconds", now - oldest)
-    show("llmq_mode", {one.value: one is mode for one in Mode})
+    show("llmq_mode", {mode.value: mode is scheduler.mode for mode in Mode})
     show("llmq_slots", {one.name: one.slots for one in fleet.devices.values()})
     show("llmq_slots_busy", {one.name: one.busy for one in fleet.devices.values()})
     show("llmq_backend_up", {one.name: one.usable for one in fleet.backends.values()})
     show("llmq_uptime_seconds", now - gateway.started)
-    for name, number in process_figures():
-        show(name, number)
-
-
-def process_figures() -> Iterator[tuple[str, float]]:
-    """What this process uses, as far as the system tells."""
-    yield "process_cpu_seconds_total", time.process_time()
-    with contextlib.suppress(OSError, ImportError):
-        import resource
-
-        yield "process_open_fds", len(os.listdir("/proc/self/fd")) - 1  # one was for looking
+    show("process_cpu_seconds_total", time.process_time())
+    with contextlib.suppress(OSError):  # a system without /proc
+        show("process_open_fds", len(os.listdir("/proc/self/fd")) - 1)  # one was for looking
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-        yield "process_resident_memory_bytes", pages * resource.getpagesize()
+        show("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 # ==== 19. Models ==================================================================================
@@ -6032,42 +6011,40 @@ class Demo:
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
 
 Row = Mapping[str, Any]
+Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
 LOST_SECONDS = 5.0  # without an answer, and it is given up
 KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
-COLOURS = {"bold": "1", "dim": "2", "good": "32", "warn": "33", "bad": "31", "bar": "30;46",
-           "head": "30;42", "alarm": "30;43"}  # fmt: skip
-NO_COLOURS = {"bold": "1", "bad": "1", "bar": "7", "head": "4", "alarm": "7"}  # with NO_COLOR
-STYLES = {  # of a row, by what it is; what is not here is bad
-    "up": "", "loading": "warn", "draining": "warn", "unknown": "dim", "running": "good",
-    "high": "warn", "normal": "", "low": "dim", "done": "", "client_left": "dim",
-    "cancelled": "dim",
+COLOURS = {  # what is not here is bad
+    "": "", "up": "", "normal": "", "done": "", "running": "32", "high": "33", "loading": "33",
+    "draining": "33", "dim": "2", "unknown": "2", "low": "2", "client_left": "2", "cancelled": "2",
+    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43",
 }  # fmt: skip
-KEY = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z])|(.)", re.DOTALL)
-KEY_NAMES = {  # by what terminals send behind ESC
-    "[A": "k", "OA": "k", "[B": "j", "OB": "j", "[5~": "page up", "[6~": "page down", "[H": "g",
-    "OH": "g", "[1~": "g", "[F": "G", "OF": "G", "[4~": "G", "[3~": "x", "OP": "?", "[11~": "?",
-    "[17~": ">", "[18~": "+", "[19~": "-", "[20~": "x", "[21~": "q",
+NO_COLOURS = {"bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7"}  # with NO_COLOR
+KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
+KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
+    "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
+    "4~": "G", "3~": "x", "20~": "x", "P": "?", "17~": ">", "18~": "+", "19~": "-", "21~": "q",
 }  # fmt: skip
 STEPS = {"k": -1, "j": 1, "page up": -10, "page down": 10, "g": -9999, "G": 9999}
+MODES = {"p": "paused", "m": "priority"}
 FOOT = "? Help  x Cancel  + Raise  - Lower  p Pause  m Priority  < > Sort  q Quit"
 KEY_HELP = """
   up down, k j    select a request; also PgUp, PgDn, Home, End
   x, F9, Del      cancel it
-  +, F7           raise its class, from low to normal to high
-  -, F8           lower its class
+  + -, F7 F8      raise or lower its class: low, normal, high
   p               pause, so that nothing starts; again to go on
   m               priority mode, in which only high starts; again to leave it
   < >, F6         sort by another column
-  ? h, F1         this help
+  ?, F1           this help
   q, F10          leave; llmq goes on"""
 # Titles, and cells: to the right if negative, 0: a share of what the others leave.
-BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 14, "DEVICE": 12, "PING": -6, " LOADED": 0}
+BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 16, "DEVICE": 10, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
-         "TOKENS": -6, "TOK/S": -5}  # fmt: skip
+         "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
@@ -6102,53 +6079,64 @@ def fit(text: str, width: int) -> str:
 def backend_row(one: Row) -> tuple[str, list[str]]:
     """The state of a backend, and its cells."""
     meter = "|" * -(-8 * one["busy"] // max(1, one["slots"]))
-    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
-    told = one["error"] or ", ".join(one["loaded"])
     busy = f"[{meter:8}] {one['busy']}/{one['slots']}"
+    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
+    told = "  ".join(filter(None, (one["error"] or ", ".join(one["loaded"]), one["url"])))
     return one["state"], [one["name"], one["state"], busy, one["device"], ping, f" {told}"]
 
 
-def request_row(one: Row) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs, and its cells."""
+def request_row(one: Row, picked: str) -> tuple[str, list[str]]:
+    """The class of a request, or that it runs or is selected, and its cells."""
     kind, number, where = one["class"], str(one["position"]), one["reason"]
     when = "" if one["eta_s"] is None else f"~ {brief(one['eta_s'])}"
     if one["state"] != "waiting":
-        kind, number, when = "running", "run", f"ran {brief(one.get('running_s'))}"
+        kind, number, when = "running", "run", f"ran {brief(one['running_s'])}"
         where = f"{one['backend']}, {one['tokens']} tokens".replace(", 0 tokens", "")
     names = [one["class"], one["client"], one["model"], brief(one["waited_s"])]
-    return kind, [number, *names, when, f" {where}"]
+    return "bar" if one["id"] == picked else kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(one: Row) -> tuple[str, list[str]]:
+    """How a request ended, and its cells."""
     times = [brief(one[name]) for name in ("wait_s", "first_s", "total_s")]
-    rate = f"{one['tokens_per_s']:.0f}" if one.get("tokens_per_s") else "-"
+    rate = f"{one['tokens_per_s']:.0f}" if one["tokens_per_s"] else "-"
     names = [one["outcome"], one["client"], one["model"]]
-    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), rate]
+    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), f"{rate:>5}"]
+
+
+def table(
+    columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
+) -> list[Line]:
+    """Titles and rows; the last cell of each is as long as it is."""
+    sizes = list(columns.values())
+    left = max(0, width - sum(1 + abs(size) for size in sizes))
+    share = min(28, left // max(1, sizes.count(0)))
+    lines = [("", "")]
+    for kind, (*cells, last) in [("head", list(columns)), *rows]:
+        text = "".join(f" {fit(cell, size or share)}" for cell, size in zip(cells, sizes))
+        lines.append((kind, f"{text} {last}"))
+    return lines if lines[2:] else [*lines, ("dim", f" {empty}")]
 
 
 class View:
     """What is shown and selected."""
 
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
-        self.url = url
-        self.styles = styles
+        self.url, self.styles = url, styles
         self.snapshot: Row = {}
         self.rows: list[Row] = []
-        self.index = self.first = 0  # of the selected row, of the first one that is seen
-        self.picked = ""  # the id of the selected request
-        self.sort = "#"
+        self.index, self.picked = 0, ""  # of the selected request: its place, its id
+        self.sort, self.note = "#", ""
         self.help = self.over = False
         self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
-        self.note = ""
 
     def update(self, snapshot: Row) -> None:
         """Take in what llmq says now; the selection stays with its request."""
-        self.snapshot = snapshot
-        self.rows, key = list(snapshot["requests"]), SORTS[self.sort]
-        if key:
-            self.rows.sort(key=lambda one: one[key], reverse=key == "waited_s")
-        found = [place for place, one in enumerate(self.rows) if one["id"] == self.picked]
-        self.select(found[0] if found else self.index)
+        self.snapshot, key = snapshot, SORTS[self.sort]
+        requests, longest_first = snapshot["requests"], key == "waited_s"
+        self.rows = sorted(requests, key=lambda one: one.get(key, 0), reverse=longest_first)
+        places = {one["id"]: place for place, one in enumerate(self.rows)}
+        self.select(places.get(self.picked, self.index))
 
     def select(self, index: int) -> None:
         self.index = max(0, min(index, len(self.rows) - 1))
@@ -6159,15 +6147,13 @@ class View:
         if self.asking:
             order, self.asking = self.asking[1], None
             return order if key in ("y", "Y") else None
-        self.note, self.help = "", key in ("?", "h") and not self.help
-        self.over = key in ("q", "\x03")
-        if key in ("p", "m"):
-            wanted = "paused" if key == "p" else "priority"
-            mode = "open" if self.snapshot["mode"] == wanted else wanted
+        self.note, self.help, self.over = "", key == "?" and not self.help, key == "q"
+        if key in MODES:
+            mode = "open" if self.snapshot["mode"] == MODES[key] else MODES[key]
             return "POST", "/llmq/mode", {"mode": mode}
         if key in ("<", ">"):
-            names = list(SORTS)
-            self.sort = names[(names.index(self.sort) + (1 if key == ">" else -1)) % len(names)]
+            place = list(SORTS).index(self.sort) + (1 if key == ">" else -1)
+            self.sort = list(SORTS)[place % len(SORTS)]
         self.select(self.index + STEPS.get(key, 0))
         return self.press_on(self.rows[self.index], key) if self.rows else None
 
@@ -6185,184 +6171,125 @@ class View:
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(width, trouble)
+        lines = self.head(trouble)
         if self.help:
-            lines += [self.paint("", text, width) for text in KEY_HELP.split("\n")]
+            lines += [("", text) for text in KEY_HELP.split("\n")]
         else:
             lines += self.tables(width, height - len(lines) - 1)
         foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else self.note or FOOT
-        blank = [""] * (height - 1 - len(lines))
-        return [*lines[: height - 1], *blank, self.paint("bar", f" {foot}", width)]
+        lines = [*lines, *[("", "")] * height][: height - 1]
+        return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, width: int, trouble: str = "") -> list[str]:
-        now, total = self.snapshot, self.snapshot["requests_total"]
-        done, mode, waits = total.get("done", 0), f" {now['mode']} ", now["queue"]
-        title = self.paint("bold", f" llmq {now['version']}  {self.url}", width - len(mode))
-        badge = self.paint("head" if mode == " open " else "alarm", mode, min(width, len(mode)))
+    def head(self, trouble: str = "") -> list[Line]:
+        now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
+        done, mode, error = total.get("done", 0), now["mode"], now["config_error"]
+        title = f" llmq {now['version']}  {self.url}"
         figures = (
-            f" waiting {waits['waiting']}   running {waits['running']}   done {done}   "
+            f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
             f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
             f"up {brief(now['uptime_s'])}"
         )
-        error = now["config_error"] and f"not reloaded: {now['config_error']}"
-        wrong = [self.paint("bad", f" {text}", width) for text in (trouble, error) if text]
-        return [title + badge, self.paint("", figures, width), *wrong]
+        lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
+        wrong = (trouble, error and f"not reloaded: {error}")
+        return lines + [("bad", f" {text}") for text in wrong if text]
 
-    def tables(self, width: int, room: int) -> list[str]:
+    def tables(self, width: int, room: int) -> list[Line]:
         """Backends, the queue and what has ended, each with its share of the lines."""
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
         few = min(len(backends), max(1, room // 5))
         room -= few + 7  # titles, and lines between
         most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
-        self.first = max(min(self.first, self.index), self.index - most + 1, 0)
-        seen = self.rows[self.first : self.first + most]
+        first = max(0, min(self.index - most // 2, len(self.rows) - most))
+        seen = [request_row(one, self.picked) for one in self.rows[first : first + most]]
+        columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
         hint = "no backend: start a runner here, or llmq with --backend URL"
         empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
-            *self.table(BACKENDS, map(backend_row, backends[:few]), width, hint),
-            *self.table(QUEUE, map(request_row, seen), width, empty),
-            *self.table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
+            *table(BACKENDS, map(backend_row, backends[:few]), width, hint),
+            *table(columns, seen, width, empty),
+            *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
 
-    def table(
-        self, columns: dict[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
-    ) -> list[str]:
-        left = max(0, width - sum(1 + abs(size) for size in columns.values()))
-        flexible = [place for place, size in enumerate(columns.values()) if not size]
-        share = min(28, left // len(flexible))
-        sizes = [size or share for size in columns.values()]
-        sizes[flexible[-1]] = left - share * (len(flexible) - 1)
-        sort, picked = (self.sort, self.index - self.first) if columns is QUEUE else ("", -1)
-        titles = [f"{name}↓" if name == sort else name for name in columns]
-        table = [("head", titles), *((STYLES.get(kind, "bad"), row) for kind, row in rows)]
-        lines = [""]
-        for place, (style, row) in enumerate(table, -1):
-            text = "".join(" " + fit(*cell) for cell in zip(row, sizes))
-            lines.append(self.paint("bar" if place == picked >= 0 else style, text, width))
-        return lines if table[1:] else [*lines, self.paint("dim", f" {empty}", width)]
-
-    def paint(self, style: str, text: str, width: int) -> str:
-        text, code = fit(text, max(0, width)), self.styles.get(style)
-        return f"\x1b[{code}m{text}\x1b[0m" if code else text
-
-
-class Terminal:
-    """The terminal while `top` has it; on every way out it is as it was."""
-
-    def __init__(self) -> None:
-        import termios
-
-        self._saved = termios.tcgetattr(0)
-        self._shown: list[str] = []
-        self._size = (0, 0)
-
-    def enter(self) -> None:
-        import tty
-
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: sys.exit(0))
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave its picture behind
-        tty.setcbreak(0)
-        self.write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # own screen, no cursor, no wrapping
-
-    def leave(self) -> None:
-        import termios
-
-        with contextlib.suppress(termios.error):  # it may be gone
-            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
-        self.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    def draw(self, lines: list[str], size: tuple[int, int]) -> None:
-        """Show these lines; only those that have changed are sent."""
-        text = ""
-        if size != self._size:
-            self._size, self._shown, text = size, [""] * len(lines), "\x1b[2J"
-        pairs = enumerate(zip(lines, self._shown), 1)
-        text += "".join(f"\x1b[{at}H{new}\x1b[K" for at, (new, old) in pairs if new != old)
-        self._shown = lines
-        if text:
-            self.write(f"\x1b[?2026h{text}\x1b[?2026l")  # at once, where terminals know how
-
-    def read_keys(self) -> list[str]:
-        """The keys that are pressed within a moment."""
-        import select
-
-        if not select.select([0], [], [], KEY_SECONDS)[0]:
-            return []
-        with contextlib.suppress(OSError):
-            if typed := os.read(0, 1024).decode("utf-8", "ignore"):
-                found = [(match[2], match[1]) for match in KEY.finditer(typed)]
-                return [key or KEY_NAMES.get(code, "") for key, code in found]
-        return ["q"]  # the terminal is gone
-
-
-class Follower(threading.Thread):
-    """Asks again and again, and hands on orders, beside the keys."""
-
-    def __init__(self, ask: Ask, interval: float) -> None:
-        super().__init__(daemon=True)
-        self.ask = ask
-        self.interval = interval
-        self.snapshot = ask(STATUS)
-        self.seen = time.monotonic()  # when that was
-        self.trouble: StartError | None = None
-        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self.notes: deque[str] = deque()  # what came of them
-
-    def run(self) -> None:
-        while True:
-            order = STATUS
-            with contextlib.suppress(queue.Empty):
-                order = self.orders.get(timeout=self.interval)
-            try:
-                self.hear(order, self.ask(order))
-            except StartError as error:
-                self.trouble = error if order is STATUS else self.trouble
-                self.notes += [] if order is STATUS else [str(error)]
-
-    def hear(self, order: Order, answer: Row) -> None:
-        if order is STATUS:
-            self.snapshot, self.trouble, self.seen = answer, None, time.monotonic()
-        else:
-            self.notes.append(", ".join(f"{name} {text}" for name, text in answer.items()))
-            self.orders.put(STATUS)
+    def paint(self, kind: str, text: str, width: int) -> str:
+        code = self.styles.get(kind if kind in COLOURS else "bad")
+        return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
 
 
 def plain_top(snapshot: Row, url: str, width: int) -> str:
     """The picture once, all of it and without a trace of a terminal."""
     view = View(url, {})
     view.update(snapshot)
-    lines = [*view.head(width), *view.tables(width, 9999)]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [*view.head(), *view.tables(width, 9999)]
+    return "\n".join(printable(text, 1000).rstrip() for _, text in lines)
+
+
+@contextlib.contextmanager
+def own_screen() -> Iterator[None]:
+    """Have the terminal; on every way out it is as it was."""
+    import termios
+    import tty
+
+    saved = termios.tcgetattr(0)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would leave its picture behind
+    try:
+        tty.setcbreak(0)
+        os.write(1, b"\x1b[?1049h\x1b[?25l\x1b[?7l")  # own screen, no cursor, no wrapping
+        yield
+    finally:
+        with contextlib.suppress(OSError, termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+            os.write(1, b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+
+
+def read_keys() -> list[str]:
+    """The keys that are pressed within a moment."""
+    if not select.select([0], [], [], KEY_SECONDS)[0]:
+        return []
+    typed = os.read(0, 1024).decode("utf-8", "ignore") or "q"  # nothing: the terminal is gone
+    return [match[2] or KEY_NAMES.get(match[1], "") for match in KEY.finditer(typed)]
 
 
 def run_top(ask: Ask, url: str, interval: float) -> None:
     """Show and obey until `q`, a signal, or nobody answers any more (StartError)."""
-    follower = Follower(ask, interval)
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
-    terminal = Terminal()
-    try:
-        terminal.enter()
-        follower.start()
+    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    lost: StartError | None = None
+    snapshot, heard, shown = ask(STATUS), time.monotonic(), ""
+
+    def follow() -> None:
+        nonlocal lost, snapshot, heard
+        while True:
+            order = STATUS
+            with contextlib.suppress(queue.Empty):
+                order = orders.get(timeout=interval)
+            try:
+                answer = ask(order)
+                if order is STATUS:
+                    lost, snapshot, heard = None, answer, time.monotonic()
+                else:
+                    view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
+            except StartError as error:
+                lost, view.note = (error, view.note) if order is STATUS else (lost, str(error))
+
+    threading.Thread(target=follow, daemon=True).start()
+    with contextlib.suppress(OSError), own_screen():  # the terminal may go away
         while not view.over:
-            view.update(follower.snapshot)
-            view.note = follower.notes.popleft() if follower.notes else view.note
-            silent = time.monotonic() - follower.seen - interval
-            if follower.trouble and silent > LOST_SECONDS:
-                raise follower.trouble
-            size = os.get_terminal_size(1)
+            silent = time.monotonic() - heard - interval
+            if lost and silent > LOST_SECONDS:
+                raise lost
+            view.update(snapshot)
             trouble = f"no answer for {silent:.0f} s" if silent > 2 else ""
-            terminal.draw(view.lines(*size, trouble), size)
-            orders = [view.press(key) for key in terminal.read_keys()]
-            for order in filter(None, orders):
-                follower.orders.put(order)
-    finally:
-        terminal.leave()
+            lines = view.lines(*os.get_terminal_size(1), trouble)
+            picture = "\r\n".join(f"\x1b[K{line}" for line in lines)
+            if picture != shown:  # drawn at once, where terminals know how
+                drawn = f"\x1b[?2026h\x1b[H{picture}\x1b[?2026l"
+                os.write(1, drawn.encode(sys.stdout.encoding, "replace"))
+                shown = picture
+            for order in filter(None, map(view.press, read_keys())):
+                orders.put(order)
+                orders.put(STATUS)
 
 
 # ==== 24. Service =================================================================================
@@ -6422,6 +6349,10 @@ def set_up_log(settings: LogSettings) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
+def base_url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def raise_file_limit(wanted: int) -> int:
     """Raise the soft limit on open files towards `wanted`; the limit that holds now."""
     try:
@@ -6429,12 +6360,13 @@ def raise_file_limit(wanted: int) -> int:
     except ImportError:  # Windows has no such limit
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
     best = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= best:
-        return wanted if soft == resource.RLIM_INFINITY else soft
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
-        return best
+    if soft < best:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
+            return best
     return soft
 
 
@@ -6471,9 +6403,8 @@ def inherited_sockets() -> list[socket.socket]:
     numbers = range(FIRST_INHERITED, FIRST_INHERITED + (int(asked) if asked.isdecimal() else 0))
     try:
         found = [socket.socket(fileno=number) for number in numbers]
-        kinds = {
-            (one.family, one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) for one in found
-        }
+        listening = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        kinds = {(one.family, one.getsockopt(*listening)) for one in found}
     except OSError as error:
         raise StartError(f"LISTEN_FDS: {error.strerror}") from None
     if kinds - {(socket.AF_INET, 1), (socket.AF_INET6, 1)}:
@@ -6527,10 +6458,9 @@ class Service:
                 f"host {host}: nobody needs a key, so the whole network could use your runner;"
                 " add --allow-anonymous-lan if that is meant"
             )
-        queue = self.settings.queue
-        files = raise_file_limit(queue.max_depth + 512)
-        spare = SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * queue.slots
-        self.most_connections = max(4, files - RESERVED_FILES - spare)
+        limits = self.settings.queue
+        spare = RESERVED_FILES + SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * limits.slots
+        self.most_connections = max(4, raise_file_limit(limits.max_depth + 512) - spare)
         server = HttpServer(self.door.handle, self.settings.server, self.most_connections)
         self._servers.append(server)
         if self.demo:
@@ -6540,8 +6470,7 @@ class Service:
         pulse = Pulse(self.gateway, self.feed.desk)
         sweeper = Sweeper(self.gateway, pulse, self._servers)
         loops = [self.monitor.run(), self.feed.run(), sweeper.run()]
-        if self.looking:
-            loops.append(Finder(self.gateway).run())
+        loops += [Finder(self.gateway).run()] if self.looking else []
         self._tasks = [asyncio.ensure_future(loop) for loop in loops]
 
     async def start_demo(self) -> None:
@@ -6553,22 +6482,21 @@ class Service:
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
-            host, self.port = inherited.getsockname()[0], await server.listen_on(inherited)
-            self.addresses.append(f"http://{f'[{host}]' if ':' in host else host}:{self.port}")
+            self.port = await server.listen_on(inherited)
+            self.addresses.append(base_url(inherited.getsockname()[0], self.port))
         if self.sockets:
             return
         wanted, port = self.settings.server.host, self.settings.server.port
+        host = wanted or "127.0.0.1"
         try:
-            self.port = await server.listen(wanted or "127.0.0.1", port)
+            self.port = await server.listen(host, port)
         except OSError as error:
-            where = f"{wanted or '127.0.0.1'}:{port}"
-            raise StartError(f"cannot listen on {where}: {error.strerror or error}") from None
-        shown = f"[{wanted}]" if ":" in wanted else wanted or "127.0.0.1"
-        self.addresses = [f"http://{shown}:{self.port}"]
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        self.addresses = [base_url(host, self.port)]
         if not wanted:
             with contextlib.suppress(OSError):  # a box without IPv6
                 await server.listen("::1", self.port)
-                self.addresses.append(f"http://[::1]:{self.port}")
+                self.addresses.append(base_url("::1", self.port))
 
     def apply(self, settings: Settings) -> None:
         """Let these settings hold for everything that is decided from now on."""
@@ -6576,28 +6504,23 @@ class Service:
         self.gateway.scheduler.limits = settings.queue
         self._servers[0].settings = settings.server
         self.door.names = frozenset(self.own_names())
-        fleet, now = self.gateway.fleet, time.monotonic()
-        wanted = dict(settings.backends)
-        if not wanted:
-            wanted["ollama"] = BackendSettings(url=LOCAL_RUNNERS["ollama"])
+        fleet = self.gateway.fleet
+        wanted = settings.backends or {"ollama": BackendSettings(url=LOCAL_RUNNERS["ollama"])}
         devices = {name: device_name(one) for name, one in wanted.items()}
         for name, backend in list(fleet.backends.items()):
-            place = (backend.url, backend.device.name)
-            if name not in wanted:
-                stays = self.looking  # it was found, not configured
-            else:
-                stays = place == (wanted[name].url, devices[name])
+            stays = self.looking  # it was found, not configured
+            if name in wanted:
+                place = (wanted[name].url, devices[name])
+                stays = (backend.url, backend.device.name) == place
             if not stays:
-                fleet.remove(name, now)
+                fleet.remove(name, time.monotonic())
         for name, one in wanted.items():
-            device = devices[name]
-            slots = settings.slots_of(device)
-            if name in fleet.backends:
-                backend = fleet.backends[name]
-                backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
-                backend.kind = one.kind or backend.kind
-            else:
-                fleet.add(name, one, device, slots)
+            slots = settings.slots_of(devices[name])
+            if name not in fleet.backends:
+                fleet.add(name, one, devices[name], slots)
+            backend = fleet.backends[name]
+            backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
+            backend.kind = one.kind or backend.kind
         for backend in fleet.backends.values():
             backend.least_context = settings.upstream.num_ctx
         self.monitor.wake()
@@ -6689,30 +6612,24 @@ def read_file(path: str) -> Layer:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
         with open(path, "rb") as file:
             raw = file.read()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    try:
         if path.endswith(".json"):
             return file_layer(path, json.loads(raw))
-        try:
-            import tomllib  # novm
-        except ImportError:
-            raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
+        import tomllib  # novm
+
         return file_layer(path, tomllib.loads(raw.decode()))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ImportError:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def find_file(environ: Mapping[str, str]) -> str | None:
     """The configuration file: LLMQ_CONFIG, else the first of the usual places."""
-    if environ.get("LLMQ_CONFIG"):
-        return environ["LLMQ_CONFIG"]
-    for place in CONFIG_PLACES:
-        for ending in ("toml", "json"):
-            path = os.path.join(os.path.expanduser(place), "llmq." + ending)
-            if os.path.isfile(path):
-                return path
-    return None
+    places = [os.path.expanduser(place) for place in CONFIG_PLACES]
+    usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
+    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
 
 
 def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -6724,34 +6641,21 @@ def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Se
     return merge_layers([*file, *layers, ("command line", given)]), notes
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, of which only those that are given become options."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--config", metavar="FILE", help="configuration file")
+    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
+    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
+    words = {"int": "N", "Duration": "TIME", "Size": "SIZE", "Names": "NAME"}
     for row in known_settings():
         text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
-        options: dict[str, Any] = {"dest": row.key, "default": argparse.SUPPRESS, "help": text}
+        options: dict[str, Any] = {"metavar": words.get(row.type, "TEXT")}
         if row.type == "bool":
-            options.update(action="store_true")
+            options = {"action": "store_true"}
         elif row.type == "Names":
-            options.update(action="append", metavar="NAME")
-        else:
-            options.update(
-                metavar={"int": "N", "Duration": "TIME", "Size": "SIZE"}.get(row.type, "TEXT")
-            )
-        parser.add_argument(row.flag, **options)
-
-
-def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="configuration file"
-    )
-    parser.add_argument(
-        "--backend",
-        dest="backends",
-        action="append",
-        metavar="URL",
-        default=argparse.SUPPRESS,
-        help="a runner, as URL or NAME=URL; repeatable (default: look for those on this box)",
-    )
-    add_setting_flags(parser)
+            options["action"] = "append"
+        parser.add_argument(row.flag, dest=row.key, help=text, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -6764,38 +6668,29 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser("serve", help="run the queue (the default)")
     serve.add_argument("--demo", action="store_true", help="with a built-in model that echoes")
-    add_serve_flags(serve)
-    status = commands.add_parser("status", help="show what a running llmq does")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    status = commands.add_parser("status", help="show what a running llmq does: top --once")
     mode = commands.add_parser("mode", help="switch a running llmq to another mode")
     mode.add_argument("mode", choices=[mode.value for mode in Mode])
     top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
     top.add_argument("--once", action="store_true", help="print it once, as where it is piped")
-    top.add_argument("--json", action="store_true", help="print once what llmq tells, as JSON")
-    top.add_argument(
-        "--interval",
-        type=parse_duration,
-        default=1.0,
-        metavar="TIME",
-        help="between looks (default: 1s)",
-    )
+    text = "between looks (default: 1s)"
+    top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
     for asking in (status, mode, top):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
+    for showing in (status, top):
+        showing.add_argument("--json", action="store_true", help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
-    config.add_argument(
-        "--json", action="store_true", help="as a JSON configuration file, keys included"
-    )
-    add_serve_flags(config)
+    text = "as a JSON configuration file, keys included"
+    config.add_argument("--json", action="store_true", help=text)
+    add_flags(serve)
+    add_flags(config)
     return parser
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in vars(options).items()
-        if "." in key or key in ("backends", "config")
-    }
+    settings = vars(options).items()
+    return {key: value for key, value in settings if "." in key or key in ("backends", "config")}
 
 
 def cmd_serve(options: argparse.Namespace) -> int:
@@ -6856,17 +6751,14 @@ async def keep_informed(service: Service) -> None:
         import faulthandler
 
         faulthandler.enable()  # the watchdog ends what hangs by SIGABRT: then the log says where
-    told, due, scheduler = "", 0.0, service.gateway.scheduler
+    told, scheduler = "", service.gateway.scheduler
     while os.environ.get("NOTIFY_SOCKET"):
-        facts, stopping, now = [], service.stopping.is_set(), time.monotonic()
+        stopping, facts = service.stopping.is_set(), ["WATCHDOG=1"] if limit else []
         mode = "stopping" if stopping else scheduler.mode.value
         status = f"{mode}: {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
         if status != told:
             facts.append(f"STATUS={service.addresses[0]}, {status}")
             told = status
-        if limit and now >= due:
-            facts.append("WATCHDOG=1")
-            due = now + limit / 3
         if stopping:
             facts.append(f"EXTEND_TIMEOUT_USEC={EXTENSION_USEC}")
         if facts:
@@ -6897,19 +6789,16 @@ def llmq_url(url: str | None) -> str:
     if url:
         return url.rstrip("/")
     settings, _ = read_settings({}, os.environ)
-    host = settings.server.host or "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
+    return base_url(settings.server.host or "127.0.0.1", settings.server.port)
 
 
-def ask_llmq(
-    url: str | None, path: str, change: dict[str, Any] | None = None, method: str | None = None
-) -> Any:
+def ask_llmq(url: str, order: Order) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import ProxyHandler, Request, build_opener
 
-    url = llmq_url(url)
+    method, path, change = order
     data = None if change is None else render_json(change)
     headers = {"Content-Type": "application/json"}
     try:
@@ -6928,51 +6817,27 @@ def ask_llmq(
     return facts
 
 
-def cmd_status(options: argparse.Namespace) -> int:
-    snapshot = ask_llmq(options.url, "/llmq/status")
-    say(json.dumps(snapshot, indent=2) if options.json else render_status(snapshot))
+def cmd_mode(options: argparse.Namespace) -> int:
+    order: Order = ("POST", "/llmq/mode", {"mode": options.mode})
+    say("mode is " + ask_llmq(llmq_url(options.url), order)["mode"])
     return 0
 
 
-def render_status(snapshot: Mapping[str, Any]) -> str:
-    queue = snapshot["queue"]
-    lines = [f"{snapshot['mode']}: {queue['waiting']} waiting, {queue['running']} running"]
-    for one in snapshot["backends"]:
-        why = f"  {one['error']}" if one["error"] else ""
-        lines.append(
-            f"  {one['name']:<20} {one['state']:<8} {one['busy']}/{one['slots']}  {one['url']}{why}"
-        )
-    for one in snapshot["requests"]:
-        where = one["backend"] or f"#{one['position']} {one['reason']}"
-        lines.append(
-            f"  {one['id']:<14} {one['client']:<20} {one['class']:<7} {one['model']:<24} "
-            f"{one['waited_s']:8.1f} s  {where}"
-        )
-    if snapshot["config_error"]:
-        lines.append(f"  configuration not reloaded: {snapshot['config_error']}")
-    return "\n".join(lines)
-
-
-def cmd_mode(options: argparse.Namespace) -> int:
-    say("mode is " + ask_llmq(options.url, "/llmq/mode", {"mode": options.mode})["mode"])
+def cmd_status(options: argparse.Namespace) -> int:
+    url = llmq_url(options.url)
+    snapshot = ask_llmq(url, STATUS)
+    width = max(80, shutil.get_terminal_size((140, 0)).columns)
+    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
+    say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
     return 0
 
 
 def cmd_top(options: argparse.Namespace) -> int:
+    plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
+    if plain or not (os.isatty(0) and os.isatty(1)):
+        return cmd_status(options)
     url = llmq_url(options.url)
-    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-
-    def ask(order: Order) -> Any:
-        method, path, change = order
-        return ask_llmq(url, path, change, method)
-
-    able = os.name == "posix" and os.environ.get("TERM") != "dumb"
-    if options.json:
-        say(json.dumps(ask(STATUS), indent=2))
-    elif able and not options.once and os.isatty(0) and os.isatty(1):
-        run_top(ask, url, max(0.1, options.interval))
-    else:
-        say(plain_top(ask(STATUS), url, max(80, shutil.get_terminal_size((140, 0)).columns)))
+    run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
     return 0
 
 
@@ -6986,14 +6851,11 @@ def cmd_config(options: argparse.Namespace) -> int:
     elif options.json:
         say(json.dumps(tables, indent=2))
     else:
+        for name, one in settings.backends.items():
+            tables["backends"][name] = {**vars(one), "key": "***" if one.key else ""}
         for table, values in tables.items():
             for name, value in values.items():
-                shown = (
-                    {**value, "key": "***" if value.get("key") else ""}
-                    if table == "backends"
-                    else value
-                )
-                say(f"{table}.{name} = {json.dumps(shown)}")
+                say(f"{table}.{name} = {json.dumps(value)}")
     return 0
 
 
