@@ -2258,6 +2258,9 @@ class Dialect:
     error_types: Mapping[int, str] = {}  # by status, where they are special
     end_hint: bytes  # in each end of a good stream
     end_line: re.Pattern[bytes]  # where it begins
+    error_object: Callable[[LlmqError, str], dict[str, Any]]  # with the id of the request
+    is_error: Callable[[Any], bool]  # whether clients of the dialect take this parsed body for one
+    heartbeat: Callable[[int, float], bytes]  # position and eta, no part of the answer to a parser
 
     def render_error(self, error: LlmqError, request_id: str = "") -> bytes:
         """The body of an error answer: the runner's own where it wrote one in this dialect."""
@@ -2265,16 +2268,9 @@ class Dialect:
             return error.body
         return render_json(self.error_object(error, request_id))
 
-    def error_object(self, error: LlmqError, request_id: str) -> dict[str, Any]:
-        raise NotImplementedError
-
     def error_type(self, error: LlmqError) -> str:
         usual = "api_error" if error.status >= 500 else "invalid_request_error"
         return self.error_types.get(error.status, usual)
-
-    def is_error(self, document: Any) -> bool:
-        """Whether this parsed body is an error as clients of the dialect expect it."""
-        raise NotImplementedError
 
     def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
         """An error after the head of a stream (`inside` a line of it): SDKs raise on it."""
@@ -2283,10 +2279,6 @@ class Dialect:
 
     def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
         return self.error_object(error, request_id)
-
-    def heartbeat(self, position: int, eta: float) -> bytes:
-        """A sign of life that no client's parser takes for a part of the answer."""
-        raise NotImplementedError
 
     def find_end(self, seen: bytes) -> int:
         """Where the end of a good stream begins in whole and half lines; -1: not yet."""
@@ -2366,7 +2358,7 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     return answer
 
 
-def find_count(document: Any, of_usage: Names, of_timings: str, of_all: str) -> int | None:
+def find_count(document: Any, openai: str, anthropic: str, timing: str, native: str) -> int | None:
     """A number of tokens that an answer tells; llama.cpp's timings where there is no usage.
 
     The place differs: `usage` (OpenAI, Anthropic), the same inside `response` (OpenAI's responses,
@@ -2377,22 +2369,23 @@ def find_count(document: Any, of_usage: Names, of_timings: str, of_all: str) -> 
     for name in ("response", "message"):
         inner = document.get(name)
         document = inner if isinstance(inner, dict) and "usage" in inner else document
-    usage = document.get("usage")
-    found = [usage.get(name) for name in of_usage] if isinstance(usage, dict) else []
-    found += [look_up(document.get("timings"), of_timings), document.get(of_all)]
-    counts = [one for one in found if isinstance(one, int)]
-    return counts[0] if counts else None
+    usage, timings = document.get("usage"), document.get("timings")
+    found = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
+    found += [timings.get(timing)] if isinstance(timings, dict) else []
+    for tokens in (*found, document.get(native)):
+        if isinstance(tokens, int):
+            return tokens
+    return None
 
 
 def read_usage(document: Any) -> int | None:
     """The tokens of an answer, as it tells."""
-    return find_count(document, ("completion_tokens", "output_tokens"), "predicted_n", "eval_count")
+    return find_count(document, "completion_tokens", "output_tokens", "predicted_n", "eval_count")
 
 
 def read_prompt_usage(document: Any) -> int | None:
     """The tokens of its prompt, likewise."""
-    names = ("prompt_tokens", "input_tokens")
-    return find_count(document, names, "prompt_n", "prompt_eval_count")
+    return find_count(document, "prompt_tokens", "input_tokens", "prompt_n", "prompt_eval_count")
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2588,11 +2581,13 @@ def check_nothing(_values: Mapping[str, Any]) -> None:
     """The backend knows best."""
 
 
+check_prompt = functools.partial(check_texts, "prompt")
+check_input = functools.partial(check_texts, "input")
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, functools.partial(check_texts, "prompt")),
-    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, functools.partial(check_texts, "input"), None),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, check_input, streams=None),
     Endpoint((RESPONSES,), OpenAiResponses(), check_nothing),
     Endpoint((RERANK,), OPENAI, check_nothing),
 )
@@ -2768,6 +2763,11 @@ class Translator:
     """Asks one route in place of another and retells the answer; one for each attempt."""
 
     source: Dialect = OPENAI  # of the backend's answer
+    # What each of them does; KeyError and the like where a document is not what it must be.
+    request: Callable[[], Facts]  # the request to send; what is None is left out
+    whole: Callable[[Facts], Facts]  # a whole answer retold
+    piece: Callable[[Facts], bytes]  # one event of a stream retold
+    end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
 
     def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
         self.question = question
@@ -2776,6 +2776,7 @@ class Translator:
         self.now = now  # the wall clock
         self.began = now()
         self.id = f"{int(self.began * 1e6):x}"
+        self.wants_usage = look_up(question, "stream_options", "include_usage") is True
         self._line = b""  # the incomplete last line of a stream
 
     def body(self) -> bytes:
@@ -2785,21 +2786,6 @@ class Translator:
         except MALFORMED as error:
             words = "a member, or the arguments of a tool call, is not what it must be"
             raise BadRequest(f"{words}: {error}") from None
-
-    def request(self) -> Facts:
-        raise NotImplementedError
-
-    def whole(self, answer: Facts) -> Facts:
-        """A whole answer retold; KeyError and the like where it is not one."""
-        raise NotImplementedError
-
-    def piece(self, event: Facts) -> bytes:
-        """One event of a stream retold."""
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        """What follows the last event, once the stream has ended well."""
-        raise NotImplementedError
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that retell these, however they are cut."""
@@ -2849,6 +2835,7 @@ class OnOllama(Translator):
     source = OLLAMA
     prefix, kind, piece_kind = "cmpl", "text_completion", "text_completion"
     blank_usage = False  # each piece has a usage, of nothing, where one is wanted
+    choice: Callable[[Facts], Facts]  # of a whole answer
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
@@ -2865,10 +2852,6 @@ class OnOllama(Translator):
         facts = {"model": self.model, "options": present(options), **chosen(asked, "keep_alive")}
         return {**facts, "stream": bool(asked.get("stream"))}
 
-    @property
-    def wants_usage(self) -> bool:
-        return look_up(self.question, "stream_options", "include_usage") is True
-
     def usage(self, answer: Facts) -> Facts:
         asked, told = answer.get("prompt_eval_count", 0), answer.get("eval_count", 0)
         return {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
@@ -2884,9 +2867,6 @@ class OnOllama(Translator):
             "choices": choices,
         }
         return {**facts, "usage": usage} if usage else facts
-
-    def choice(self, answer: Facts) -> Facts:
-        raise NotImplementedError
 
     def choices(self, event: Facts) -> Iterable[Facts]:
         return [self.choice(event)]
@@ -2912,14 +2892,15 @@ class ChatOnOllama(OnOllama):
     _first, _tools = True, 0  # no delta sent yet; tool calls so far
 
     def request(self) -> Facts:
-        asked = self.question
+        asked, form = self.question, self.question.get("response_format")
         effort = look_up(asked, "reasoning", "effort")
         effort = asked.get("reasoning_effort") if effort is None else effort
+        schema = look_up(form, "json_schema", "schema")
         return {
             **self.common(),
             **chosen(asked, "tools", "logprobs", "top_logprobs"),
             "messages": ollama_messages(asked["messages"]),
-            "format": ollama_format(asked.get("response_format")),
+            "format": "json" if look_up(form, "type") == "json_object" else schema,
             "think": EFFORTS.get(effort, effort) if isinstance(effort, str) else None,
         }
 
@@ -2963,7 +2944,7 @@ class ChatOnOllama(OnOllama):
 def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     told: list[Facts] = []
-    names = {  # of the functions called; the last call of an id counts
+    names = {  # of the functions called; of two calls with one id the last counts
         call["id"]: look_up(call, "function", "name")
         for message in messages
         for call in message.get("tool_calls") or ()
@@ -2998,14 +2979,6 @@ def ollama_part(part: Any) -> Facts:
     return {"content": "", "images": [match[1]]}
 
 
-def ollama_format(asked: Any) -> Any:
-    """`response_format` as Ollama's `format`."""
-    kind = look_up(asked, "type")
-    if kind == "json_object":
-        return "json"
-    return look_up(asked, "json_schema", "schema") if kind == "json_schema" else None
-
-
 class CompletionOnOllama(OnOllama):
     """`/v1/completions` asked at `/api/generate`."""
 
@@ -3030,12 +3003,11 @@ class EmbeddingsOnOllama(Translator):
     source = OLLAMA
 
     def request(self) -> Facts:
-        asked = self.question
-        texts = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
-        if not all(isinstance(text, str) for text in texts):
+        texts = self.question["input"]
+        if isinstance(texts, list) and not all(isinstance(text, str) for text in texts):
             raise NotSpoken("Ollama embeds texts, not tokens", param="input")
         options = {"num_ctx": self.context} if self.context else None
-        facts = chosen(asked, "input", "dimensions", "keep_alive")
+        facts = chosen(self.question, "input", "dimensions", "keep_alive")
         return {**facts, "model": self.model, "options": options}
 
     def whole(self, answer: Facts) -> Facts:
@@ -3129,35 +3101,30 @@ class ChatOnOpenAi(OnOpenAi):
             "reasoning_effort": None if switch else think,
         }
 
-    def message(self, told: Facts, calls: Iterable[Facts] = ()) -> Facts:
+    def said(self, choice: Facts, told: Facts, calls: Iterable[Facts] | None = None) -> Facts:
         message: Facts = {"role": "assistant", "content": told.get("content") or ""}
         thinking = told.get("reasoning_content") or told.get("reasoning")
         if thinking:
             message["thinking"] = thinking
         if calls:
-            message["tool_calls"] = [
-                ollama_tool_call(call, index=at) for at, call in enumerate(calls)
-            ]
-        return message
-
-    def probabilities(self, choice: Facts) -> Facts:
+            numbered = enumerate(calls)
+            message["tool_calls"] = [ollama_tool_call(call, index=at) for at, call in numbered]
         probs = choice.get("logprobs") and choice["logprobs"].get("content")
-        return {"logprobs": probs} if probs else {}
+        return {"message": message, "logprobs": probs} if probs else {"message": message}
 
     def whole(self, answer: Facts) -> Facts:
         choice = self.note(answer)
-        message = self.message(choice["message"], choice["message"].get("tool_calls"))
-        return {**self.head(), "message": message, **self.probabilities(choice), **self.tail()}
+        told = choice["message"]
+        return {**self.head(), **self.said(choice, told, told.get("tool_calls")), **self.tail()}
 
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
         delta = choice.get("delta") or {}
         for call in delta.get("tool_calls") or ():
             self.gather(call)
-        message = self.message(delta)
-        if not message["content"] and "thinking" not in message:
-            return b""
-        return self.line({"message": message, **self.probabilities(choice)})
+        facts = self.said(choice, delta)
+        heard = facts["message"]["content"] or "thinking" in facts["message"]
+        return self.line(facts) if heard else b""
 
     def gather(self, call: Facts) -> None:
         """Ollama tells a tool call at once, OpenAI its arguments bit by bit."""
@@ -3169,8 +3136,8 @@ class ChatOnOpenAi(OnOpenAi):
 
     def end(self) -> bytes:
         calls = [call for _, call in sorted(self._calls.items())]
-        told = self.line({"message": self.message({}, calls)}) if calls else b""
-        return told + self.line({"message": self.message({}), **self.tail()})
+        told = self.line(self.said({}, {}, calls)) if calls else b""
+        return told + self.line({**self.said({}, {}), **self.tail()})
 
 
 def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
@@ -5002,73 +4969,63 @@ NO_DETAILS = {
     "quantization_level": "",
 }
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-MANAGED_BY = {
-    "/api/push": ("model", "name"),
-    "/api/copy": ("source",),
-    "/api/delete": ("model", "name"),
-}
+# The member that names the model, where only an Ollama that has it can do what is asked.
+MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
+Lister = Callable[[Report], Sequence[Facts]]
 
 
-class Shelf:
+def reports_of(fleet: Fleet) -> Iterator[Report]:
+    for backend in fleet.backends.values():
+        if backend.report is not None and backend.state is State.UP:
+            yield backend.report
+
+
+def merge_rows(fleet: Fleet, told: Lister) -> dict[str, Facts]:
     """The models of all healthy backends, each once, as its first backend describes it."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-
-    def reports(self) -> Iterator[Report]:
-        for backend in self.fleet.backends.values():
-            if backend.report is not None and backend.state is State.UP:
-                yield backend.report
-
-    def merge(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-        merged: dict[str, dict[str, Any]] = {}
-        for name, row in rows:
-            merged.setdefault(model_key(name), row)
-        return merged
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """As `/v1/models` has them."""
-        return self.merge((str(one["id"]), one) for each in self.reports() for one in each.entries)
-
-    def tags(self) -> list[dict[str, Any]]:
-        """As `/api/tags` has them; of other runners than Ollama little is known."""
-        return list(self.merge(row for one in self.reports() for row in tag_rows(one)).values())
-
-    def running(self) -> list[dict[str, Any]]:
-        """The loaded ones, as `/api/ps` has them."""
-        return list(self.merge(row for one in self.reports() for row in running_rows(one)).values())
+    merged: dict[str, Facts] = {}
+    for report in reports_of(fleet):
+        for row in told(report):
+            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
+    return merged
 
 
-def bare_tag(name: str, created: object = None) -> dict[str, Any]:
+def entry_rows(report: Report) -> Sequence[Facts]:
+    """As `/v1/models` has them."""
+    return report.entries
+
+
+def tag_rows(report: Report) -> Sequence[Facts]:
+    """As `/api/tags` has them; of other runners than Ollama little is known."""
+    if report.kind == "ollama" and report.tags:
+        return report.tags
+    return [bare_tag(str(one["id"]), since(one)) for one in report.entries]
+
+
+def running_rows(report: Report) -> Sequence[Facts]:
+    """The loaded ones, as `/api/ps` has them."""
+    if report.kind == "ollama":
+        return report.running
+    more = {"expires_at": LONG_AFTER, "size_vram": 0}
+    return [{**bare_tag(name), **more} for name in report.loaded]
+
+
+def since(entry: Facts) -> str:
+    created = entry.get("created")
+    return rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
+
+
+def bare_tag(name: str, modified: str = LONG_AGO) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
-    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
-    facts = {"name": name, "model": name, "modified_at": since, "size": 0, "digest": ""}
+    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
     return {**facts, "details": NO_DETAILS}
 
 
-def tag_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    if report.kind == "ollama" and report.tags:
-        yield from ((str(one.get("name")), one) for one in report.tags)
-    else:
-        for one in report.entries:
-            yield str(one["id"]), bare_tag(str(one["id"]), one.get("created"))
+def anthropic_model(entry: Facts) -> Facts:
+    name = entry["id"]
+    return {"type": "model", "id": name, "display_name": name, "created_at": since(entry)}
 
 
-def running_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    if report.kind == "ollama":
-        yield from ((str(one.get("name")), one) for one in report.running)
-    else:
-        for name in report.loaded:
-            yield name, {**bare_tag(name), "expires_at": LONG_AFTER, "size_vram": 0}
-
-
-def anthropic_model(entry: dict[str, Any]) -> dict[str, Any]:
-    created = entry.get("created")
-    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
-    return {"type": "model", "id": entry["id"], "display_name": entry["id"], "created_at": since}
-
-
-def anthropic_list(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def anthropic_list(entries: Sequence[Facts]) -> Facts:
     data = [anthropic_model(entry) for entry in entries]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"data": data, "has_more": False, "first_id": first, "last_id": last}
@@ -5087,23 +5044,29 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
         raise BackendDown("every Ollama is down")
     if path not in MANAGED_BY or named:
         return up[0]
-    model = next((values[name] for name in MANAGED_BY[path] if values.get(name)), None)
-    if not isinstance(model, str):
-        raise BadRequest(f"{MANAGED_BY[path][0]} is the name of a model", param=MANAGED_BY[path][0])
+    model = read_name(values, MANAGED_BY[path])
     for one in up:
         if model_key(model) in one.models:
             return one
     raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
 
 
+def read_name(values: Mapping[str, Any], member: str = "model") -> str:
+    """The model that a request is about; `name` is the older name of the member."""
+    model = values.get(member) or values.get("name")
+    if not isinstance(model, str):
+        raise BadRequest(f"{member} is the name of a model", param=member)
+    return model
+
+
+@dataclass
 class Passage:
     """A request that goes to one backend and back as it is, both bodies piece by piece."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, backend: Backend, path: str) -> None:
-        self.gateway = gateway
-        self.exchange = exchange
-        self.backend = backend
-        self.path = path
+    gateway: Gateway
+    exchange: Exchange
+    backend: Backend
+    path: str
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
@@ -5639,46 +5602,40 @@ async def get_root(_door: Door, exchange: Exchange, _: str) -> None:
 
 
 async def get_version(door: Door, exchange: Exchange, _: str) -> None:
-    versions = [report.version for report in Shelf(door.gateway.fleet).reports() if report.version]
+    versions = [report.version for report in reports_of(door.gateway.fleet) if report.version]
     facts = {"version": versions[0] if versions else OLLAMA_VERSION}
     facts.update(llmq=__version__, instance=door.gateway.instance)
     exchange.respond(200, render_json(facts))
 
 
 async def get_models(door: Door, exchange: Exchange, _: str) -> None:
-    entries = list(Shelf(door.gateway.fleet).entries().values())
+    entries = list(merge_rows(door.gateway.fleet, entry_rows).values())
     anthropic = "anthropic-version" in exchange.request.headers
     facts = anthropic_list(entries) if anthropic else {"object": "list", "data": entries}
     exchange.respond(200, render_json(facts))
 
 
 async def get_model(door: Door, exchange: Exchange, name: str) -> None:
-    entries, gateway = Shelf(door.gateway.fleet).entries(), door.gateway
-    entry = entries.get(model_key(name))
-    if entry is None:
-        alias = find_alias(gateway.settings.aliases, name)
-        entry = entries.get(model_key(alias)) if alias else None
+    entries = merge_rows(door.gateway.fleet, entry_rows)
+    alias = find_alias(door.gateway.settings.aliases, name)
+    entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
     if entry is None:
         raise ModelNotFound(f"model {printable(name)!r} not found", param="model")
     anthropic = "anthropic-version" in exchange.request.headers
     exchange.respond(200, render_json(anthropic_model(entry) if anthropic else entry))
 
 
-async def get_tags(door: Door, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).tags()}))
-
-
-async def get_running(door: Door, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).running()}))
+async def get_rows(told: Lister, door: Door, exchange: Exchange, _: str) -> None:
+    """Models as Ollama lists them."""
+    rows = merge_rows(door.gateway.fleet, told)
+    exchange.respond(200, render_json({"models": list(rows.values())}))
 
 
 async def post_show(door: Door, exchange: Exchange, _: str) -> None:
     """What an Ollama shows of its model, asked now; of another runner's model little is known."""
-    values = await read_values(door, exchange)
-    asked = values.get("model") or values.get("name")
-    if not isinstance(asked, str):
-        raise BadRequest("model is the name of a model", param="model")
-    model, gateway = await door.desk.resolve_model(asked), door.gateway
+    gateway = door.gateway
+    values = await read_values(exchange, gateway.settings.server.max_body)
+    model = await door.desk.resolve_model(read_name(values))
     for backend in gateway.fleet.serving(model_key(model)):
         if backend.kind == "ollama" and backend.usable:
             body = render_json({**values, "model": backend.name_for(model)})
@@ -5691,20 +5648,21 @@ async def post_show(door: Door, exchange: Exchange, _: str) -> None:
     return exchange.respond(200, render_json({**facts, "model_info": {}, "capabilities": [kind]}))
 
 
-async def read_values(door: Door, exchange: Exchange) -> dict[str, Any]:
+async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
-    await exchange.read_body(door.gateway.settings.server.max_body)
+    await exchange.read_body(limit)
     members = locate_members(decode_json(exchange.request.body))
     return {member.name: member.value for member in members}
 
 
 async def manage(path: str, door: Door, exchange: Exchange, digest: str) -> None:
     """Model management: straight to an Ollama and back, beside the queue."""
-    request, fleet = exchange.request, door.gateway.fleet
+    request, gateway = exchange.request, door.gateway
     check_way(door, request)
-    values = {} if digest else await read_values(door, exchange)
-    backend = pick_manager(fleet, path, values, request.headers.get("x-llmq-backend"))
-    await Passage(door.gateway, exchange, backend, path + quote(digest, safe=":")).run()
+    limit = gateway.settings.server.max_body
+    values = {} if digest else await read_values(exchange, limit)
+    backend = pick_manager(gateway.fleet, path, values, request.headers.get("x-llmq-backend"))
+    await Passage(gateway, exchange, backend, path + quote(digest, safe=":")).run()
 
 
 def check_way(door: Door, request: Request) -> None:
@@ -5717,7 +5675,8 @@ def check_way(door: Door, request: Request) -> None:
 
 async def post_count(door: Door, exchange: Exchange, _: str) -> None:
     """Tokens of a request for messages: counted where the model is loaded, else estimated."""
-    values, gateway = await read_values(door, exchange), door.gateway
+    gateway = door.gateway
+    values = await read_values(exchange, gateway.settings.server.max_body)
     question = read_question(exchange.request.body, COUNT_ENDPOINT)
     model = await door.desk.resolve_model(question.model)
     key, limit = model_key(model), gateway.settings.upstream.probe_timeout
@@ -5727,8 +5686,7 @@ async def post_count(door: Door, exchange: Exchange, _: str) -> None:
         if backend.usable and backend.kind in ("llamacpp", "vllm") and backend.is_loaded(key):
             body = question.body_for(backend.name_for(model))
             status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, more)
-            tokens = counted.get("input_tokens") if isinstance(counted, dict) else None
-            if status == 200 and isinstance(tokens, int):
+            if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
                 return exchange.respond(200, render_json(counted))
     return exchange.respond(200, render_json({"input_tokens": estimate_tokens(values)}))
 
@@ -5776,7 +5734,7 @@ async def get_metrics(door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(200, door.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-async def read_control(exchange: Exchange) -> dict[str, Any]:
+async def read_control(exchange: Exchange) -> Facts:
     """The JSON object that changes something.
 
     No plain form can send its content type, so a page from elsewhere would need a preflight,
@@ -5785,9 +5743,7 @@ async def read_control(exchange: Exchange) -> dict[str, Any]:
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise UnsupportedMediaType("send Content-Type: application/json")
-    await exchange.read_body(CONTROL_BODY)
-    members = locate_members(decode_json(exchange.request.body))
-    return {member.name: member.value for member in members}
+    return await read_values(exchange, CONTROL_BODY)
 
 
 async def post_mode(door: Door, exchange: Exchange, _: str) -> None:
@@ -5885,8 +5841,10 @@ ROUTES = (
     reading("/v1/models", "the models of all backends", get_models),
     reading("/models", "the same", get_models),
     reading("/v1/models/{id...}", "one model", get_model),
-    reading("/api/tags", "the models, as Ollama lists them", get_tags),
-    row(Access.OPEN, "GET", "/api/ps", "the loaded ones", get_running),
+    reading("/api/tags", "the models, as Ollama lists them", functools.partial(get_rows, tag_rows)),
+    row(
+        Access.OPEN, "GET", "/api/ps", "the loaded ones", functools.partial(get_rows, running_rows)
+    ),
     row(Access.OPEN, "POST", "/api/show", "one model, as its Ollama shows it", post_show),
     managed("POST", "/api/pull", "to the first Ollama, straight through"),
     managed("POST", "/api/create", "the same"),
