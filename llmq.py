@@ -2032,14 +2032,13 @@ def cut_members(text: str, members: Sequence[Member], names: Iterable[str]) -> s
     kept = [member for member in members if member.name not in names]
     if len(kept) == len(members):
         return text
-    if not kept:
-        return text[: members[0].start] + text[members[-1].end :]
-    pieces = [text[: members[0].start]]
-    for member, following in zip(members, members[1:]):
-        if member.name not in names and member is not kept[-1]:
-            pieces.append(text[member.start : following.start])
-    pieces.append(text[kept[-1].start : kept[-1].end] + text[members[-1].end :])
-    return "".join(pieces)
+    pieces = [
+        text[member.start : following.start]
+        for member, following in zip(members, members[1:])
+        if member.name not in names and member is not kept[-1]
+    ]
+    pieces += [text[member.start : member.end] for member in kept[-1:]]
+    return text[: members[0].start] + "".join(pieces) + text[members[-1].end :]
 
 
 class Edit(NamedTuple):
@@ -2167,6 +2166,13 @@ class Dialect:
     stream_type = "text/event-stream"
     line_limit = end_limit = WATCHED_LINE  # of a stream, and of what its end may be
     line_events = False  # each line is an event; else an empty one ends it
+    line_break, error_event = b"\n\n", b"event: error\ndata: %b\n\n"
+    error_types: Mapping[int, str] = {}  # by status, where they are special
+    end_hint: bytes  # in each end of a good stream
+    end_line: re.Pattern[bytes]  # where it begins
+    error_object: Callable[[LlmqError, str], dict[str, Any]]  # with the id of the request
+    is_error: Callable[[Any], bool]  # whether clients of the dialect take this parsed body for one
+    heartbeat: Callable[[int, float], bytes]  # position and eta, no part of the answer to a parser
 
     def render_error(self, error: LlmqError, request_id: str = "") -> bytes:
         """The body of an error answer: the runner's own where it wrote one in this dialect."""
@@ -2174,24 +2180,22 @@ class Dialect:
             return error.body
         return render_json(self.error_object(error, request_id))
 
-    def error_object(self, error: LlmqError, request_id: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def is_error(self, document: Any) -> bool:
-        """Whether this parsed body is an error as clients of the dialect expect it."""
-        raise NotImplementedError
+    def error_type(self, error: LlmqError) -> str:
+        usual = "api_error" if error.status >= 500 else "invalid_request_error"
+        return self.error_types.get(error.status, usual)
 
     def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
         """An error after the head of a stream (`inside` a line of it): SDKs raise on it."""
-        raise NotImplementedError
+        event = self.error_event % render_json(self.stream_error(error, request_id))
+        return self.line_break + event if inside else event
 
-    def heartbeat(self, position: int, eta: float) -> bytes:
-        """A sign of life that no client's parser takes for a part of the answer."""
-        raise NotImplementedError
+    def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
+        return self.error_object(error, request_id)
 
     def find_end(self, seen: bytes) -> int:
         """Where the end of a good stream begins in whole and half lines; -1: not yet."""
-        raise NotImplementedError
+        match = self.end_line.search(seen) if self.end_hint in seen else None
+        return match.start() if match else -1
 
     def is_stream(self, content_type: str) -> bool:
         return content_type.startswith(self.stream_type)
@@ -2215,23 +2219,27 @@ class Dialect:
         return value if name == b"data" else b""
 
 
+def look_up(document: Any, *path: str) -> Any:
+    """What stands at this path in a parsed document, None where there is no such member."""
+    for name in path:
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
+
+
 def error_of(document: Any) -> Any:
     """What a parsed event or answer says went wrong, or None."""
     if not isinstance(document, dict):
         return None
-    if document.get("type") == "response.failed":
-        response = document.get("response")
-        return (response.get("error") if isinstance(response, dict) else None) or document
-    if document.get("error"):
-        return document["error"]
-    return document if document.get("type") == "error" else None
+    kind = document.get("type")
+    if kind == "response.failed":
+        return look_up(document, "response", "error") or document
+    return document.get("error") or (document if kind == "error" else None)
 
 
 def error_text(error: Any) -> str:
     """The words of an error, in whichever dialect; empty where there are none."""
-    if isinstance(error, dict):
-        error = error.get("message")
-    return error if isinstance(error, str) else ""
+    words = look_up(error, "message") if isinstance(error, dict) else error
+    return words if isinstance(words, str) else ""
 
 
 def parse_json(body: bytes) -> Any:
@@ -2262,7 +2270,7 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     return answer
 
 
-def find_count(document: Any, of_usage: Names, of_timings: str, of_all: str) -> int | None:
+def find_count(document: Any, openai: str, anthropic: str, timing: str, native: str) -> int | None:
     """A number of tokens that an answer tells; llama.cpp's timings where there is no usage.
 
     The place differs: `usage` (OpenAI, Anthropic), the same inside `response` (OpenAI's responses,
@@ -2273,41 +2281,35 @@ def find_count(document: Any, of_usage: Names, of_timings: str, of_all: str) -> 
     for name in ("response", "message"):
         inner = document.get(name)
         document = inner if isinstance(inner, dict) and "usage" in inner else document
-    for table, names in (
-        (document.get("usage"), of_usage),
-        (document.get("timings"), (of_timings,)),
-        (document, (of_all,)),
-    ):
-        for name in names if isinstance(table, dict) else ():
-            if isinstance(table.get(name), int):
-                return int(table[name])
+    usage, timings = document.get("usage"), document.get("timings")
+    found = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
+    found += [timings.get(timing)] if isinstance(timings, dict) else []
+    for tokens in (*found, document.get(native)):
+        if isinstance(tokens, int):
+            return tokens
     return None
 
 
 def read_usage(document: Any) -> int | None:
     """The tokens of an answer, as it tells."""
-    return find_count(document, ("completion_tokens", "output_tokens"), "predicted_n", "eval_count")
+    return find_count(document, "completion_tokens", "output_tokens", "predicted_n", "eval_count")
 
 
 def read_prompt_usage(document: Any) -> int | None:
     """The tokens of its prompt, likewise."""
-    names = ("prompt_tokens", "input_tokens")
-    return find_count(document, names, "prompt_n", "prompt_eval_count")
+    return find_count(document, "prompt_tokens", "input_tokens", "prompt_n", "prompt_eval_count")
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
     """A whole answer, None where it is too large to parse; BackendError when it says it failed."""
-    if len(body) > PARSED_ANSWER:  # embeddings by the megabyte: look at the ends only
-        if body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
-            return None
-        raise BackendError("the backend's answer is not JSON")
-    document = parse_json(body)
-    if document is None:
-        raise BackendError("the backend's answer is not JSON")
+    large = len(body) > PARSED_ANSWER  # embeddings by the megabyte: look at the ends only
+    document = None if large else parse_json(body)
+    if large and body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
+        return None
+    if document and isinstance(document, list):  # some rerankers answer with a bare list
+        return None
     if not isinstance(document, dict):
-        if isinstance(document, list) and document:  # some rerankers answer with a bare list
-            return None
-        raise BackendError("the backend's answer is not an object")
+        raise BackendError("the backend's answer is not a JSON object")
     error = error_of(document)
     if error is not None:
         raise BackendError(error_text(error) or "the backend's answer is an error")
@@ -2445,79 +2447,57 @@ def cut_context(text: str) -> str:
     """The text without `options.num_ctx`."""
     edit = edit_of(text, locate_members(text), "options")
     inner = text[edit.start : edit.end]
-    return (
-        text[: edit.start]
-        + cut_members(inner, scan_members(inner), ("num_ctx",))
-        + text[edit.end :]
-    )
+    cut = cut_members(inner, scan_members(inner), ("num_ctx",))
+    return text[: edit.start] + cut + text[edit.end :]
 
 
 # ==== 11. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
-DONE_LINE = re.compile(rb"(?:\A|\n)data: ?\[DONE\]")
-RESPONSE_END = re.compile(rb"(?:\A|\n)event: ?response\.(?:completed|incomplete)\r?\ndata:")
-ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
-
 
 class OpenAi(Dialect):
     """Event streams that `data: [DONE]` ends; comments are signs of life."""
 
+    error_event = b"data: %b\n\n"
+    error_types: Mapping[int, str] = {404: "not_found_error", 429: "rate_limit_error"}
+    end_hint, end_line = b"[DONE]", re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
+
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
-        kind = ERROR_TYPES.get(error.status)
-        if kind is None:
-            kind = "api_error" if error.status >= 500 else "invalid_request_error"
-        facts = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-        return {"error": facts}
+        facts = {"message": error.message, "type": self.error_type(error)}
+        return {"error": {**facts, "param": error.param, "code": error.code}}
 
     def is_error(self, document: Any) -> bool:
-        error = document.get("error") if isinstance(document, dict) else None
-        return (
-            isinstance(error, dict) and bool(error_text(error)) and document.get("type") != "error"
-        )
-
-    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
-        start = b"\n\ndata: " if inside else b"data: "
-        return start + render_json(self.error_object(error, request_id)) + b"\n\n"
+        words = look_up(document, "error", "message")
+        return isinstance(words, str) and words != "" and document.get("type") != "error"
 
     def heartbeat(self, position: int, eta: float) -> bytes:
         return b": position=%d eta=%d\n\n" % (position, round(eta))
-
-    def find_end(self, seen: bytes) -> int:
-        match = DONE_LINE.search(seen) if b"[DONE]" in seen else None
-        return seen.index(b"data", match.start()) if match else -1
 
 
 class OpenAiResponses(OpenAi):
     """Event streams whose last event tells how the response ended, and repeats it all."""
 
+    error_event = Dialect.error_event
     end_limit = PARSED_LINE
+    end_hint = b"response."
+    end_line = re.compile(rb"^event: ?response\.(?:completed|incomplete)\r?\ndata:", re.MULTILINE)
 
-    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
+    def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
         facts = self.error_object(error, request_id)["error"]
-        event = {**facts, "type": "error", "sequence_number": 0, "error": facts}
-        start = b"\n\nevent: error\ndata: " if inside else b"event: error\ndata: "
-        return start + render_json(event) + b"\n\n"
-
-    def find_end(self, seen: bytes) -> int:
-        match = RESPONSE_END.search(seen) if b"response." in seen else None
-        return seen.index(b"event", match.start()) if match else -1
+        return {**facts, "type": "error", "sequence_number": 0, "error": facts}
 
 
-def check_prompt(values: Mapping[str, Any]) -> None:
-    if not isinstance(values.get("prompt"), (str, list)):
-        raise BadRequest("prompt is a text or a list", param="prompt")
-
-
-def check_input(values: Mapping[str, Any]) -> None:
-    if not isinstance(values.get("input"), (str, list)):
-        raise BadRequest("input is a text or a list", param="input")
+def check_texts(name: str, values: Mapping[str, Any]) -> None:
+    if not isinstance(values.get(name), (str, list)):
+        raise BadRequest(f"{name} is a text or a list", param=name)
 
 
 def check_nothing(_values: Mapping[str, Any]) -> None:
     """The backend knows best."""
 
 
+check_prompt = functools.partial(check_texts, "prompt")
+check_input = functools.partial(check_texts, "input")
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
@@ -2540,16 +2520,13 @@ class Ollama(Dialect):
     stream_type = "application/x-ndjson"
     line_limit = end_limit = PARSED_LINE
     line_events = True
+    line_break, error_event = b"\n", b"%b\n"
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
         return {"error": error.message}
 
     def is_error(self, document: Any) -> bool:
-        return isinstance(document, dict) and isinstance(document.get("error"), str)
-
-    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
-        start = b"\n" if inside else b""
-        return start + render_json(self.error_object(error, request_id)) + b"\n"
+        return isinstance(look_up(document, "error"), str)
 
     def heartbeat(self, _position: int, _eta: float) -> bytes:
         return b" "
@@ -2561,8 +2538,7 @@ class Ollama(Dialect):
         at = seen.rfind(b"\n", 0, hint.start()) + 1
         for line in seen[at:].splitlines(keepends=True):  # it may stand in a tool's arguments
             whole = line.rstrip().endswith(b"}") and DONE_HINT.search(line)
-            document = parse_json(line) if whole else None
-            if isinstance(document, dict) and document.get("done") is True:
+            if whole and look_up(parse_json(line), "done") is True:
                 return at
             at += len(line)
         return -1
@@ -2607,47 +2583,34 @@ OLLAMA_ENDPOINTS = (
 # ==== 13. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
-MESSAGE_END = re.compile(rb"(?:\A|\n)event: ?message_stop\r?\ndata:")
-ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 CHARACTERS_PER_TOKEN = 4  # of prose in English, roughly
 
 
 class Anthropic(Dialect):
     """Named events that `message_stop` ends; `ping` may come anywhere."""
 
+    error_types: Mapping[int, str] = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+    end_hint = b"message_stop"
+    end_line = re.compile(rb"^event: ?message_stop\r?\ndata:", re.MULTILINE)
+
     def error_object(self, error: LlmqError, request_id: str = "") -> dict[str, Any]:
-        kind = ANTHROPIC_TYPES.get(error.status)
-        if kind is None:
-            kind = "api_error" if error.status >= 500 else "invalid_request_error"
-        facts = {"type": kind, "message": error.message}
+        facts = {"type": self.error_type(error), "message": error.message}
         return {"type": "error", "error": facts, "request_id": request_id or None}
 
     def is_error(self, document: Any) -> bool:
-        return (
-            isinstance(document, dict)
-            and document.get("type") == "error"
-            and bool(error_text(document.get("error")))
-        )
-
-    def render_stream_error(self, error: LlmqError, request_id: str, inside: bool) -> bytes:
-        start = b"\n\nevent: error\ndata: " if inside else b"event: error\ndata: "
-        return start + render_json(self.error_object(error, request_id)) + b"\n\n"
+        words = look_up(document, "error", "message")
+        return isinstance(words, str) and words != "" and document.get("type") == "error"
 
     def heartbeat(self, _position: int, _eta: float) -> bytes:
         return b'event: ping\ndata: {"type":"ping"}\n\n'
-
-    def find_end(self, seen: bytes) -> int:
-        match = MESSAGE_END.search(seen) if b"message_stop" in seen else None
-        return seen.index(b"event", match.start()) if match else -1
 
 
 def count_characters(value: Any) -> int:
@@ -2689,25 +2652,12 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
 IMAGE_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp|gif))?;base64,(.*)", re.DOTALL)
 IMAGE_TYPES = {"/9j/": "jpeg", "iVBOR": "png", "UklGR": "webp", "R0lGOD": "gif"}  # base64's start
 EFFORTS = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}
-SAMPLING = ("seed", "frequency_penalty", "presence_penalty")  # the same name on both sides
-LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")  # runners take these on /v1 too
+# The same names on both sides; the last four runners take on /v1 too, Ollama does not.
+SAMPLING = ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
+LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")
 Facts = dict[str, Any]
 # What a document raises that is not what it should be.
-MALFORMED = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    RecursionError,
-    ArithmeticError,
-    struct.error,
-)
-
-
-def compact(value: object) -> str:
-    """JSON inside a text, as tool calls carry their arguments."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 def rfc3339(seconds: float) -> str:
@@ -2721,10 +2671,20 @@ def present(facts: Facts) -> Facts:
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def chosen(facts: Facts, *names: str) -> Facts:
+    """These members, as far as they are there."""
+    return present({name: facts.get(name) for name in names})
+
+
 class Translator:
     """Asks one route in place of another and retells the answer; one for each attempt."""
 
     source: Dialect = OPENAI  # of the backend's answer
+    # What each of them does; KeyError and the like where a document is not what it must be.
+    request: Callable[[], Facts]  # the request to send; what is None is left out
+    whole: Callable[[Facts], Facts]  # a whole answer retold
+    piece: Callable[[Facts], bytes]  # one event of a stream retold
+    end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
 
     def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
         self.question = question
@@ -2733,35 +2693,20 @@ class Translator:
         self.now = now  # the wall clock
         self.began = now()
         self.id = f"{int(self.began * 1e6):x}"
+        self.wants_usage = look_up(question, "stream_options", "include_usage") is True
         self._line = b""  # the incomplete last line of a stream
 
     def body(self) -> bytes:
         """The request to send; BadRequest, or NotSpoken where it has no counterpart."""
         try:
-            return render_json(self.request())
-        except MALFORMED:
-            raise BadRequest("a member of the request is of a wrong type") from None
-
-    def request(self) -> Facts:
-        raise NotImplementedError
-
-    def whole(self, answer: Facts) -> Facts:
-        """A whole answer retold; KeyError and the like where it is not one."""
-        raise NotImplementedError
-
-    def piece(self, event: Facts) -> bytes:
-        """One event of a stream retold."""
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        """What follows the last event, once the stream has ended well."""
-        return b""
+            return render_json(present(self.request()))
+        except MALFORMED as error:
+            words = "a member, or the arguments of a tool call, is not what it must be"
+            raise BadRequest(f"{words}: {error}") from None
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that retell these, however they are cut."""
-        data = self._line + data
-        cut = data.rfind(b"\n") + 1
-        lines, self._line = data[:cut], data[cut:]
+        lines, _, self._line = (self._line + data).rpartition(b"\n")
         if len(self._line) > PARSED_LINE:
             raise BackendError("a line of the backend's answer is too long to be translated")
         told = []
@@ -2773,7 +2718,7 @@ class Translator:
 
     def finish(self, data: bytes) -> bytes:
         """The same for the last bytes."""
-        return self.feed(data + b"\n") + cast(bytes, self.retell(self.end))
+        return b"".join([self.feed(data + b"\n"), self.retell(self.end)])
 
     def retell(self, how: Callable[..., Any], *answer: Any) -> Any:
         try:
@@ -2782,159 +2727,168 @@ class Translator:
             raise BackendError("the backend's answer is not what its dialect has") from None
 
 
+def openai_tool_call(ident: str, call: Facts) -> Facts:
+    """A tool call of Ollama's; OpenAI has its arguments as a text."""
+    name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
+    text = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    facts = {"name": name, "arguments": text}
+    return {"id": call.get("id") or ident, "type": "function", "function": facts}
+
+
+def ollama_tool_call(call: Facts, **place: int) -> Facts:
+    """The reverse."""
+    function = call["function"]
+    arguments = json.loads(function.get("arguments") or "{}")
+    facts = {**place, "name": function["name"], "arguments": arguments}
+    return present({"id": call.get("id"), "function": facts})
+
+
 # ---- from OpenAI to Ollama
 
 
 class OnOllama(Translator):
-    """What all routes of OpenAI have in common when Ollama's own are asked."""
+    """What chats and completions of OpenAI have in common when Ollama's own routes are asked."""
 
     source = OLLAMA
+    prefix, kind, piece_kind = "cmpl", "text_completion", "text_completion"
+    blank_usage = False  # each piece has a usage, of nothing, where one is wanted
+    choice: Callable[[Facts], Facts]  # of a whole answer
 
-    def options(self) -> Facts:
+    def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
         asked = self.question
         stop, most = asked.get("stop"), asked.get("max_tokens")
-        options = {name: asked.get(name) for name in SAMPLING}
-        options["stop"] = [stop] if isinstance(stop, str) else stop
-        options["num_predict"] = asked.get("max_completion_tokens") if most is None else most
-        for name in ("temperature", "top_p"):
-            options[name] = 1.0 if asked.get(name) is None else asked[name]
-        options["num_ctx"] = self.context or None
-        return present(options)
-
-    def common(self) -> Facts:
-        stream = bool(self.question.get("stream"))
-        return {"model": self.model, "options": self.options(), "stream": stream}
+        options = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            **chosen(asked, *SAMPLING),
+            "stop": [stop] if isinstance(stop, str) else stop,
+            "num_predict": asked.get("max_completion_tokens") if most is None else most,
+            "num_ctx": self.context or None,
+        }
+        facts = {"model": self.model, "options": present(options), **chosen(asked, "keep_alive")}
+        return {**facts, "stream": bool(asked.get("stream"))}
 
     def usage(self, answer: Facts) -> Facts:
         asked, told = answer.get("prompt_eval_count", 0), answer.get("eval_count", 0)
         return {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
 
-    def frame(self, kind: str, *choices: Facts, usage: Facts | None = None) -> Facts:
-        """What stands around the choices of an answer or a chunk."""
-        ident = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{self.id}"
-        facts = {"id": ident, "object": kind, "created": int(self.began), "model": self.model}
-        facts = {**facts, "system_fingerprint": "fp_ollama", "choices": list(choices)}
+    def frame(self, kind: str, choices: list[Facts], usage: Facts | None) -> Facts:
+        """What stands around the choices of an answer or a piece."""
+        facts: Facts = {
+            "id": f"{self.prefix}-{self.id}",
+            "object": kind,
+            "created": int(self.began),
+            "model": self.model,
+            "system_fingerprint": "fp_ollama",
+            "choices": choices,
+        }
         return {**facts, "usage": usage} if usage else facts
 
-    @property
-    def wants_usage(self) -> bool:
-        options = self.question.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
+    def choices(self, event: Facts) -> Iterable[Facts]:
+        return [self.choice(event)]
 
-    def event(self, kind: str, *choices: Facts, usage: Facts | None = None) -> bytes:
-        return b"data: " + render_json(self.frame(kind, *choices, usage=usage)) + b"\n\n"
+    def whole(self, answer: Facts) -> Facts:
+        return self.frame(self.kind, [self.choice(answer)], self.usage(answer))
 
-    def ending(self, kind: str, event: Facts) -> bytes:
-        """What follows the last choice of a stream."""
-        told = self.event(kind, usage=self.usage(event)) if self.wants_usage else b""
-        return told + b"data: [DONE]\n\n"
+    def piece(self, event: Facts) -> bytes:
+        blank = self.usage({}) if self.blank_usage and self.wants_usage else None
+        told = [self.frame(self.piece_kind, [one], blank) for one in self.choices(event)]
+        if event.get("done") is True and self.wants_usage:
+            told.append(self.frame(self.piece_kind, [], self.usage(event)))
+        return b"".join([b"data: " + render_json(one) + b"\n\n" for one in told])
+
+    def end(self) -> bytes:
+        return b"data: [DONE]\n\n"
 
 
 class ChatOnOllama(OnOllama):
     """`/v1/chat/completions` asked at `/api/chat`."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._first, self._tools = True, 0  # no delta sent yet; tool calls so far
+    prefix, kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    _first, _tools = True, 0  # no delta sent yet; tool calls so far
 
     def request(self) -> Facts:
-        asked = self.question
-        reasoning = asked.get("reasoning")
-        effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
+        asked, form = self.question, self.question.get("response_format")
+        effort = look_up(asked, "reasoning", "effort")
         effort = asked.get("reasoning_effort") if effort is None else effort
-        facts = {
+        schema = look_up(form, "json_schema", "schema")
+        return {
             **self.common(),
+            **chosen(asked, "tools", "logprobs", "top_logprobs"),
             "messages": ollama_messages(asked["messages"]),
-            "format": ollama_format(asked.get("response_format")),
+            "format": "json" if look_up(form, "type") == "json_object" else schema,
             "think": EFFORTS.get(effort, effort) if isinstance(effort, str) else None,
         }
-        facts.update({one: asked.get(one) for one in ("tools", "logprobs", "top_logprobs")})
-        facts["keep_alive"] = asked.get("keep_alive")
-        return present(facts)
 
-    def tool_calls(self, message: Facts) -> list[Facts]:
-        calls = []
-        for call in message.get("tool_calls") or ():
-            function = call["function"]
-            name, arguments = function["name"], compact(function.get("arguments") or {})
-            ident = call.get("id") or f"call_{self.id}_{self._tools}"
-            facts = {"id": ident, "index": function.get("index", self._tools), "type": "function"}
-            calls.append({**facts, "function": {"name": name, "arguments": arguments}})
-            self._tools += 1
-        return calls
-
-    def reason(self, answer: Facts) -> str | None:
-        return "tool_calls" if self._tools else answer.get("done_reason") or None
-
-    def whole(self, answer: Facts) -> Facts:
+    def choice(self, answer: Facts) -> Facts:
         told = answer["message"]
-        message = {"role": told["role"], "content": told.get("content", "")}
-        if told.get("thinking"):
-            message["reasoning"] = told["thinking"]
-        if told.get("tool_calls"):
-            message["tool_calls"] = self.tool_calls(told)
-        choice = self.choice("message", message, self.reason(answer), answer)
-        return self.frame("chat.completion", choice, usage=self.usage(answer))
+        thought, said = self.parts(told)
+        message = {"role": told["role"], "content": "", **thought, **said}
+        return self.wrap("message", message, answer, ends=True)
 
-    def choice(self, name: str, said: Facts, reason: str | None, answer: Facts) -> Facts:
-        choice: Facts = {"index": 0, name: said, "finish_reason": reason}
-        if answer.get("logprobs"):
-            choice["logprobs"] = {"content": answer["logprobs"]}
-        return choice
-
-    def deltas(self, message: Facts) -> Iterator[Facts]:
-        """What a message adds; thoughts apart from what is said, as Ollama splits them."""
-        said = {"content": message["content"]} if message.get("content") else {}
-        if message.get("tool_calls"):
-            said["tool_calls"] = self.tool_calls(message)
-        thought = {"reasoning": message["thinking"]} if message.get("thinking") else {}
-        for delta in (thought, said):
+    def choices(self, event: Facts) -> Iterator[Facts]:
+        for delta in self.parts(event["message"]):
             if delta:
                 role = {"role": "assistant", "content": ""} if self._first else {}
                 self._first = False
-                yield {**role, **delta}
-
-    def piece(self, event: Facts) -> bytes:
-        kind, told = "chat.completion.chunk", b""
-        for delta in self.deltas(event["message"]):
-            told += self.event(kind, self.choice("delta", delta, None, event))
+                yield self.wrap("delta", {**role, **delta}, event)
         if event.get("done") is True:
-            told += self.event(kind, self.choice("delta", {}, self.reason(event), {}))
-            told += self.ending(kind, event)
-        return told
+            yield self.wrap("delta", {}, event, ends=True)
+
+    def wrap(self, name: str, said: Facts, answer: Facts, *, ends: bool = False) -> Facts:
+        reason = "tool_calls" if self._tools else answer.get("done_reason") or None
+        choice: Facts = {"index": 0, name: said, "finish_reason": reason if ends else None}
+        if said and answer.get("logprobs"):
+            choice["logprobs"] = {"content": answer["logprobs"]}
+        return choice
+
+    def parts(self, message: Facts) -> tuple[Facts, Facts]:
+        """What was thought and what was said, which Ollama tells in deltas of their own."""
+        thought = {"reasoning": message["thinking"]} if message.get("thinking") else {}
+        said = {"content": message["content"]} if message.get("content") else {}
+        if message.get("tool_calls"):
+            said["tool_calls"] = [self.tool_call(call) for call in message["tool_calls"]]
+        return thought, said
+
+    def tool_call(self, call: Facts) -> Facts:
+        facts = openai_tool_call(f"call_{self.id}_{self._tools}", call)
+        facts["index"] = call["function"].get("index", self._tools)
+        self._tools += 1
+        return facts
 
 
 def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     told: list[Facts] = []
+    names = {  # of the functions called; of two calls with one id the last counts
+        call["id"]: look_up(call, "function", "name")
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if call.get("id")
+    }
     for message in messages:
-        content, calls = message.get("content"), message.get("tool_calls")
-        facts = {"role": message.get("role"), "thinking": message.get("reasoning") or None}
+        role, content, calls = map(message.get, ("role", "content", "tool_calls"))
+        facts = {"thinking": message.get("reasoning") or None}
         facts["tool_calls"] = [ollama_tool_call(call) for call in calls] if calls else None
-        if message.get("role") == "tool":
-            ident = message.get("tool_call_id")
-            facts["tool_call_id"] = ident
-            facts["tool_name"] = message.get("name") or called_name(messages, ident)
-        if isinstance(content, list):
-            parts = [{"role": facts["role"], **ollama_part(part)} for part in content]
-            parts = parts or [{"role": facts["role"], "content": ""}]
-            parts[-1].update(present(facts))
-            told += parts
-        elif isinstance(content, str) or calls:
-            told.append(present({**facts, "content": content or ""}))
-        else:
+        if role == "tool":
+            facts["tool_call_id"] = message.get("tool_call_id")
+            facts["tool_name"] = message.get("name") or names.get(facts["tool_call_id"])
+        if not calls and not isinstance(content, (str, list)):
             raise BadRequest("content is a text or a list of parts", param="messages")
+        alone = [{"type": "text", "text": content or ""}]
+        parts = content if content and isinstance(content, list) else alone
+        told += [{"role": role, **ollama_part(part)} for part in parts]
+        told[-1].update(present(facts))
     return told
 
 
 def ollama_part(part: Any) -> Facts:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"content": part["text"]}
+    kind, text, url = (look_up(part, name) for name in ("type", "text", "image_url"))
+    if kind == "text" and isinstance(text, str):
+        return {"content": text}
     if kind != "image_url":
         raise BadRequest("a part of a content is a text or an image_url", param="messages")
-    url = part.get("image_url")
     url = url.get("url") if isinstance(url, dict) else url
     match = IMAGE_URL.fullmatch(url) if isinstance(url, str) else None
     if not match:
@@ -2942,86 +2896,52 @@ def ollama_part(part: Any) -> Facts:
     return {"content": "", "images": [match[1]]}
 
 
-def ollama_tool_call(call: Any) -> Facts:
-    try:
-        function = {"name": call["function"]["name"]}
-        function["arguments"] = json.loads(call["function"].get("arguments") or "{}")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadRequest("a tool call has a name and arguments in JSON", param="messages") from None
-    return present({"id": call.get("id"), "function": function})
-
-
-def called_name(messages: Sequence[Facts], ident: Any) -> str | None:
-    """The function that the latest call of this id called."""
-    for message in reversed(messages):
-        for call in message.get("tool_calls") or ():
-            if ident is not None and call.get("id") == ident:
-                return cast("str | None", call.get("function", {}).get("name"))
-    return None
-
-
-def ollama_format(asked: Any) -> Any:
-    """`response_format` as Ollama's `format`."""
-    kind = asked.get("type") if isinstance(asked, dict) else None
-    if kind == "json_object":
-        return "json"
-    schema = asked.get("json_schema") if kind == "json_schema" else None
-    return schema.get("schema") if isinstance(schema, dict) else None
-
-
 class CompletionOnOllama(OnOllama):
     """`/v1/completions` asked at `/api/generate`."""
 
+    blank_usage = True
+
     def request(self) -> Facts:
-        asked = self.question
-        if not isinstance(asked["prompt"], str):
+        prompt, probs = self.question["prompt"], self.question.get("logprobs") or None
+        if not isinstance(prompt, str):
             raise NotSpoken("Ollama takes one prompt, a text", param="prompt")
-        facts = {**self.common(), "prompt": asked["prompt"], "suffix": asked.get("suffix")}
-        if asked.get("logprobs"):
-            facts.update(logprobs=True, top_logprobs=asked["logprobs"])
+        facts = {**self.common(), **chosen(self.question, "suffix"), "prompt": prompt}
         facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
-        return present({**facts, "keep_alive": asked.get("keep_alive")})
+        return {**facts, "logprobs": probs and True, "top_logprobs": probs}
 
     def choice(self, answer: Facts) -> Facts:
         reason = answer.get("done_reason") or None
         return {"text": answer["response"], "index": 0, "finish_reason": reason}
 
-    def whole(self, answer: Facts) -> Facts:
-        return self.frame("text_completion", self.choice(answer), usage=self.usage(answer))
 
-    def piece(self, event: Facts) -> bytes:
-        zero = self.usage({}) if self.wants_usage else None
-        told = self.event("text_completion", self.choice(event), usage=zero)
-        return told + self.ending("text_completion", event) if event.get("done") is True else told
-
-
-class EmbeddingsOnOllama(OnOllama):
+class EmbeddingsOnOllama(Translator):
     """`/v1/embeddings` asked at `/api/embed`."""
 
+    source = OLLAMA
+
     def request(self) -> Facts:
-        asked = self.question
-        texts = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
-        if not all(isinstance(text, str) for text in texts):
+        texts = self.question["input"]
+        if isinstance(texts, list) and not all(isinstance(text, str) for text in texts):
             raise NotSpoken("Ollama embeds texts, not tokens", param="input")
-        facts = {"model": self.model, "input": asked["input"]}
-        facts.update({name: asked.get(name) for name in ("dimensions", "keep_alive")})
-        facts["options"] = {"num_ctx": self.context} if self.context else None
-        return present(facts)
+        options = {"num_ctx": self.context} if self.context else None
+        facts = chosen(self.question, "input", "dimensions", "keep_alive")
+        return {**facts, "model": self.model, "options": options}
 
     def whole(self, answer: Facts) -> Facts:
         packed = str(self.question.get("encoding_format")).lower() == "base64"
-        data = []
-        for index, one in enumerate(answer["embeddings"]):
-            vector = pack_floats(one) if packed else one
-            data.append({"object": "embedding", "embedding": vector, "index": index})
         asked = answer.get("prompt_eval_count", 0)
+        data = [
+            {"object": "embedding", "embedding": pack_floats(one) if packed else one, "index": at}
+            for at, one in enumerate(answer["embeddings"])
+        ]
         usage = {"prompt_tokens": asked, "total_tokens": asked}
         return {"object": "list", "data": data, "model": self.model, "usage": usage}
 
 
 def pack_floats(numbers: Sequence[float]) -> str:
     """Little-endian 32-bit floats in base64, as OpenAI's SDKs ask for by default."""
-    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+    packed = struct.pack(f"<{len(numbers)}f", *map(float, numbers))
+    return base64.b64encode(packed).decode()
 
 
 # ---- from Ollama to OpenAI
@@ -3030,45 +2950,52 @@ def pack_floats(numbers: Sequence[float]) -> str:
 class OnOpenAi(Translator):
     """What all routes of Ollama have in common when OpenAI's are asked."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.finished = ""  # the reason, once the stream has told it
-        self.counts: Facts = {}  # usage, likewise
+    finished: str | None = None  # the reason, once it is told
+    counts: Facts | None = None  # usage, likewise
 
-    def sampling(self) -> Facts:
-        options = self.question.get("options") or {}
-        facts = {name: options.get(name) for name in (*SAMPLING, *LOCAL_SAMPLING, "stop")}
-        facts.update({name: options.get(name) for name in ("temperature", "top_p")})
-        most = options.get("num_predict")
-        facts["max_tokens"] = most if isinstance(most, int) and most >= 0 else None
-        return facts
+    def need(self, name: str) -> Any:
+        """What is asked about; a request without it is no question."""
+        if not self.question.get(name):
+            raise NotSpoken("only Ollama loads and unloads a model on request")
+        return self.question[name]
 
     def common(self) -> Facts:
-        stream = self.question.get("stream", True) is not False
-        facts: Facts = {"model": self.model, "stream": stream, **self.sampling()}
-        facts["stream_options"] = {"include_usage": True} if stream else None
-        return facts
+        options = self.question.get("options") or {}
+        most, stream = options.get("num_predict"), self.question.get("stream", True) is not False
+        return {
+            "model": self.model,
+            "stream": stream,
+            "stream_options": {"include_usage": True} if stream else None,
+            "max_tokens": most if isinstance(most, int) and most >= 0 else None,
+            **chosen(options, "stop", *SAMPLING, *LOCAL_SAMPLING),
+        }
 
     def head(self) -> Facts:
         return {"model": self.model, "created_at": rfc3339(self.now())}
 
-    def tail(self, reason: str, usage: Facts) -> Facts:
-        """How it ended; durations are in nanoseconds, and what a part took is not known."""
-        facts = {"done": True, "done_reason": reason if reason == "length" else "stop"}
-        facts["total_duration"] = int((self.now() - self.began) * 1e9)
-        facts["prompt_eval_count"] = usage.get("prompt_tokens", 0)
-        return {**facts, "eval_count": usage.get("completion_tokens", 0)}
+    def tail(self) -> Facts:
+        """How it ended; what a part of it took is not known."""
+        usage = self.counts or {}
+        return {
+            "done": True,
+            "done_reason": "length" if self.finished == "length" else "stop",
+            "total_duration": self.spent(),
+            "prompt_eval_count": usage.get("prompt_tokens", 0),
+            "eval_count": usage.get("completion_tokens", 0),
+        }
+
+    def spent(self) -> int:
+        return int((self.now() - self.began) * 1e9)  # nanoseconds, as all durations of Ollama
 
     def line(self, facts: Facts) -> bytes:
-        return render_json({**self.head(), **facts}) + b"\n"
+        return render_json({**self.head(), "done": False, **facts}) + b"\n"
 
-    def note(self, event: Facts) -> Facts | None:
-        """The choice that an event carries; how it ended and what it cost is noted."""
-        self.counts = event.get("usage") or self.counts
-        choices = event.get("choices") or [None]
-        if choices[0] and choices[0].get("finish_reason"):
-            self.finished = choices[0]["finish_reason"]
-        return cast("Facts | None", choices[0])
+    def note(self, answer: Facts) -> Facts:
+        """The choice that it carries; how that ended and what it cost is noted."""
+        choice = cast(Facts, (answer.get("choices") or [None])[0] or {})
+        self.counts = answer.get("usage") or self.counts
+        self.finished = choice.get("finish_reason") or self.finished
+        return choice
 
 
 class ChatOnOpenAi(OnOpenAi):
@@ -3080,48 +3007,41 @@ class ChatOnOpenAi(OnOpenAi):
 
     def request(self) -> Facts:
         asked = self.question
-        if not asked.get("messages"):
-            raise NotSpoken("only Ollama loads and unloads a model on request")
-        facts = {**self.common(), "messages": openai_messages(asked["messages"])}
-        facts.update({one: asked.get(one) for one in ("tools", "logprobs", "top_logprobs")})
-        facts["response_format"] = openai_format(asked.get("format"))
         think = asked.get("think")
-        if isinstance(think, bool):
-            facts["chat_template_kwargs"] = {"enable_thinking": think}
-        else:
-            facts["reasoning_effort"] = think
-        return present(facts)
+        switch = {"enable_thinking": think} if isinstance(think, bool) else None
+        return {
+            **self.common(),
+            **chosen(asked, "tools", "logprobs", "top_logprobs"),
+            "messages": openai_messages(self.need("messages")),
+            "response_format": openai_format(asked.get("format")),
+            "chat_template_kwargs": switch,
+            "reasoning_effort": None if switch else think,
+        }
 
-    def message(self, told: Facts, calls: Iterable[Facts]) -> Facts:
+    def said(self, choice: Facts, told: Facts, calls: Iterable[Facts] | None = None) -> Facts:
         message: Facts = {"role": "assistant", "content": told.get("content") or ""}
         thinking = told.get("reasoning_content") or told.get("reasoning")
         if thinking:
             message["thinking"] = thinking
-        retold = [native_tool_call(index, call) for index, call in enumerate(calls)]
-        return {**message, "tool_calls": retold} if retold else message
+        if calls:
+            numbered = enumerate(calls)
+            message["tool_calls"] = [ollama_tool_call(call, index=at) for at, call in numbered]
+        probs = choice.get("logprobs") and choice["logprobs"].get("content")
+        return {"message": message, "logprobs": probs} if probs else {"message": message}
 
     def whole(self, answer: Facts) -> Facts:
-        choice = answer["choices"][0]
+        choice = self.note(answer)
         told = choice["message"]
-        facts = {**self.head(), "message": self.message(told, told.get("tool_calls") or ())}
-        if (choice.get("logprobs") or {}).get("content"):
-            facts["logprobs"] = choice["logprobs"]["content"]
-        return {**facts, **self.tail(choice.get("finish_reason"), answer.get("usage") or {})}
+        return {**self.head(), **self.said(choice, told, told.get("tool_calls")), **self.tail()}
 
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
-        delta = choice.get("delta") if choice else None
-        if not choice or not delta:
-            return b""
+        delta = choice.get("delta") or {}
         for call in delta.get("tool_calls") or ():
             self.gather(call)
-        message = self.message(delta, ())
-        if not message["content"] and "thinking" not in message:
-            return b""
-        facts: Facts = {"message": message, "done": False}
-        if (choice.get("logprobs") or {}).get("content"):
-            facts["logprobs"] = choice["logprobs"]["content"]
-        return self.line(facts)
+        facts = self.said(choice, delta)
+        heard = facts["message"]["content"] or "thinking" in facts["message"]
+        return self.line(facts) if heard else b""
 
     def gather(self, call: Facts) -> None:
         """Ollama tells a tool call at once, OpenAI its arguments bit by bit."""
@@ -3133,18 +3053,8 @@ class ChatOnOpenAi(OnOpenAi):
 
     def end(self) -> bytes:
         calls = [call for _, call in sorted(self._calls.items())]
-        told = b""
-        if calls:
-            told = self.line({"message": self.message({}, calls), "done": False})
-        tail = self.tail(self.finished, self.counts)
-        return told + self.line({"message": {"role": "assistant", "content": ""}, **tail})
-
-
-def native_tool_call(index: int, call: Facts) -> Facts:
-    function = call["function"]
-    arguments = json.loads(function.get("arguments") or "{}")
-    facts = {"index": index, "name": function["name"], "arguments": arguments}
-    return present({"id": call.get("id"), "function": facts})
+        told = self.line(self.said({}, {}, calls)) if calls else b""
+        return told + self.line({**self.said({}, {}), **self.tail()})
 
 
 def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
@@ -3154,12 +3064,11 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     for index, message in enumerate(messages):
         facts = {"role": message.get("role"), "content": openai_content(message)}
         facts["reasoning_content"] = message.get("thinking") or None
-        calls = message.get("tool_calls")
-        if calls:
-            retold = [openai_tool_call(f"call_{index}_{at}", call) for at, call in enumerate(calls)]
-            open_calls += [(call["function"]["name"], call["id"]) for call in retold]
-            facts["tool_calls"] = retold
-        if message.get("role") == "tool":
+        calls = enumerate(message.get("tool_calls") or ())
+        retold = [openai_tool_call(f"call_{index}_{at}", call) for at, call in calls]
+        open_calls += [(call["function"]["name"], call["id"]) for call in retold]
+        facts["tool_calls"] = retold or None
+        if facts["role"] == "tool":
             name = message.get("tool_name")
             found = next((one for one in open_calls if name in (None, one[0])), None)
             if found:
@@ -3181,75 +3090,59 @@ def openai_content(message: Facts) -> Any:
     return parts
 
 
-def openai_tool_call(ident: str, call: Any) -> Facts:
-    try:
-        name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
-    except (KeyError, TypeError, AttributeError):
-        raise BadRequest("a tool call has a function with a name", param="messages") from None
-    function = {"name": name, "arguments": compact(arguments)}
-    return {"id": call.get("id") or ident, "type": "function", "function": function}
-
-
 def openai_format(asked: Any) -> Facts | None:
     """Ollama's `format` as `response_format`."""
-    if asked == "json":
-        return {"type": "json_object"}
     if isinstance(asked, dict):
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
-    return None
+    return {"type": "json_object"} if asked == "json" else None
 
 
 class GenerateOnOpenAi(OnOpenAi):
     """`/api/generate` with a plain prompt asked at `/v1/completions`."""
 
     def request(self) -> Facts:
-        asked = self.question
-        if not asked.get("prompt"):
-            raise NotSpoken("only Ollama loads and unloads a model on request")
+        prompt = self.need("prompt")
         for one in ("system", "template", "context", "images", "format", "suffix", "think"):
-            if asked.get(one):
+            if self.question.get(one):
                 raise NotSpoken(f"only Ollama takes {one} beside a prompt", param=one)
-        return present({**self.common(), "prompt": asked["prompt"]})
+        return {**self.common(), "prompt": prompt}
 
     def whole(self, answer: Facts) -> Facts:
-        choice = answer["choices"][0]
-        tail = self.tail(choice.get("finish_reason"), answer.get("usage") or {})
-        return {**self.head(), "response": choice["text"], **tail}
+        choice = self.note(answer)
+        return {**self.head(), "response": choice["text"], **self.tail()}
 
     def piece(self, event: Facts) -> bytes:
-        choice = self.note(event)
-        text = choice.get("text") if choice else ""
-        return self.line({"response": text, "done": False}) if text else b""
+        text = self.note(event).get("text")
+        return self.line({"response": text}) if text else b""
 
     def end(self) -> bytes:
-        return self.line({"response": "", **self.tail(self.finished, self.counts)})
+        return self.line({"response": "", **self.tail()})
 
 
 class EmbedOnOpenAi(OnOpenAi):
     """`/api/embed` asked at `/v1/embeddings`."""
 
+    texts = "input"  # the member that has them
+
     def request(self) -> Facts:
-        texts = self.question.get("input")
-        if not texts:
-            raise NotSpoken("only Ollama loads and unloads a model on request")
-        facts = {"model": self.model, "input": texts, "dimensions": self.question.get("dimensions")}
-        return present({**facts, "encoding_format": "float"})
+        facts = {"model": self.model, "input": self.need(self.texts), "encoding_format": "float"}
+        return {**facts, **chosen(self.question, "dimensions")}
 
     def whole(self, answer: Facts) -> Facts:
-        asked = (answer.get("usage") or {}).get("prompt_tokens", 0)
         rows = sorted(answer["data"], key=lambda one: one.get("index", 0))
-        vectors = [one["embedding"] for one in rows]
-        spent = int((self.now() - self.began) * 1e9)
-        facts = {"model": self.model, "embeddings": vectors, "total_duration": spent}
-        return {**facts, "load_duration": 0, "prompt_eval_count": asked}
+        return {
+            "model": self.model,
+            "embeddings": [one["embedding"] for one in rows],
+            "total_duration": self.spent(),
+            "load_duration": 0,
+            "prompt_eval_count": (answer.get("usage") or {}).get("prompt_tokens", 0),
+        }
 
 
 class EmbeddingsOnOpenAi(EmbedOnOpenAi):
     """`/api/embeddings`, the older one, asked at `/v1/embeddings`."""
 
-    def request(self) -> Facts:
-        self.question = {"input": self.question.get("prompt")}
-        return super().request()
+    texts = "prompt"
 
     def whole(self, answer: Facts) -> Facts:
         return {"embedding": answer["data"][0]["embedding"]}
@@ -4957,73 +4850,63 @@ NO_DETAILS = {
     "quantization_level": "",
 }
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-MANAGED_BY = {
-    "/api/push": ("model", "name"),
-    "/api/copy": ("source",),
-    "/api/delete": ("model", "name"),
-}
+# The member that names the model, where only an Ollama that has it can do what is asked.
+MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
+Lister = Callable[[Report], Sequence[Facts]]
 
 
-class Shelf:
+def reports_of(fleet: Fleet) -> Iterator[Report]:
+    for backend in fleet.backends.values():
+        if backend.report is not None and backend.state is State.UP:
+            yield backend.report
+
+
+def merge_rows(fleet: Fleet, told: Lister) -> dict[str, Facts]:
     """The models of all healthy backends, each once, as its first backend describes it."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-
-    def reports(self) -> Iterator[Report]:
-        for backend in self.fleet.backends.values():
-            if backend.report is not None and backend.state is State.UP:
-                yield backend.report
-
-    def merge(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-        merged: dict[str, dict[str, Any]] = {}
-        for name, row in rows:
-            merged.setdefault(model_key(name), row)
-        return merged
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """As `/v1/models` has them."""
-        return self.merge((str(one["id"]), one) for each in self.reports() for one in each.entries)
-
-    def tags(self) -> list[dict[str, Any]]:
-        """As `/api/tags` has them; of other runners than Ollama little is known."""
-        return list(self.merge(row for one in self.reports() for row in tag_rows(one)).values())
-
-    def running(self) -> list[dict[str, Any]]:
-        """The loaded ones, as `/api/ps` has them."""
-        return list(self.merge(row for one in self.reports() for row in running_rows(one)).values())
+    merged: dict[str, Facts] = {}
+    for report in reports_of(fleet):
+        for row in told(report):
+            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
+    return merged
 
 
-def bare_tag(name: str, created: object = None) -> dict[str, Any]:
+def entry_rows(report: Report) -> Sequence[Facts]:
+    """As `/v1/models` has them."""
+    return report.entries
+
+
+def tag_rows(report: Report) -> Sequence[Facts]:
+    """As `/api/tags` has them; of other runners than Ollama little is known."""
+    if report.kind == "ollama" and report.tags:
+        return report.tags
+    return [bare_tag(str(one["id"]), since(one)) for one in report.entries]
+
+
+def running_rows(report: Report) -> Sequence[Facts]:
+    """The loaded ones, as `/api/ps` has them."""
+    if report.kind == "ollama":
+        return report.running
+    more = {"expires_at": LONG_AFTER, "size_vram": 0}
+    return [{**bare_tag(name), **more} for name in report.loaded]
+
+
+def since(entry: Facts) -> str:
+    created = entry.get("created")
+    return rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
+
+
+def bare_tag(name: str, modified: str = LONG_AGO) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
-    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
-    facts = {"name": name, "model": name, "modified_at": since, "size": 0, "digest": ""}
+    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
     return {**facts, "details": NO_DETAILS}
 
 
-def tag_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    if report.kind == "ollama" and report.tags:
-        yield from ((str(one.get("name")), one) for one in report.tags)
-    else:
-        for one in report.entries:
-            yield str(one["id"]), bare_tag(str(one["id"]), one.get("created"))
+def anthropic_model(entry: Facts) -> Facts:
+    name = entry["id"]
+    return {"type": "model", "id": name, "display_name": name, "created_at": since(entry)}
 
 
-def running_rows(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    if report.kind == "ollama":
-        yield from ((str(one.get("name")), one) for one in report.running)
-    else:
-        for name in report.loaded:
-            yield name, {**bare_tag(name), "expires_at": LONG_AFTER, "size_vram": 0}
-
-
-def anthropic_model(entry: dict[str, Any]) -> dict[str, Any]:
-    created = entry.get("created")
-    since = rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
-    return {"type": "model", "id": entry["id"], "display_name": entry["id"], "created_at": since}
-
-
-def anthropic_list(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def anthropic_list(entries: Sequence[Facts]) -> Facts:
     data = [anthropic_model(entry) for entry in entries]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"data": data, "has_more": False, "first_id": first, "last_id": last}
@@ -5042,23 +4925,29 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
         raise BackendDown("every Ollama is down")
     if path not in MANAGED_BY or named:
         return up[0]
-    model = next((values[name] for name in MANAGED_BY[path] if values.get(name)), None)
-    if not isinstance(model, str):
-        raise BadRequest(f"{MANAGED_BY[path][0]} is the name of a model", param=MANAGED_BY[path][0])
+    model = read_name(values, MANAGED_BY[path])
     for one in up:
         if model_key(model) in one.models:
             return one
     raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
 
 
+def read_name(values: Mapping[str, Any], member: str = "model") -> str:
+    """The model that a request is about; `name` is the older name of the member."""
+    model = values.get(member) or values.get("name")
+    if not isinstance(model, str):
+        raise BadRequest(f"{member} is the name of a model", param=member)
+    return model
+
+
+@dataclass
 class Passage:
     """A request that goes to one backend and back as it is, both bodies piece by piece."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, backend: Backend, path: str) -> None:
-        self.gateway = gateway
-        self.exchange = exchange
-        self.backend = backend
-        self.path = path
+    gateway: Gateway
+    exchange: Exchange
+    backend: Backend
+    path: str
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
@@ -5622,46 +5511,40 @@ async def get_page(_door: Door, exchange: Exchange, _: str) -> None:
 
 
 async def get_version(door: Door, exchange: Exchange, _: str) -> None:
-    versions = [report.version for report in Shelf(door.gateway.fleet).reports() if report.version]
+    versions = [report.version for report in reports_of(door.gateway.fleet) if report.version]
     facts = {"version": versions[0] if versions else OLLAMA_VERSION}
     facts.update(llmq=__version__, instance=door.gateway.instance)
     exchange.respond(200, render_json(facts))
 
 
 async def get_models(door: Door, exchange: Exchange, _: str) -> None:
-    entries = list(Shelf(door.gateway.fleet).entries().values())
+    entries = list(merge_rows(door.gateway.fleet, entry_rows).values())
     anthropic = "anthropic-version" in exchange.request.headers
     facts = anthropic_list(entries) if anthropic else {"object": "list", "data": entries}
     exchange.respond(200, render_json(facts))
 
 
 async def get_model(door: Door, exchange: Exchange, name: str) -> None:
-    entries, gateway = Shelf(door.gateway.fleet).entries(), door.gateway
-    entry = entries.get(model_key(name))
-    if entry is None:
-        alias = find_alias(gateway.settings.aliases, name)
-        entry = entries.get(model_key(alias)) if alias else None
+    entries = merge_rows(door.gateway.fleet, entry_rows)
+    alias = find_alias(door.gateway.settings.aliases, name)
+    entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
     if entry is None:
         raise ModelNotFound(f"model {printable(name)!r} not found", param="model")
     anthropic = "anthropic-version" in exchange.request.headers
     exchange.respond(200, render_json(anthropic_model(entry) if anthropic else entry))
 
 
-async def get_tags(door: Door, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).tags()}))
-
-
-async def get_running(door: Door, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, render_json({"models": Shelf(door.gateway.fleet).running()}))
+async def get_rows(told: Lister, door: Door, exchange: Exchange, _: str) -> None:
+    """Models as Ollama lists them."""
+    rows = merge_rows(door.gateway.fleet, told)
+    exchange.respond(200, render_json({"models": list(rows.values())}))
 
 
 async def post_show(door: Door, exchange: Exchange, _: str) -> None:
     """What an Ollama shows of its model, asked now; of another runner's model little is known."""
-    values = await read_values(door, exchange)
-    asked = values.get("model") or values.get("name")
-    if not isinstance(asked, str):
-        raise BadRequest("model is the name of a model", param="model")
-    model, gateway = await door.desk.resolve_model(asked), door.gateway
+    gateway = door.gateway
+    values = await read_values(exchange, gateway.settings.server.max_body)
+    model = await door.desk.resolve_model(read_name(values))
     for backend in gateway.fleet.serving(model_key(model)):
         if backend.kind == "ollama" and backend.usable:
             body = render_json({**values, "model": backend.name_for(model)})
@@ -5674,20 +5557,21 @@ async def post_show(door: Door, exchange: Exchange, _: str) -> None:
     return exchange.respond(200, render_json({**facts, "model_info": {}, "capabilities": [kind]}))
 
 
-async def read_values(door: Door, exchange: Exchange) -> dict[str, Any]:
+async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
-    await exchange.read_body(door.gateway.settings.server.max_body)
+    await exchange.read_body(limit)
     members = locate_members(decode_json(exchange.request.body))
     return {member.name: member.value for member in members}
 
 
 async def manage(path: str, door: Door, exchange: Exchange, digest: str) -> None:
     """Model management: straight to an Ollama and back, beside the queue."""
-    request, fleet = exchange.request, door.gateway.fleet
+    request, gateway = exchange.request, door.gateway
     check_way(door, request)
-    values = {} if digest else await read_values(door, exchange)
-    backend = pick_manager(fleet, path, values, request.headers.get("x-llmq-backend"))
-    await Passage(door.gateway, exchange, backend, path + quote(digest, safe=":")).run()
+    limit = gateway.settings.server.max_body
+    values = {} if digest else await read_values(exchange, limit)
+    backend = pick_manager(gateway.fleet, path, values, request.headers.get("x-llmq-backend"))
+    await Passage(gateway, exchange, backend, path + quote(digest, safe=":")).run()
 
 
 def check_way(door: Door, request: Request) -> None:
@@ -5700,7 +5584,8 @@ def check_way(door: Door, request: Request) -> None:
 
 async def post_count(door: Door, exchange: Exchange, _: str) -> None:
     """Tokens of a request for messages: counted where the model is loaded, else estimated."""
-    values, gateway = await read_values(door, exchange), door.gateway
+    gateway = door.gateway
+    values = await read_values(exchange, gateway.settings.server.max_body)
     question = read_question(exchange.request.body, COUNT_ENDPOINT)
     model = await door.desk.resolve_model(question.model)
     key, limit = model_key(model), gateway.settings.upstream.probe_timeout
@@ -5710,8 +5595,7 @@ async def post_count(door: Door, exchange: Exchange, _: str) -> None:
         if backend.usable and backend.kind in ("llamacpp", "vllm") and backend.is_loaded(key):
             body = question.body_for(backend.name_for(model))
             status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, more)
-            tokens = counted.get("input_tokens") if isinstance(counted, dict) else None
-            if status == 200 and isinstance(tokens, int):
+            if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
                 return exchange.respond(200, render_json(counted))
     return exchange.respond(200, render_json({"input_tokens": estimate_tokens(values)}))
 
@@ -5759,7 +5643,7 @@ async def get_metrics(door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(200, door.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-async def read_control(exchange: Exchange) -> dict[str, Any]:
+async def read_control(exchange: Exchange) -> Facts:
     """The JSON object that changes something.
 
     No plain form can send its content type, so a page from elsewhere would need a preflight,
@@ -5768,9 +5652,7 @@ async def read_control(exchange: Exchange) -> dict[str, Any]:
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise UnsupportedMediaType("send Content-Type: application/json")
-    await exchange.read_body(CONTROL_BODY)
-    members = locate_members(decode_json(exchange.request.body))
-    return {member.name: member.value for member in members}
+    return await read_values(exchange, CONTROL_BODY)
 
 
 async def post_mode(door: Door, exchange: Exchange, _: str) -> None:
@@ -5868,8 +5750,10 @@ ROUTES = (
     reading("/v1/models", "the models of all backends", get_models),
     reading("/models", "the same", get_models),
     reading("/v1/models/{id...}", "one model", get_model),
-    reading("/api/tags", "the models, as Ollama lists them", get_tags),
-    row(Access.OPEN, "GET", "/api/ps", "the loaded ones", get_running),
+    reading("/api/tags", "the models, as Ollama lists them", functools.partial(get_rows, tag_rows)),
+    row(
+        Access.OPEN, "GET", "/api/ps", "the loaded ones", functools.partial(get_rows, running_rows)
+    ),
     row(Access.OPEN, "POST", "/api/show", "one model, as its Ollama shows it", post_show),
     managed("POST", "/api/pull", "to the first Ollama, straight through"),
     managed("POST", "/api/create", "the same"),

@@ -433,7 +433,7 @@ def retold(pieces: list[bytes]) -> list[Any]:
 
 
 def streams(translator: llmq.Translator) -> bool:
-    return type(translator).piece is not llmq.Translator.piece
+    return hasattr(translator, "piece")
 
 
 def retold_by(translator: llmq.Translator, pieces: list[bytes]) -> Any:
