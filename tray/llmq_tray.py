@@ -396,13 +396,14 @@ class Box:
         self.entry = Path.home() / ENTRIES.get(
             sys.platform, desktop
         )  # there when it starts at login
-        self.lock = sqlite3.connect(self.private / "tray.lock", timeout=0)
+        self.lock: Any = None
 
     def alone(self) -> bool:
         """Whether no other tray looks after this llmq; SQLite's locks end with their process."""
-        with contextlib.suppress(sqlite3.OperationalError):
+        self.lock = sqlite3.connect(self.private / "tray.lock", timeout=0)
+        with contextlib.suppress(sqlite3.OperationalError):  # it is taken
             self.lock.execute("BEGIN EXCLUSIVE")
-        return self.lock.in_transaction
+        return bool(self.lock.in_transaction)
 
     def mode(self, mode: str) -> None:
         ask(self.url + "/llmq/mode", {"mode": mode})
@@ -607,7 +608,8 @@ def start(options: argparse.Namespace) -> int:
     pystray, box = load_pystray(), Box(options.url.rstrip("/"))
     if not box.alone():
         say(f"one is already running for {box.url}; here is the dashboard")
-        return int(bool(box.dashboard()))
+        box.dashboard()
+        return 0
     pictures = box.private / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)  # of one that was killed
     pictures.mkdir(mode=0o700)
