@@ -24,7 +24,7 @@ from tests.tray import sheet
 from tray import llmq_tray as tray
 from tray.llmq_tray import FACES, Event, State, reduce, view
 
-UP = State(link="up", may_start=False)
+UP = State(link="up")
 
 
 def snapshot(
@@ -77,7 +77,7 @@ SHOWN = [
     (replace(UP, runners_down=True, waiting=1), "runners", 1, "llmq: 1 waiting, no runner answers"),
     (replace(UP, mode="paused", runners_down=True), "paused", 0, "llmq: paused"),
     (replace(UP, link="absent", waiting=5), "absent", 0, "llmq: not running"),
-    (State(link="down", why="timed out"), "down", 0, "llmq: no answer, timed out"),
+    (State(link="down"), "down", 0, "llmq: no answer"),
     (State(link="denied"), "denied", 0, "llmq: not authorised"),
     (
         State(url="https://gpu-box:8443/llm", local=False, link="down"),
@@ -100,7 +100,8 @@ def test_face_number_and_title_tell_the_state(state: State, face: str, number: i
 
 
 def test_titles_fit_on_every_system():
-    assert len(view(State(link="down", why="x" * 300)).title) == 100
+    state = State(url=f"http://{'x' * 300}", local=False)
+    assert len(view(state).title) == 100
 
 
 def test_the_menu_does_not_change_with_the_numbers():
@@ -132,7 +133,7 @@ def test_start_and_stop_are_offered_where_they_make_sense():
     assert not item(State(link="foreign"), "start").enabled
     assert not item(replace(State(link="absent"), busy="Starting…"), "start").enabled
     elsewhere = {one.command for one in view(replace(UP, local=False)).menu}
-    assert not elsewhere & {"start", "stop", "config"}
+    assert not elsewhere & {"start", "stop"}
 
 
 # ---- reduce
@@ -156,10 +157,10 @@ def test_llmq_is_started_once_where_nothing_listens_on_this_box():
     assert view(state).face == "idle"
     assert play(State(local=False), (0, ABSENT))[1] == []
     assert play(State(), (0, Event("lost", "foreign")))[1] == []
-    assert play(State(), (0, Event("lost", "down", "timed out")))[1] == []
+    assert play(State(), (0, Event("lost", "down")))[1] == []
 
 
-def test_a_start_that_fails_is_told_and_its_reason_stays():
+def test_a_start_that_fails_is_told_and_not_tried_again():
     failed = Event("done", "start", "port taken")
     state, effects = play(State(), (0, ABSENT), (1, failed), (2, ABSENT), (3, ABSENT))
     assert effects == [
@@ -167,8 +168,7 @@ def test_a_start_that_fails_is_told_and_its_reason_stays():
         ("tell", "Could not do it: start", "port taken"),
         ("retry",),
     ]
-    assert view(state).title == "llmq: not running, port taken"
-    assert play(state, (4, snapshot()), (5, GONE))[0].why == ""
+    assert view(state).title == "llmq: not running"
 
 
 def test_a_death_is_told_once_and_so_is_the_recovery():
@@ -217,8 +217,14 @@ def test_a_full_queue_is_told_once_per_episode():
 
 def test_nothing_is_told_when_notifications_are_off():
     state, effects = play(UP, (0, Event("click", "notify")))
-    assert effects == [("save", False)]
-    state, effects = play(state, (1, GONE), (9, TICK), (10, Event("done", "start", "no")))
+    assert effects == [("notify", False)]
+    state, effects = play(
+        state,
+        (0, Event("done", "notify")),
+        (1, GONE),
+        (9, TICK),
+        (10, Event("done", "start", "no")),
+    )
     assert told(effects) == []
 
 
@@ -247,7 +253,7 @@ def test_stop_wants_a_second_click_while_requests_run():
     busy = replace(UP, running=2)
     state, effects = play(busy, (0, Event("click", "stop")))
     assert effects == []
-    assert item(state, "stop").text == "Stop llmq (2 running, click again)"
+    assert item(state, "stop").text == "Stop llmq (requests run, click again)"
     assert play(state, (1, snapshot(running=1)), (5, Event("click", "stop")))[1] == [("stop",)]
     late = play(state, (11, TICK), (12, Event("click", "stop")))[1]
     assert late == []
@@ -344,7 +350,7 @@ async def test_the_link_tells_every_change_and_a_goodbye():
         async def until(events: list[Event]) -> None:
             await eventually(lambda: events)
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, tray.ask, q.base, "/llmq/mode", {"mode": "paused"})
+            await loop.run_in_executor(None, tray.ask, q.base + "/llmq/mode", {"mode": "paused"})
             await eventually(lambda: events[-1].what["mode"] == "paused")
             await q.service.stop()
 
@@ -396,10 +402,10 @@ async def test_events_of_another_program_are_not_taken_for_a_state(data: str):
 
 
 async def test_a_server_that_says_nothing_is_no_llmq(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # and nobody accepts
         _, end = await told_by(f"http://127.0.0.1:{listening.getsockname()[1]}", nothing)
-    assert (end.what, end.why) == ("down", "timed out")
+    assert end == Event("lost", "down")
 
 
 async def stream(pieces: list[tuple[float, bytes]]) -> tuple[list[Event], Event]:
@@ -423,13 +429,10 @@ async def stream(pieces: list[tuple[float, bytes]]) -> tuple[list[Event], Event]
 async def test_a_silent_link_is_given_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tray, "SILENCE_SECONDS", 0.1)
     events, end = await stream([])
-    assert (events, end) == ([], Event("lost", "down", "timed out"))
+    assert (events, end) == ([], Event("lost", "down"))
 
 
-async def test_a_quiet_link_is_kept_longer_than_an_answer_may_take(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(tray, "ANSWER_SECONDS", 0.2)
+async def test_a_link_is_kept_as_long_as_it_is_not_silent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tray, "SILENCE_SECONDS", 1.0)
     facts = b'{"mode": "open", "queue": {"waiting": 2, "running": 1}, "backends": [],'
     facts += b' "requests_total": {}}'
@@ -437,7 +440,7 @@ async def test_a_quiet_link_is_kept_longer_than_an_answer_may_take(
     pieces = [(0.4, b"data: " + facts[:50]), (0.5, facts[50:] + b"\n"), (0.6, b"\n: ping")]
     events, end = await stream(pieces)
     assert [event.what["waiting"] for event in events] == [2]
-    assert end.why == "timed out"
+    assert end == Event("lost", "down")
 
 
 class Enough(Exception):
@@ -502,20 +505,28 @@ def stub(home: Path, name: str, script: str) -> Path:
 URL = "http://127.0.0.1:11500"
 
 
+def install(home: Path, *units: str) -> None:
+    folder = home / ".config" / "systemd" / "user"
+    folder.mkdir(parents=True, exist_ok=True)
+    for unit in units:
+        (folder / unit).touch()
+
+
 def test_an_installed_unit_is_started_and_stopped_by_its_manager(home: Path):
-    log = stub(home, "systemctl", '[ "$3" != llmq.socket ]')
+    log = stub(home, "systemctl", "true")
+    install(home, "llmq.service")
     box = tray.Box(URL)
     assert box.start() == box.stop() == ""
-    calls = [line for line in log.read_text().splitlines() if " cat " not in line]
-    assert calls == ["--user start llmq.service", "--user stop llmq.service"]
-    stub(home, "systemctl", "true")  # there is a socket as well, which would start it again
+    install(home, "llmq.socket")  # which would start it again
     assert box.stop() == ""
-    assert log.read_text().splitlines()[-1] == "--user stop llmq.socket llmq.service"
+    calls = ["start llmq.service", "stop llmq.service", "stop llmq.socket llmq.service"]
+    assert log.read_text().splitlines() == [f"--user {call}" for call in calls]
 
 
-def test_what_a_service_manager_complains_about_is_told(home: Path):
-    stub(home, "systemctl", '[ "$2" = cat ] || { echo "Job failed." >&2; exit 1; }')
-    assert tray.Box(URL).start() == "Job failed."
+def test_what_a_service_manager_cannot_do_is_told(home: Path):
+    stub(home, "systemctl", "exit 1")
+    install(home, "llmq.service")
+    assert tray.Box(URL).start() == "systemctl --user start llmq.service failed"
 
 
 def test_a_launch_agent_is_started_and_stopped_by_launchd(home: Path):
@@ -552,12 +563,12 @@ def test_nothing_to_start_and_nothing_of_ours_to_stop_is_said(
 ):
     monkeypatch.setattr(tray, "HERE", home / "tray" / "llmq_tray.py")
     box = tray.Box("http://127.0.0.1:9")
-    assert box.start() == "llmq.py is neither beside the tray nor on PATH"
-    assert box.stop() == "it was not started from here; stop it where it was started"
+    assert f"can't open file '{home}/llmq.py'" in box.start()
+    assert box.stop() == "it was not started from here"
     # A number of old, that may be anybody's by now: nobody answers with that instance.
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as anybody:
         box.born.write_text(json.dumps([anybody.pid, "old"]), encoding="utf-8")
-        assert box.stop() == "it was not started from here; stop it where it was started"
+        assert box.stop() == "it was not started from here"
         anybody.communicate(b"\n")
     assert anybody.returncode == 0
 
@@ -638,9 +649,25 @@ def test_a_failure_in_a_command_is_an_event_with_its_words(dummy: Any):
     event = shell.events.get_nowait()
     assert (event.kind, event.what) == ("done", "mode")
     assert "refused" in event.why
-    shell.perform("save", False)
-    assert shell.events.get(timeout=5) == Event("done", "save", "")
-    assert json.loads((box.home / "tray.json").read_text()) == {"notify": False}
+    shell.perform("notify", False)
+    assert shell.events.get(timeout=5) == Event("done", "notify", "")
+    assert box.quiet.exists()
+    shell.perform("notify", True)
+    assert shell.events.get(timeout=5) == Event("done", "notify", "")
+    assert not box.quiet.exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_where_pystray_has_no_notifications_nothing_is_told(
+    dummy: Any, monkeypatch: pytest.MonkeyPatch
+):
+    shell = tray.Shell(dummy, UP, tray.Box(URL))
+    with pytest.raises(NotImplementedError):
+        shell.perform("tell", "llmq is gone", "It ended.")
+    monkeypatch.setattr(dummy.Icon, "HAS_NOTIFICATION", False)
+    shell.perform("tell", "llmq is gone", "It ended.")
+    shell.perform("notify", False)
+    assert shell.events.get(timeout=5).what == "notify"
 
 
 @pytest.mark.usefixtures("home")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import importlib
 import json
 import os
@@ -19,26 +18,32 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import webbrowser
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 # ---- State: what is known, and what follows from what happens ------------------------------------
 
 CONFIRM_SECONDS = 10.0  # for the second click, which stops llmq although requests run
 FULL_SECONDS = 60.0  # without a refusal, and the queue is no longer full
+TOLD = float("inf")
 TROUBLES = {  # seconds of patience (a restart is no death), and what is told then
     "dead": (3.0, "llmq is gone", "It ended or lost its connection, and nobody had asked it to."),
     "runners": (30.0, "No runner answers", "llmq runs, but none of its runners answers."),
     "full": (0.0, "The queue is full", "llmq refuses requests: too many are waiting."),
 }
+BUSY = {"open": "Opening…", "paused": "Pausing…", "priority": "Making way…"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,6 @@ class State:
     url: str = "http://127.0.0.1:11500"
     local: bool = True  # llmq is on this box: it may be started and stopped from here
     link: str = "connecting"  # "up", "absent" (nothing listens), "down", "foreign", "denied"
-    why: str = ""  # it is not up
     mode: str = "open"
     waiting: int = 0
     running: int = 0
@@ -54,15 +58,13 @@ class State:
     refused: int = 0  # requests so far that found the queue full
     full_until: float = 0.0
     busy: str = ""  # what was asked for and is not yet seen: "Pausing…"
-    confirm: int = 0  # requests that ran at the first click on Stop
-    confirm_until: float = 0.0
+    confirm_until: float = 0.0  # a second click on Stop counts
     may_start: bool = True  # nobody has tried yet
     stopping: bool = False  # the user wants it
     dead: bool = False  # llmq was up and went unasked
     notify: bool = True
     login: bool = False  # the tray starts at login
-    since: tuple[tuple[str, float], ...] = ()  # when each present trouble began
-    told: frozenset[str] = frozenset()  # troubles that were told
+    due: dict[str, float] = field(default_factory=dict)  # when to tell each present trouble
 
 
 class Event(NamedTuple):
@@ -78,16 +80,17 @@ Step = tuple[State, list[Effect]]
 
 def reduce(state: State, event: Event, now: float) -> Step:
     """The state after `event`, and what is to be done about it."""
+    if now >= state.confirm_until:
+        state = replace(state, confirm_until=0.0)
     steps = {"seen": seen, "lost": lost, "click": click, "done": done}
     state, effects = steps[event.kind](state, event, now) if event.kind in steps else (state, [])
     state, notes = judge(state, now)
-    state = replace(state, confirm=state.confirm if now < state.confirm_until else 0)
     return state, [one for one in effects + notes if state.notify or one[0] != "tell"]
 
 
 def seen(state: State, event: Event, now: float) -> Step:
     if state.link != "up":
-        state = replace(state, link="up", why="", busy="", dead=False, may_start=False)
+        state = replace(state, link="up", busy="", dead=False)
     elif event.what["refused"] > state.refused:  # those before we looked are history
         state = replace(state, full_until=now + FULL_SECONDS)
     return replace(state, **event.what), []
@@ -95,68 +98,57 @@ def seen(state: State, event: Event, now: float) -> Step:
 
 def lost(state: State, event: Event, _now: float) -> Step:
     dead = state.dead or (state.link == "up" and not event.goodbye and not state.stopping)
-    why = event.why or (state.why if state.link == event.what else "")  # of its start, perhaps
-    state = replace(state, why=why, dead=dead, stopping=False)
+    state = replace(state, dead=dead, stopping=False)
     if event.what == "absent" and state.busy == "Starting…":
         return state, []  # it does not listen yet
-    if event.what == "absent" and state.local and state.may_start:
+    if event.what == "absent" and state.link == "connecting" and state.local and state.may_start:
         return replace(state, may_start=False, busy="Starting…"), [("start",)]
-    return replace(state, link=event.what, busy="", confirm=0), []
+    return replace(state, link=event.what, busy="", confirm_until=0.0), []
 
 
 def click(state: State, event: Event, now: float) -> Step:
     command = event.what
     if command in ("priority", "paused"):
         mode = "open" if state.mode == command else command
-        words = {"open": "Opening…", "paused": "Pausing…", "priority": "Making way…"}
-        return replace(state, busy=words[mode]), [("mode", mode)]
+        return replace(state, busy=BUSY[mode]), [("mode", mode)]
     if command == "start":
         return replace(state, link="connecting", busy="Starting…", dead=False), [("start",)]
-    if command == "stop" and state.running and not state.confirm:
-        return replace(state, confirm=state.running, confirm_until=now + CONFIRM_SECONDS), []
+    if command == "stop" and state.running and not state.confirm_until:
+        return replace(state, confirm_until=now + CONFIRM_SECONDS), []
     if command == "stop":
-        return replace(state, busy="Stopping…", confirm=0, stopping=True), [("stop",)]
-    if command == "notify":
-        return replace(state, notify=not state.notify), [("save", not state.notify)]
-    return state, [("login", not state.login) if command == "login" else (command,)]
+        return replace(state, busy="Stopping…", confirm_until=0.0, stopping=True), [("stop",)]
+    switches = {"login": (not state.login,), "notify": (not state.notify,)}
+    return state, [(command, *switches.get(command, ()))]
 
 
 def done(state: State, event: Event, _now: float) -> Step:
-    failed = [("tell", f"Could not do it: {event.what}", event.why)] if event.why else []
-    if event.what == "login" and not event.why:
-        state = replace(state, login=not state.login)
-    if event.what == "start" and event.why:
-        state = replace(state, link="absent", why=event.why)
-    if event.what == "stop" and event.why:
-        state = replace(state, stopping=False)
-    return replace(state, busy=""), [*failed, ("retry",)]
+    command, why, state = event.what, event.why, replace(state, busy="")
+    changes: dict[str, Any] = {"start": {"link": "absent"}, "stop": {"stopping": False}}
+    if not why:  # a switch is checked once it is done
+        changes = {"login": {"login": not state.login}, "notify": {"notify": not state.notify}}
+    state = replace(state, **changes.get(command, {}))
+    return state, [("tell", f"Could not do it: {command}", why)] * bool(why) + [("retry",)]
 
 
 def judge(state: State, now: float) -> Step:
     """Tell of each trouble once, and once that it is over."""
-    up, before, told = state.link == "up", dict(state.since), set(state.told)
-    full, runners = up and now < state.full_until, up and state.runners_down
-    present = {"dead": state.dead, "runners": runners, "full": full}
-    since = {name: before.get(name, now) for name, is_so in present.items() if is_so}
-    effects: list[Effect] = []
-    for name, (patience, title, text) in TROUBLES.items():
-        if name in since and name not in told and now - since[name] >= patience:
-            told.add(name)
-            effects.append(("tell", title, text))
-        elif name in told and name not in since:
-            told.remove(name)
-            effects += [("tell", "llmq is well again", f"Over: {title}.")] if up else []
-    return replace(state, since=tuple(since.items()), told=frozenset(told)), effects
+    up, before = state.link == "up", state.due
+    present = {"dead": state.dead, "runners": state.runners_down, "full": now < state.full_until}
+    names = [name for name, is_so in present.items() if is_so and (up or name == "dead")]
+    due = {name: before.get(name, now + TROUBLES[name][0]) for name in names}
+    new = [name for name, when in due.items() if when <= now]
+    over = [name for name, when in before.items() if when == TOLD and name not in due and up]
+    notes: list[Effect] = [("tell", *TROUBLES[name][1:]) for name in new]
+    notes += [("tell", "llmq is well again", f"Over: {TROUBLES[name][1]}.") for name in over]
+    return replace(state, due={**due, **dict.fromkeys(new, TOLD)}), notes
 
 
 # ---- View: what is to be seen --------------------------------------------------------------------
 
 
 class Face(NamedTuple):
-    """A state for the eye: words, and colour and mark, for nobody has to tell red from green."""
-
     words: str
-    mark: str  # a key of MARKS
+    mark: str  # a key of MARKS, for nobody has to tell red from green
     tile: str
     band: str = ""  # the darker one behind the mark when there is a number, too
     ink: str = "#ffffff"
@@ -177,9 +169,7 @@ FACES = {
 
 
 class Item(NamedTuple):
-    """A line of the menu; one without text is a separator."""
-
-    text: str = ""
+    text: str = ""  # without one it is a separator
     command: str = ""
     checked: bool | None = None
     enabled: bool = True
@@ -200,29 +190,28 @@ def view(state: State) -> View:
     name = "llmq" if state.local else f"llmq at {urlsplit(state.url).hostname}"
     counts = {"waiting": state.waiting * up, "running": state.running * up}
     words = [f"{number} {word}" for word, number in counts.items() if number]
-    words += [FACES[face].words] * (face != "working") + [state.why] * bool(state.why)
+    words += [FACES[face].words] * (face != "working")
     title = f"{name}: {', '.join(words)}"[:100]  # Windows has room for 127
     return View(face, counts["waiting"], title, menu(state, face))
 
 
 def menu(state: State, face: str) -> tuple[Item, ...]:
     """Without numbers of what is going on: a menu that changes closes under the user's hand."""
-    up, mode = state.link == "up", state.mode
-    free = up and not state.busy
-    asked = f" ({state.confirm} running, click again)" if state.confirm else ""
-    switch = Item("Stop llmq" + asked, "stop", enabled=free)
-    if not up:
-        startable = face in ("absent", "down") and not state.busy
-        switch = Item("Start llmq", "start", enabled=startable)
+    up, mode, free = state.link == "up", state.mode, not state.busy
+    asked = " (requests run, click again)" if state.confirm_until else ""
+    switch = Item("Start llmq", "start", None, free and face in ("absent", "down"))
+    if up:
+        switch = Item("Stop llmq" + asked, "stop", None, free)
     return (
         Item(state.busy or FACES[face].words.capitalize(), enabled=False),
         Item(),
-        Item("Priority mode", "priority", up and mode == "priority", free),
-        Item("Pause", "paused", up and mode == "paused", free),
+        Item("Priority mode", "priority", up and mode == "priority", up and free),
+        Item("Pause", "paused", up and mode == "paused", up and free),
         Item(),
         Item("Open dashboard", "dashboard", enabled=up),
         Item("Copy base URL", "copy"),
-        *([Item("Open configuration", "config"), Item(), switch] if state.local else [Item()]),
+        *[switch] * state.local,
+        Item(),
         Item("Start at login", "login", state.login),
         Item("Notifications", "notify", state.notify),
         Item(),
@@ -243,7 +232,8 @@ MARKS: dict[str, Lines] = {  # in a square of 8 by 8
     "alarm": [(2.6, 4, 0.7, 4, 4.1), (2.8, 4, 7.4, 4, 7.5)],
     "lock": [(0, 0.7, 3, 7.3, 3, 7.3, 8, 0.7, 8), (1.5, 2, 3, 2, 1, 3, 0, 5, 0, 6, 1, 6, 3)],
 }
-# In a box of 4 by 8, two figures a point, "/" lifts the pen: no font is as clear at 16 pixels.
+# In a box of 4 by 8, two figures a point, "/" lifts the pen: no font is as clear at 16 pixels,
+# and the Pillow of Debian 12 brings none that can be large.
 PENS = """011030414738180701,022028,01103041430848,004023334447381807,38300646,40000434454738
 08,30100207183847453404,004018,103041433414030110/1405071838474534,18284641301001031444,0545/2327"""
 DIGITS: dict[str, Lines] = {
@@ -257,7 +247,7 @@ def draw(face: Face, number: int, pixels: int) -> Any:
     """The mark of the face; or the number alone, when it works; or the number below a band."""
     from PIL import Image, ImageDraw
 
-    unit = pixels / 2  # of a picture 8 times as large
+    unit, side = pixels / 2, 8 * pixels - 1  # of a picture 8 times as large
     picture = Image.new("RGBA", (8 * pixels, 8 * pixels), (0, 0, 0, 0))
     canvas = ImageDraw.Draw(picture)
 
@@ -274,20 +264,20 @@ def draw(face: Face, number: int, pixels: int) -> Any:
             for a, b in path:  # round ends
                 canvas.ellipse((a - half, b - half, a + half, b + half), fill=ink)
 
-    canvas.rounded_rectangle((0, 0, 16 * unit - 1, 16 * unit - 1), 3.4 * unit, face.tile)
+    canvas.rounded_rectangle((0, 0, side, side), 3.4 * unit, face.tile)
+    text = "99+" if number > 99 else str(number)
     if not number or not (face.band or face.mark == "play"):
         paint(MARKS[face.mark], face.ink, 4, 4)
-        number = 0
+        text = ""
     elif face.band:
-        canvas.rounded_rectangle((0, 0, 16 * unit - 1, 12 * unit), 3.4 * unit, face.band)
-        canvas.rectangle((0, 5.4 * unit, 16 * unit - 1, 12 * unit), face.tile)
+        canvas.rounded_rectangle((0, 0, side, 12 * unit), 3.4 * unit, face.band)
+        canvas.rectangle((0, 5.4 * unit, side, 12 * unit), face.tile)
         paint(MARKS[face.mark], "#ffffff", 4.8, 0.9, 0.8, 0.45, 0.77)
-    text = ("99+" if number > 99 else str(number)) if number else ""
+    y, high = (7.4, 6.5 / 8) if face.band else (3.1, 9.8 / 8)
     for place, digit in enumerate(text):
         wide, stroke, gap = NUMBERS[len(text)]
         x = 8 - (len(text) * (wide + gap) - gap) / 2 + place * (wide + gap)
-        y, high = (7.4, 6.5) if face.band else (3.1, 9.8)
-        paint(DIGITS[digit], face.ink, x, y, wide / 4, high / 8, stroke)
+        paint(DIGITS[digit], face.ink, x, y, wide / 4, high, stroke)
     return picture.resize((pixels, pixels), Image.Resampling.LANCZOS)
 
 
@@ -297,26 +287,18 @@ ANSWER_SECONDS, SILENCE_SECONDS = 3.0, 20.0  # llmq pings every 10 s
 FIRST_DELAY, LAST_DELAY = 0.5, 10.0  # between two attempts
 WELL_SECONDS = 5.0  # a link that lived so long was a good one
 MOST_BYTES = 1 << 24  # of one snapshot
+OPENER = build_opener(ProxyHandler({}))  # no proxy, whatever the environment says
 
 
-def connect(url: str) -> http.client.HTTPConnection:
-    """No proxy comes between, whatever the environment says."""
-    parts, client = urlsplit(url), http.client
-    kind = client.HTTPSConnection if parts.scheme == "https" else client.HTTPConnection
-    return kind(parts.hostname or "", parts.port, timeout=ANSWER_SECONDS)
-
-
-def ask(url: str, path: str, body: Any = None) -> Any:
+def ask(url: str, body: Any = None) -> Any:
     """What llmq answers; an exception with its words when it refuses."""
-    with contextlib.closing(connect(url)) as connection:
-        data, head = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        order = ("POST", data, head) if body else ("GET", None, {})
-        connection.request(order[0], urlsplit(url).path + path, *order[1:])
-        answer = connection.getresponse()
-        facts = json.loads(answer.read())
-    if answer.status != 200:
-        raise ValueError(facts["error"]["message"])
-    return facts
+    data = json.dumps(body).encode() if body else None
+    request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - see main()
+    try:
+        with OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        raise ValueError(json.load(error)["error"]["message"]) from None
 
 
 def read_snapshot(data: bytes) -> Event:
@@ -332,28 +314,24 @@ def watch(url: str, tell: Callable[[Event], None]) -> Event:
     """Tell each snapshot that comes, until the link ends; how it ended."""
     heard = False
     try:
-        with contextlib.closing(connect(url)) as connection:
-            connection.connect()
-            line = connection.sock  # the answer takes it over, its time limit stays ours
-            connection.request("GET", urlsplit(url).path + "/llmq/events")
-            answer = connection.getresponse()
-            if answer.status in (401, 403):
-                return Event("lost", "denied")
+        with OPENER.open(url + "/llmq/events", timeout=SILENCE_SECONDS) as answer:
             heard = answer.headers.get_content_type() == "text/event-stream"
-            line.settimeout(SILENCE_SECONDS)
             buffer = b""
+            # Not readline(), which takes a broken stream for one that has ended well.
             while heard and len(buffer) < MOST_BYTES and (data := answer.read1(1 << 16)):
-                *blocks, buffer = (buffer + data).split(b"\n\n")
-                if found := [one[6:] for one in blocks if one.startswith(b"data: ")]:
-                    tell(read_snapshot(found[-1]))
-        return Event("lost", "down", goodbye=True) if heard else Event("lost", "foreign")
-    except ConnectionRefusedError:
-        return Event("lost", "absent")
-    except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-        broke = heard and isinstance(error, http.client.HTTPException)
-        return Event("lost", "down" if broke else "foreign")
-    except OSError as error:
-        return Event("lost", "down", error.strerror or str(error))
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        tell(read_snapshot(line[6:]))
+        return Event("lost", "down" if heard else "foreign", goodbye=heard)
+    except Exception as error:  # noqa: BLE001 - who knows what another program answers
+        cause = getattr(error, "reason", error)  # urllib wraps what comes before the answer
+        if isinstance(cause, ConnectionRefusedError):
+            return Event("lost", "absent")
+        if isinstance(cause, OSError):
+            return Event("lost", "down")
+        denied, broke = getattr(error, "code", 0) in (401, 403), isinstance(error, HTTPException)
+        return Event("lost", "denied" if denied else "down" if heard and broke else "foreign")
 
 
 def keep_watching(url: str, tell: Callable[[Event], None], retry: threading.Event) -> None:
@@ -371,9 +349,11 @@ def keep_watching(url: str, tell: Callable[[Event], None], retry: threading.Even
 # ---- This box ------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve()
-UNITS = ("llmq.socket", "llmq.service")
 START_SECONDS = 15.0
-LOG_BYTES = 1 << 22
+ENTRIES = {  # what starts at login, where it is no autostart/llmq-tray.desktop
+    "darwin": "Library/LaunchAgents/local.llmq-tray.plist",
+    "win32": "AppData/Roaming/Microsoft/Windows/Start Menu/Programs/Startup/llmq-tray.cmd",
+}
 DESKTOP = """[Desktop Entry]\nType=Application\nName=llmq tray\nExec={}\nIcon={}
 Comment=One queue in front of the local LLM runners\nX-GNOME-Autostart-Delay=5\n"""
 
@@ -382,16 +362,16 @@ def place(variable: str, default: str) -> Path:
     return Path(os.environ.get(variable) or Path.home() / default)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(data)
 
 
-def run(*command: str) -> str:
-    """What the program complains about, nothing if it succeeds."""
-    pipes: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run(command, check=False, **pipes)  # noqa: S603 - none from outside
-    return done.stderr.strip()[-200:] or f"{command[0]} failed" if done.returncode else ""
+def run(*command: str, given: bytes = b"") -> str:
+    """What failed, if it did; no pipe, for wl-copy leaves a process that would hold it open."""
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 60}
+    done = subprocess.run(command, input=given, check=False, **quiet)  # noqa: S603 - ours
+    return f"{' '.join(command)} failed" if done.returncode else ""
 
 
 def exec_line(command: list[str]) -> str:
@@ -406,149 +386,121 @@ class Box:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.name = "".join(char if char.isalnum() else "-" for char in url)
-        self.private = place("XDG_RUNTIME_DIR", ".cache") / "llmq-tray"
+        self.private = place("XDG_RUNTIME_DIR", ".cache") / "llmq-tray" / re.sub(r"\W", "-", url)
         self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.born = self.private / f"{self.name}.json"  # the llmq that was started from here
+        self.born = self.private / "llmq.json"  # the llmq that was started from here
         self.state = place("XDG_STATE_HOME", ".local/state") / "llmq"
-        self.home = place("XDG_CONFIG_HOME", ".config") / "llmq"
-        self.entry = self.home.parent / "autostart/llmq-tray.desktop"
-        if sys.platform == "darwin":
-            self.entry = Path.home() / "Library/LaunchAgents/local.llmq-tray.plist"
-        elif sys.platform == "win32":
-            programs = place("APPDATA", ".") / "Microsoft/Windows/Start Menu/Programs"
-            self.entry = programs / "Startup/llmq-tray.cmd"
+        self.config = place("XDG_CONFIG_HOME", ".config")
+        self.quiet = self.config / "llmq/tray.json"  # there when notifications are off
+        desktop = self.config / "autostart/llmq-tray.desktop"
+        self.entry = Path.home() / ENTRIES.get(
+            sys.platform, desktop
+        )  # there when it starts at login
         self.lock: Any = None
 
     def alone(self) -> bool:
-        """Whether no other tray looks after this llmq; a crash frees the lock."""
-        self.lock = (self.private / f"{self.name}.lock").open("a")
-        try:
-            if sys.platform == "win32":
-                windows = importlib.import_module("msvcrt")
-                windows.locking(self.lock.fileno(), windows.LK_NBLCK, 1)
-            else:
-                unix = importlib.import_module("fcntl")
-                unix.flock(self.lock, unix.LOCK_EX | unix.LOCK_NB)
-        except OSError:
-            return False
-        return True
+        """Whether no other tray looks after this llmq; SQLite's locks end with their process."""
+        self.lock = sqlite3.connect(self.private / "tray.lock", timeout=0)
+        with contextlib.suppress(sqlite3.OperationalError):  # it is taken
+            self.lock.execute("BEGIN EXCLUSIVE")
+        return bool(self.lock.in_transaction)
 
-    def mode(self, mode: str) -> str:
-        return "" if ask(self.url, "/llmq/mode", {"mode": mode}) else "no answer"
+    def mode(self, mode: str) -> None:
+        ask(self.url + "/llmq/mode", {"mode": mode})
 
     def dashboard(self) -> str:
         return "" if webbrowser.open(self.url + "/") else f"no browser opens {self.url}/"
 
-    def config(self) -> str:
-        found = [*self.home.glob("llmq.toml"), *self.home.glob("llmq.json"), self.home][0]
-        return "" if webbrowser.open(found.as_uri()) else f"no program opens {found}"
-
     def copy(self) -> str:
         program = {"darwin": "pbcopy", "win32": "clip"}.get(sys.platform, "wl-copy")
-        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        # wl-copy leaves a process behind that serves the text, and would hold a pipe open.
-        done = subprocess.run([program], input=f"{self.url}/v1".encode(), check=False, **quiet)  # noqa: S603
-        return f"{program} failed" if done.returncode else ""
+        return run(program, given=f"{self.url}/v1".encode())
 
-    def save(self, notify: bool) -> None:
-        write(self.home / "tray.json", json.dumps({"notify": notify}))
+    def notify(self, on: bool) -> None:
+        self.quiet.unlink() if on else write(self.quiet, b'{"notify": false}\n')
+
+    def login(self, on: bool) -> None:
+        command, data = [sys.executable, str(HERE), "--autostart", "--url", self.url], b""
+        if sys.platform == "darwin":
+            facts = {"Label": self.entry.stem, "ProgramArguments": command, "RunAtLoad": True}
+            data = plistlib.dumps({**facts, "ProcessType": "Interactive"})
+        elif sys.platform == "win32":
+            command[0] = command[0].replace("python.exe", "pythonw.exe")
+            data = f'@start "" {subprocess.list2cmdline(command)}\n'.encode()
+        else:
+            icon = self.state / "llmq.png"
+            data = DESKTOP.format(exec_line(command), icon).encode()
+            write(icon, b"")
+            draw(FACES["idle"], 0, 256).save(icon)
+        write(self.entry, data) if on else self.entry.unlink()
 
     def service(self, action: str) -> list[str]:
-        """The command that starts or stops llmq where a service manager has it."""
-        systemctl = ["systemctl", "--user"]
-        if units := [one for one in UNITS if shutil.which("systemctl")]:
-            units = [one for one in units if not run(*systemctl, "cat", one)]
+        """The command that starts or stops llmq where it is installed as a service."""
         for agent in Path.home().glob("Library/LaunchAgents/*llmq.plist"):
             verb = {"start": ["kickstart"], "stop": ["kill", "SIGTERM"]}[action]
             return ["launchctl", *verb, f"gui/{os.getuid()}/{agent.stem}"]
-        return [*systemctl, action, *units] if units else []
+        units = [self.config / "systemd/user" / name for name in ("llmq.socket", "llmq.service")]
+        names = [unit.name for unit in units if unit.exists()]
+        return ["systemctl", "--user", action, *names] if names else []
 
     def start(self) -> str:
         if command := self.service("start"):
             return run(*command)
-        places = [folder / "llmq.py" for folder in (HERE.parent, HERE.parent.parent)]
-        beside = [path for path in places if path.exists()]
-        command = [sys.executable, str(beside[0])] if beside else [shutil.which("llmq") or ""]
-        if not command[-1]:
-            return "llmq.py is neither beside the tray nor on PATH"
-        command += ["serve", "--port", str(urlsplit(self.url).port or 80)]
-        log = self.state / "llmq.log"
-        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE.parent.parent / "llmq.py"), "serve"]
+        command += ["--port", str(urlsplit(self.url).port or 80)]
         apart: Any = {"start_new_session": True, "cwd": Path.home(), "stdin": subprocess.DEVNULL}
-        if sys.platform == "win32":
-            apart["creationflags"] = 0x08000008  # detached, without a window
-        with log.open("ab" if log.exists() and log.stat().st_size < LOG_BYTES else "wb") as out:
+        apart["creationflags"] = 0x08000008 * (sys.platform == "win32")  # detached, no window
+        log = self.state / "llmq.log"
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("ab" if log.exists() and log.stat().st_size < 1 << 22 else "wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, **apart)  # noqa: S603
         threading.Thread(target=process.wait, daemon=True).start()  # no zombie
         end = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < end:
-            if instance := self.instance():
-                write(self.born, json.dumps([process.pid, instance]))
+            with contextlib.suppress(Exception):  # it does not listen yet
+                instance = ask(self.url + "/api/version")["instance"]
+                write(self.born, json.dumps([process.pid, instance]).encode())
                 return ""
             time.sleep(0.05)
         return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
 
-    def instance(self) -> str:
-        with contextlib.suppress(Exception):
-            return str(ask(self.url, "/api/version")["instance"])
-        return ""
-
     def stop(self) -> str:
         with contextlib.suppress(OSError, ValueError):
-            pid, instance = json.loads(self.born.read_text(encoding="utf-8"))
-            if instance == self.instance():  # else the number may be somebody else's by now
+            pid, instance = json.loads(self.born.read_bytes())
+            # Another llmq answers there? Then the number may be somebody else's by now.
+            if instance == ask(self.url + "/api/version").get("instance"):
                 os.kill(pid, signal.SIGTERM)
                 return ""
-        elsewhere = "it was not started from here; stop it where it was started"
         command = self.service("stop")
-        return run(*command) if command else elsewhere
-
-    def login(self, on: bool) -> None:
-        """Start at login, or no longer."""
-        command = [sys.executable, str(HERE), "--autostart", "--url", self.url]
-        if not on:
-            self.entry.unlink()
-        elif sys.platform == "darwin":
-            facts = {"Label": self.entry.stem, "ProgramArguments": command, "RunAtLoad": True}
-            write(self.entry, plistlib.dumps({**facts, "ProcessType": "Interactive"}).decode())
-        elif sys.platform == "win32":
-            command[0] = command[0].replace("python.exe", "pythonw.exe")
-            write(self.entry, f'@start "" {subprocess.list2cmdline(command)}\n')
-        else:
-            write(self.entry, DESKTOP.format(exec_line(command), self.state / "llmq.png"))
-            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draw(FACES["idle"], 0, 256).save(self.state / "llmq.png")
+        return run(*command) if command else "it was not started from here"
 
 
 # ---- The shell -----------------------------------------------------------------------------------
 
-ICON_SECONDS = 0.5  # at least, between two pictures
-WORK = 0x0400 + 77  # a message of Windows: WM_USER and a number that pystray leaves free
+SHOW_SECONDS = 0.5  # at least, between two pictures
+PIXELS = 44 if sys.platform == "darwin" else 64
+GTK = ("appindicator", "gtk")
 WATCHER = "org.kde.StatusNotifierWatcher"
-PACKAGES = "python3-gi and gir1.2-ayatanaappindicator3-0.1, and --system-site-packages in a venv"
-NO_MENU = f"a badge without menu, for there is no AppIndicator: it needs {PACKAGES}"
+NO_MENU = """a badge without menu, for there is no AppIndicator: it needs python3-gi and \
+gir1.2-ayatanaappindicator3-0.1, and --system-site-packages in a venv"""
 NO_PANEL = "no panel here shows tray icons; GNOME needs gnome-shell-extension-appindicator"
 
 
-class Unable(Exception):
-    """There can be no icon, and why."""
-
-
 def say(text: str) -> None:
-    if sys.stderr:  # pythonw has none
-        print(f"llmq tray: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"llmq tray: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def load_pystray() -> Any:
     try:
         importlib.import_module("PIL.Image")
         return importlib.import_module("pystray")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"it needs: pip install pystray pillow ({error})") from None
     except Exception as error:  # noqa: BLE001 - Xlib raises kinds of its own without a display
-        missing = str(getattr(error, "name", "") or "").partition(".")[0]
-        lacking = missing in ("PIL", "pystray", "six")
-        reason = f"there is no desktop session here: {error}"
-        raise Unable("it needs: pip install pystray pillow" if lacking else reason) from None
+        raise RuntimeError(f"there is no desktop session here: {error}") from None
+
+
+def gi(name: str) -> Any:
+    return importlib.import_module(f"gi.repository.{name}")
 
 
 class Shell:
@@ -557,139 +509,91 @@ class Shell:
     def __init__(self, pystray: Any, state: State, box: Box) -> None:
         self.pystray, self.state, self.box = pystray, state, box
         self.events: queue.Queue[Event] = queue.Queue()
-        self.work: queue.Queue[Callable[[], Any]] = queue.Queue()
         self.retry = threading.Event()
         self.quitting = False
         first = view(state)
-        self.icon = pystray.Icon("llmq", self.picture(first), first.title, self.menu(first))
+        picture = draw(FACES[first.face], first.number, PIXELS)
+        self.icon = pystray.Icon("llmq", picture, first.title, self.menu(first))
         self.kind = type(self.icon).__module__.rpartition("._")[2]  # of pystray's backends
-        self.glib: Any = None
-        if self.kind in ("appindicator", "gtk"):
-            self.glib = importlib.import_module("gi.repository.GLib")
-        elif self.kind == "darwin":  # no icon in the Dock
+        if self.kind == "darwin":  # no icon in the Dock
             self.icon._app.setActivationPolicy_(1)
-        elif self.kind == "win32":
-            self.icon._message_handlers[WORK] = lambda *_: self.work.get()()
-
-    def picture(self, shown: View) -> Any:
-        return draw(FACES[shown.face], shown.number, 44 if sys.platform == "darwin" else 64)
 
     def menu(self, shown: View) -> Any:
-        return self.pystray.Menu(*map(self.item, shown.menu))
+        separator = self.pystray.Menu.SEPARATOR
+        return self.pystray.Menu(*[self.item(one) if one.text else separator for one in shown.menu])
 
     def item(self, item: Item) -> Any:
-        if not item.text:
-            return self.pystray.Menu.SEPARATOR
         return self.pystray.MenuItem(
             item.text,
             lambda: self.events.put(Event("click", item.command)),
-            checked=None if item.checked is None else lambda _: bool(item.checked),
+            lambda _: item.checked,
             default=item.command == "dashboard",
             enabled=item.enabled,
         )
 
     def on_ui(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Let the main thread call it: no toolkit but Xlib allows another to."""
-        if self.glib:
-            self.glib.idle_add(work, *arguments)  # once, as it returns None
-        elif self.kind == "darwin":
+        """Let the main thread call it, where pystray does not see to that itself."""
+        if self.kind == "darwin":
             importlib.import_module("PyObjCTools.AppHelper").callAfter(work, *arguments)
-        elif self.kind == "win32":
-            self.work.put(lambda: work(*arguments))
-            win32 = importlib.import_module("pystray._util.win32")
-            win32.PostMessage(self.icon._hwnd, WORK, 0, 0)
         else:
             work(*arguments)
 
     def has_panel(self) -> bool:
-        """Whether somebody shows icons: a StatusNotifier host, or an old tray on X."""
-        if self.kind not in ("appindicator", "gtk", "xorg"):
+        """Whether somebody shows AppIndicator's icons; the other kinds just try."""
+        if self.kind != "appindicator":
             return True
+        bus, watcher = "org.freedesktop.DBus", gi("GLib").Variant("(s)", (WATCHER,))
+        asked = (bus, "/org/freedesktop/DBus", bus, "NameHasOwner", watcher, None, 0, 1000, None)
         try:
-            if self.glib and self.has_watcher():
-                return True
-        except self.glib.Error as error:
-            raise Unable(f"there is no D-Bus session here: {error.message}") from None
-        with contextlib.suppress(Exception):  # Wayland alone
-            display = importlib.import_module("Xlib.display").Display()
-            tray = display.intern_atom(f"_NET_SYSTEM_TRAY_S{display.get_default_screen()}")
-            owned = display.get_selection_owner(tray)
-            display.close()
-            return bool(owned)
-        return False
-
-    def has_watcher(self) -> bool:
-        bus = importlib.import_module("gi.repository.Gio").bus_get_sync(2)  # the session's
-        asked, name = self.glib.Variant("(s)", (WATCHER,)), "org.freedesktop.DBus"
-        about = (name, "/org/freedesktop/DBus", name, "NameHasOwner", asked)
-        return bool(bus.call_sync(*about, None, 0, 1000, None).unpack()[0])
-
-    def run(self) -> int:
-        try:
-            self.icon.run(self.ready)
-        except KeyboardInterrupt:
-            return 0
-        except Exception as error:  # noqa: BLE001 - GLib's, at the end, if nobody takes notes
-            if not self.quitting:
-                raise Unable(f"the icon cannot be shown: {error}") from None
-        return 0 if self.quitting else 1
+            return bool(gi("Gio").bus_get_sync(2).call_sync(*asked).unpack()[0])  # the session's
+        except gi("GLib").Error as error:
+            raise RuntimeError(f"there is no D-Bus session here: {error.message}") from None
 
     def ready(self, _icon: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT) if self.glib else ():
-            self.glib.unix_signal_add(0, number, self.quit)  # they would leave pictures behind
+        if self.kind in GTK:
+            for number in (signal.SIGTERM, signal.SIGINT):  # they would leave pictures behind
+                gi("GLib").unix_signal_add(0, number, self.events.put, Event("click", "quit"))
         self.on_ui(setattr, self.icon, "visible", True)
         threading.Thread(target=self.think, daemon=True).start()
         link = (self.box.url, self.events.put, self.retry)
         threading.Thread(target=keep_watching, args=link, daemon=True).start()
 
-    def quit(self) -> None:
-        self.quitting = True
-        self.events.put(Event("tick"))
-
     def think(self) -> None:
-        """Every event in turn; what is shown follows the state, the icon not too often."""
-        shown, changed = view(self.state), time.monotonic()
-        blinks = [changed + 5, changed + 30] if self.kind == "win32" else []
+        """Every event in turn; what is shown follows the state, but not too often."""
+        shown, changed = view(self.state), 0.0
         try:
             while not self.quitting:
-                now = self.take_one()
+                event = Event("tick")
+                with contextlib.suppress(queue.Empty):
+                    event = self.events.get(timeout=SHOW_SECONDS)
+                now = time.monotonic()
+                self.state, effects = reduce(self.state, event, now)
+                for effect in effects:
+                    self.perform(*effect)
                 wanted = view(self.state)
-                if wanted.menu != shown.menu:
-                    self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
-                    shown = shown._replace(menu=wanted.menu)
-                if wanted != shown and now - changed >= ICON_SECONDS:
+                if wanted != shown and now - changed >= SHOW_SECONDS:
+                    if wanted.menu != shown.menu:
+                        self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
                     if wanted[:2] != shown[:2]:  # the face, the number
-                        self.on_ui(setattr, self.icon, "icon", self.picture(wanted))
+                        picture = draw(FACES[wanted.face], wanted.number, PIXELS)
+                        self.on_ui(setattr, self.icon, "icon", picture)
                     self.on_ui(setattr, self.icon, "title", wanted.title)
-                    changed, shown = now, wanted
-                if blinks and now > blinks[0]:  # Explorer may have come late
-                    for visible in (False, True):
-                        self.on_ui(setattr, self.icon, "visible", visible)
-                    blinks.pop(0)
+                    shown, changed = wanted, now
         finally:  # also when this has failed: better no icon than one that lies
             self.on_ui(self.icon.stop)
 
-    def take_one(self) -> float:
-        event = Event("tick")
-        with contextlib.suppress(queue.Empty):
-            event = self.events.get(timeout=ICON_SECONDS)
-        now = time.monotonic()
-        self.state, effects = reduce(self.state, event, now)
-        for effect in effects:
-            self.perform(*effect)
-        return now
-
     def perform(self, command: str, *arguments: Any) -> None:
         if command == "quit":
-            self.quit()
+            self.quitting = True
         elif command == "retry":
             self.retry.set()
-        elif command == "tell":
+        elif command == "tell" and self.icon.HAS_NOTIFICATION:
             title, text = arguments
             self.on_ui(self.icon.notify, text[:250], title[:60])
-        elif command == "copy" and self.glib and not os.environ.get("WAYLAND_DISPLAY"):
-            self.on_ui(self.copy)
-        else:
+        elif command == "copy" and self.kind in GTK and not os.environ.get("WAYLAND_DISPLAY"):
+            board, text = gi("Gdk").SELECTION_CLIPBOARD, self.box.url + "/v1"
+            gi("GLib").idle_add(lambda: gi("Gtk").Clipboard.get(board).set_text(text, -1))
+        elif command != "tell":
             threading.Thread(target=self.go, args=(command, *arguments), daemon=True).start()
 
     def go(self, command: str, *arguments: Any) -> None:
@@ -699,10 +603,6 @@ class Shell:
             why = str(error) or type(error).__name__
         self.events.put(Event("done", command, why or ""))
 
-    def copy(self) -> None:
-        gtk, gdk = (importlib.import_module(f"gi.repository.{name}") for name in ("Gtk", "Gdk"))
-        gtk.Clipboard.get(gdk.SELECTION_CLIPBOARD).set_text(self.box.url + "/v1", -1)
-
 
 def start(options: argparse.Namespace) -> int:
     pystray, box = load_pystray(), Box(options.url.rstrip("/"))
@@ -710,26 +610,28 @@ def start(options: argparse.Namespace) -> int:
         say(f"one is already running for {box.url}; here is the dashboard")
         box.dashboard()
         return 0
-    for old in box.private.glob(f"{box.name}.pictures*"):  # of one that was killed
-        shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{box.name}.pictures", dir=box.private) as scratch:
-        tempfile.tempdir = scratch  # where pystray puts them
-        notify = True
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            notify = json.loads((box.home / "tray.json").read_text(encoding="utf-8"))["notify"]
-        local = urlsplit(box.url).hostname in ("127.0.0.1", "::1", "localhost")
-        state = State(box.url, local, notify=bool(notify), login=box.entry.exists())
-        shell = Shell(pystray, state, box)
-        if not shell.icon.HAS_MENU:
-            say(NO_MENU)
-        end = time.monotonic() + options.panel_wait
-        while not (found := shell.has_panel()) and time.monotonic() < end:
-            time.sleep(0.2)
-        if not found and not options.autostart:
-            raise Unable(NO_PANEL)
-        if not found:
-            say(NO_PANEL + "; waiting for one")
-        return shell.run()
+    pictures = box.private / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)  # of one that was killed
+    pictures.mkdir(mode=0o700)
+    tempfile.tempdir = str(pictures)  # where pystray puts them
+    local = urlsplit(box.url).hostname in ("127.0.0.1", "::1", "localhost")
+    notify, login = not box.quiet.exists(), box.entry.exists()
+    shell = Shell(pystray, State(box.url, local, notify=notify, login=login), box)
+    if not shell.icon.HAS_MENU:
+        say(NO_MENU)
+    end = time.monotonic() + options.panel_wait
+    while not (found := shell.has_panel()) and time.monotonic() < end:
+        time.sleep(0.2)
+    if not found and not options.autostart:
+        raise RuntimeError(NO_PANEL)
+    if not found:
+        say(NO_PANEL + "; waiting for one")
+    try:
+        shell.icon.run(shell.ready)
+    except Exception as error:  # noqa: BLE001 - GLib's, at the end, if nobody takes notes
+        if not shell.quitting:
+            raise RuntimeError(f"the icon cannot be shown: {error}") from None
+    return 0 if shell.quitting else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -743,7 +645,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--url wants http://HOST:PORT, not {options.url}")
     try:
         return start(options)
-    except (Unable, OSError) as error:
+    except (RuntimeError, OSError) as error:
         say(str(error))
         return 0 if options.autostart else 2
 

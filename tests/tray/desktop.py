@@ -21,6 +21,7 @@ BUS = """<busconfig><type>session</type><listen>unix:path={path}</listen>
 <auth>EXTERNAL</auth><policy context="default"><allow send_destination="*" eavesdrop="true"/>
 <allow eavesdrop="true"/><allow own="*"/></policy></busconfig>"""
 BROWSER = '#!/bin/sh\necho "$1" >>"{log}"\n'
+NO_PICTURES = (".lock", ".lock-journal", ".json")  # what else the tray keeps there
 GI_OF = "import gi, sys; print(sys.version_info[1], gi.__path__[0])"
 
 
@@ -194,7 +195,7 @@ class Desktop:
     def pictures(self) -> list[str]:
         """Files that hold pictures, wherever the tray may put them for a while."""
         found = [path for path in self.runtime.rglob("*") if path.is_file()]
-        return [path.name for path in found if path.suffix not in (".lock", ".json")]
+        return [path.name for path in found if path.suffix not in NO_PICTURES]
 
     # ---- the panel
 
