@@ -22,6 +22,8 @@ SUMMARY = re.compile(r"(=+ )?\d+ (passed|failed|skipped|error|deselected|xfailed
 
 # tomllib is imported where a TOML file is read, and its absence has an answer of its own.
 VERMIN = "-t=3.9- --no-tips --violations --exclude tomllib llmq.py tray"
+# Half of the time goes by waiting for events; the tests of one file stay in one process.
+IN_PARALLEL = ("-n", "2", "--dist", "loadfile")
 CHECKS: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "--quiet", "--output-format=concise"],
     "ruff format": ["-m", "ruff", "format", "--check", "--quiet"],
@@ -83,7 +85,7 @@ def step(name: str, arguments: list[str]) -> None:
 
 def run_pytest() -> tuple[int, str]:
     """Run pytest under coverage, pass its output on as it comes; exit code and last line."""
-    command = [sys.executable, "-m", "coverage", "run", "-m", "pytest"]
+    command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", *IN_PARALLEL]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         output = b""
         assert process.stdout is not None
