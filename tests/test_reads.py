@@ -222,6 +222,14 @@ async def test_show_is_what_ollama_says_of_the_model(field: str) -> None:
         assert shown["capabilities"] == ["completion"]
 
 
+async def test_show_passes_over_members_that_it_does_not_know() -> None:
+    async with Runner(models=["a"]) as fake, running(fake.url) as q:
+        await up(q)
+        body = b'{"model":"a","options":{"temperature":1e999}}'  # which no JSON can be made of
+        answer = await ask(q.port, "POST", "/api/show", body=body)
+        assert (answer.status, answer.json()["capabilities"]) == (200, ["completion"])
+
+
 async def test_show_of_a_model_that_no_ollama_has_is_made_up_of_what_is_known() -> None:
     async with Runner(models=["a"]) as one, Runner(models=["org/c"], kind="vllm") as two:
         async with running(one.url, two.url) as q:
