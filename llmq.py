@@ -3996,6 +3996,11 @@ NEVER = float("inf")
 NO_HEADERS: Headers = {}
 
 
+def relayed(headers: Headers, names: Names = RELAYED_REQUEST) -> list[tuple[str, str]]:
+    """What a backend is told of a request's own header fields."""
+    return [(name, headers[name]) for name in names if name in headers]
+
+
 class Call:
     """One request on its way: who asked, what for, and how far it has come."""
 
@@ -4056,7 +4061,8 @@ class Call:
             context = backend.ask_context(self.ticket.model, question.context)
         if route == self.endpoint.path:
             self.translator = None
-            body, target = question.body_for(name, context), route + self.query
+            query = self.exchange.request.query
+            body, target = question.body_for(name, context), f"{route}?{query}" if query else route
         else:
             translator = TRANSLATORS[self.endpoint.path, route]
             self.translator = translator(json.loads(question.body), name, context, time.time)
@@ -4067,11 +4073,6 @@ class Call:
         return b"POST %b HTTP/1.1\r\n%b%b%b" % (
             target.encode("latin-1"), self.head, lines.encode("latin-1"), body
         )  # fmt: skip
-
-    @property
-    def query(self) -> str:
-        query = self.exchange.request.query
-        return "?" + query if query else ""
 
 
 class Record(NamedTuple):
@@ -4452,9 +4453,9 @@ class Gateway:
             again = failure is not None and failure.again and left
         again = again and call.error is None and not self.draining
         if again:
-            self.metrics.add("llmq_retries_total", backend.name)
             call.turn = asyncio.get_running_loop().create_future()
             self.scheduler.retry(ticket, now, counted=not lacking)
+            self.metrics.add("llmq_retries_total", backend.name)
         else:
             if failure is None:
                 self.scheduler.service.add(now - ticket.started)
@@ -4651,9 +4652,7 @@ class Desk:
     def render_upstream_head(self, request: Request) -> bytes:
         """The lines that every backend gets alike."""
         head = f"Via: 1.1 llmq-{self.gateway.instance}\r\nAccept-Encoding: identity\r\n"
-        for name in RELAYED_REQUEST:
-            if name in request.headers:
-                head += f"{name}: {request.headers[name]}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in relayed(request.headers))
         return head.encode("latin-1")
 
     # ---- what the outside may see
@@ -4948,6 +4947,7 @@ class Passage:
     exchange: Exchange
     backend: Backend
     path: str
+    inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
@@ -4959,7 +4959,7 @@ class Passage:
         except LlmqError as error:
             if not exchange.started:
                 raise
-            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, inside=True))
+            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
         finally:
             await upstream.close()
 
@@ -4991,9 +4991,7 @@ class Passage:
         headers.append(("Via", f"1.1 llmq-{self.gateway.instance}"))
         if self.backend.key:
             headers.append(("Authorization", f"Bearer {self.backend.key}"))
-        headers += [
-            (name, request.headers[name]) for name in RELAYED_REQUEST if name in request.headers
-        ]
+        headers += relayed(request.headers)
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_head(f"{request.method} {target} HTTP/1.1", headers) + request.body)
         if request.body:
@@ -5016,6 +5014,7 @@ class Passage:
         def take(piece: bytes) -> bool:
             if piece:
                 exchange.send(piece)
+                self.inside = not piece.endswith(b"\n")
             return not exchange.blocked
 
         while not upstream.body.done:
@@ -5547,9 +5546,9 @@ async def post_show(door: Door, exchange: Exchange, _: str) -> None:
     model = await door.desk.resolve_model(read_name(values))
     for backend in gateway.fleet.serving(model_key(model)):
         if backend.kind == "ollama" and backend.usable:
-            body = render_json({**values, "model": backend.name_for(model)})
+            asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
             limit = gateway.settings.upstream.probe_timeout
-            status, shown = await try_fetch(limit, backend, "/api/show", body)
+            status, shown = await try_fetch(limit, backend, "/api/show", render_json(asked))
             if status == 200 and isinstance(shown, dict):
                 return exchange.respond(200, render_json(shown))
     kind = "embedding" if EMBEDDING.search(model) else "completion"
@@ -5589,8 +5588,7 @@ async def post_count(door: Door, exchange: Exchange, _: str) -> None:
     question = read_question(exchange.request.body, COUNT_ENDPOINT)
     model = await door.desk.resolve_model(question.model)
     key, limit = model_key(model), gateway.settings.upstream.probe_timeout
-    headers = exchange.request.headers
-    more = [(name, headers[name]) for name in RELAYED_REQUEST[3:] if name in headers]
+    more = relayed(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
     for backend in gateway.fleet.serving(key, (COUNT_TOKENS,)):
         if backend.usable and backend.kind in ("llamacpp", "vllm") and backend.is_loaded(key):
             body = question.body_for(backend.name_for(model))

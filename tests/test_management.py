@@ -548,6 +548,7 @@ async def test_backend_that_breaks_in_mid_stream_ends_the_answer_unclean(
         answer = await raw.response()
         assert not answer.clean
         assert b"success" not in answer.body
+        assert b"\n\n" not in answer.body, "ollama-python takes an empty line for broken JSON"
 
 
 @pytest.mark.parametrize("broken", [FakeRequest.close, FakeRequest.reset], ids=["closes", "resets"])
