@@ -15,40 +15,48 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 15 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 17: the life of one request.
+The map.  A section uses only what stands above it; nothing above 17 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
      2. Tools          durations, sizes, averages, JSON
-     3. Settings       every setting, declared once
-     4. Metrics        what is counted, and how Prometheus reads it
+     3. Kinds          the routes that requests queue for, and the kinds of runners
+     4. Settings       every setting, declared once
+     5. Metrics        what is counted, and how Prometheus reads it
   B  The queue
-     5. Clients        who asks, and how urgently
-     6. Backends       who serves: runners, their devices, slots, models and health
-     7. Scheduler      who goes next
+     6. Identity       who asks, and how urgently
+     7. Backends       who serves: runners, their devices, slots, models and health
+     8. Scheduler      who goes next
+     9. Forecast       when, and why not yet
   C  HTTP
-     8. Messages       bytes to heads and bodies, and back
-     9. Bodies         JSON read without losing a byte of it
-    10. Dialects       what all of them share: errors, streams, questions
-    11. OpenAI         its endpoints, its errors, how its streams end
-    12. Ollama         the same for Ollama's own routes
-    13. Anthropic      the same for messages
-    14. Translation    one dialect in the words of another
-    15. Transport      sockets towards the clients
-    16. Upstream       sockets towards the runners
+    10. Messages       bytes to heads and bodies, and back
+    11. Bodies         JSON read without losing a byte of it
+    12. Dialects       what all of them share: errors, streams, questions
+    13. OpenAI         its endpoints, its errors, how its streams end
+    14. Ollama         the same for Ollama's own routes
+    15. Anthropic      the same for messages
+    16. Translation    one dialect in the words of another
+    17. Streams        how a coroutine reads a connection, and is woken
+    18. Server         sockets towards the clients; whom a call answers
+    19. Upstream       sockets towards the runners
   D  The gateway
-    17. Gateway        the life of one request
-    18. Desk           where requests come in, what the outside may see and change
-    19. Models         what there is, and its management
-    20. Background     what runs beside the requests: probes, signs of life, the sweep
+    20. Probes         what a backend has and how it does
+    21. Calls          one request on its way, and its answer from a backend
+    22. Records        what remains of it: log, metrics, the latest
+    23. Admission      from a request to a call that may wait
+    24. Gateway        the life of one request
+    25. Models         what there is, and its management
+    26. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    21. Routes         which path leads where, and who may go there
-    22. Demo           a runner that only echoes
-    23. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    24. Service        start, reload, drain, stop
-    25. Command line   serve, status, top, mode, config
-    26. Web page       what a browser is shown
+    27. Access         which names and pages may use a route
+    28. Snapshot       what the outside sees
+    29. Routes         which path leads where
+    30. Demo           a runner that only echoes
+    31. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    32. Service        start, reload, drain, stop
+    33. Command line   serve, status, top, mode, config
+    34. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -84,11 +92,19 @@ import threading
 import time
 import unicodedata
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
-from typing import Any, Callable, NamedTuple, NoReturn, Union, cast
+from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -97,92 +113,76 @@ log = logging.getLogger("llmq")
 
 
 # ==== 1. Errors ===================================================================================
-# One tree.  Pure code raises it, foreign exceptions are translated into it where they are met, and
-# `render_error` of section 10 turns it into bytes.  Status and code stand on the class, once.
+# What a client is told instead of an answer.  Each code is one row of a table: its status, when to
+# come back, whether at all.  A class of its own has only what somebody catches by its type.  Pure
+# code raises them, foreign exceptions are translated where they are met, and `render_error` of
+# section 12 turns them into bytes.
+
+
+class ErrorRow(NamedTuple):
+    status: int
+    retry_after: int | None = None  # seconds, for the Retry-After header
+    should_retry: bool = True  # False tells SDKs not to send the same request again
+
+
+ERRORS = {
+    "bad_request": ErrorRow(400),
+    "forbidden": ErrorRow(403),
+    "forbidden_host": ErrorRow(403),
+    "forbidden_origin": ErrorRow(403),
+    "model_not_found": ErrorRow(404),
+    "not_found": ErrorRow(404),
+    "method_not_allowed": ErrorRow(405),
+    "request_timeout": ErrorRow(408),
+    "conflict": ErrorRow(409),
+    "body_too_large": ErrorRow(413),
+    "uri_too_long": ErrorRow(414),
+    "unsupported_media_type": ErrorRow(415),
+    "queue_full": ErrorRow(429),
+    "headers_too_large": ErrorRow(431),
+    "cancelled": ErrorRow(499, should_retry=False),
+    "client_left": ErrorRow(499),  # nginx's number for it; only the log says so
+    "internal_error": ErrorRow(500),
+    "not_implemented": ErrorRow(501, should_retry=False),
+    "backend_answer": ErrorRow(502),  # in truth the status that the backend gave
+    "backend_error": ErrorRow(502),
+    "backend_down": ErrorRow(503, 10),
+    "backend_loading": ErrorRow(503, 5),
+    "overloaded": ErrorRow(503, 1),
+    "shutting_down": ErrorRow(503, 5),
+    "wait_timeout": ErrorRow(503, 30, should_retry=False),
+    "backend_timeout": ErrorRow(504),
+    "version_not_supported": ErrorRow(505),
+    "loop_detected": ErrorRow(508),
+}
 
 
 class LlmqError(Exception):
-    """What a client is told instead of an answer."""
+    """What a client is told instead of an answer; `code` is a row of ERRORS."""
 
-    status, code = 500, "internal_error"
-    retry_after: int | None = None  # seconds, for the Retry-After header
-    should_retry = True  # False tells SDKs not to send the same request again
-    again = False  # nothing of an answer arrived, so another attempt is allowed
+    code = "internal_error"
+    retryable = False  # nothing of an answer arrived, so another attempt is allowed
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, code: str = "", *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param  # the member of the request that is at fault
+        self.code = code or self.code
+        self.status, self.retry_after, self.should_retry = ERRORS[self.code]
 
 
 class BadRequest(LlmqError):
-    status, code = 400, "bad_request"
-
-
-class ForbiddenHost(LlmqError):
-    status, code = 403, "forbidden_host"
-
-
-class ForbiddenOrigin(LlmqError):
-    status, code = 403, "forbidden_origin"
-
-
-class Forbidden(LlmqError):
-    status, code = 403, "forbidden"
-
-
-class NotFound(LlmqError):
-    status, code = 404, "not_found"
-
-
-class ModelNotFound(LlmqError):
-    status, code = 404, "model_not_found"
-
-
-class MethodNotAllowed(LlmqError):
-    status, code = 405, "method_not_allowed"
+    code = "bad_request"
 
 
 class RequestTimeout(LlmqError):
-    status, code = 408, "request_timeout"
-
-
-class Conflict(LlmqError):
-    status, code = 409, "conflict"
-
-
-class BodyTooLarge(LlmqError):
-    status, code = 413, "body_too_large"
-
-
-class UriTooLong(LlmqError):
-    status, code = 414, "uri_too_long"
-
-
-class UnsupportedMediaType(LlmqError):
-    status, code = 415, "unsupported_media_type"
-
-
-class QueueFull(LlmqError):
-    status, code = 429, "queue_full"
-
-
-class HeadersTooLarge(LlmqError):
-    status, code = 431, "headers_too_large"
+    code = "request_timeout"
 
 
 class ClientLeft(LlmqError):
-    """Nobody is there to be told; the log says so.  499 is nginx's number for it."""
+    """Nobody is there to be told."""
 
-    status, code = 499, "client_left"
-
-
-class Cancelled(LlmqError):
-    status, code, should_retry = 499, "cancelled", False
-
-
-class MethodUnknown(LlmqError):
-    status, code = 501, "not_implemented"
+    code = "client_left"
 
 
 class BackendAnswer(LlmqError):
@@ -200,14 +200,14 @@ class BackendAnswer(LlmqError):
             self.retry_after = int(retry_after[:9])
 
 
-class NotSpoken(LlmqError):
-    """No backend of the model speaks this dialect or route, nor one that can stand in for it."""
+class Untranslatable(LlmqError):
+    """No backend of the model has the route, nor one that can stand in for it."""
 
-    status, code, should_retry = 501, "not_implemented", False
+    code = "not_implemented"
 
 
-class RouteLacking(NotSpoken):
-    """A backend says that it lacks the route: nothing was generated, another may have it."""
+class RouteUnsupported(Untranslatable):
+    """A backend says that it has no such route: nothing was generated, another may have it."""
 
     def __init__(self, answer: BackendAnswer) -> None:
         super().__init__(answer.message)
@@ -218,13 +218,13 @@ class RouteLacking(NotSpoken):
 class BackendError(LlmqError):
     """The runner broke the connection, the protocol or its answer."""
 
-    status, code = 502, "backend_error"
+    code = "backend_error"
 
 
 class BackendUnreached(BackendError):
     """No byte of an answer came, so nothing was generated that anybody has seen."""
 
-    again = True
+    retryable = True
 
 
 class BackendRefused(BackendUnreached):
@@ -232,35 +232,11 @@ class BackendRefused(BackendUnreached):
 
 
 class BackendLoading(BackendUnreached):
-    status, code, retry_after = 503, "backend_loading", 5
-
-
-class Overloaded(LlmqError):
-    status, code, retry_after = 503, "overloaded", 1
-
-
-class WaitTimeout(LlmqError):
-    status, code, retry_after, should_retry = 503, "wait_timeout", 30, False
-
-
-class BackendDown(LlmqError):
-    status, code, retry_after = 503, "backend_down", 10
-
-
-class ShuttingDown(LlmqError):
-    status, code, retry_after = 503, "shutting_down", 5
+    code = "backend_loading"
 
 
 class BackendTimeout(LlmqError):
-    status, code = 504, "backend_timeout"
-
-
-class VersionNotSupported(LlmqError):
-    status, code = 505, "version_not_supported"
-
-
-class LoopDetected(LlmqError):
-    status, code = 508, "loop_detected"
+    code = "backend_timeout"
 
 
 class ConfigError(Exception):
@@ -321,7 +297,86 @@ class Average:
         self.value = value if self.value is None else self.value + 0.2 * (value - self.value)
 
 
-# ==== 3. Settings =================================================================================
+# ==== 3. Kinds ====================================================================================
+# The routes that requests queue for, and one row per kind of runner: where it listens, how it is
+# told from the others, which of the routes it has, what says which of its models are loaded.
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
+COUNT_TOKENS = "/v1/messages/count_tokens"
+OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
+OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
+COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
+NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
+EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
+
+
+def ollama_loaded(payload: Any) -> list[str]:
+    return [str(one["name"]) for one in payload["models"]]
+
+
+def lmstudio_loaded(payload: Any) -> list[str]:
+    return [str(one["id"]) for one in payload["data"] if one.get("state") == "loaded"]
+
+
+class Kind(NamedTuple):
+    """What runners of one kind have in common."""
+
+    name: str
+    routes: frozenset[str] = EVERY
+    url: str = ""  # where it listens by default
+    owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
+    mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
+    loaded_path: str = ""  # what tells the loaded models; none: all it has are loaded
+    read_loaded: Callable[[Any], list[str]] = ollama_loaded
+    native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
+    counts_tokens: bool = False  # of a request for messages
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "ollama",
+            COMMON | NATIVE,
+            "http://127.0.0.1:11434",
+            mark=("/api/version", "version"),
+            loaded_path="/api/ps",
+            native=True,
+        ),
+        Kind(
+            "lmstudio",
+            COMMON,
+            "http://127.0.0.1:1234",
+            mark=("/api/v0/models", "data"),
+            loaded_path="/api/v0/models",
+            read_loaded=lmstudio_loaded,
+        ),
+        Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
+        Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
+        Kind("openai"),  # whatever else has /v1/models
+    )
+}
+
+
+def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The kind of runner that `owned_by` in its `/v1/models` gives away, or ''."""
+    owners = [one.get("owned_by") for one in entries]
+    return next((one.name for one in KINDS.values() if one.owner and one.owner in owners), "")
+
+
+def read_loaded(kind: str, models: tuple[str, ...], payload: Any) -> tuple[str, ...]:
+    """The loaded models, as what the runner answers at its `loaded_path` tells."""
+    row = KINDS[kind]
+    if not row.loaded_path:
+        return models
+    try:
+        return tuple(row.read_loaded(payload))
+    except (TypeError, KeyError, AttributeError):
+        return ()
+
+
+# ==== 4. Settings =================================================================================
 # Every setting is declared once, as a field of the dataclass of its table: the annotation is its
 # type, `setting()` its default, help and bounds.  Flags, LLMQ_* variables, the check of the file,
 # --help and the README's table are derived.  Defaults < file < environment < flags; each value is
@@ -330,42 +385,48 @@ class Average:
 Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
-KINDS = ("", "ollama", "llamacpp", "lmstudio", "vllm", "openai")
+Url = str  # a base URL without path, query, credentials or slash at its end
 LEVELS = ("debug", "info", "warning", "error")
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
-def setting(default: Any, help: str, also: str = "", least: float = 0, choices: Names = ()) -> Any:
-    """Declare a setting; `also` is a foreign variable that sets it too, `least` its lower bound."""
-    facts = {"help": help, "also": also, "least": least, "choices": choices}
+def setting(
+    default: Any, help: str, env_alias: str = "", minimum: float = 0, choices: Names = ()
+) -> Any:
+    """Declare a setting; `env_alias` is a foreign variable that sets it too."""
+    facts = {"help": help, "env_alias": env_alias, "minimum": minimum, "choices": choices}
     return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    host: str = setting("", "address to listen on; empty: loopback, IPv4 and IPv6", also="HOST")
-    port: int = setting(11500, "port to listen on; 0: any free one", also="PORT")
+    host: str = setting(
+        "", "address to listen on; empty: loopback, IPv4 and IPv6", env_alias="HOST"
+    )
+    port: int = setting(11500, "port to listen on; 0: any free one", env_alias="PORT")
     allowed_hosts: Names = setting((), "further names that clients may use for this box")
     cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
     allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
-    head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", least=SHORT)
-    body_timeout: Duration = setting(30.0, "between two pieces of a request body", least=SHORT)
-    upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", least=SHORT)
-    keep_alive: Duration = setting(30.0, "an idle client connection is kept open", least=SHORT)
-    stall_timeout: Duration = setting(60.0, "a client that takes nothing is gone", least=SHORT)
+    head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
+    body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
+    upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
+    keep_alive: Duration = setting(30.0, "an idle client connection is kept open", minimum=SHORT)
+    stall_timeout: Duration = setting(60.0, "a client that takes nothing is gone", minimum=SHORT)
     drain_timeout: Duration = setting(30.0, "for running requests to finish when stopping")
     heartbeat_after: Duration = setting(15.0, "a stream that waits shows a sign of life; 0: never")
-    heartbeat_interval: Duration = setting(10.0, "between two signs of life", least=SHORT)
+    heartbeat_interval: Duration = setting(10.0, "between two signs of life", minimum=SHORT)
     whole_heartbeat_after: Duration = setting(240.0, "an unstreamed answer shows a space; 0: never")
-    max_body: Size = setting(32 * MIB, "the largest request body", least=1)
+    max_body: Size = setting(32 * MIB, "the largest request body", minimum=1)
 
 
 @dataclass(frozen=True)
 class QueueSettings:
-    slots: int = setting(1, "requests at once on a device that names no number", least=1)
-    max_depth: int = setting(10000, "requests that may wait; one client at most half", least=1)
-    max_queued_bytes: Size = setting(512 * MIB, "their bodies; one client at most half", least=1)
-    max_attempts: int = setting(2, "attempts in all at a backend", also="LLM_MAX_ATTEMPTS", least=1)
+    slots: int = setting(1, "requests at once on a device that names no number", minimum=1)
+    max_depth: int = setting(10000, "requests that may wait; one client at most half", minimum=1)
+    max_queued_bytes: Size = setting(512 * MIB, "their bodies; one client at most half", minimum=1)
+    max_attempts: int = setting(
+        2, "attempts in all at a backend", env_alias="LLM_MAX_ATTEMPTS", minimum=1
+    )
     max_wait_high: Duration = setting(0.0, "longest wait of class high; 0: no limit")
     max_wait_normal: Duration = setting(0.0, "longest wait of class normal; 0: no limit")
     max_wait_low: Duration = setting(0.0, "longest wait of class low; 0: no limit")
@@ -374,16 +435,18 @@ class QueueSettings:
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    model: str = setting("", "for requests that name none; empty: the first", also="OLLAMA_MODEL")
-    connect_timeout: Duration = setting(5.0, "to connect to a backend", least=SHORT)
-    first_byte_timeout: Duration = setting(
-        600.0, "to the first byte of an answer's body", also="LLM_TIMEOUT_MS", least=SHORT
+    model: str = setting(
+        "", "for requests that name none; empty: the first", env_alias="OLLAMA_MODEL"
     )
-    idle_timeout: Duration = setting(120.0, "between two pieces of an answer", least=SHORT)
-    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", also="OLLAMA_NUM_CTX")
-    max_num_ctx: int = setting(131072, "the largest context that a request may ask for", least=1)
-    probe_interval: Duration = setting(10.0, "between two looks at a backend", least=SHORT)
-    probe_timeout: Duration = setting(2.0, "for such a look", least=SHORT)
+    connect_timeout: Duration = setting(5.0, "to connect to a backend", minimum=SHORT)
+    first_byte_timeout: Duration = setting(
+        600.0, "to the first byte of an answer's body", env_alias="LLM_TIMEOUT_MS", minimum=SHORT
+    )
+    idle_timeout: Duration = setting(120.0, "between two pieces of an answer", minimum=SHORT)
+    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", env_alias="OLLAMA_NUM_CTX")
+    max_num_ctx: int = setting(131072, "the largest context that a request may ask for", minimum=1)
+    probe_interval: Duration = setting(10.0, "between two looks at a backend", minimum=SHORT)
+    probe_timeout: Duration = setting(2.0, "for such a look", minimum=SHORT)
 
 
 @dataclass(frozen=True)
@@ -396,23 +459,26 @@ class LogSettings:
 class DeviceSettings:
     """[devices.NAME]: what backends on one host share, one GPU usually."""
 
-    slots: int = setting(1, "requests at once", least=1)
+    slots: int = setting(1, "requests at once", minimum=1)
 
 
 @dataclass(frozen=True)
 class BackendSettings:
     """[backends.NAME]: one runner."""
 
-    url: str = setting("", "http://host:port of the runner")
+    url: Url = setting("", "http://host:port of the runner")
     device: str = setting("", "the device it shares; empty: its host")
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
-    kind: str = setting("", "what it is; empty: asked", choices=KINDS)
+    kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
     key: str = setting("", "sent to it as bearer token; never taken from a client")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    """All settings; no backends means that they are looked for."""
+    """All settings, their one owner: who needs one asks here, so that a reload reaches all.
+
+    No backends means that they are looked for.
+    """
 
     server: ServerSettings = field(default_factory=ServerSettings)
     queue: QueueSettings = field(default_factory=QueueSettings)
@@ -421,6 +487,10 @@ class Settings:
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
+
+    def replace(self, other: Settings) -> None:
+        """Let all of the other's values hold from now on."""
+        vars(self).update(vars(other))
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
@@ -432,8 +502,11 @@ TABLES: dict[str, Any] = {
     "upstream": UpstreamSettings,
     "log": LogSettings,
 }
-NAMED_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
-OWN_TABLES = (*NAMED_TABLES, "aliases")  # whose keys are the user's
+ROW_TABLES: dict[str, Any] = {
+    "devices": DeviceSettings,
+    "backends": BackendSettings,
+}  # [table.NAME]
+OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
 Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
 
 
@@ -444,8 +517,8 @@ class Setting(NamedTuple):
     type: str
     default: Any
     help: str
-    also: str
-    least: float
+    env_alias: str
+    minimum: float
     choices: Names
 
     @property
@@ -480,15 +553,6 @@ def known_settings() -> Iterator[Setting]:
         yield from settings_of(table, cls)
 
 
-def settings_markdown() -> str:
-    """The README's table of settings."""
-    lines = ["| flag | variable | default | what |", "|---|---|---|---|"]
-    for row in known_settings():
-        variables = f"`{row.variable}`" + (f", `{row.also}`" if row.also else "")
-        lines.append(f"| `{row.flag}` | {variables} | {row.shown_default} | {row.help} |")
-    return "\n".join(lines)
-
-
 def parse_int(raw: Any) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
         raise ValueError("wants a whole number")
@@ -515,6 +579,23 @@ def parse_names(raw: Any) -> Names:
     return tuple(item.strip() for item in items if item.strip())
 
 
+def parse_url(raw: Any) -> Url:
+    """`http://box:8080`, also as `box:8080` or with an empty or /v1 path."""
+    text = parse_text(raw)
+    try:
+        parts = urlsplit(text if "//" in text else "http://" + text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if valid and (parts.username or parts.password):
+        raise ValueError("put the password into `key`, not into the url")
+    if valid and (parts.path.strip("/") not in ("", "v1") or parts.query):
+        raise ValueError("wants a url without a path")
+    if not valid:
+        raise ValueError("wants a url like http://host:port")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "int": parse_int,
     "Duration": lambda raw: parse_duration(str(raw)),  # files may also write plain numbers
@@ -522,6 +603,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "str": parse_text,
     "bool": parse_bool,
     "Names": parse_names,
+    "Url": parse_url,
 }
 
 
@@ -531,14 +613,15 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
         value = PARSERS[row.type](raw)
         if row.choices and value not in row.choices:
             raise ValueError("choose one of " + ", ".join(filter(None, row.choices)))
-        if row.type in ("int", "Duration", "Size") and value < row.least:
-            raise ValueError(f"wants at least {row.least:g}")
+        if row.type in ("int", "Duration", "Size") and value < row.minimum:
+            raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        written = printable(str(raw), 60)
-        raise ConfigError(f"{place} {row.key} = {written}: {error}") from None
+        # A url may hold a password.
+        written = "" if row.type == "Url" else f" = {printable(str(raw), 60)}"
+        raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
 
 
@@ -576,12 +659,12 @@ def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[st
     notes = []
     rows = {row.variable: row for row in known_settings()}
     for row in rows.values():
-        value = environ.get(row.also) if row.also else None
-        if value and row.also == "HOST" and not is_address(value):
+        value = environ.get(row.env_alias) if row.env_alias else None
+        if value and row.env_alias == "HOST" and not is_address(value):
             notes.append(f"HOST={printable(value)} ignored: neither an IP address nor localhost")
         elif value:
-            value = value + "ms" if row.also.endswith("_MS") else value
-            foreign.append((f"variable {row.also}", {row.key: value}))
+            value = value + "ms" if row.env_alias.endswith("_MS") else value
+            foreign.append((f"variable {row.env_alias}", {row.key: value}))
     for name, value in environ.items():
         if name in rows:
             own.append((f"variable {name}", {rows[name].key: value}))
@@ -611,8 +694,8 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
         for key, value in raw.items():
             if key == "aliases":
                 found[key] = parse_aliases(source, value)
-            elif key in NAMED_TABLES:
-                found[key] = parse_named(source, key, value)
+            elif key in ROW_TABLES:
+                found[key] = parse_rows(source, key, value)
             elif key in rows:
                 table, _, name = key.partition(".")
                 values[table][name] = parse_value(source, rows[key], value)
@@ -622,19 +705,14 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
     return Settings(**found)
 
 
-def build_settings(values: Mapping[str, Any]) -> Settings:
-    """Settings from dotted keys, as in {"queue.slots": 2, "backends": ["http://127.0.0.1:8080"]}."""
-    return merge_layers([("settings", dict(values))])
-
-
-def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
+def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     """[backends.NAME] and [devices.NAME]; backends also as a list of `URL` or `NAME=URL`."""
     if isinstance(raw, (list, tuple)):
         pairs = [named_url(str(item)) for item in raw]
         raw = dict(pairs)
         if len(raw) != len(pairs):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
-    cls, result = NAMED_TABLES[table], {}
+    cls, result = ROW_TABLES[table], {}
     for name, values in raw.items() if isinstance(raw, dict) else [("", None)]:
         where = f"{source}: {table}.{printable(name)}"
         if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
@@ -643,9 +721,9 @@ def parse_named(source: str, table: str, raw: Any) -> dict[str, Any]:
         for key in values:
             if key not in rows:
                 raise unknown(where, "key", key, rows)
-        found = {key: parse_value(source, rows[key], value) for key, value in values.items()}
-        if table == "backends":
-            found["url"] = parse_url(where, found.get("url", ""))
+        wanted = {key for key, row in rows.items() if row.type == "Url"}  # there is no default
+        found = {**dict.fromkeys(wanted, ""), **values}
+        found = {key: parse_value(source, rows[key], value) for key, value in found.items()}
         result[name] = cls(**found)
     return result
 
@@ -667,32 +745,15 @@ def named_url(item: str) -> tuple[str, dict[str, str]]:
     return name or place.rpartition("@")[2].partition("/")[0][:64], {"url": url}
 
 
-def parse_url(where: str, url: str) -> str:
-    """A base URL without path, query or credentials, and no slash at its end."""
-    cure = "wants a url like http://host:port"
-    try:
-        parts = urlsplit(url if "//" in url else "http://" + url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        if parts.username or parts.password:
-            valid, cure = False, "put the password into `key`, not into the url"
-        elif parts.path.strip("/") not in ("", "v1") or parts.query:
-            valid, cure = False, "wants a url without a path"
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ConfigError(f"{where}.url: {cure}")
-    return f"{parts.scheme}://{parts.netloc}"
-
-
 def render_settings(settings: Settings) -> dict[str, Any]:
     """The settings as the tables of a JSON configuration file."""
     tables: dict[str, Any] = {table: vars(getattr(settings, table)) for table in TABLES}
-    for table in NAMED_TABLES:
+    for table in ROW_TABLES:
         tables[table] = {name: vars(one) for name, one in getattr(settings, table).items()}
     return {**tables, "aliases": settings.aliases}
 
 
-# ==== 4. Metrics ==================================================================================
+# ==== 5. Metrics ==================================================================================
 # What is counted, each metric declared once: name, type, labels, help.  The text for Prometheus and
 # the README's table are derived.  Labels hold names that clients choose, so both their length and
 # their number are bounded: what is too many counts as `other`, and is counted all the same.
@@ -737,15 +798,6 @@ METRICS = (
     Metric("process_resident_memory_bytes", "gauge", (), "memory in use, on Linux"),
     Metric("process_open_fds", "gauge", (), "open files, on Linux"),
 )
-
-
-def metrics_markdown() -> str:
-    """The README's table of metrics."""
-    lines = ["| metric | type | labels | what |", "|---|---|---|---|"]
-    for one in METRICS:
-        labels = ", ".join(f"`{label}`" for label in one.labels)
-        lines.append(f"| `{one.name}` | {one.type} | {labels} | {one.help} |")
-    return "\n".join(lines)
 
 
 # By the values of the labels: these as they are written, and a number, or a histogram's numbers: by
@@ -818,10 +870,10 @@ def render_metric(metric: Metric, series: Series) -> Iterator[str]:
             yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
 
-# ==== 5. Clients ==================================================================================
-# Who asks, and how urgently.  Without keys a name is courtesy, not protection: it keeps apart the
-# programs of people who trust each other.  Foreign web pages are told apart by their Origin, which
-# browsers do not let them choose.
+# ==== 6. Identity =================================================================================
+# Who asks, and how urgently: found before anything else is read of a request.  Without keys a name
+# is courtesy, not protection: it keeps apart the programs of people who trust each other.  Foreign
+# web pages are told apart by their Origin, which browsers do not let them choose.
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9._@/:-]")
 NAME_LENGTH = 64
@@ -870,6 +922,23 @@ def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
         tier = body.get("service_tier")
         asked = SERVICE_TIERS.get(tier) if isinstance(tier, str) else None
     return Priority.NORMAL if asked is None else asked
+
+
+class Caller(NamedTuple):
+    """Who sends a request."""
+
+    client: str  # the name that shares and limits go by
+    foreign: bool  # a web page from elsewhere
+
+
+NOBODY = Caller("anonymous", foreign=False)  # until it is known
+
+
+@functools.lru_cache(maxsize=256)
+def identify(user_id: str | None, origin: str | None, agent: str | None, trusted: Names) -> Caller:
+    """Who sends a request with these header fields; a foreign page cannot speak for a person."""
+    foreign = origin is not None and is_foreign(origin, trusted)
+    return Caller(client_name(None if foreign else user_id, origin, agent), foreign)
 
 
 def client_name(user_id: str | None, origin: str | None, agent: str | None) -> str:
@@ -941,14 +1010,11 @@ class Clients:
                 del self.known[client.name]
 
 
-# ==== 6. Backends =================================================================================
+# ==== 7. Backends =================================================================================
 # Who serves.  A backend is one runner, a device what runners on one host share: a request starts
 # only where both have a free slot.  Health is one small state machine per backend, fed by probes
 # and by requests; what a backend has (models, which of them loaded) is what its last probe told.
-# What it speaks is what runners of its kind do, until its own answers teach better.
-#
-# Ollama loads a model again when a request asks for another context.  So all requests for a model
-# share one, the mark: the largest that was asked for, or that it is loaded with.
+# Which routes it has is what its kind has, until its own answers teach better.
 
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
@@ -956,16 +1022,7 @@ FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the 
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
-
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
-COUNT_TOKENS = "/v1/messages/count_tokens"
-OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
-OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
-COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
-NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
-SPOKEN = {"ollama": COMMON | NATIVE, "lmstudio": COMMON}
-SPOKEN_BY_OTHERS = COMMON | {RERANK, COUNT_TOKENS}
+ROUTES_KEPT = 1000  # choices of a route that a backend remembers
 
 
 class State(enum.Enum):
@@ -1008,41 +1065,99 @@ def model_key(name: str) -> str:
     return key[: -len(":latest")] if key.endswith(":latest") else key
 
 
+class Want(NamedTuple):
+    """What a ticket waits for; tickets that want the same can start at the same backends."""
+
+    model: str  # a model key
+    routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
+    avoid: Backend | None = None  # where the last attempt failed
+
+
+class Contexts:
+    """The context that all requests for a model share: an Ollama loads it anew for another.
+
+    All numbers are tokens by model key; 0 is the backend's own choice.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0  # what every model starts with, as configured
+        self.max: dict[str, int] = {}  # the longest that a model can have
+        self.loaded: dict[str, int] = {}  # what it is loaded with
+        self.requested: dict[str, int] = {}  # the largest that was asked for and started
+        self.requested_at: dict[str, float] = {}  # when that was last used, monotonic
+        self.ignored: dict[str, int] = {}  # loaded with, but reset: it counts no more
+
+    def shared(self, key: str) -> int:
+        loaded = self.loaded.get(key, 0)
+        loaded = 0 if loaded == self.ignored.get(key) else loaded
+        start = min(self.start, self.max.get(key, self.start))
+        return max(start, self.requested.get(key, 0), loaded)
+
+    def request(self, key: str, tokens: int, now: float) -> int:
+        """The context for a request that starts now and asked for this much."""
+        shared = max(self.shared(key), tokens)
+        if shared:
+            self.requested[key], self.requested_at[key] = shared, now
+        return shared
+
+    def reset(self, key: str) -> None:
+        self.requested.pop(key, None)
+        self.ignored[key] = self.loaded.get(key, 0)
+
+    def learn(self, report: Report, at_work: Mapping[str, int]) -> None:
+        """Take in what is loaded, and how; what is not any more is forgotten, unless at work."""
+        self.loaded = read_contexts(report.running, lambda one: one.get("context_length"))
+        longest = read_contexts(report.tags, lambda one: one["details"].get("context_length"))
+        self.max.update(longest)
+        loaded = {model_key(name) for name in report.loaded}
+        for key in {*self.requested, *self.ignored} - loaded:
+            if not at_work.get(key) and self.requested_at.get(key, 0.0) < report.began:
+                self.requested.pop(key, None)  # else it may be about to be loaded
+                self.ignored.pop(key, None)
+
+
 class Backend:
     """One runner: where it is, what it has, how it does."""
 
     def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
         self.name = name
         self.url = settings.url
-        self.authority = settings.url.partition("://")[2]
         self.kind = settings.kind
-        self.key = settings.key
         self.slots = settings.slots
         self.device = device
+        self.set_key(settings.key)
         self.busy = 0
         self.draining = False
-        self.suspect = False  # it hung up without a word: no request before a probe got through
+        self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.state = State.UNKNOWN
         self.error: str | None = None  # why it is not up, in words
         self.failures = 0  # in a row
         self.since = 0.0  # when it went down, monotonic
         self.backoff = FIRST_BACKOFF
-        self.next_probe = 0.0  # when it is to be looked at, monotonic
-        self.told = False  # it has told its models at least once
+        self.next_probe = 0.0  # when it is to be probed, monotonic
+        self.models_known = False  # it has told its models at least once
         self.models: dict[str, list[str]] = {}  # model key -> names as the backend spells them
         self.report: Report | None = None
-        self.delivered = float("-inf")  # when it last sent bytes of an answer
+        self.last_received = float("-inf")  # when it last sent bytes of an answer, monotonic
         self.used = 0.0  # when it was last given a request
-        self.lacking: dict[tuple[str, str], str] = {}  # (route, model key or "") -> its words
-        # (route, model key or "") that it has answered well: it cannot lack them.
-        self.proven: set[tuple[str, str]] = set()
-        self.least_context = 0  # what every model starts with, as configured
         self.at_work: Counter[str] = Counter()  # model key -> requests that run
-        self.asked: dict[str, int] = {}  # model key -> largest context asked for and started
-        self.asked_at: dict[str, float] = {}  # when it was last asked for, monotonic
-        self.held: dict[str, int] = {}  # model key -> context that it is loaded with
-        self.forgotten: dict[str, int] = {}  # likewise, but reset: it counts no more
-        self.lengths: dict[str, int] = {}  # model key -> the longest context it can have
+        self.contexts = Contexts()
+        # By (route, model key, or "" for any): its words where it said that it has no such route,
+        # and where it has answered well, so that it cannot lack it.
+        self.unsupported: dict[tuple[str, str], str] = {}
+        self.supported: set[tuple[str, str]] = set()
+        self._routes: dict[tuple[Names, str], str | None] = {}  # what `route_for` has found
+
+    def set_key(self, key: str) -> None:
+        """What it is sent as bearer token; kept as the lines that each request to it gets."""
+        authority = self.url.partition("://")[2]
+        lines = f"Authorization: Bearer {key}\r\n" if key else ""
+        self.has_key = bool(key)
+        self.request_lines = f"Host: {authority}\r\n{lines}".encode("latin-1", "replace")
+
+    @property
+    def traits(self) -> Kind:
+        return KINDS[self.kind or "openai"]
 
     @property
     def most(self) -> int:
@@ -1055,11 +1170,11 @@ class Backend:
 
     @property
     def usable(self) -> bool:
-        return self.state is State.UP and not self.draining and not self.suspect
+        return self.state is State.UP and not self.draining and not self.needs_probe
 
-    def serves(self, key: str) -> bool:
-        """Whether it has the model; one that never told is believed to."""
-        return key in self.models or not self.told
+    def may_have(self, key: str) -> bool:
+        """Whether it has the model, or has never told which it has."""
+        return key in self.models or not self.models_known
 
     def name_for(self, asked: str) -> str:
         """The model's name as this backend spells it."""
@@ -1070,68 +1185,45 @@ class Backend:
         loaded = self.report.loaded if self.report else ()
         return any(model_key(name) == key for name in loaded)
 
-    def speaks(self, route: str, key: str) -> bool:
+    def supports(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
-        if self.lacking and ((route, "") in self.lacking or (route, key) in self.lacking):
+        if self.unsupported and {(route, ""), (route, key)} & self.unsupported.keys():
             return False
-        return route in SPOKEN.get(self.kind, SPOKEN_BY_OTHERS) or not self.told
+        return route in self.traits.routes or not self.models_known
 
-    def route_for(self, routes: Iterable[str], key: str) -> str | None:
-        """The first of the routes that it speaks."""
-        for route in routes:
-            if self.speaks(route, key):
-                return route
-        return None
+    def route_for(self, routes: Names, key: str) -> str | None:
+        """The first of the routes that it supports; found once until it tells more of itself."""
+        if (routes, key) not in self._routes:
+            if len(self._routes) >= ROUTES_KEPT:
+                self._routes.clear()  # names come from outside
+            found = (route for route in routes if self.supports(route, key))
+            self._routes[routes, key] = next(found, None)
+        return self._routes[routes, key]
 
-    def lacks(self, route: str, key: str, error: RouteLacking) -> None:
+    def route_unsupported(self, route: str, key: str, error: RouteUnsupported) -> None:
         """Its answer says that it has no such route, or not for this model."""
-        self.lacking[route, key if error.for_model else ""] = error.message
+        self.unsupported[route, key if error.for_model else ""] = error.message
+        self._routes.clear()
 
-    def context(self, key: str) -> int:
+    def num_ctx(self, key: str) -> int:
         """Tokens of context that the requests for this model share here; 0: the backend's own."""
-        if self.kind != "ollama":
-            return 0
-        held = self.held.get(key, 0)
-        held = 0 if held == self.forgotten.get(key) else held
-        least = min(self.least_context, self.lengths.get(key, self.least_context))
-        return max(least, self.asked.get(key, 0), held)
-
-    def ask_context(self, key: str, tokens: int) -> int:
-        """The context for a request that starts now and asked for this much, or 0."""
-        mark = max(self.context(key), tokens if self.kind == "ollama" else 0)
-        if mark:
-            self.asked[key], self.asked_at[key] = mark, self.used
-        return mark
-
-    def reset_context(self, key: str) -> None:
-        self.asked.pop(key, None)
-        self.forgotten[key] = self.held.get(key, 0)
+        return self.contexts.shared(key) if self.traits.native else 0
 
     def succeeded(self, now: float, report: Report | None, interval: float) -> None:
         """A probe (with its report) or a request got through."""
         self.failures, self.error, self.backoff = 0, None, FIRST_BACKOFF
         if report is not None:
-            if self.state is not State.UP:
-                self.lacking.clear()  # it may have been started anew, as something else
-                self.proven.clear()
-            self.told, self.report, self.kind = True, report, report.kind
+            if self.state is not State.UP:  # it may have been started anew, as something else
+                self.unsupported.clear()
+                self.supported.clear()
+            self._routes.clear()
+            self.models_known, self.report, self.kind = True, report, report.kind
             self.models = {}
             for name in dict.fromkeys(report.models):
                 self.models.setdefault(model_key(name), []).append(name)
-            self.state = State.UP
+            self.state, self.needs_probe = State.UP, False
             self.next_probe = now + interval
-            self._learn_contexts(report)
-
-    def _learn_contexts(self, report: Report) -> None:
-        """What is loaded, and how; the mark of a model that is not any more is forgotten."""
-        self.held = read_contexts(report.running, lambda one: one.get("context_length"))
-        lengths = read_contexts(report.tags, lambda one: one["details"].get("context_length"))
-        self.lengths.update(lengths)
-        loaded = {model_key(name) for name in report.loaded}
-        for key in {*self.asked, *self.forgotten} - loaded:
-            if not self.at_work[key] and self.asked_at.get(key, 0.0) < report.began:
-                self.asked.pop(key, None)  # else it may be about to be loaded
-                self.forgotten.pop(key, None)
+            self.contexts.learn(report, self.at_work)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
@@ -1162,24 +1254,6 @@ def read_models(payload: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(data, list) or not all(isinstance(one, dict) and "id" in one for one in data):
         raise ValueError("its /v1/models is no list of models")
     return tuple(data)
-
-
-def read_kind(entries: Sequence[dict[str, Any]]) -> str:
-    """The kind of runner that `owned_by` in its `/v1/models` gives away, or ''."""
-    owners = [one.get("owned_by") for one in entries]
-    return "llamacpp" if "llamacpp" in owners else "vllm" if "vllm" in owners else ""
-
-
-def read_loaded(kind: str, models: Names, payload: Any) -> Names:
-    """The loaded models: Ollama's /api/ps and LM Studio's /api/v0/models tell, others have all."""
-    try:
-        if kind == "ollama":
-            return tuple(str(one["name"]) for one in payload["models"])
-        if kind == "lmstudio":
-            return tuple(str(one["id"]) for one in payload["data"] if one.get("state") == "loaded")
-    except (TypeError, KeyError, AttributeError):
-        return ()
-    return models
 
 
 def read_contexts(
@@ -1226,27 +1300,57 @@ class Fleet:
             if device.name not in used and not device.busy:  # a busy one must not be made anew
                 del self.devices[device.name]
 
-    def serving(self, key: str, routes: Names = ()) -> list[Backend]:
-        """Every backend that has the model and a route, or may have them, whatever its state."""
-        able = [one for one in self.backends.values() if one.serves(key)]
-        able = [one for one in able if one.state is not State.REFUSED and not one.draining]
-        return [one for one in able if one.route_for(routes, key)] if routes else able
+    def configure(
+        self,
+        rows: Mapping[str, BackendSettings],
+        places: Mapping[str, str],
+        settings: Settings,
+        now: float,
+    ) -> None:
+        """Have the backends of these rows and no others, on the devices that `places` names."""
+        for name, backend in list(self.backends.items()):
+            row = rows.get(name)
+            if row is None or (row.url, places[name]) != (backend.url, backend.device.name):
+                self.remove(name, now)
+        for name, row in rows.items():
+            slots = settings.slots_of(places[name])
+            if name not in self.backends:
+                self.add(name, row, places[name], slots)
+            backend = self.backends[name]
+            backend.slots, backend.device.slots = row.slots, slots
+            backend.kind = row.kind or backend.kind
+            backend.contexts.start = settings.upstream.num_ctx
+            backend.set_key(row.key)
 
-    def candidates(self, key: str, avoid: Backend | None, routes: Names = ()) -> list[Backend]:
+    def serving(self, want: Want) -> list[Backend]:
+        """Every backend that has the model and a route, or may have them, whatever its state."""
+        able = [one for one in self.backends.values() if one.may_have(want.model)]
+        able = [one for one in able if one.state is not State.REFUSED and not one.draining]
+        if want.routes:
+            able = [one for one in able if one.route_for(want.routes, want.model)]
+        return able
+
+    def candidates(self, want: Want) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        able = [one for one in self.backends.values() if one.usable and key in one.models]
+        key, routes, avoid = want
+        able = [one for one in self.backends.values() if key in one.models and one.usable]
         if routes:
             able = [one for one in able if one.route_for(routes, key)]
         if avoid is not None:
             able = [one for one in able if one is not avoid] or able
         return [one for one in able if one.room > 0]
 
+    def startable_models(self) -> set[str]:
+        """Keys of the models that a request could start for now, as far as slots go."""
+        free = [one for one in self.backends.values() if one.usable and one.room > 0]
+        return {key for one in free for key in one.models}
+
     def has_room(self) -> bool:
         return any(one.busy < one.slots for one in self.devices.values())
 
-    def down_since(self, key: str, routes: Names = ()) -> float | None:
+    def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
-        serving = self.serving(key, routes)
+        serving = self.serving(want)
         if any(one.state is not State.DOWN for one in serving):
             return None
         return max([self.shrunk, *(one.since for one in serving)])
@@ -1257,7 +1361,7 @@ class Fleet:
         enabled = [one for one in self.backends.values() if one.state is not State.REFUSED]
         if any(key in one.models for one in enabled):
             return True
-        return False if enabled and all(one.told for one in enabled) else None
+        return False if enabled and all(one.models_known for one in enabled) else None
 
     def check_spelling(self, asked: str) -> None:
         """BadRequest when the name means two models of one backend and equals neither."""
@@ -1267,13 +1371,13 @@ class Fleet:
                 message = f"model {printable(asked)!r} means {' or '.join(names)}"
                 raise BadRequest(message, param="model")
 
-    def lacking_words(self, key: str, routes: Names) -> str:
-        """Why nobody takes these routes for this model."""
+    def why_unsupported(self, want: Want) -> str:
+        """Why no backend takes these routes for this model."""
         for one in self.backends.values():
-            for (route, model), words in one.lacking.items():
-                if route in routes and model in ("", key) and one.serves(key):
+            for (route, model), words in one.unsupported.items():
+                if route in want.routes and model in ("", want.model) and one.may_have(want.model):
                     return words
-        return f"no backend of model {printable(key)!r} speaks {routes[0]}"
+        return f"no backend of model {printable(want.model)!r} speaks {want.routes[0]}"
 
     def default_model(self) -> str | None:
         """The first model of the first backend that is not for embeddings."""
@@ -1282,18 +1386,21 @@ class Fleet:
         return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
-# ==== 7. Scheduler ================================================================================
+# ==== 8. Scheduler ================================================================================
 # Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
 #
-# A group is all that waits with the same candidates: one class, model, routes, backend to avoid.
-# In it a lane is what one client has waiting, oldest first; a heap of (tag, client) orders the
-# lanes, and a lane's tag is the number of its oldest ticket: first come, first served.  Tags rise
-# while a lane waits, so a stale top is re-keyed where it stands, and picking costs the same at any
-# depth.  (Fair share is to replace the tag by the client's served time, caps to pass over a lane
-# that surfaces, overdue starts and affinity to choose among the heads in `_pick`: each has its
-# place, none is here yet.)
+# A group is all of one class that wants the same, and so can start at the same backends.  In it a
+# lane is what one client has waiting, oldest first; a heap of (tag, client) orders the lanes, and a
+# lane's tag is the number of its oldest ticket: first come, first served.  Tags rise while a lane
+# waits, so a stale top is re-keyed where it stands, and picking costs the same at any depth.  (Fair
+# share is to replace the tag by the client's served time, caps to pass over a lane that surfaces,
+# overdue starts and affinity to choose among the heads in `_pick`: each has its place, none is here
+# yet.)
+
+
+FEW = 8  # models; with fewer waiting a pick looks at all of them
 
 
 class Mode(enum.Enum):
@@ -1302,45 +1409,64 @@ class Mode(enum.Enum):
     PAUSED = "paused"  # none starts
 
 
-class TicketState(enum.Enum):
-    NEW = "new"
-    WAITING = "waiting"
-    RUNNING = "running"
-    ENDED = "ended"
+class TicketState(enum.IntEnum):
+    NEW = 0
+    WAITING = 1
+    RUNNING = 2
+    ENDED = 3
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
 
 
 MOVES = {  # the legal moves of a ticket; it waits again in another class or for another attempt
-    TicketState.NEW: (TicketState.WAITING,),
+    TicketState.NEW: (TicketState.WAITING, TicketState.RUNNING),
     TicketState.WAITING: (TicketState.WAITING, TicketState.RUNNING, TicketState.ENDED),
     TicketState.RUNNING: (TicketState.WAITING, TicketState.ENDED),
     TicketState.ENDED: (),
 }
 
 
-@dataclass(eq=False)
 class Ticket:
     """One request in the queue."""
 
-    id: str
-    client: Client
-    model: str  # a model key
-    priority: Priority
-    size: int = 0  # bytes of its body
-    routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
-    foreign: bool = False  # it came from a web page elsewhere
-    number: int = 0  # order of arrival
-    arrived: float = 0.0
-    started: float = 0.0
-    deadline: float | None = None  # while it waits, if it may not wait for ever
-    attempts: int = 0
-    backend: Backend | None = None
-    avoid: Backend | None = None  # where the last attempt failed
-    state: TicketState = TicketState.NEW
+    __slots__ = (
+        "arrived", "attempts", "backend", "client", "deadline", "foreign", "id", "number",
+        "priority", "size", "started", "state", "want",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        ident: str,
+        client: Client,
+        want: Want,
+        priority: Priority,
+        size: int = 0,
+        foreign: bool = False,
+    ) -> None:
+        self.id = ident
+        self.client = client
+        self.want = want
+        self.priority = priority
+        self.size = size  # bytes of its body
+        self.foreign = foreign  # it came from a web page elsewhere
+        self.number = 0  # order of arrival
+        self.arrived = self.started = 0.0  # monotonic
+        self.deadline: float | None = None  # while it waits, if it may not wait for ever
+        self.attempts = 0
+        self.backend: Backend | None = None
+        self.state = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
         if state not in MOVES[self.state]:
             raise RuntimeError(f"ticket {self.id} cannot go from {self.state} to {state}")
         self.state = state
+
+    @property
+    def model(self) -> str:
+        """The key of its model."""
+        return self.want.model
 
 
 @dataclass(eq=False)
@@ -1396,35 +1522,52 @@ class Group:
                 return lane.head
 
 
-Want = tuple[str, Union[Backend, None], Names]  # model, backend to avoid, routes
-Forecast = dict[str, tuple[int, float, str]]  # ticket id -> position, eta in seconds, reason
-
-
 class Scheduler:
     """The queue."""
 
-    def __init__(self, fleet: Fleet, limits: QueueSettings) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self.fleet = fleet
-        self.limits = limits
+        self.settings = settings
         self.mode = Mode.OPEN
         self.waiting: dict[str, Ticket] = {}
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
         self._numbers = count()
-        self._groups: dict[Priority, dict[Want, Group]] = {priority: {} for priority in Priority}
+        # By class and model key, so that a pick need not look at models that cannot start.
+        self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
         self._deadlines: list[tuple[float, int, Ticket]] = []
+
+    @property
+    def limits(self) -> QueueSettings:
+        return self.settings.queue
 
     # ---- coming and going
 
     def submit(self, ticket: Ticket, now: float) -> None:
-        """Let a new ticket wait; QueueFull when there is no place for it."""
+        """Let a new ticket wait; `queue_full` when there is no place for it."""
+        self._arrive(ticket, now)
+        self._enter(ticket)
+
+    def start_or_submit(self, ticket: Ticket, now: float) -> Backend | None:
+        """Start a new ticket at once where nobody waits before it; else let it wait.
+
+        The backend where it has started; no queue is built to be torn down again.
+        """
+        self._arrive(ticket, now)
+        if not self.waiting and self._may_start(ticket.priority):
+            backend = pick_backend(self.fleet.candidates(ticket.want), ticket.want.model)
+            if backend is not None:
+                self._start(ticket, backend, now)
+                return backend
+        self._enter(ticket)
+        return None
+
+    def _arrive(self, ticket: Ticket, now: float) -> None:
         if ticket.state is not TicketState.NEW:
             raise RuntimeError(f"ticket {ticket.id} has been submitted before")
         self._check_room(ticket)
-        ticket.number = next(self._numbers)
-        ticket.arrived = now
-        self._enter(ticket)
+        ticket.number, ticket.arrived = next(self._numbers), now
 
     def cancel(self, ticket: Ticket) -> None:
         """End a waiting ticket."""
@@ -1440,9 +1583,9 @@ class Scheduler:
         """Let it wait again, in its place by arrival, for another backend where there is one."""
         self._free(ticket, now)
         if counted:
-            ticket.avoid = ticket.backend
+            ticket.want = ticket.want._replace(avoid=ticket.backend)
         else:
-            ticket.attempts -= 1  # the backend merely lacked the route
+            ticket.attempts -= 1  # the backend merely had no such route
         self._enter(ticket)
 
     def reprioritise(self, ticket: Ticket, priority: Priority) -> None:
@@ -1458,27 +1601,31 @@ class Scheduler:
             when, _, ticket = heapq.heappop(self._deadlines)
             if ticket.deadline == when:  # else it has left or moved to another class since
                 message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
-                ended.append((ticket, WaitTimeout(message)))
+                ended.append((ticket, LlmqError(message, "wait_timeout")))
                 self.cancel(ticket)
         return ended + self._expire_down(now)
 
     def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
+        """End what no backend will serve: the model is gone, its backends are down or unable."""
         ended: list[tuple[Ticket, LlmqError]] = []
-        longest = self.limits.down_wait
-        alike: dict[tuple[str, Names], list[Ticket]] = {}
+        alike: dict[Want, list[Ticket]] = {}
         for ticket in self.waiting.values():
-            alike.setdefault((ticket.model, ticket.routes), []).append(ticket)
-        for (model, routes), tickets in alike.items():
-            since, known = self.fleet.down_since(model, routes), self.fleet.knows(model)
-            lacking = known and not self.fleet.serving(model, routes)
+            alike.setdefault(ticket.want, []).append(ticket)
+        for want, tickets in alike.items():
+            since, known = self.fleet.down_since(want), self.fleet.knows(want.model)
+            unsupported = known and not self.fleet.serving(want)
             for ticket in tickets:
                 error: LlmqError | None = None
                 if known is False:
-                    error = ModelNotFound(f"model {model!r} is gone")
-                elif lacking and self.fleet.serving(model):
-                    error = NotSpoken(self.fleet.lacking_words(model, routes))
-                elif since is not None and now - max(since, ticket.arrived) >= longest:
-                    error = BackendDown(f"every backend of model {model!r} is down")
+                    error = LlmqError(f"model {want.model!r} is gone", "model_not_found")
+                elif unsupported and self.fleet.serving(Want(want.model)):
+                    error = Untranslatable(self.fleet.why_unsupported(want))
+                elif (
+                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
+                ):
+                    error = LlmqError(
+                        f"every backend of model {want.model!r} is down", "backend_down"
+                    )
                 if error:
                     ended.append((ticket, error))
                     self.cancel(ticket)
@@ -1489,40 +1636,47 @@ class Scheduler:
     def dispatch(self, now: float) -> list[tuple[Ticket, Backend]]:
         """Start every ticket that can start now; the caller sends each to its backend."""
         started: list[tuple[Ticket, Backend]] = []
-        while self.waiting and self.mode is not Mode.PAUSED and self.fleet.has_room():
+        while self.waiting and self.fleet.has_room():
             found = self._pick()
             if found is None:
                 break
-            ticket, backend = found
-            self._leave(ticket)
-            ticket.move(TicketState.RUNNING)
-            ticket.backend, ticket.started = backend, now
-            ticket.attempts += 1
-            ticket.client.running += 1
-            backend.busy += 1
-            backend.device.busy += 1
-            backend.at_work[ticket.model] += 1
-            backend.used = now
-            self.running[ticket.id] = ticket
+            self._leave(found[0])
+            self._start(*found, now)
             started.append(found)
         return started
 
+    def _may_start(self, priority: Priority) -> bool:
+        """Whether the mode lets requests of this class start."""
+        return self.mode is Mode.OPEN or (self.mode is Mode.PRIORITY and priority is Priority.HIGH)
+
     def _pick(self) -> tuple[Ticket, Backend] | None:
         """The most urgent class first; inside it, over the models that can start, the least tag."""
-        for priority, groups in self._groups.items():
-            if self.mode is Mode.PRIORITY and priority is not Priority.HIGH:
+        for priority, models in self._groups.items():
+            if not self._may_start(priority):
                 return None
             best: tuple[Ticket, Backend] | None = None
-            for (model, avoid, routes), group in groups.items():
+            names = models if len(models) < FEW else models.keys() & self.fleet.startable_models()
+            for want, group in ((one, models[name][one]) for name in names for one in models[name]):
                 head = group.head()
                 if best is not None and best[0].number < head.number:
                     continue
-                backend = pick_backend(self.fleet.candidates(model, avoid, routes), model)
+                backend = pick_backend(self.fleet.candidates(want), want.model)
                 if backend is not None:
                     best = head, backend
             if best is not None:
                 return best
         return None
+
+    def _start(self, ticket: Ticket, backend: Backend, now: float) -> None:
+        ticket.move(TicketState.RUNNING)
+        ticket.backend, ticket.started = backend, now
+        ticket.attempts += 1
+        ticket.client.running += 1
+        backend.busy += 1
+        backend.device.busy += 1
+        backend.at_work[ticket.want.model] += 1
+        backend.used = now
+        self.running[ticket.id] = ticket
 
     # ---- bookkeeping
 
@@ -1540,7 +1694,7 @@ class Scheduler:
             message = f"a web page may have {MOST_PER_ORIGIN} requests waiting"
         else:
             return
-        error = QueueFull(message)
+        error = LlmqError(message, "queue_full")
         error.retry_after = self.predicted_wait()
         raise error
 
@@ -1552,11 +1706,10 @@ class Scheduler:
 
     def _enter(self, ticket: Ticket) -> None:
         ticket.move(TicketState.WAITING)
-        groups = self._groups[ticket.priority]
-        want = (ticket.model, ticket.avoid, ticket.routes)
-        if want not in groups:
-            groups[want] = Group()
-        groups[want].add(ticket)
+        groups = self._groups[ticket.priority].setdefault(ticket.want.model, {})
+        if ticket.want not in groups:
+            groups[ticket.want] = Group()
+        groups[ticket.want].add(ticket)
         self.waiting[ticket.id] = ticket
         self.queued_bytes += ticket.size
         ticket.client.waiting += 1
@@ -1570,11 +1723,13 @@ class Scheduler:
                 self._deadlines = sorted(alive)
 
     def _leave(self, ticket: Ticket) -> None:
-        groups = self._groups[ticket.priority]
-        want = (ticket.model, ticket.avoid, ticket.routes)
+        models, want = self._groups[ticket.priority], ticket.want
+        groups = models[want.model]
         groups[want].remove(ticket)
         if not groups[want].lanes:
             del groups[want]
+        if not groups:
+            del models[want.model]
         del self.waiting[ticket.id]
         ticket.deadline = None
         self.queued_bytes -= ticket.size
@@ -1587,51 +1742,67 @@ class Scheduler:
         assert backend is not None  # a running ticket has one
         backend.busy -= 1
         backend.device.busy -= 1
-        backend.at_work[ticket.model] -= 1
+        backend.at_work[ticket.want.model] -= 1
         ticket.client.running -= 1
         ticket.client.served += now - ticket.started
-
-    # ---- what the outside may know
 
     def in_order(self) -> list[Ticket]:
         """The waiting tickets as they would start if each could: by class, then by arrival."""
         return sorted(self.waiting.values(), key=lambda one: (one.priority, one.number))
 
-    def forecast(self) -> Forecast:
-        """Position, expected wait and reason of every waiting ticket, in one pass."""
-        service = self.service.value or 1.0
-        ahead: dict[str, int] = {}
-        # What all of one model, class and routes share is found once.
-        alike: dict[tuple[str, Priority, Names], tuple[str, int, str]] = {}
-        result: Forecast = {}
-        for position, ticket in enumerate(self.in_order(), 1):
-            kind = (ticket.model, ticket.priority, ticket.routes)
-            if kind not in alike:
-                able = [one for one in self.fleet.serving(kind[0], kind[2]) if one.usable]
-                name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
-                alike[kind] = (name, slots, self._reason(ticket, able))
-            name, slots, reason = alike[kind]
-            ahead[name] = ahead.get(name, 0) + 1
-            result[ticket.id] = (position, ahead[name] * service / slots, reason)
-        return result
 
-    def _reason(self, ticket: Ticket, able: Sequence[Backend]) -> str:
-        if self.mode is Mode.PAUSED:
-            return "paused"
-        if self.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
-            return "priority mode: only high starts"
-        if not able:
-            states = {one.state for one in self.fleet.serving(ticket.model, ticket.routes)}
-            return "model is loading" if State.LOADING in states else "backend down"
-        busy = able[0].device
-        if busy.busy >= busy.slots:
-            return f"{busy.name} busy ({busy.busy}/{busy.slots})"
-        if all(one.room <= 0 for one in able):
-            return f"{able[0].name} busy ({able[0].busy}/{able[0].most})"
-        return "next"
+# ==== 9. Forecast =================================================================================
+# What those who wait may know: their position, when they can expect to start, and why not yet.
 
 
-# ==== 8. Messages =================================================================================
+class Expected(NamedTuple):
+    """What a waiting ticket can expect."""
+
+    position: int
+    eta: float | None  # seconds
+    reason: str
+
+
+Forecast = dict[str, Expected]  # by ticket id
+
+
+def forecast(scheduler: Scheduler) -> Forecast:
+    """What every waiting ticket can expect, in one pass."""
+    service = scheduler.service.value or 1.0
+    ahead: Counter[str] = Counter()
+    # What all of one class share that want the same is found once.
+    alike: dict[tuple[Want, Priority], tuple[str, int, str]] = {}
+    result: Forecast = {}
+    for position, ticket in enumerate(scheduler.in_order(), 1):
+        kind = (ticket.want, ticket.priority)
+        if kind not in alike:
+            able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
+            name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
+            alike[kind] = (name, slots, wait_reason(scheduler, ticket, able))
+        name, slots, reason = alike[kind]
+        ahead[name] += 1
+        result[ticket.id] = Expected(position, ahead[name] * service / slots, reason)
+    return result
+
+
+def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
+    """Why it does not start yet; `able` are the backends that are up and have what it wants."""
+    if scheduler.mode is Mode.PAUSED:
+        return "paused"
+    if scheduler.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
+        return "priority mode: only high starts"
+    if not able:
+        states = {one.state for one in scheduler.fleet.serving(ticket.want)}
+        return "model is loading" if State.LOADING in states else "backend down"
+    busy = able[0].device
+    if busy.busy >= busy.slots:
+        return f"{busy.name} busy ({busy.busy}/{busy.slots})"
+    if all(one.room <= 0 for one in able):
+        return f"{able[0].name} busy ({able[0].busy}/{able[0].most})"
+    return "next"
+
+
+# ==== 10. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out, nothing awaited.  Strict where
 # leniency has been a hole: what a lenient peer and we would read differently is refused, never
 # repaired.  `parse_request_head` and `parse_response_head` share the grammar of the fields; the
@@ -1713,16 +1884,20 @@ def parse_request_head(head: bytes) -> Request:
     text = head.decode("latin-1").lstrip("\r\n")  # RFC 9112 s.2.2: skip empty lines before it
     line, _, rest = text.partition("\r\n")
     if len(line) > REQUEST_LINE_LIMIT:
-        raise UriTooLong(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes")
+        raise LlmqError(
+            f"the request line is limited to {REQUEST_LINE_LIMIT} bytes", "uri_too_long"
+        )
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise BadRequest("malformed request line")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise VersionNotSupported("llmq speaks HTTP/1.1")
+        raise LlmqError("llmq speaks HTTP/1.1", "version_not_supported")
     too_long = len(rest) > FIELD_LIMIT and max(map(len, rest.split("\r\n"))) > FIELD_LIMIT
     if too_long or rest.count("\r\n") > FIELDS_LIMIT + 1:
-        raise HeadersTooLarge(f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes")
+        raise LlmqError(
+            f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes", "headers_too_large"
+        )
     try:
         headers = parse_fields(rest[:-2])
     except ValueError as error:
@@ -1775,14 +1950,14 @@ def request_length(request: Request) -> int:
         if length is not None or request.minor == 0:
             raise BadRequest("Transfer-Encoding beside Content-Length or in HTTP/1.0")
         if coding.lower() != "chunked":
-            raise MethodUnknown("the only transfer coding understood is chunked")
+            raise LlmqError("the only transfer coding understood is chunked", "not_implemented")
         return CHUNKED
     if length is None:
         return 0
     if not DIGITS.fullmatch(length):
         raise BadRequest("malformed Content-Length")
     if len(length) > 18:
-        raise BodyTooLarge("Content-Length beyond any limit")
+        raise LlmqError("Content-Length beyond any limit", "body_too_large")
     return int(length)
 
 
@@ -1839,13 +2014,19 @@ class CloseBody:
         return data
 
 
-class ChunkedBody:
-    """A chunked body (RFC 9112 s.7.1); the same payload however the bytes are cut."""
+def too_large(limit: int) -> LlmqError:
+    return LlmqError(f"a request body has at most {limit} bytes here", "body_too_large")
 
-    def __init__(self) -> None:
+
+class ChunkedBody:
+    """A chunked body (RFC 9112 s.7.1); the same payload, or mistake, however the bytes are cut."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most  # bytes that are taken
         self.done = False
         self.surplus = b""
         self.wants = 0  # bytes of the chunk at hand, its CRLF included; 0: a line comes next
+        self._size = 0  # of the chunks announced so far
         self._held = b""  # an incomplete line
         self._trailers = -1  # bytes of trailers so far, once the last chunk has come
         self._extensions = 0  # bytes of lines with extensions so far (CVE-2023-39326)
@@ -1887,6 +2068,8 @@ class ChunkedBody:
 
     def _line(self, line: bytes) -> None:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
+        if len(line) > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
+            raise ValueError("a line of the chunked body is too long")
         if not line.endswith(b"\r\n"):
             raise ValueError("a line of the chunked body does not end in CRLF")
         if self._trailers >= 0:
@@ -1898,9 +2081,12 @@ class ChunkedBody:
                 parse_fields(line.decode("latin-1"))
             return
         self._extensions += len(line) if b";" in line else 0
-        if len(line) > CHUNK_LINE_LIMIT or self._extensions > EXTENSIONS_LIMIT:
-            raise ValueError("the lines of the chunked body are too long")
+        if self._extensions > EXTENSIONS_LIMIT:
+            raise ValueError("a line of the chunked body is too long")
         size = parse_chunk_line(line[:-2])
+        self._size += size
+        if self.most is not None and self._size > self.most:
+            raise too_large(self.most)
         if size:
             self.wants = size + 2
         else:
@@ -1910,9 +2096,10 @@ class ChunkedBody:
 Body = Union[LengthBody, CloseBody, ChunkedBody]
 
 
-def body_decoder(length: int) -> Body:
+def body_decoder(length: int, most: int | None = None) -> Body:
+    """What decodes a body of this length; `most` bounds one whose length nobody tells."""
     if length == CHUNKED:
-        return ChunkedBody()
+        return ChunkedBody(most)
     return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
@@ -1929,18 +2116,25 @@ def render_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# ==== 9. Bodies ===================================================================================
-# JSON objects as clients wrote them.  A request is passed on byte for byte: its top-level members
-# are located, and only the spans of `model`, of llmq's own fields and of a shared context are
-# replaced or cut.
+# ==== 11. Bodies ==================================================================================
+# JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
+# top-level members are and where they stand, one pass puts in and cuts out what must change: the
+# model's name, a shared context, llmq's own fields.
 
 DEPTH_LIMIT = 100  # of nested arrays and objects; Pythons differ in what they survive
+NAME_LIMIT = 1024  # characters of a top-level member's name
+MEMBERS_LIMIT = 1000  # of the top level
 EXTENSIONS = ("priority", "numCtx")  # llmq's own fields, never shown to a backend
+REPLACED = ("model", "options")  # what a backend may be told in other words
 MODEL_LENGTH = 512
 # RFC 8259 s.2 and s.4: an object's brace (and the one that closes an empty one), a member's name
-# with its colon, what stands between members, and white space up to the end.
+# with its colon, what stands between members, and white space up to the end.  A name with escapes
+# is left to the decoder's scanner: `(?:…|\\.)*` keeps state for each character, 136 MiB for a name
+# of 1 MiB.
 OPENING = re.compile(r"[ \t\n\r]*\{(?:[ \t\n\r]*(\}))?")
-MEMBER_HEAD = re.compile(r'[ \t\n\r]*("(?:[^"\\\x00-\x1f]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
+MEMBER_HEAD = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+QUOTE = re.compile(r'[ \t\n\r]*"')
+COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 DELIMITER = re.compile(r"[ \t\n\r]*([,}])")
 WHITE_END = re.compile(r"[ \t\n\r]*\Z")
 
@@ -1955,14 +2149,15 @@ scan_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: igno
 scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
 
 
-class Member(NamedTuple):
-    """One top-level member of a JSON object and where it stands in the text."""
+Place = tuple[int, int, int]  # of a member in the text: where its name, its value begin, its end
 
-    name: str
-    value: Any
-    start: int  # of its name
-    value_start: int
-    end: int  # of its value
+
+class JsonObject(NamedTuple):
+    """A JSON object as it was written: what its members are, and where they stand."""
+
+    text: str
+    values: dict[str, Any]
+    places: dict[str, Place]
 
 
 def decode_json(body: bytes) -> str:
@@ -1972,47 +2167,61 @@ def decode_json(body: bytes) -> str:
         raise BadRequest("the body is not UTF-8") from None
 
 
-def locate_members(text: str) -> list[Member]:
-    """The members of the JSON object that `text` is; BadRequest says where it is none."""
+def read_object(text: str) -> JsonObject:
+    """The JSON object that `text` is; BadRequest says where it is none."""
     try:
-        members = scan_members(text)
+        found = scan_object(text)
     except RecursionError:
         raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}") from None
     except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if text.count("{") + text.count("[") > DEPTH_LIMIT:
-        check_depth([member.value for member in members])
-    names = {member.name for member in members}
-    if len(names) != len(members):
-        raise BadRequest("the body has the same key twice")
-    return members
+        check_depth(found.values)
+    return found
 
 
-def scan_members(text: str) -> list[Member]:
+def scan_object(text: str) -> JsonObject:
     """The members as the decoder's own scanners see them; ValueError if it is no object."""
     opening = OPENING.match(text)
     if not opening:
         raise ValueError("it is not an object")
-    members: list[Member] = []
+    values: dict[str, Any] = {}
+    places: dict[str, Place] = {}
     at, following = opening.end(), opening[1]
     while following != "}":
-        head = MEMBER_HEAD.match(text, at)
-        if not head:
-            raise ValueError(f"a name and a colon are wanted at character {at}")
-        start, value_start = head.start(1), head.end()
-        name = head[1][1:-1] if "\\" not in head[1] else scan_string(text, start + 1)[0]
+        name, start, value_at = scan_name(text, at)
         try:
-            value, at = scan_value(text, value_start)
+            value, at = scan_value(text, value_at)
         except StopIteration:
-            raise ValueError(f"a value is wanted at character {value_start}") from None
-        members.append(Member(name, value, start, value_start, at))
+            raise ValueError(f"a value is wanted at character {value_at}") from None
+        if name in values or len(values) == MEMBERS_LIMIT:
+            why = "more than 1,000 keys" if name not in values else "the same key twice"
+            raise BadRequest(f"the body has {why}")
+        values[name], places[name] = value, (start, value_at, at)
         delimiter = DELIMITER.match(text, at)
         if not delimiter:
             raise ValueError(f"a comma or a brace is wanted at character {at}")
         at, following = delimiter.end(), delimiter[1]
     if not WHITE_END.match(text, at):
         raise ValueError(f"something follows it at character {at}")
-    return members
+    return JsonObject(text, values, places)
+
+
+def scan_name(text: str, at: int) -> tuple[str, int, int]:
+    """A member's name, where it begins, and where its value does."""
+    head = MEMBER_HEAD.match(text, at)
+    if head:
+        name, start, end = head[1], head.start(1) - 1, head.end()
+    else:
+        quote = QUOTE.match(text, at)
+        name, end = scan_string(text, quote.end()) if quote else ("", at)
+        colon = COLON.match(text, end) if quote else None
+        if not quote or not colon:
+            raise ValueError(f"a name and a colon are wanted at character {at}")
+        start, end = quote.end() - 1, colon.end()
+    if len(name) > NAME_LIMIT:
+        raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
+    return name, start, end
 
 
 def check_depth(value: Any) -> None:
@@ -2027,42 +2236,65 @@ def check_depth(value: Any) -> None:
         level = [one for one in inner if isinstance(one, (dict, list))]
 
 
-def cut_members(text: str, members: Sequence[Member], names: Iterable[str]) -> str:
-    """The text without these members; every other byte stays as it was."""
-    kept = [member for member in members if member.name not in names]
-    if len(kept) == len(members):
-        return text
-    pieces = [
-        text[member.start : following.start]
-        for member, following in zip(members, members[1:])
-        if member.name not in names and member is not kept[-1]
+class Edits(NamedTuple):
+    """Where a JSON object may be changed, in characters; kept small, for as long as it waits."""
+
+    first: int  # where a new member goes
+    alone: bool  # then no other follows it
+    cuts: tuple[tuple[int, int], ...]
+    spots: tuple[tuple[str, int, int], ...]  # values that may be replaced
+
+    def apply(self, text: str, put: Mapping[str, str]) -> str:
+        """The object with the cuts made and these members put in, as JSON; all else as it was."""
+        changes = [(start, end, "") for start, end in self.cuts]
+        changes += [(start, end, put[name]) for name, start, end in self.spots if name in put]
+        known = [name for name, _, _ in self.spots]
+        fresh = [f"{json.dumps(name)}:{put[name]}" for name in put if name not in known]
+        if fresh:
+            changes.append((self.first, self.first, ",".join(fresh) + "," * (not self.alone)))
+        pieces, at = [], 0
+        for start, end, piece in sorted(changes):
+            pieces += [text[at:start], piece]
+            at = end
+        return "".join([*pieces, text[at:]])
+
+
+def find_edits(found: JsonObject, names: Iterable[str], cut: Names = ()) -> Edits:
+    """Where members of these names are, or can be put, once others are cut out."""
+    text, _, places = found
+    spots = tuple([(name, *places[name][1:]) for name in names if name in places])
+    if not places:
+        return Edits(text.index("{") + 1, alone=True, cuts=(), spots=())
+    order = list(places.items())
+    first = order[0][1][0]
+    if not any(name in places for name in cut):
+        return Edits(first, alone=False, cuts=(), spots=spots)
+    kept = [place for place, (name, _) in enumerate(order) if name not in cut]
+    last = kept[-1] if kept else -1
+    cuts = [  # each with the comma behind it, those at the end with the comma before them
+        (start, order[place + 1][1][0])
+        for place, (name, (start, _, _)) in enumerate(order[: max(0, last)])
+        if name in cut
     ]
-    pieces += [text[member.start : member.end] for member in kept[-1:]]
-    return text[: members[0].start] + "".join(pieces) + text[members[-1].end :]
+    if last < len(order) - 1:
+        cuts.append((order[last][1][2] if kept else first, order[-1][1][2]))
+    return Edits(first, not kept, tuple(cuts), spots)
 
 
-class Edit(NamedTuple):
-    """Where something goes into a body, in bytes, and what stands around it there."""
+def rewrite(found: JsonObject, put: Mapping[str, str], cut: Names = ()) -> str:
+    """The object with these members put in, as JSON, and these cut out; each other byte as it was.
 
-    start: int
-    end: int
-    before: bytes = b""
-    after: bytes = b""
-
-    def put(self, value: object) -> tuple[int, int, bytes]:
-        return self.start, self.end, self.before + render_json(value) + self.after
+    What is put takes the place of the old value; what is new stands first.
+    """
+    return find_edits(found, put, cut).apply(found.text, put)
 
 
-def splice(body: bytes, changes: Iterable[tuple[int, int, bytes]]) -> bytes:
-    """The body with these spans replaced, each other byte as it was."""
-    pieces: list[bytes] = []
-    at = 0
-    for start, end, piece in sorted(changes):
-        if pieces and start == at and not pieces[-1].endswith(b","):
-            pieces.append(b",")  # both are put into an empty object
-        pieces += [body[at:start], piece]
-        at = end
-    return b"".join([*pieces, body[at:]])
+def with_num_ctx(text: str, tokens: int) -> str:
+    """Ollama's `options` with this context, with none for 0."""
+    if not text.startswith("{"):  # there are none, or null
+        return f'{{"num_ctx":{tokens}}}' if tokens else text
+    put = {"num_ctx": str(tokens)} if tokens else {}
+    return rewrite(read_object(text), put, () if tokens else ("num_ctx",))
 
 
 class Question(NamedTuple):
@@ -2071,47 +2303,28 @@ class Question(NamedTuple):
     model: str  # as asked for; empty: none was named
     stream: bool
     priority: Priority
-    body: bytes  # without llmq's own fields
-    model_edit: Edit
+    body: bytes  # as it came
+    edits: Edits  # of its model and options; cuts out llmq's own fields
     context: int = 0  # tokens of context asked for; 0: none
-    context_edit: Edit | None = None  # where the backend reads it, on routes that can carry it
-    lasting: bool = False  # it says how long the model is to stay loaded
+    options: bool = False  # its route can carry a context
+    foreign: bool = False  # what it says of a context is cut
+    keep_alive: bool = False  # it says how long the model is to stay loaded
 
     def body_for(self, model: str, context: int = 0) -> bytes:
         """The body, naming the model as the backend does, with the context that is shared."""
-        changes = [self.model_edit.put(model)] if model != self.model else []
-        if context and self.context_edit is not None:
-            changes.append(self.context_edit.put(context))
-        return splice(self.body, changes) if changes else self.body
+        put = {"model": json.dumps(model)} if model != self.model else {}
+        spans = {name: (start, end) for name, start, end in self.edits.spots}
+        changes = self.options and (context or (self.foreign and "options" in spans))
+        if not put and not self.edits.cuts and not changes:
+            return self.body
+        text = self.body.decode()
+        if changes:
+            put["options"] = with_num_ctx(text[slice(*spans.get("options", (0, 0)))], context)
+        return self.edits.apply(text, put).encode()
 
 
-def edit_of(text: str, members: Sequence[Member], name: str) -> Edit:
-    """Where the value of this member stands, or where the member is to be added, in characters."""
-    for member in members:
-        if member.name == name:
-            return Edit(member.value_start, member.end)
-    opening = OPENING.match(text)
-    assert opening is not None  # `members` were found in it
-    start = members[0].start if members else text.index("{") + 1
-    return Edit(start, start, render_json(name) + b":", b"," if members else b"")
-
-
-def context_edit(text: str, members: Sequence[Member]) -> Edit:
-    """Where `options.num_ctx` stands or is to be added, in characters."""
-    edit = edit_of(text, members, "options")
-    if edit.start == edit.end or text[edit.start] != "{":  # none, or null
-        return edit._replace(before=edit.before + b'{"num_ctx":', after=b"}" + edit.after)
-    inner = text[edit.start : edit.end]
-    found = edit_of(inner, locate_members(inner), "num_ctx")
-    return found._replace(start=edit.start + found.start, end=edit.start + found.end)
-
-
-def to_bytes(text: str, edit: Edit) -> Edit:
-    """The same place, counted in bytes."""
-    if text.isascii():
-        return edit
-    start = len(text[: edit.start].encode())
-    return edit._replace(start=start, end=start + len(text[edit.start : edit.end].encode()))
+NO_EDITS = Edits(0, alone=True, cuts=(), spots=())
+NO_QUESTION = Question("", stream=False, priority=Priority.NORMAL, body=b"", edits=NO_EDITS)
 
 
 def check_case(values: Mapping[str, Any], names: Names) -> None:
@@ -2150,13 +2363,14 @@ def parse_context(value: Any, param: str) -> int:
     return value
 
 
-# ==== 10. Dialects ================================================================================
+# ==== 12. Dialects ================================================================================
 # What the dialects have in common, pure: an answer is watched, not parsed.  What tells an end, an
 # error or the usage is looked for, the rest passes.
 
 WATCHED_LINE = 64 * KIB  # a longer line of an event stream is passed on without a look
 PARSED_LINE = 8 * MIB  # the same where each line must be understood
 PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
+MOST_TOKENS = 2**53  # of a count that is taken for one; a larger one is a runner's mistake
 MODEL_ERROR = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
@@ -2266,7 +2480,7 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
         return BackendLoading(message)
     answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
     if status in (405, 501) or (status == 404 and not MODEL_ERROR.search(found)):
-        return RouteLacking(answer)
+        return RouteUnsupported(answer)
     return answer
 
 
@@ -2285,7 +2499,7 @@ def find_count(document: Any, openai: str, anthropic: str, timing: str, native: 
     found = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
     found += [timings.get(timing)] if isinstance(timings, dict) else []
     for tokens in (*found, document.get(native)):
-        if isinstance(tokens, int):
+        if isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens <= MOST_TOKENS:
             return tokens
     return None
 
@@ -2408,50 +2622,40 @@ class Endpoint(NamedTuple):
 
 def read_question(
     body: bytes, endpoint: Endpoint, priority_header: str | None = None, *, foreign: bool = False
-) -> Question:
-    """A request for an inference route; BadRequest names the offending member.
+) -> tuple[Question, Mapping[str, Any]]:
+    """A request for an inference route, and its members; BadRequest names the one at fault.
 
     A `foreign` page cannot ask for a context: what it says of one is cut.
     """
-    text = decode_json(body)
-    members = locate_members(text)
-    values = {member.name: member.value for member in members}
+    found = read_object(decode_json(body))
+    text, values, places = found
     check_common(values)
     endpoint.check(values)
     context = parse_context(values.get("numCtx"), "numCtx")
-    priority = asked_priority(values, priority_header)
-    cut = cut_members(text, members, EXTENSIONS)
     options = values.get("options") if endpoint.options else None
-    if isinstance(options, dict) and "num_ctx" in options:
-        asked = options["num_ctx"]
+    if isinstance(options, dict):
+        read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
+        asked = options.get("num_ctx")
         if isinstance(asked, float) and asked.is_integer():
             asked = int(asked)  # Ollama takes 4096.0
-        context = max(context, parse_context(asked, "options.num_ctx"))
-        cut = cut_context(cut) if foreign else cut
-    if cut is not text:
-        text, members, body = cut, locate_members(cut), cut.encode()
+        if "num_ctx" in options:
+            context = max(context, parse_context(asked, "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
-    return Question(
+    question = Question(
         model=model if model.strip() else "",
         stream=endpoint.streams is not None and (endpoint.streams if stream is None else stream),
-        priority=priority,
+        priority=asked_priority(values, priority_header),
         body=body,
-        model_edit=to_bytes(text, edit_of(text, members, "model")),
+        edits=find_edits(found, REPLACED, EXTENSIONS),
         context=0 if foreign else context,
-        context_edit=to_bytes(text, context_edit(text, members)) if endpoint.options else None,
-        lasting="keep_alive" in values,
+        options=endpoint.options,
+        foreign=foreign,
+        keep_alive="keep_alive" in values,
     )
+    return question, values
 
 
-def cut_context(text: str) -> str:
-    """The text without `options.num_ctx`."""
-    edit = edit_of(text, locate_members(text), "options")
-    inner = text[edit.start : edit.end]
-    cut = cut_members(inner, scan_members(inner), ("num_ctx",))
-    return text[: edit.start] + cut + text[edit.end :]
-
-
-# ==== 11. OpenAI ==================================================================================
+# ==== 13. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -2508,7 +2712,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 12. Ollama ==================================================================================
+# ==== 14. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 DONE_HINT = re.compile(rb'"done" ?: ?true')
@@ -2580,7 +2784,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 13. Anthropic ===============================================================================
+# ==== 15. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 CHARACTERS_PER_TOKEN = 4  # of prose in English, roughly
@@ -2643,7 +2847,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 14. Translation =============================================================================
+# ==== 16. Translation =============================================================================
 # Between OpenAI's and Ollama's shapes, where a backend lacks the dialect or a shared context needs
 # the other one.  What comes out equals, field by field, what Ollama's own /v1 gives (its
 # `openai.go`), ids and times aside; what that drops is dropped.  A request that would lose its
@@ -2697,7 +2901,7 @@ class Translator:
         self._line = b""  # the incomplete last line of a stream
 
     def body(self) -> bytes:
-        """The request to send; BadRequest, or NotSpoken where it has no counterpart."""
+        """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
         try:
             return render_json(present(self.request()))
         except MALFORMED as error:
@@ -2713,14 +2917,14 @@ class Translator:
         for line in lines.splitlines():
             text = self.source.read_line(line).strip()
             if text and text != b"[DONE]":
-                told.append(self.retell(self.piece, parse_json(text)))
+                told.append(self.translate(self.piece, parse_json(text)))
         return b"".join(told)
 
     def finish(self, data: bytes) -> bytes:
         """The same for the last bytes."""
-        return b"".join([self.feed(data + b"\n"), self.retell(self.end)])
+        return b"".join([self.feed(data + b"\n"), self.translate(self.end)])
 
-    def retell(self, how: Callable[..., Any], *answer: Any) -> Any:
+    def translate(self, how: Callable[..., Any], *answer: Any) -> Any:
         try:
             return how(*answer)
         except MALFORMED:
@@ -2746,7 +2950,7 @@ def ollama_tool_call(call: Facts, **place: int) -> Facts:
 # ---- from OpenAI to Ollama
 
 
-class OnOllama(Translator):
+class ToOllama(Translator):
     """What chats and completions of OpenAI have in common when Ollama's own routes are asked."""
 
     source = OLLAMA
@@ -2802,7 +3006,7 @@ class OnOllama(Translator):
         return b"data: [DONE]\n\n"
 
 
-class ChatOnOllama(OnOllama):
+class ChatToOllama(ToOllama):
     """`/v1/chat/completions` asked at `/api/chat`."""
 
     prefix, kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -2896,7 +3100,7 @@ def ollama_part(part: Any) -> Facts:
     return {"content": "", "images": [match[1]]}
 
 
-class CompletionOnOllama(OnOllama):
+class CompletionToOllama(ToOllama):
     """`/v1/completions` asked at `/api/generate`."""
 
     blank_usage = True
@@ -2904,7 +3108,7 @@ class CompletionOnOllama(OnOllama):
     def request(self) -> Facts:
         prompt, probs = self.question["prompt"], self.question.get("logprobs") or None
         if not isinstance(prompt, str):
-            raise NotSpoken("Ollama takes one prompt, a text", param="prompt")
+            raise Untranslatable("Ollama takes one prompt, a text", param="prompt")
         facts = {**self.common(), **chosen(self.question, "suffix"), "prompt": prompt}
         facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
         return {**facts, "logprobs": probs and True, "top_logprobs": probs}
@@ -2914,7 +3118,7 @@ class CompletionOnOllama(OnOllama):
         return {"text": answer["response"], "index": 0, "finish_reason": reason}
 
 
-class EmbeddingsOnOllama(Translator):
+class EmbeddingsToOllama(Translator):
     """`/v1/embeddings` asked at `/api/embed`."""
 
     source = OLLAMA
@@ -2922,7 +3126,7 @@ class EmbeddingsOnOllama(Translator):
     def request(self) -> Facts:
         texts = self.question["input"]
         if isinstance(texts, list) and not all(isinstance(text, str) for text in texts):
-            raise NotSpoken("Ollama embeds texts, not tokens", param="input")
+            raise Untranslatable("Ollama embeds texts, not tokens", param="input")
         options = {"num_ctx": self.context} if self.context else None
         facts = chosen(self.question, "input", "dimensions", "keep_alive")
         return {**facts, "model": self.model, "options": options}
@@ -2947,7 +3151,7 @@ def pack_floats(numbers: Sequence[float]) -> str:
 # ---- from Ollama to OpenAI
 
 
-class OnOpenAi(Translator):
+class ToOpenAi(Translator):
     """What all routes of Ollama have in common when OpenAI's are asked."""
 
     finished: str | None = None  # the reason, once it is told
@@ -2956,7 +3160,7 @@ class OnOpenAi(Translator):
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
         if not self.question.get(name):
-            raise NotSpoken("only Ollama loads and unloads a model on request")
+            raise Untranslatable("only Ollama loads and unloads a model on request")
         return self.question[name]
 
     def common(self) -> Facts:
@@ -2998,7 +3202,7 @@ class OnOpenAi(Translator):
         return choice
 
 
-class ChatOnOpenAi(OnOpenAi):
+class ChatToOpenAi(ToOpenAi):
     """`/api/chat` asked at `/v1/chat/completions`."""
 
     def __init__(self, *given: Any) -> None:
@@ -3097,14 +3301,14 @@ def openai_format(asked: Any) -> Facts | None:
     return {"type": "json_object"} if asked == "json" else None
 
 
-class GenerateOnOpenAi(OnOpenAi):
+class GenerateToOpenAi(ToOpenAi):
     """`/api/generate` with a plain prompt asked at `/v1/completions`."""
 
     def request(self) -> Facts:
         prompt = self.need("prompt")
         for one in ("system", "template", "context", "images", "format", "suffix", "think"):
             if self.question.get(one):
-                raise NotSpoken(f"only Ollama takes {one} beside a prompt", param=one)
+                raise Untranslatable(f"only Ollama takes {one} beside a prompt", param=one)
         return {**self.common(), "prompt": prompt}
 
     def whole(self, answer: Facts) -> Facts:
@@ -3119,7 +3323,7 @@ class GenerateOnOpenAi(OnOpenAi):
         return self.line({"response": "", **self.tail()})
 
 
-class EmbedOnOpenAi(OnOpenAi):
+class EmbedToOpenAi(ToOpenAi):
     """`/api/embed` asked at `/v1/embeddings`."""
 
     texts = "input"  # the member that has them
@@ -3139,7 +3343,7 @@ class EmbedOnOpenAi(OnOpenAi):
         }
 
 
-class EmbeddingsOnOpenAi(EmbedOnOpenAi):
+class EmbeddingsToOpenAi(EmbedToOpenAi):
     """`/api/embeddings`, the older one, asked at `/v1/embeddings`."""
 
     texts = "prompt"
@@ -3149,25 +3353,207 @@ class EmbeddingsOnOpenAi(EmbedOnOpenAi):
 
 
 TRANSLATORS: dict[tuple[str, str], type[Translator]] = {  # (asked for, asked at)
-    (CHAT, OLLAMA_CHAT): ChatOnOllama,
-    (COMPLETIONS, OLLAMA_GENERATE): CompletionOnOllama,
-    (EMBEDDINGS, OLLAMA_EMBED): EmbeddingsOnOllama,
-    (OLLAMA_CHAT, CHAT): ChatOnOpenAi,
-    (OLLAMA_GENERATE, COMPLETIONS): GenerateOnOpenAi,
-    (OLLAMA_EMBED, EMBEDDINGS): EmbedOnOpenAi,
-    (OLLAMA_EMBEDDINGS, EMBEDDINGS): EmbeddingsOnOpenAi,
+    (CHAT, OLLAMA_CHAT): ChatToOllama,
+    (COMPLETIONS, OLLAMA_GENERATE): CompletionToOllama,
+    (EMBEDDINGS, OLLAMA_EMBED): EmbeddingsToOllama,
+    (OLLAMA_CHAT, CHAT): ChatToOpenAi,
+    (OLLAMA_GENERATE, COMPLETIONS): GenerateToOpenAi,
+    (OLLAMA_EMBED, EMBEDDINGS): EmbedToOpenAi,
+    (OLLAMA_EMBEDDINGS, EMBEDDINGS): EmbeddingsToOpenAi,
 }
 
 
-# ==== 15. Transport ===============================================================================
-# The first section that awaits: asyncio streams, the server's side.  One coroutine reads and writes
-# a connection; whoever wants to end its wait sets an error on its reader (`interrupt`), so that it
-# surfaces where the wait is.  Deadlines are numbers on the connection that a sweep compares four
-# times a second: a timer per request costs more and says no more.  (`wait_for` around a read
-# swallows cancels on some Pythons, and two coroutines in `drain()` fail on 3.9.)
+# ==== 17. Streams =================================================================================
+# The first section that awaits: asyncio streams, as both sides use them.  One coroutine reads and
+# writes a connection.  Whoever wants to end its wait gives its reader an error (`interrupt`), so
+# that it surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons,
+# and two coroutines in `drain()` fail on 3.9.)
 
-READ_SIZE = 64 * KIB
 READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in flight
+UNREAD_LIMIT = 128 * KIB  # that nobody has read; then the peer is not listened to for a while
+HEAD_END = b"\r\n\r\n"
+
+
+T = TypeVar("T")
+
+
+class Waiter:
+    """What one coroutine awaits until it is woken; it may be woken for nothing, so it looks again.
+
+    The coroutine goes on in the very turn of the loop that wakes it.  A future of asyncio's would
+    let it go on a turn later: two turns of each request, one of each token, a third of what a token
+    costs (measured).  Tasks await anything that has `_asyncio_future_blocking`, see
+    `asyncio.isfuture`; but no task may be entered from another, so one of those wakes it a turn
+    later.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_cancelled", "_loop", "_woken")
+
+    def __init__(self) -> None:
+        self._asyncio_future_blocking = False
+        self._loop = asyncio.get_running_loop()
+        self._callback: Callable[[Any], object] | None = None  # the waiting task's
+        self._woken = self._cancelled = False
+
+    def wake(self) -> None:
+        callback, self._callback, self._woken = self._callback, None, True
+        if callback is not None and asyncio.current_task(self._loop) is None:
+            callback(self)
+        elif callback is not None:
+            self._loop.call_soon(callback, self)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if not self._woken:
+            self._asyncio_future_blocking = True
+            yield self
+        self._woken = False
+
+    # ---- what a task asks of a future
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, callback: Callable[[Any], object], *, context: object) -> None:
+        del context  # no context variable is used here
+        self._callback = callback
+
+    def cancel(self, msg: object = None) -> bool:
+        del msg
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            self._cancelled = True
+            self._loop.call_soon(callback, self)
+        return callback is not None
+
+    def result(self) -> None:
+        if self._cancelled:
+            self._cancelled = False
+            raise asyncio.CancelledError
+
+
+class Reader(asyncio.StreamReader):
+    """A StreamReader whose coroutine goes on at once, and that tells unasked that its peer left."""
+
+    def __init__(self) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self.transport: Any = None
+        self.waiter = Waiter()  # of whoever reads
+        self.received = 0  # bytes, ever
+        self.room: int | None = None  # bytes that may still be read ahead; None: any number
+        self.over_limit = False  # more came than that, and was dropped
+        self.ended = False  # the peer has closed, or reset
+        self.broken = False  # it was a reset
+        self.error: LlmqError | None = None  # what whoever reads is to meet
+        self.on_end: Callable[[], None] | None = None
+        self._data = b""  # what came and was not read: never much, so it is simply joined
+
+    @property
+    def unread(self) -> int:
+        """Bytes that came and were not read."""
+        return len(self._data)
+
+    def set_transport(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        self.received += len(data)
+        if self.room is not None:
+            self.room -= len(data)
+            if self.room < 0:
+                self.over_limit = True
+                return
+        elif self.unread > UNREAD_LIMIT:
+            self.transport.pause_reading()
+        self._data = self._data + data if self._data else data
+        self.waiter.wake()
+
+    def feed_eof(self) -> None:
+        if not self.ended:
+            self.ended = True
+            if self.on_end is not None:
+                self.on_end()
+            self.waiter.wake()
+
+    def set_exception(self, _exc: BaseException) -> None:
+        """A reset: what came before it is still read."""
+        self.broken = True
+        self.feed_eof()
+
+    def interrupt(self, error: LlmqError) -> None:
+        """Whoever reads, now or later, meets this error instead."""
+        self.error = error
+        self.waiter.wake()
+
+    async def more(self) -> bytes:
+        """All that has come, at least a byte; b"" once the peer has ended."""
+        while not self._data and not self.ended and self.error is None:
+            await self.waiter
+        if self.error is not None:
+            raise self.error
+        data, self._data = self._data, b""
+        if len(data) > UNREAD_LIMIT:
+            self.transport.resume_reading()
+        return data
+
+    def put_back(self, data: bytes) -> None:
+        """Let this be what comes next."""
+        self._data = data + self._data if self._data else data
+
+    async def read_head(self, partly: Callable[[], None] | None = None) -> bytes:
+        """A head with the empty line behind it; without that line where it is too long or cut off.
+
+        `partly` is called when only a part of it has come.
+        """
+        data = await self.more()
+        end = data.find(HEAD_END)
+        if end < 0:
+            whole = bytearray(data)
+            if partly is not None and data:
+                partly()
+            while data and end < 0 and len(whole) <= HEAD_LIMIT:
+                seen = max(0, len(whole) - len(HEAD_END) + 1)
+                data = await self.more()
+                whole += data
+                end = whole.find(HEAD_END, seen)
+            data = bytes(whole)
+        if end < 0 or end > HEAD_LIMIT:
+            return data.rstrip(b"\r\n")
+        self.put_back(data[end + len(HEAD_END) :])
+        return data[: end + len(HEAD_END)]
+
+    def bound(self) -> None:
+        """From now on the peer's end is seen at once: reading never pauses, but forgets."""
+        if self.unread > READ_AHEAD:
+            self._data, self.over_limit = b"", True
+        self.room = READ_AHEAD - self.unread
+        self.transport.resume_reading()
+
+    async def linger(self, timeout: float) -> None:
+        """Drop what still comes, until the peer has closed or the time is up."""
+        ended = asyncio.get_running_loop().create_future()
+        self.room, self.on_end = 0, functools.partial(ended.set_result, None)
+        self.transport.resume_reading()
+        if not self.ended:
+            await asyncio.wait({ended}, timeout=timeout)
+        self.on_end = None
+
+
+async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
+    """What the task gives within a time; else it is cancelled, and `late` is raised."""
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done() or task.cancelled():
+            raise late
+        return task.result()
+    finally:
+        task.cancel()  # which does nothing to one that is done
+
+
+# ==== 18. Server ==================================================================================
+# The clients' side.  A connection serves one request after the other, an exchange is one of them
+# and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
+# four times a second: a timer per request costs more and says no more.
+
 ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
 UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
 LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
@@ -3177,78 +3563,69 @@ BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
 
-class Inbox(asyncio.StreamReader):
-    """A StreamReader that tells at once, and unasked, that its peer has left."""
+class Reply(Protocol):
+    """Whom a call answers: an HTTP exchange here; whoever has a request and takes an answer."""
 
-    def __init__(self) -> None:
-        super().__init__(limit=HEAD_LIMIT, loop=asyncio.get_running_loop())
-        self.received = 0  # bytes, ever
-        self.room: int | None = None  # bytes that may still be read ahead; None: any number
-        self.overrun = False  # more came than that, and was dropped
-        self.ended = False  # the peer has closed, or reset
-        self.broken = False  # it was a reset
-        self.on_end: Callable[[], None] | None = None
-        self.sink: Callable[[bytes], None] | None = None  # takes what comes in place of a read
+    status: int  # of the head that has left; 0: none has
 
-    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
-        self.received += len(data)
-        if self.sink is not None:
-            self.sink(data)
-            return
-        if self.room is not None:
-            self.room -= len(data)
-            if self.room < 0:
-                self.overrun = True
-                return
-        super().feed_data(data)
+    @property
+    def waiter(self) -> Waiter: ...  # of the coroutine that the call runs in
 
-    def feed_eof(self) -> None:
-        super().feed_eof()
-        if not self.ended:
-            self.ended = True
-            if self.on_end is not None:
-                self.on_end()
-            if self.sink is not None:
-                self.sink(b"")
+    async def read_body(self, limit: int) -> bytes: ...
 
-    def set_exception(self, _exc: BaseException) -> None:
-        """A reset: what came before it is still read."""
-        self.broken = True
-        self.feed_eof()
+    def watch(self, left: Callable[[], None]) -> None: ...
 
-    def interrupt(self, error: LlmqError) -> None:
-        """Let whoever reads, or will, meet this error instead."""
-        super().set_exception(error)
+    @property
+    def gone(self) -> bool: ...
 
-    async def farewell(self, timeout: float) -> None:
-        """Drop what still comes, until the peer has closed or the time is up."""
-        ended = asyncio.get_running_loop().create_future()
-        self.room, self.on_end = 0, functools.partial(ended.set_result, None)
-        if not self.ended:
-            await asyncio.wait({ended}, timeout=timeout)
-        self.on_end = None
+    @property
+    def started(self) -> bool: ...
+
+    @property
+    def blocked(self) -> bool: ...
+
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None: ...
+
+    def send(self, data: bytes) -> None: ...
+
+    def finish(self, data: bytes = b"") -> None: ...
+
+    def fail(self, data: bytes) -> None: ...
+
+    def respond(
+        self, status: int, body: bytes, content_type: str = ..., headers: Pairs = ()
+    ) -> None: ...
+
+    async def catch_up(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class Exchange:
-    """One request, and the one way to answer it."""
+    """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_chunked", "_head", "_head_status", "_unread", "connection", "finished", "headers", "id",
-        "keep", "length", "request", "request_id", "status",
+        "_chunked", "_head", "_head_status", "_unread", "caller", "connection", "finished",
+        "headers", "id", "keep_alive", "length", "request", "request_id", "status",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.request = request
+        self.caller = NOBODY
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
-        self.keep = request.keep_alive
-        self.status = 0  # of the head that is on its way
+        self.keep_alive = request.keep_alive
+        self.status = 0
         self.finished = False
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
         self._unread = self.length != 0
+
+    @property
+    def waiter(self) -> Waiter:
+        return self.connection.reader.waiter
 
     @property
     def started(self) -> bool:
@@ -3259,20 +3636,28 @@ class Exchange:
         """The client has left: on TCP a half-close looks the same, and counts the same."""
         return self.connection.reader.ended
 
-    async def watch(self, left: Callable[[], None]) -> None:
-        """Call `left` when the client leaves; until the answer's end nothing hides that."""
-        await self.connection.bound_read_ahead()
-        self.connection.reader.on_end = left
+    def watch(self, left: Callable[[], None]) -> None:
+        """Call `left` when the client leaves, or has; until the answer's end nothing hides that."""
+        reader = self.connection.reader
+        reader.bound()
+        reader.on_end = left
+        if reader.ended:
+            left()
 
-    async def read_body(self, limit: int) -> None:
-        """Fill in the request's body; BodyTooLarge before anything is read where length tells."""
+    async def read_body(self, limit: int) -> bytes:
+        """The request's body; `body_too_large` before anything is read where its length tells."""
         if self.length > limit:
-            self.keep = False
-            raise BodyTooLarge(f"a request body has at most {limit} bytes here")
+            self.keep_alive = False
+            raise too_large(limit)
         if self._unread:
             self._invite()
+            keep_alive, self.keep_alive = (
+                self.keep_alive,
+                False,
+            )  # if it cannot be read, what is next?
             self.request.body = await self.connection.read_body(self.length, limit)
-            self._unread = False
+            self.keep_alive, self._unread = keep_alive, False
+        return self.request.body
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, however long it is."""
@@ -3291,30 +3676,6 @@ class Exchange:
         expected = self.request.headers.get("expect", "")
         return self.request.minor >= 1 and expected.lower() == "100-continue"
 
-    def respond(
-        self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
-    ) -> None:
-        """The whole answer, in one write."""
-        if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
-            self.keep = False
-        framing = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
-        self.finished = True
-        self.status = status
-        shown = b"" if self.request.method == "HEAD" else body
-        head = self._render_head(status, framing if status != 204 else [], headers)
-        self.connection.write(head + shown)
-
-    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
-        """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
-        self._chunked = self.request.minor >= 1
-        framing = [("Content-Type", content_type), ("Cache-Control", "no-cache")]
-        if self._chunked:
-            framing.append(("Transfer-Encoding", "chunked"))
-        else:
-            self.keep = False
-        self._head = self._render_head(status, framing, headers)
-        self._head_status = status
-
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
@@ -3322,24 +3683,47 @@ class Exchange:
         peer = writer.get_extra_info("peername") or ("",)
         return is_loopback(peer[0]) or peer[0] == writer.get_extra_info("sockname")[0]
 
-    def _render_head(self, status: int, framing: Pairs, headers: Pairs) -> bytes:
-        server = self.connection.server
-        ending = []
-        if not self.keep or server.closing:
-            self.keep = False
-            ending.append(("Connection", "close"))
+    def respond(
+        self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
+    ) -> None:
+        """The whole answer, in one write."""
+        if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
+            self.keep_alive = False
+        framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        self.finished = True
+        self.status = status
+        shown = b"" if self.request.method == "HEAD" else body
+        head = self._render_head(status, framing if status != 204 else "", headers)
+        self.connection.write(head + shown)
+
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
+        """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
+        self._chunked = self.request.minor >= 1
+        framing = f"Content-Type: {content_type}\r\nCache-Control: no-cache\r\n"
+        if self._chunked:
+            framing += "Transfer-Encoding: chunked\r\n"
+        else:
+            self.keep_alive = False
+        self._head = self._render_head(status, framing, headers)
+        self._head_status = status
+
+    def _render_head(self, status: int, framing: str, headers: Pairs) -> bytes:
+        server, ending = self.connection.server, ""
+        if not self.keep_alive or server.closing:
+            self.keep_alive = False
+            ending = "Connection: close\r\n"
         elif self.request.minor == 0:
-            ending.append(("Connection", "keep-alive"))
-        asked, own = self.request_id, self.id
-        ids = [("X-Request-Id", asked), ("request-id", asked), ("X-LLMQ-Id", own)]
-        first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
-        date = ("Date", server.date)
-        return render_head(first, [date, *framing, *ids, *self.headers, *headers, *ending])
+            ending = "Connection: keep-alive\r\n"
+        more = "".join([f"{name}: {value}\r\n" for name, value in (*self.headers, *headers)])
+        head = (
+            f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
+            f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
+            f"X-LLMQ-Id: {self.id}\r\n{more}{ending}\r\n"
+        )
+        return head.encode("latin-1", "replace")
 
     def send(self, data: bytes) -> None:
-        self.send_raw(render_chunk(data) if self._chunked and data else data)
-
-    def send_raw(self, payload: bytes) -> None:
+        payload = render_chunk(data) if self._chunked and data else data
         if self._head:
             payload, self._head, self.status = self._head + payload, b"", self._head_status
         self.connection.write(payload)
@@ -3347,14 +3731,15 @@ class Exchange:
     def finish(self, data: bytes = b"") -> None:
         """The end of an answer in pieces, as its framing says a complete one ends."""
         self.finished = True
-        last = LAST_CHUNK if self._chunked else b""
         payload = render_chunk(data) if self._chunked and data else data
-        self.send_raw(payload + last)
+        if self._head:
+            payload, self._head, self.status = self._head + payload, b"", self._head_status
+        self.connection.write(payload + LAST_CHUNK if self._chunked else payload)
 
     def fail(self, data: bytes) -> None:
         """A last word in the stream, then an end that no client can take for a complete one."""
         self.send(data)
-        self.finished, self.keep = True, False
+        self.finished, self.keep_alive = True, False
         self.connection.reset_at_end = not self._chunked
 
     @property
@@ -3374,7 +3759,7 @@ class Exchange:
 
     async def skip_body(self) -> None:
         """Read past the body of a request that was answered without it."""
-        if self._unread and self.keep:
+        if self._unread and self.keep_alive:
             await self.connection.read_body(self.length, UNREAD_BODY)
 
 
@@ -3383,7 +3768,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 class Phase(enum.Enum):
     IDLE = "idle"  # between requests
-    HEAD = "head"
+    HEAD = "head"  # a part of one is here
     BODY = "body"
     BUSY = "busy"  # the request is being answered
     LINGER = "linger"
@@ -3393,20 +3778,20 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "consumed", "crowded", "deadline", "heard", "heard_at", "phase", "reader", "reset_at_end",
-        "server", "since", "taken", "taken_at", "writer", "written",
+        "deadline", "last_drained", "last_received", "over_limit", "phase", "reader",
+        "reset_at_end", "seen", "sent", "server", "since", "used", "writer", "written",
     )  # fmt: skip
 
-    def __init__(self, server: HttpServer, reader: Inbox, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, server: HttpServer, reader: Reader, writer: asyncio.StreamWriter) -> None:
         self.server = server
         self.reader = reader
         self.writer = writer
-        self.crowded = False  # it came above the cap
+        self.over_limit = False  # it came above the cap
         self.reset_at_end = False
-        self.consumed = 0  # bytes of what was received that have been read
+        self.used = False  # it has sent a request
         self.written = 0
-        self.taken, self.taken_at = 0, 0.0  # what the client had taken when it last took anything
-        self.enter(Phase.IDLE, server.settings.head_timeout)
+        self.sent, self.last_drained = 0, 0.0  # what the client had taken when it last took any
+        self.enter(Phase.IDLE, server.settings.server.head_timeout)
 
     @property
     def unsent(self) -> int:
@@ -3414,18 +3799,18 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        return self.phase is Phase.IDLE and self.reader.received == self.consumed
+        return self.phase is Phase.IDLE and not self.reader.unread
 
     @property
     def arriving(self) -> bool:
         """Part of a request is here, or none yet of the first one."""
-        part = self.phase is Phase.IDLE and not (self.idle and self.consumed)
+        part = self.phase is Phase.IDLE and not (self.idle and self.used)
         return part or self.phase in (Phase.HEAD, Phase.BODY)
 
-    def enter(self, phase: Phase, limit: float | None = None) -> None:
+    def enter(self, phase: Phase, limit: float = 0.0) -> None:
         self.phase = phase
-        self.since = self.heard_at = now = time.monotonic()
-        self.heard = self.reader.received  # what the client had sent when it last sent anything
+        self.since = self.last_received = now = time.monotonic()
+        self.seen = self.reader.received  # what the client had sent by then
         self.deadline = now + limit if limit else 0.0
 
     def write(self, data: bytes) -> None:
@@ -3439,7 +3824,7 @@ class Connection:
         """Until the client leaves, misbehaves, or nothing more is wanted of it."""
         try:
             while await self.serve_one():
-                self.enter(Phase.IDLE, self.server.settings.keep_alive)
+                self.enter(Phase.IDLE, self.server.settings.server.keep_alive)
             await self.close()
         except (OSError, LlmqError):
             self.abort()
@@ -3454,7 +3839,7 @@ class Connection:
         """One request; False when the connection is done."""
         exchange = None
         try:
-            request = await self.read_head()
+            request = await self.read_request()
             if request is None:
                 return False
             exchange = Exchange(self, request)
@@ -3466,68 +3851,49 @@ class Connection:
             return False
         finally:
             self.reader.on_end, self.reader.room = None, None
-        if exchange.finished and exchange.keep and not self.reader.overrun:
+        if exchange.finished and exchange.keep_alive and not self.reader.over_limit:
             await exchange.skip_body()
             return not self.reader.ended
         return False
 
-    async def bound_read_ahead(self) -> None:
-        """From now on a client that leaves is seen: reading never pauses, but forgets."""
-        ahead = self.reader.received - self.consumed
-        if ahead > READ_AHEAD:
-            self.consumed += len(await self.reader.read(ahead))
-            self.reader.overrun = True
-        self.reader.room = max(0, READ_AHEAD - ahead)
-
-    async def read_head(self) -> Request | None:
-        skipped = 0
-        while True:
-            try:
-                head = await self.reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError:
-                return None
-            except asyncio.LimitOverrunError:
-                raise await self.too_long() from None
-            self.consumed += len(head)
-            if head.strip(b"\r\n"):
+    async def read_request(self) -> Request | None:
+        """The next request, without its body; None when the client wants no more."""
+        head_timeout = self.server.settings.server.head_timeout
+        partly, skipped = functools.partial(self.enter, Phase.HEAD, head_timeout), 0
+        while skipped <= HEAD_LIMIT:
+            head = await self.reader.read_head(partly)
+            if head.endswith(HEAD_END) and head.strip(b"\r\n"):
+                self.used = True
                 return parse_request_head(head)
+            if not head.endswith(HEAD_END):
+                if len(head) > HEAD_LIMIT:
+                    raise head_too_long(head)
+                return None
             skipped += len(head)
-            if skipped > HEAD_LIMIT:
-                raise BadRequest("nothing but empty lines")
-
-    async def too_long(self) -> LlmqError:
-        start = (await self.reader.read(REQUEST_LINE_LIMIT)).lstrip(b"\r\n")
-        self.consumed += REQUEST_LINE_LIMIT
-        if b"\r\n" in start:
-            return HeadersTooLarge(f"the header fields are limited to {HEAD_LIMIT} bytes")
-        return UriTooLong(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes")
+        raise BadRequest("nothing but empty lines")
 
     async def read_body(self, length: int, limit: int) -> bytes:
-        self.enter(Phase.BODY, self.server.settings.upload_timeout)
+        """A body that is wanted whole; what has come of it counts while it arrives."""
+        server, pieces, size = self.server, [], 0
+        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
+        waits = self.reader.unread < length or length == CHUNKED
+        if waits:
+            self.enter(Phase.BODY, server.settings.server.upload_timeout)
         try:
-            if length == CHUNKED:
-                body = await self.read_chunks(limit)
-            else:
-                body = await self.reader.readexactly(length)
-                self.consumed += length
-        except asyncio.IncompleteReadError:
-            raise ClientLeft("the client left before its request was complete") from None
-        self.enter(Phase.BUSY)
-        return body
-
-    async def read_chunks(self, limit: int) -> bytes:
-        decoder, pieces, size = ChunkedBody(), [], 0
-        while not decoder.done:
-            if size + decoder.wants > limit + 2:  # a chunk's CRLF is no part of the body
-                raise BodyTooLarge(f"a request body has at most {limit} bytes here")
-            piece = await self.read_piece(decoder)
-            size += len(piece)
-            pieces.append(piece)
-        return b"".join(pieces)
+            while not decoder.done:
+                piece = await self.read_piece(decoder)
+                size += len(piece)
+                server.count_arriving(len(piece))
+                pieces.append(piece)
+        finally:
+            server.arriving -= size
+        if waits:
+            self.enter(Phase.BUSY)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""
-        decoder = ChunkedBody() if length == CHUNKED else LengthBody(length)
+        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length))
         while not decoder.done:
             self.enter(Phase.BODY)
             piece = await self.read_piece(decoder)
@@ -3536,29 +3902,23 @@ class Connection:
                 yield piece
 
     async def read_piece(self, decoder: LengthBody | ChunkedBody) -> bytes:
-        """What the next bytes, or the next line, add to a body."""
+        """What the next bytes add to a body."""
+        data = await self.reader.more()
+        if not data:
+            raise ClientLeft("the client left before its request was complete")
         try:
-            if decoder.wants:
-                data = await self.reader.read(min(decoder.wants, READ_SIZE))
-            else:
-                data = await self.reader.readuntil(b"\n")
-            self.consumed += len(data)
-            if data:
-                return decoder.feed(data)
-        except asyncio.LimitOverrunError:
-            raise BadRequest("malformed body: a line is too long") from None
+            piece = decoder.feed(data)
         except ValueError as error:
             raise BadRequest(f"malformed body: {error}") from None
-        except asyncio.IncompleteReadError:
-            pass
-        raise ClientLeft("the client left before its request was complete")
+        self.reader.put_back(decoder.surplus)
+        return piece
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
         body = OPENAI.render_error(error)
         headers = [("Date", self.server.date), ("Content-Type", "application/json")]
         headers += [("Content-Length", str(len(body))), ("Connection", "close")]
-        if "*" in self.server.settings.cors_origins:
+        if "*" in self.server.settings.server.cors_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
 
@@ -3577,27 +3937,25 @@ class Connection:
             self.abort()
             return
         self.writer.write_eof()  # to close with input unread would reset, and destroy the answer
-        await self.reader.farewell(LINGER_SECONDS)
+        await self.reader.linger(LINGER_SECONDS)
 
-    def sweep(self, now: float) -> None:
+    def reap(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
-        unsent = self.unsent
+        unsent, settings = self.unsent, self.server.settings.server
         if unsent:
-            taken = self.written - unsent
-            if taken != self.taken or not self.taken_at:
-                self.taken, self.taken_at = taken, now
-            elif now - self.taken_at >= self.server.settings.stall_timeout:
+            sent = self.written - unsent
+            if sent != self.sent or not self.last_drained:
+                self.sent, self.last_drained = sent, now
+            elif now - self.last_drained >= settings.stall_timeout:
                 self.abort()
             return
-        self.taken_at = 0.0
-        settings, heard = self.server.settings, self.reader.received
-        if self.phase is Phase.IDLE and heard > self.consumed:
-            self.enter(Phase.HEAD, settings.head_timeout)
+        self.last_drained = 0.0
         if self.phase is Phase.BODY:
-            if heard != self.heard:
-                self.heard, self.heard_at = heard, now
-            elif now - self.heard_at >= settings.body_timeout:
-                self.reader.interrupt(RequestTimeout("the request body did not arrive in time"))
+            if self.reader.received != self.seen:
+                self.seen, self.last_received = self.reader.received, now
+            elif now - self.last_received >= settings.body_timeout:
+                late = RequestTimeout("the request body did not arrive in time")
+                self.reader.interrupt(late)
         if self.deadline and now >= self.deadline:
             if self.phase is Phase.IDLE:
                 self.abort()
@@ -3605,18 +3963,26 @@ class Connection:
                 self.reader.interrupt(RequestTimeout("the request did not arrive in time"))
 
 
+def head_too_long(head: bytes) -> LlmqError:
+    if b"\r\n" in head[:REQUEST_LINE_LIMIT].lstrip(b"\r\n"):
+        message = f"the header fields are limited to {HEAD_LIMIT} bytes"
+        return LlmqError(message, "headers_too_large")
+    return LlmqError(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes", "uri_too_long")
+
+
 class HttpServer:
     """Listens, and lets a handler answer each request."""
 
-    def __init__(self, handler: Handler, settings: ServerSettings, most: int) -> None:
+    def __init__(self, handler: Handler, settings: Settings, most: int) -> None:
         self.handler = handler
         self.settings = settings
         self.most = most  # connections that are served; a few more are told so
         self.connections: dict[Connection, asyncio.Task[None]] = {}
+        self.arriving = 0  # bytes of bodies that are not here whole yet
         self.closing = False
         self.date = ""
         self._servers: list[asyncio.Server] = []
-        self.sweep(time.monotonic())
+        self.reap(time.monotonic())
 
     async def listen(self, host: str, port: int) -> int:
         """Open one listening socket; the port, which is new where 0 was asked for."""
@@ -3628,7 +3994,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
 
         def protocol() -> asyncio.StreamReaderProtocol:
-            return asyncio.StreamReaderProtocol(Inbox(), self._opened, loop=loop)
+            return asyncio.StreamReaderProtocol(Reader(), self._opened, loop=loop)
 
         server = await loop.create_server(protocol, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
@@ -3636,7 +4002,7 @@ class HttpServer:
         return int(listening.getsockname()[1])
 
     def _opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert isinstance(reader, Inbox)  # `listen_on` made it
+        assert isinstance(reader, Reader)  # `listen_on` made it
         writer.transport.set_write_buffer_limits(high=ANSWER_BUFFER)
         raw = writer.get_extra_info("socket")  # asyncio does not know that ours are TCP
         with contextlib.suppress(OSError):  # it has gone already
@@ -3645,7 +4011,7 @@ class HttpServer:
             writer.transport.abort()
             return
         connection = Connection(self, reader, writer)
-        connection.crowded = len(self.connections) >= self.most
+        connection.over_limit = len(self.connections) >= self.most
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -3659,17 +4025,28 @@ class HttpServer:
                 return True
         return False
 
-    def sweep(self, now: float) -> None:
+    def count_arriving(self, size: int) -> None:
+        """More of a body is here; `queue_full` when all that arrive hold what they may."""
+        self.arriving += size
+        if self.arriving > self.settings.queue.max_queued_bytes:
+            error = LlmqError("the requests that arrive hold all the memory they may", "queue_full")
+            error.retry_after = 1
+            raise error
+
+    def reap(self, now: float) -> None:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
-            connection.sweep(now)
+            connection.reap(now)
 
     def stop_accepting(self) -> None:
         """Leave who comes now to whoever else holds the sockets; those inside are answered."""
         self.closing = True
+        loop = asyncio.get_running_loop()
         for server in self._servers:
+            if os.name == "nt":  # its loop has no readers to remove
+                server.close()
             for listening in server.sockets:  # closing them could lose one just being accepted
-                asyncio.get_running_loop().remove_reader(listening.fileno())
+                loop.remove_reader(listening.fileno())
 
     def quiesce(self) -> None:
         """Answer what is being answered, then close each connection; idle ones at once."""
@@ -3694,35 +4071,41 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 16. Upstream ================================================================================
-# The other side: connections to backends, one request at a time on each, kept for the next while
-# they are known to be clean.  What breaks is translated here, where it is met.
+# ==== 19. Upstream ================================================================================
+# The runners' side: connections to backends, one request at a time on each, kept for the next while
+# they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
+# runner, llmq's own included, is rendered in one place.
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
 ANSWER_LIMIT = 64 * MIB  # of a whole answer
 FETCHED = 8 * MIB  # of an answer that llmq itself asked for
+FETCH_LINES = b"Accept: application/json\r\nConnection: close\r\n"
+
+
+def render_request(
+    backend: Backend, method: str, target: str, lines: bytes, body: bytes | None = None
+) -> bytes:
+    """A request to this backend, with these header lines; without a body it has no length."""
+    length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
+    first = f"{method} {target} HTTP/1.1\r\n".encode("latin-1")
+    return b"".join([first, backend.request_lines, lines, length, b"\r\n", body or b""])
 
 
 class Upstream:
     """A connection to a backend; one request at a time, kept for the next if all went well."""
 
-    def __init__(self, backend: Backend, reader: Inbox, writer: asyncio.StreamWriter) -> None:
-        self.backend = backend
+    def __init__(self, url: str, reader: Reader, writer: asyncio.StreamWriter) -> None:
+        self.url = url
         self.reader = reader
         self.writer = writer
-        self.transport = cast(asyncio.Transport, writer.transport)
         self.body: Body = CloseBody()
         self.keep_until = 0.0  # monotonic, while idle
         self._keep_alive = False
         self._mark = 0  # bytes received before the request at hand was sent
-        self._consumed = 0  # bytes received and read
-        self._flowing: asyncio.Future[None] | None = None  # while the body flows
-        self._late = b""  # what came after it had ended, or was to pause
 
     def send(self, wire: bytes) -> None:
         """One request, in one write."""
-        self._mark = self._consumed = self.reader.received
-        self._keep_alive, self._late = False, b""
+        self._mark, self._keep_alive = self.reader.received, False
         self.writer.write(wire)
 
     async def push(self, piece: bytes, limit: float) -> None:
@@ -3730,13 +4113,13 @@ class Upstream:
 
         def give_up() -> None:
             self.interrupt(BackendTimeout(f"the backend took nothing for {limit:g} s"))
-            self.transport.abort()
+            self.writer.transport.abort()
 
         self.writer.write(piece)
         timer = asyncio.get_running_loop().call_later(limit, give_up)
         try:
             await self.writer.drain()
-        except (ConnectionError, BackendTimeout):
+        except ConnectionError:
             pass  # its answer, or the lack of one, says why it takes no more
         finally:
             timer.cancel()
@@ -3751,95 +4134,49 @@ class Upstream:
         try:
             head = None
             while head is None or (head.status < 200 and head.status != 101):
-                raw = await self.reader.readuntil(b"\r\n\r\n")
-                self._consumed += len(raw)
-                head = parse_response_head(raw)
+                head = parse_response_head(await self._read_raw_head())
             self.body = body_decoder(response_length(head))
-        except asyncio.IncompleteReadError:
-            if self.answered:
-                raise BackendError("the backend broke off inside the head of its answer") from None
-            raise BackendUnreached("the backend closed the connection without an answer") from None
-        except asyncio.LimitOverrunError:
-            raise BackendError("the head of the backend's answer is too large") from None
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
         self._keep_alive = head.minor >= 1 and "close" not in connection_options(head.headers)
-        announced = re.search(r"timeout=(\d{1,6})", head.headers.get("keep-alive", ""))
-        self.keep_until = min(POOL_SECONDS, int(announced[1]) - 1.0) if announced else POOL_SECONDS
+        announced = head.headers.get("keep-alive")
+        seconds = re.search(r"timeout=(\d{1,6})", announced) if announced else None
+        self.keep_until = min(POOL_SECONDS, int(seconds[1]) - 1.0) if seconds else POOL_SECONDS
         return head
+
+    async def _read_raw_head(self) -> bytes:
+        raw = await self.reader.read_head()
+        if raw.endswith(HEAD_END):
+            return raw
+        if len(raw) > HEAD_LIMIT:
+            raise BackendError("the head of the backend's answer is too large")
+        if self.answered:
+            raise BackendError("the backend broke off inside the head of its answer")
+        raise BackendUnreached("the backend closed the connection without an answer")
 
     async def read_piece(self) -> bytes:
         """The next bytes of the body, b'' at its end; BackendError when it is cut or malformed."""
-        while not self.body.done:
-            data = await self.reader.read(READ_SIZE)
-            self._consumed += len(data)
-            payload = self._decode(data)
+        body = self.body
+        while not body.done:
+            data = await self.reader.more()
+            if not data and self.reader.broken:
+                raise BackendError("the backend broke the connection")
+            try:
+                payload = body.feed(data)
+            except ValueError as error:
+                raise BackendError(f"the backend's answer is broken: {error}") from None
             if payload:
                 return payload
         return b""
 
-    def _decode(self, data: bytes) -> bytes:
-        if not data and self.reader.broken:
-            raise BackendError("the backend broke the connection")
-        try:
-            return self.body.feed(data)
-        except ValueError as error:
-            raise BackendError(f"the backend's answer is broken: {error}") from None
-
-    async def flow(self, take: Callable[[bytes], bool]) -> None:
-        """Hand each piece of the body to `take` in the very turn of the loop in which it comes.
-
-        Returns when the body is complete, or when `take` returns False and so asks for a pause.
-        A read would cost a second turn for each token: a third of all it costs (measured).
-        """
-        flowing = self._flowing = asyncio.get_running_loop().create_future()
-        waiting = self.reader.received - self._consumed
-        first, self._late = self._late, b""
-        if waiting:
-            first += await self.reader.read(waiting)
-        self.reader.sink = functools.partial(self._pour, take, flowing)
-        try:
-            if first:
-                self._pour(take, flowing, first)
-            if self.reader.ended:
-                self._pour(take, flowing, b"")
-            error = self.reader.exception()
-            if error is not None and not flowing.done():
-                flowing.set_exception(error)
-            self.transport.resume_reading()
-            await flowing
-        finally:
-            self._consumed, self.reader.sink, self._flowing = self.reader.received, None, None
-
-    def _pour(
-        self, take: Callable[[bytes], bool], flowing: asyncio.Future[None], data: bytes
-    ) -> None:
-        if flowing.done():
-            self._late += data
-            return
-        try:
-            payload = self._decode(data)
-            more = take(payload) if payload or self.body.done else True
-        except LlmqError as error:
-            flowing.set_exception(error)
-            return
-        except Exception:
-            log.exception("a piece of an answer could not be passed on")
-            flowing.set_exception(LlmqError("llmq failed; its log says how"))
-            return
-        if not more:
-            self.transport.pause_reading()
-        if self.body.done or not more:
-            flowing.set_result(None)
-
-    async def read_rest(self, limit: int, heard: Callable[[], None] | None = None) -> bytes:
-        """The rest of the body, at once; `heard` is called for each piece."""
+    async def read_rest(self, limit: int, received: Callable[[], None] | None = None) -> bytes:
+        """The rest of the body, at once; `received` is called for each piece."""
         pieces: list[bytes] = []
         size = 0
         while piece := await self.read_piece():
             size += len(piece)
-            if heard is not None:
-                heard()
+            if received is not None:
+                received()
             if size > limit:
                 raise BackendError(f"the backend's answer is larger than {limit} bytes")
             pieces.append(piece)
@@ -3847,15 +4184,12 @@ class Upstream:
 
     @property
     def reusable(self) -> bool:
-        body = self.body
-        stray = body.surplus or self._late or self._consumed != self.reader.received
-        whole = body.done and not stray
-        return self._keep_alive and whole and not self.reader.ended and not self.reader.exception()
+        reader, body = self.reader, self.body
+        whole = body.done and not body.surplus and not reader.unread
+        return self._keep_alive and whole and not reader.ended and reader.error is None
 
     def interrupt(self, error: LlmqError) -> None:
         self.reader.interrupt(error)
-        if self._flowing is not None and not self._flowing.done():
-            self._flowing.set_exception(error)
 
     async def close(self) -> None:
         """Close, and return when it is closed: only then may the slot be handed on."""
@@ -3864,59 +4198,56 @@ class Upstream:
             await self.writer.wait_closed()
 
 
-async def dial(backend: Backend) -> Upstream:
-    """A fresh connection to a backend; OSError when there is none."""
-    parts = urlsplit(backend.url)
-    tls = None
-    if parts.scheme == "https":
-        import ssl
+@functools.lru_cache(maxsize=1)
+def tls_context() -> Any:
+    """Made once: it reads every certificate of the system, for 30 ms."""
+    import ssl
 
-        tls = ssl.create_default_context()
+    return ssl.create_default_context()
+
+
+async def dial(url: str) -> Upstream:
+    """A fresh connection to where a url says; OSError when nobody is there."""
+    parts = urlsplit(url)
+    tls = tls_context() if parts.scheme == "https" else None
     loop = asyncio.get_running_loop()
-    reader = Inbox()
+    reader = Reader()
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     host, port = parts.hostname or "", parts.port or (443 if tls else 80)
     transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=tls)
-    return Upstream(backend, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+    return Upstream(url, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
-def reason(error: Exception) -> str:
+def os_error_text(error: Exception) -> str:
     """What the system says of a failed connection, without the address that everybody knows."""
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno).lower()
     return str(error)
 
 
-async def arrival(dialling: asyncio.Task[Upstream], backend: Backend, seconds: float) -> Upstream:
+async def connect_within(
+    seconds: float, dialling: asyncio.Task[Upstream], backend: Backend
+) -> Upstream:
     """The connection that is being made, within a time; BackendUnreached where none comes."""
     try:
-        await asyncio.wait({dialling}, timeout=seconds)
-    finally:
-        dialling.cancel()  # which does nothing to one that is done
-    if not dialling.done():
-        raise BackendUnreached(f"connecting to {backend.name} timed out")
-    if dialling.cancelled():
-        raise ClientLeft("the client left")
-    try:
-        return dialling.result()
+        late = BackendUnreached(f"connecting to {backend.name} timed out")
+        return await within(seconds, dialling, late)
     except (OSError, UnicodeError) as error:
-        raise BackendRefused(f"cannot connect to {backend.name}: {reason(error)}") from None
+        words = f"cannot connect to {backend.name}: {os_error_text(error)}"
+        raise BackendRefused(words) from None
 
 
 async def fetch(
-    backend: Backend, path: str, body: bytes | None = None, more: Pairs = ()
+    backend: Backend, path: str, body: bytes | None = None, lines: bytes = b""
 ) -> tuple[int, Any]:
     """Status and JSON (or None) of a GET, or a POST of this body; raises OSError, BackendError."""
-    upstream = await dial(backend)
+    upstream = await dial(backend.url)
     try:
-        headers = [("Host", backend.authority), ("Accept", "application/json")]
-        headers += [("Connection", "close"), *more]
-        if backend.key:
-            headers.append(("Authorization", f"Bearer {backend.key}"))
-        if body is not None:
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         method = "GET" if body is None else "POST"
-        upstream.send(render_head(f"{method} {path} HTTP/1.1", headers) + (body or b""))
+        lines += (
+            FETCH_LINES if body is None else FETCH_LINES + b"Content-Type: application/json\r\n"
+        )
+        upstream.send(render_request(backend, method, path, lines, body))
         head = await upstream.read_head()
         return head.status, parse_json(await upstream.read_rest(FETCHED))
     finally:
@@ -3924,28 +4255,25 @@ async def fetch(
 
 
 async def try_fetch(
-    seconds: float, backend: Backend, path: str, body: bytes, more: Pairs = ()
+    seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
 ) -> tuple[int, Any]:
     """A POST within a time; (0, None) where that fails."""
-    task = asyncio.ensure_future(fetch(backend, path, body, more))
+    asking = asyncio.ensure_future(fetch(backend, path, body, lines))
     try:
-        await asyncio.wait({task}, timeout=seconds)
-        return task.result() if task.done() else (0, None)
+        return await within(seconds, asking, BackendTimeout(f"{backend.name} does not answer"))
     except (OSError, LlmqError):
         return 0, None
-    finally:
-        task.cancel()
 
 
 class Pool:
-    """Idle connections to the backends, the latest used first."""
+    """Idle connections to the backends by url, the latest used first."""
 
     def __init__(self) -> None:
-        self._idle: dict[Backend, list[Upstream]] = {}
+        self._idle: dict[str, list[Upstream]] = {}
 
-    def take(self, backend: Backend, now: float) -> Upstream | None:
+    def take(self, url: str, now: float) -> Upstream | None:
         """A connection that is open as far as can be known."""
-        idle = self._idle.get(backend, [])
+        idle = self._idle.get(url, [])
         while idle:
             upstream = idle.pop()
             upstream.reader.on_end = None
@@ -3956,7 +4284,7 @@ class Pool:
 
     def give(self, upstream: Upstream, now: float) -> None:
         upstream.keep_until += now
-        idle = self._idle.setdefault(upstream.backend, [])
+        idle = self._idle.setdefault(upstream.url, [])
         idle.append(upstream)
         upstream.reader.on_end = functools.partial(self._drop, idle, upstream)
 
@@ -3965,23 +4293,211 @@ class Pool:
             idle.remove(upstream)
         upstream.writer.close()
 
-    def sweep(self, now: float) -> None:
-        for backend, idle in list(self._idle.items()):
+    def reap(self, now: float) -> None:
+        for url, idle in list(self._idle.items()):
             for upstream in [one for one in idle if now >= one.keep_until]:
                 self._drop(idle, upstream)
             if not idle:
-                del self._idle[backend]
+                del self._idle[url]
 
     def close(self) -> None:
-        self.sweep(float("inf"))
+        self.reap(float("inf"))
 
 
-# ==== 17. Gateway =================================================================================
-# The story.  `Gateway.serve` is one request from its arrival to its one answer; each of its steps
-# is a method below it, what happens at a backend is an `Attempt`.  Two rules hold everything
-# together: whoever wants to end a call early calls `Gateway.stop` with the reason, and a slot is
-# given back in `give_back` alone, after the connection to the backend is closed or back in the
-# pool, on every way out.
+# ==== 20. Probes ==================================================================================
+# What a backend has and how it does, found by asking: each on its own time, at once after trouble,
+# and when a request names a model that nobody has.  Whoever waits for a change of a backend's state
+# awaits `news`.
+
+REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models cause
+
+
+class SelfFound(Exception):
+    """The backend is this very llmq."""
+
+
+async def inspect(backend: Backend, instance: str) -> Report:
+    """One look at a backend; raises OSError, LlmqError, ValueError or SelfFound."""
+    began = time.monotonic()
+    version = backend.report.version if backend.report else ""
+    if backend.state is not State.UP:
+        _, told = await fetch(backend, "/api/version")
+        if look_up(told, "instance") == instance:
+            raise SelfFound
+        version = str(look_up(told, "version") or "")
+    status, payload = await fetch(backend, "/v1/models")
+    latency = time.monotonic() - began
+    if status != 200:
+        raise read_refusal(ResponseHead(status, 1, {}), render_json(payload))
+    entries = read_models(payload)
+    models = tuple(str(entry["id"]) for entry in entries)
+    kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
+    path = KINDS[kind].loaded_path
+    shown = (await fetch(backend, path))[1] if path else None
+    loaded = read_loaded(kind, models, shown)
+    if not KINDS[kind].native:
+        return Report(kind, entries, models, loaded, latency, began=began)
+    tags = read_rows((await fetch(backend, "/api/tags"))[1])
+    return Report(kind, entries, models, loaded, latency, tags, read_rows(shown), began, version)
+
+
+def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
+    """The models in what Ollama's /api/tags or /api/ps tells; none where it makes no sense."""
+    rows = look_up(payload, "models")
+    return tuple(one for one in rows if isinstance(one, dict)) if isinstance(rows, list) else ()
+
+
+async def identify_kind(backend: Backend) -> str:
+    """The kind of a runner whose list of models does not give it away."""
+    for kind in KINDS.values():
+        path, member = kind.mark
+        status, payload = await fetch(backend, path) if path else (0, None)
+        if status == 200 and isinstance(payload, dict) and member in payload:
+            return kind.name
+    return "openai"
+
+
+class Monitor:
+    """Keeps what llmq knows of its backends fresh."""
+
+    def __init__(self, settings: Settings, fleet: Fleet, metrics: Metrics, instance: str) -> None:
+        self.settings = settings
+        self.fleet = fleet
+        self.metrics = metrics
+        self.instance = instance  # of this llmq
+        self.news = asyncio.Event()  # some probe has ended
+        self.refreshed = float("-inf")
+        self._flights: dict[Backend, asyncio.Task[None]] = {}
+
+    def probe_due(self) -> None:
+        """Start a probe of each backend that is due and has none under way."""
+        now = time.monotonic()
+        for backend in list(self.fleet.backends.values()):
+            if now >= backend.next_probe:
+                self.start_probe(backend)
+
+    def start_probe(self, backend: Backend) -> asyncio.Task[None]:
+        if backend not in self._flights:
+            self._flights[backend] = asyncio.ensure_future(self.probe(backend))
+        return self._flights[backend]
+
+    async def refresh(self) -> None:
+        """A fresh look at every backend, shared by all who want one, at most one a second."""
+        now = time.monotonic()
+        fresh = now - self.refreshed < REFRESH_SECONDS
+        self.refreshed = self.refreshed if fresh else now
+        backends = list(self.fleet.backends.values())
+        due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
+        flights = {flight for flight in due if flight is not None}
+        if flights:
+            await asyncio.wait(flights)
+
+    async def probe(self, backend: Backend) -> None:
+        task = asyncio.ensure_future(inspect(backend, self.instance))
+        try:
+            await asyncio.wait({task}, timeout=self.settings.upstream.probe_timeout)
+            self.conclude(backend, task, time.monotonic())
+        finally:
+            task.cancel()
+            self._flights.pop(backend, None)
+            self.news.set()
+
+    def conclude(self, backend: Backend, task: asyncio.Task[Report], now: float) -> None:
+        """Tell the backend what came of looking at it."""
+        was, interval = backend.state, self.settings.upstream.probe_interval
+        try:
+            if task.done():
+                report, before = task.result(), backend.report or task.result()
+                for name in set(report.loaded).difference(before.loaded):
+                    self.metrics.add("llmq_model_loads_total", backend.name, name)
+                backend.succeeded(now, report, interval)
+            elif now - backend.last_received < LATELY:
+                backend.next_probe = now if backend.needs_probe else now + interval  # at work
+            else:
+                backend.failed(now, "does not answer", interval)
+        except SelfFound:
+            backend.refuse(now, "this is llmq itself", interval)
+        except BackendLoading as error:
+            backend.loads(now, error.message)
+        except OSError as error:
+            refused = isinstance(error, ConnectionRefusedError)
+            backend.failed(now, os_error_text(error), interval, refused=refused)
+        except (LlmqError, ValueError) as error:
+            backend.failed(now, str(error), interval)
+        except Exception:
+            log.exception("probe failed")
+            backend.failed(now, "cannot be understood; the log says how", interval)
+        self.note_state(backend, was)
+
+    def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
+        """What a request's end says about the health of its backend."""
+        was, interval = backend.state, self.settings.upstream.probe_interval
+        if failure is None:
+            backend.succeeded(now, None, interval)
+        elif isinstance(failure, BackendLoading):
+            backend.loads(now, failure.message)
+            self.probe_due()
+        elif isinstance(failure, (BackendError, BackendTimeout)):
+            refused = isinstance(failure, BackendRefused)
+            backend.needs_probe = isinstance(failure, BackendUnreached)
+            backend.failed(now, failure.message, interval, refused=refused)
+            self.probe_due()
+        self.note_state(backend, was)
+
+    def note_state(self, backend: Backend, was: State) -> None:
+        """A line in the log when a backend has come, gone, or begun to load."""
+        if backend.state is not was:
+            why = f": {backend.error}" if backend.error else ""
+            log.info("backend %s is %s%s", backend.name, backend.state.value, why)
+
+    def close(self) -> None:
+        for flight in self._flights.values():
+            flight.cancel()
+
+
+class Discovery:
+    """Looks for runners on this box while none is configured."""
+
+    def __init__(self, settings: Settings, fleet: Fleet, instance: str) -> None:
+        self.settings = settings
+        self.fleet = fleet
+        self.instance = instance
+        # An Ollama may come at any time; the others must identify themselves.
+        self.found = {"ollama": BackendSettings(url=KINDS["ollama"].url)}
+
+    @property
+    def rows(self) -> dict[str, BackendSettings]:
+        """The backends that there are to be: those configured, else those found."""
+        return self.settings.backends or self.found
+
+    async def step(self) -> None:
+        """One round over the places where runners listen by default."""
+        known = {one.url for one in self.fleet.backends.values()}
+        kinds = [kind for kind in KINDS.values() if kind.url and kind.url not in known]
+        if self.settings.backends or not kinds:
+            return
+        tasks = [asyncio.ensure_future(self.try_place(kind)) for kind in kinds]
+        try:
+            await asyncio.wait(tasks, timeout=self.settings.upstream.probe_timeout)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def try_place(self, kind: Kind) -> None:
+        probe = Backend(kind.name, BackendSettings(url=kind.url), Device("", 1))
+        try:
+            report = await inspect(probe, self.instance)
+        except (OSError, LlmqError, ValueError, SelfFound):
+            return
+        if report.kind == kind.name and not self.settings.backends:  # else configured since
+            self.found[kind.name] = BackendSettings(url=kind.url, kind=kind.name)
+            places = dict.fromkeys(self.found, "local")
+            self.fleet.configure(self.found, places, self.settings, time.monotonic())
+
+
+# ==== 21. Calls ===================================================================================
+# A call is one request on its way: who asked, what for, and how far it has come.  What happens at
+# the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
 RELAYED_REQUEST = (
     "accept", "content-type", "user-agent", "openai-beta", "anthropic-version", "anthropic-beta",
@@ -3990,89 +4506,261 @@ RELAYED_REQUEST = (
 RELAYED_ANSWER = ("openai-processing-ms", "retry-after")
 RATE_LIMITS = "x-ratelimit-"
 ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
-RECENT = 50  # ended requests that the snapshot shows
-CANCELS = {ClientLeft.code: "client", Cancelled.code: "order"}  # who gave a request up
 NEVER = float("inf")
 NO_HEADERS: Headers = {}
 
 
-def relayed(headers: Headers, names: Names = RELAYED_REQUEST) -> list[tuple[str, str]]:
+def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     """What a backend is told of a request's own header fields."""
-    return [(name, headers[name]) for name in names if name in headers]
+    lines = [f"{name}: {headers[name]}\r\n" for name in names if name in headers]
+    return "".join(lines).encode("latin-1")
 
 
 class Call:
-    """One request on its way: who asked, what for, and how far it has come."""
+    """One request on its way, and the Reply that it answers."""
 
     __slots__ = (
-        "beat", "connecting", "deadline", "endpoint", "error", "exchange", "first_byte", "head",
-        "model", "question", "route", "ticket", "tokens",
+        "answer", "answer_headers", "answer_type", "caller", "connecting", "deadline", "endpoint",
+        "error", "first_byte", "heartbeat_at", "id", "lines", "model", "query",
+        "question", "reply", "request", "request_id", "route", "route_asked", "ticket", "tokens",
         "tokens_in", "translator", "turn", "upstream", "watch",
     )  # fmt: skip
 
     def __init__(
-        self, exchange: Exchange, ticket: Ticket, endpoint: Endpoint, question: Question, model: str
+        self,
+        reply: Reply,
+        endpoint: Endpoint,
+        request: Request,
+        caller: Caller,
+        ids: tuple[str, str],
     ) -> None:
-        self.exchange = exchange
-        self.ticket = ticket
+        self.reply = reply
         self.endpoint = endpoint
-        self.question = question
-        self.model = model  # as resolved, in the words of the client
-        self.head = b""  # of the request to a backend, as far as all get it alike
-        self.turn: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
-        self.route: str | None = None  # where the backend at hand is asked
-        self.translator: Translator | None = None  # if it is asked elsewhere than the client asks
+        self.request: Request | None = request  # until it is admitted
+        self.caller = caller
+        self.id, self.request_id = ids  # llmq's own, and the client's where it gave one
+        self.route, self.query = request.path, request.query
+        self.question: Question = NO_QUESTION
+        self.model = ""  # as resolved, in the words of the client
+        self.lines = b""  # of the head of a request to a backend, as far as all get them alike
+        self.ticket: Ticket | None = None  # once it is admitted
+        self.turn = reply.waiter
+        self.route_asked: str | None = None  # at the backend at hand
+        self.translator: Translator | None = None  # if that is not the route of the client
         self.upstream: Upstream | None = None  # while it has one
         self.connecting: asyncio.Task[Upstream] | None = None
-        self.watch: StreamWatch | None = None
-        self.tokens: int | None = None  # of a whole answer
+        self.watch: StreamWatch | None = None  # of an answer that is streamed
+        self.answer: bytes | None = None  # a whole one, or the last bytes of a stream
+        self.answer_type = ""
+        self.answer_headers: Fields = ()
+        self.tokens: int | None = None
         self.tokens_in: int | None = None  # of its prompt
         self.deadline = NEVER  # for the backend's next byte, monotonic
-        self.beat = NEVER  # when the client is to get a sign of life, monotonic
+        self.heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
         self.first_byte = 0.0
         self.error: LlmqError | None = None  # why it was stopped or failed
+
+    @property
+    def granted(self) -> Ticket:
+        """Its ticket, once it has one."""
+        assert self.ticket is not None
+        return self.ticket
 
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
         ticket = self.ticket
-        if ticket.backend is None:
+        if ticket is None or ticket.backend is None:
             return []
         waited = str(round(1000 * (ticket.started - ticket.arrived)))
         return [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
 
+    # ---- what is sent
+
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
-        routes, key, question = self.ticket.routes, self.ticket.model, self.question
-        if backend.kind == "ollama" and (
-            question.context or question.lasting or backend.context(key)
+        question, (key, routes, _) = self.question, self.granted.want
+        if backend.traits.native and (
+            question.context or question.keep_alive or backend.num_ctx(key)
         ):
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
     def wire(self, backend: Backend) -> bytes:
-        """The request as this backend is to get it, in one piece; NotSpoken or BadRequest."""
-        question, name = self.question, backend.name_for(self.model)
-        route = self.route = self.route_at(backend)
+        """The request as this backend is to get it; Untranslatable or BadRequest."""
+        question, key, name = self.question, self.granted.model, backend.name_for(self.model)
+        route = self.route_asked = self.route_at(backend)
         if route is None:
-            raise NotSpoken(f"{backend.name} does not speak {self.endpoint.path}")
+            raise Untranslatable(f"{backend.name} does not speak {self.endpoint.path}")
         context = 0
         if route in NATIVE:
-            context = backend.ask_context(self.ticket.model, question.context)
+            context = backend.contexts.request(key, question.context, backend.used)
         if route == self.endpoint.path:
             self.translator = None
-            query = self.exchange.request.query
-            body, target = question.body_for(name, context), f"{route}?{query}" if query else route
+            body, target = question.body_for(name, context), route
+            target += f"?{self.query}" if self.query else ""
         else:
             translator = TRANSLATORS[self.endpoint.path, route]
             self.translator = translator(json.loads(question.body), name, context, time.time)
             body, target = self.translator.body(), route
-        lines = f"Host: {backend.authority}\r\nContent-Length: {len(body)}\r\n\r\n"
-        if backend.key:
-            lines = f"Authorization: Bearer {backend.key}\r\n{lines}"
-        return b"POST %b HTTP/1.1\r\n%b%b%b" % (
-            target.encode("latin-1"), self.head, lines.encode("latin-1"), body
-        )  # fmt: skip
+        return render_request(backend, "POST", target, self.lines, body)
+
+    # ---- what is answered
+
+    async def ask(self, backend: Backend, limits: UpstreamSettings) -> None:
+        """Ask the backend, and take its answer: pass a stream on, read a whole one.
+
+        A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
+        request there, so that is no attempt.
+        """
+        head = None
+        if self.upstream is not None:  # from the pool, and the request is sent
+            try:
+                head = await self.upstream.read_head()
+            except BackendUnreached:
+                await self.upstream.close()
+                self.upstream = None
+        if self.upstream is None:
+            wire = self.wire(backend)
+            self.upstream = await self.connect(backend, limits.connect_timeout)
+            if self.error is not None:
+                raise self.error
+            self.upstream.send(wire)
+        await self.read_answer(head or await self.upstream.read_head(), backend, limits)
+
+    async def connect(self, backend: Backend, seconds: float) -> Upstream:
+        self.connecting = asyncio.ensure_future(dial(backend.url))
+        try:
+            return await connect_within(seconds, self.connecting, backend)
+        finally:
+            self.connecting = None
+
+    async def read_answer(
+        self, head: ResponseHead, backend: Backend, limits: UpstreamSettings
+    ) -> None:
+        """The answer behind a head: a stream passes by here, a whole one is read first."""
+        upstream, received = self.upstream, functools.partial(self.received, backend, limits)
+        assert upstream is not None  # `ask` has it
+        if head.status != HTTPStatus.OK:
+            raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
+        self.route_supported(backend)
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise BackendError("the backend's answer is compressed, unasked")
+        kind = head.headers.get("content-type", "application/json")
+        self.answer_headers = tuple(
+            [
+                item
+                for item in head.headers.items()
+                if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
+            ]
+        )
+        source = self.translator.source if self.translator else self.endpoint.dialect
+        if self.question.stream and source.is_stream(kind):
+            self.watch = StreamWatch(source)
+            kind = self.endpoint.dialect.stream_type if self.translator else kind
+            if not self.reply.started:  # by a heartbeat
+                self.reply.start(200, kind, [*self.answer_headers, *self.headers])
+            self.answer = await self.relay(self.watch, upstream, received)
+        else:
+            self.answer = await upstream.read_rest(ANSWER_LIMIT, received)
+        self.answer_type = kind
+
+    def refusal(self, backend: Backend, head: ResponseHead, body: bytes) -> LlmqError:
+        """What an answer that is not 200 means."""
+        error = read_refusal(head, body)
+        if isinstance(error, RouteUnsupported):
+            model = self.granted.model if error.for_model else ""
+            if (self.route_asked, model) in backend.supported:
+                return error.answer  # something else is meant
+        return error
+
+    def route_supported(self, backend: Backend) -> None:
+        """The route at hand has been answered well, for this model and so at all."""
+        route = str(self.route_asked)
+        if (route, self.granted.model) not in backend.supported:
+            backend.supported |= {(route, ""), (route, self.granted.model)}
+
+    async def relay(
+        self, watch: StreamWatch, upstream: Upstream, received: Callable[[], None]
+    ) -> bytes:
+        """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
+        reply, translator = self.reply, self.translator
+        while piece := await upstream.read_piece():
+            shown = watch.feed(piece)
+            received()
+            if upstream.body.done and watch.ended and watch.failure is None:
+                rest = shown + watch.finish()
+                return translator.finish(rest) if translator else rest
+            shown = translator.feed(shown) if translator else shown
+            if shown:
+                reply.send(shown)
+            if watch.failure is not None:
+                break
+            if reply.blocked and not upstream.body.done:
+                self.deadline = NEVER  # the client is slow, not the backend
+                await reply.catch_up()
+                received()
+        rest = watch.finish()  # or it says what is wrong
+        return translator.finish(rest) if translator else rest
+
+    def received(self, backend: Backend, limits: UpstreamSettings) -> None:
+        """A piece of the answer's body has come."""
+        now = backend.last_received = time.monotonic()
+        self.first_byte = self.first_byte or now
+        self.deadline, self.heartbeat_at = now + limits.idle_timeout, NEVER
+
+    # ---- how it ends
+
+    def deliver(self) -> None:
+        """The end of the answer to the client; its slot has been handed on by now."""
+        reply, body, kind = self.reply, self.answer or b"", self.answer_type
+        if self.watch is not None:
+            reply.finish(body)
+            return
+        document = read_whole(body)  # BackendError if it is not what it must be
+        self.tokens, self.tokens_in = read_usage(document), read_prompt_usage(document)
+        translator = self.translator
+        if translator is not None:
+            document = document or parse_json(body)  # which is None for a very long one
+            body = translator.translate(lambda told: render_json(translator.whole(told)), document)
+            kind = "application/json"
+        if not reply.started:
+            reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
+        elif self.question.stream:
+            raise BackendError("the backend answered whole where a stream was asked for")
+        else:
+            reply.finish(body)
+
+    def send_error(self, error: LlmqError) -> None:
+        """The truth about a call that failed, before the head or after it."""
+        self.error = error.with_traceback(None)
+        error.__context__ = None  # the frames of both hold the request
+        reply, dialect = self.reply, self.endpoint.dialect
+        if reply.started and self.question.stream:
+            inside = self.watch is not None and self.watch.inside and self.translator is None
+            reply.fail(dialect.render_stream_error(error, self.request_id, inside))
+        elif reply.started:
+            reply.fail(dialect.render_error(error, self.request_id))
+        elif not isinstance(error, ClientLeft):
+            body = dialect.render_error(error, self.request_id)
+            reply.respond(error.status, body, headers=error_headers(error) + self.headers)
+
+
+def error_headers(error: LlmqError) -> list[tuple[str, str]]:
+    headers = []
+    if error.retry_after is not None:
+        headers.append(("Retry-After", str(max(1, error.retry_after))))
+    if not error.should_retry:
+        headers.append(("x-should-retry", "false"))
+    return headers
+
+
+# ==== 22. Records =================================================================================
+# What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
+# those who watch; never a word of a prompt or an answer.
+
+RECENT = 50  # ended requests that the snapshot shows
+CANCELS = {"client_left": "client", "cancelled": "order"}  # who gave a request up
 
 
 class Record(NamedTuple):
@@ -4081,7 +4769,7 @@ class Record(NamedTuple):
     id: str
     request_id: str
     client: str
-    priority: str
+    priority: str  # a class, `-` where it was refused before it had one
     model: str
     route: str
     backend: str
@@ -4114,43 +4802,31 @@ class Record(NamedTuple):
         )
 
 
-class Answer(NamedTuple):
-    """The end of a backend's answer: all of a whole one, the last bytes of a stream."""
-
-    body: bytes
-    streamed: bool
-    content_type: str
-    headers: list[tuple[str, str]]
-
-
 def record_of(call: Call, now: float) -> Record:
     """The record of a call that ends now."""
     ticket, error = call.ticket, call.error
-    arrived = ticket.arrived or now
+    arrived = (ticket.arrived if ticket else now) or now
+    started = (ticket.started if ticket else now) or now
     source = call.watch or call
+    tokens, since = source.tokens, call.first_byte if call.watch else started
     return Record(
-        id=ticket.id,
-        request_id=call.exchange.request_id,
-        client=ticket.client.name,
-        priority=ticket.priority.word,
+        id=call.id,
+        request_id=call.request_id,
+        client=ticket.client.name if ticket else "-",
+        priority=ticket.priority.word if ticket else "-",
         model=printable(call.model),
-        route=call.exchange.request.path,
-        backend=ticket.backend.name if ticket.backend else "",
-        wait_s=(ticket.started or now) - arrived,
+        route=call.route,
+        backend=ticket.backend.name if ticket and ticket.backend else "",
+        wait_s=started - arrived,
         first_s=call.first_byte - arrived if call.first_byte else None,
         total_s=now - arrived,
-        tokens=source.tokens,
-        status=call.exchange.status or (error.status if error else 200),
+        tokens=tokens,
+        status=call.reply.status or (error.status if error else 200),
         outcome=error.code if error else "done",
         tokens_in=source.tokens_in,
-        tokens_per_s=token_rate(call, source.tokens, now),
+        # Of a stream while it came, of a whole answer since its start.
+        tokens_per_s=tokens / (now - since) if tokens and since and now > since else None,
     )
-
-
-def token_rate(call: Call, tokens: int | None, now: float) -> float | None:
-    """Tokens per second: of a stream while it came, of a whole answer since its start."""
-    seconds = now - ((call.first_byte if call.watch else 0) or call.ticket.started)
-    return tokens / seconds if tokens and seconds > 0 else None
 
 
 def count_record(metrics: Metrics, record: Record) -> None:
@@ -4160,7 +4836,7 @@ def count_record(metrics: Metrics, record: Record) -> None:
     metrics.add("llmq_requests_total", record.route, model, client, status, outcome)
     if outcome in CANCELS:
         metrics.add("llmq_cancels_total", CANCELS[outcome])
-    if outcome == QueueFull.code:
+    if outcome == "queue_full" or (client == "-" and outcome != "client_left"):
         metrics.add("llmq_rejected_total", outcome)
     elif client != "-":  # else it was refused before it could wait
         metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
@@ -4174,117 +4850,161 @@ def count_record(metrics: Metrics, record: Record) -> None:
         metrics.add("llmq_tokens_out_total", model, client, amount=record.tokens)
 
 
-class Attempt:
-    """One try at one backend: from the grant of its slot to the end of its answer."""
+class Lines(NamedTuple):
+    """Request lines for the log, each with the time at which its request ended."""
 
-    def __init__(
-        self, call: Call, backend: Backend, limits: UpstreamSettings, now: Callable[[], float]
-    ) -> None:
-        self.call = call
-        self.backend = backend
-        self.limits = limits
-        self.now = now
+    rows: list[tuple[float, Record]]
 
-    async def run(self) -> Answer:
-        return await self.read_answer(await self.ask())
-
-    async def ask(self) -> ResponseHead:
-        """The head of the backend's answer.
-
-        A pooled connection that turns out dead is replaced by a fresh one: nobody has read the
-        request there, so that is no attempt.
-        """
-        call = self.call
-        if call.upstream is not None:  # from the pool
-            with contextlib.suppress(BackendUnreached):
-                return await call.upstream.read_head()
-            await call.upstream.close()
-            call.upstream = None
-        wire = call.wire(self.backend)
-        call.upstream = await self.connect()
-        if call.error is not None:
-            raise call.error
-        call.upstream.send(wire)
-        return await call.upstream.read_head()
-
-    async def connect(self) -> Upstream:
-        call = self.call
-        call.connecting = asyncio.ensure_future(dial(self.backend))
-        try:
-            return await arrival(call.connecting, self.backend, self.limits.connect_timeout)
-        finally:
-            call.connecting = None
-
-    async def read_answer(self, head: ResponseHead) -> Answer:
-        """The answer behind a head: a stream passes by here, a whole one is read first."""
-        call = self.call
-        upstream = call.upstream
-        assert upstream is not None  # `ask` made it
-        if head.status != HTTPStatus.OK:
-            error = read_refusal(head, await upstream.read_rest(ERROR_BODY))
-            if isinstance(error, RouteLacking):
-                model = call.ticket.model if error.for_model else ""
-                if (call.route, model) in self.backend.proven:
-                    raise error.answer  # something else is meant
-            raise error
-        if (call.route, call.ticket.model) not in self.backend.proven:
-            self.backend.proven |= {(str(call.route), ""), (str(call.route), call.ticket.model)}
-        if head.headers.get("content-encoding", "identity").lower() != "identity":
-            raise BackendError("the backend's answer is compressed, unasked")
-        kind = head.headers.get("content-type", "application/json")
-        headers = [
-            item
-            for item in head.headers.items()
-            if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
-        ]
-        source = call.translator.source if call.translator else call.endpoint.dialect
-        if call.question.stream and source.is_stream(kind):
-            call.watch = StreamWatch(source)
-            kind = call.endpoint.dialect.stream_type if call.translator else kind
-            if not call.exchange.started:  # with a sign of life
-                call.exchange.start(200, kind, headers + call.headers)  # before the first token
-            return Answer(await self.relay(call.watch, upstream), True, kind, headers)
-        body = await upstream.read_rest(ANSWER_LIMIT, self.heard)
-        return Answer(body, False, kind, headers)
-
-    async def relay(self, watch: StreamWatch, upstream: Upstream) -> bytes:
-        """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
-        exchange, translator = self.call.exchange, self.call.translator
-        rest = b""
-
-        def take(piece: bytes) -> bool:
-            nonlocal rest
-            shown = watch.feed(piece)
-            self.heard()
-            if upstream.body.done and watch.ended and watch.failure is None:
-                rest = shown + watch.finish()
-                rest = translator.finish(rest) if translator else rest
-                return True
-            shown = translator.feed(shown) if translator else shown
-            if shown:
-                exchange.send(shown)
-            if upstream.body.done or watch.failure is not None:
-                watch.finish()  # says what is wrong
-            return not exchange.blocked
-
-        while not upstream.body.done:
-            await upstream.flow(take)
-            if exchange.blocked and not upstream.body.done:
-                self.call.deadline = NEVER  # the client is slow, not the backend
-                await exchange.catch_up()
-                self.heard()
-        return rest or watch.finish()  # which says so if there was no body at all
-
-    def heard(self) -> None:
-        """A piece of the answer's body has come."""
-        call = self.call
-        now = self.backend.delivered = self.now()
-        call.first_byte = call.first_byte or now
-        call.deadline, call.beat = now + self.limits.idle_timeout, NEVER
+    def __str__(self) -> str:
+        return "\n".join(str(record) for _, record in self.rows)
 
 
-async def no_look() -> None:
-    """In place of the look at the backends, until the monitor of section 20 is there."""
+class Journal:
+    """Keeps the records: the latest to be shown, all in the metrics, each in the log."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.recent: deque[Record] = deque(maxlen=RECENT)
+        self.outcomes: Counter[str] = Counter()
+        self._lines: list[tuple[float, Record]] = []
+
+    def keep(self, record: Record) -> None:
+        self.recent.append(record)
+        self.outcomes[record.outcome] += 1
+        count_record(self.metrics, record)
+        self._lines.append((time.time(), record))
+
+    def flush(self) -> None:
+        """Write the lines: together, as one for each request would be a tenth of its cost."""
+        if self._lines:
+            lines, self._lines = self._lines, []
+            log.info(Lines(lines))
+
+
+# ==== 23. Admission ===============================================================================
+# From a request to a call that may wait: what it asks, of which model, whether any backend could
+# make something of it.  What is wrong with it is told now, not when its turn comes.
+
+
+def check_way(request: Request, instance: str) -> None:
+    """What is refused of a body that goes on to a backend, and of a way that it has come."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise LlmqError("send the body without Content-Encoding", "unsupported_media_type")
+    if f"llmq-{instance}" in request.headers.get("via", ""):
+        raise LlmqError("this request has been through this llmq before", "loop_detected")
+
+
+def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
+    """The model that a name stands for: the alias that equals it, else the first that fits."""
+    for pattern in sorted(aliases, key=lambda one: one != asked):
+        if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), asked, re.IGNORECASE):
+            return aliases[pattern]
+    return None
+
+
+class Admission:
+    """Reads requests and gives them tickets."""
+
+    def __init__(self, settings: Settings, monitor: Monitor, clients: Clients) -> None:
+        self.settings = settings
+        self.monitor = monitor
+        self.fleet = monitor.fleet
+        self.clients = clients
+        via = f"Via: 1.1 llmq-{monitor.instance}\r\nAccept-Encoding: identity\r\n"
+        self.via_lines = via.encode()
+
+    async def admit(self, call: Call) -> None:
+        """Give the call a ticket; raises what is wrong with its request."""
+        request, caller = call.request, call.caller
+        assert request is not None  # it is new
+        check_way(request, self.monitor.instance)
+        body = await call.reply.read_body(self.settings.server.max_body)
+        header = request.headers.get("x-queue-priority")
+        question, values = read_question(body, call.endpoint, header, foreign=caller.foreign)
+        call.question = question
+        call.model = model = await self.resolve_model(question.model)
+        if question.context:
+            await self.check_context(model, question.context)
+        priority = question.priority
+        priority = max(priority, Priority.NORMAL) if caller.foreign else priority
+        want = Want(model_key(model), call.endpoint.routes)
+        client = self.clients.named(caller.client)
+        call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
+        call.lines = self.via_lines + relayed_lines(request.headers)
+        self.check_supported(call, values)
+        request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
+        call.request = None
+
+    async def resolve_model(self, asked: str) -> str:
+        """The model that is meant; `model_not_found` only when no backend can have it."""
+        fleet = self.fleet
+        if asked and fleet.knows(asked):
+            fleet.check_spelling(asked)
+            return asked
+        if any(one.state is State.UNKNOWN for one in fleet.backends.values()):
+            await self.monitor.refresh()
+        asked = asked or self.settings.upstream.model or fleet.default_model() or ""
+        if not asked:
+            message = "no backend has told its models yet; name one in `model`"
+            raise LlmqError(message, "backend_down")
+        if not fleet.knows(asked):
+            asked = find_alias(self.settings.aliases, asked) or asked
+        if fleet.knows(asked) is False:
+            await self.monitor.refresh()
+        if fleet.knows(asked) is False:
+            raise model_not_found(asked)
+        fleet.check_spelling(asked)
+        return asked
+
+    async def check_context(self, model: str, asked: int) -> None:
+        """BadRequest when more context is asked for than the settings or the model allow."""
+        most = self.settings.upstream.max_num_ctx
+        for backend in self.fleet.serving(Want(model_key(model))):
+            if backend.traits.native:
+                most = min(most, await self.longest_context(backend, model) or most)
+        if asked > most:
+            raise BadRequest(f"{model!r} gets a context of {most} tokens at most", param="numCtx")
+
+    async def longest_context(self, backend: Backend, model: str) -> int:
+        """What the model itself can have there, asked for once; 0: not known."""
+        key, longest = model_key(model), backend.contexts.max
+        if key not in longest and backend.usable:
+            body = render_json({"model": backend.name_for(model)})
+            limit = self.settings.upstream.probe_timeout
+            facts = look_up((await try_fetch(limit, backend, "/api/show", body))[1], "model_info")
+            for name, tokens in facts.items() if isinstance(facts, dict) else ():
+                if name.endswith(".context_length") and isinstance(tokens, int):
+                    longest[key] = tokens
+        return longest.get(key, 0)
+
+    def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
+        """Untranslatable or BadRequest when no backend could make anything of the request."""
+        want = call.granted.want
+        able = self.fleet.serving(want)
+        if not able and self.fleet.serving(Want(want.model)):
+            raise Untranslatable(self.fleet.why_unsupported(want))
+        routes = set()
+        for backend in able:
+            route = call.route_at(backend)
+            if route is None or route == want.routes[0]:
+                return
+            routes.add(route)
+        for route in routes:  # it has to be translated, wherever it goes
+            translator = TRANSLATORS[want.routes[0], route]
+            translator(dict(values), call.model, 0, time.time).body()
+
+
+def model_not_found(asked: str) -> LlmqError:
+    return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
+
+
+# ==== 24. Gateway =================================================================================
+# The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
+# methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
+# early calls `Gateway.stop` with the reason, and a slot is given back in `give_back` alone, after
+# the connection to the backend is closed or back in the pool, on every way out.
+
+FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
 
 
 class Gateway:
@@ -4297,55 +5017,65 @@ class Gateway:
         self.started = now()
         self.fleet = Fleet()
         self.clients = Clients()
-        self.scheduler = Scheduler(self.fleet, settings.queue)
+        self.metrics = Metrics()
+        self.journal = Journal(self.metrics)
+        self.scheduler = Scheduler(self.fleet, settings)
+        self.monitor = Monitor(settings, self.fleet, self.metrics, instance)
+        self.admission = Admission(settings, self.monitor, self.clients)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
-        self.recent: deque[Record] = deque(maxlen=RECENT)
-        self.outcomes: dict[str, int] = {}
-        self.metrics = Metrics()
         self.changes = 0  # counts up with everything that a snapshot shows
         self.draining = False
         self.config_error: str | None = None  # what the last reload complained about
-        self.look: Callable[[], Awaitable[None]] = no_look  # asks every backend what it has, now
-        self.trouble: Callable[[], None] = lambda: None  # a backend is to be looked at
+        self._forecast: Forecast = {}
+        self._forecast_at = float("-inf")
 
     # ---- the story
 
     async def serve(self, call: Call) -> None:
-        """The life of one request: wait, ask, answer; again where that is allowed."""
-        answer, done = None, False
+        """The life of one request: read it, wait, ask, answer; again where that is allowed."""
+        done = False
         try:
-            await self.enqueue(call)
-            while answer is None:
-                backend = await call.turn
-                answer = await self.attempt(call, backend)
-            self.deliver(call, answer)
+            await self.admission.admit(call)
+            self.enqueue(call)
+            while call.answer is None:
+                while call.granted.state is TicketState.WAITING:
+                    await call.turn
+                await self.attempt(call)
+            call.deliver()
             done = True
         except LlmqError as error:
-            self.tell(call, error)
+            call.send_error(error)
         finally:
             self.settle(call, done=done)
 
-    async def enqueue(self, call: Call) -> None:
+    def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
-        await call.exchange.watch(functools.partial(self.leave, call))
-        if call.exchange.gone:
+        call.reply.watch(functools.partial(self.leave, call))
+        if call.reply.gone:
             raise ClientLeft("the client left")
-        if self.draining:  # since it was read
-            raise ShuttingDown("llmq is shutting down")
+        if self.draining:
+            raise LlmqError("llmq is shutting down", "shutting_down")
         now, limits = self.now(), self.settings.server
         patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
-        call.beat = now + patience if patience else NEVER
-        self.scheduler.submit(call.ticket, now)
-        self.calls[call.ticket.id] = call
-        self.pump()
+        call.heartbeat_at = now + patience if patience else NEVER
+        backend = self.scheduler.start_or_submit(call.granted, now)
+        self.calls[call.id] = call
+        if backend is not None:
+            self.begin(call, backend, now)
+        else:
+            self.pump()
 
-    async def attempt(self, call: Call, backend: Backend) -> Answer | None:
-        """Ask the granted backend; None when the call waits again for another attempt."""
+    async def attempt(self, call: Call) -> None:
+        """Ask the granted backend; without an answer the call waits again for another attempt."""
+        if call.granted.state is TicketState.ENDED:
+            raise call.error or LlmqError("the call broke off")
+        backend = call.granted.backend
+        assert backend is not None  # its turn has come
         failure: LlmqError | None = LlmqError("the call broke off")
-        again, answer = False, None
+        again = False
         try:
-            answer = await Attempt(call, backend, self.settings.upstream, self.now).run()
+            await call.ask(backend, self.settings.upstream)
             failure = None
         except LlmqError as error:
             failure = call.error or error
@@ -4353,108 +5083,23 @@ class Gateway:
             again = await self.give_back(call, backend, failure)
         if failure is not None and not again:
             raise call.error or failure
-        return answer
-
-    def deliver(self, call: Call, answer: Answer) -> None:
-        """The end of the answer to the client; its slot has been handed on by now."""
-        exchange, body, kind = call.exchange, answer.body, answer.content_type
-        if answer.streamed:
-            exchange.finish(body)
-            return
-        document = read_whole(body)  # BackendError if it is not what it must be
-        call.tokens, call.tokens_in = read_usage(document), read_prompt_usage(document)
-        translator = call.translator
-        if translator is not None:
-            document = document or parse_json(body)  # which is None for a very long one
-            body = translator.retell(lambda told: render_json(translator.whole(told)), document)
-            kind = "application/json"
-        if not exchange.started:
-            exchange.respond(200, body, kind, answer.headers + call.headers)
-        elif call.question.stream:
-            raise BackendError("the backend answered whole where a stream was asked for")
-        else:
-            exchange.finish(body)
-
-    def tell(self, call: Call, error: LlmqError) -> None:
-        """The truth about a call that failed, before the head or after it."""
-        call.error = error
-        exchange, dialect = call.exchange, call.endpoint.dialect
-        if exchange.started and call.question.stream:
-            inside = call.watch is not None and call.watch.inside and call.translator is None
-            exchange.fail(dialect.render_stream_error(error, exchange.request_id, inside))
-        elif exchange.started:
-            exchange.fail(dialect.render_error(error, exchange.request_id))
-        elif not isinstance(error, ClientLeft):
-            body = dialect.render_error(error, exchange.request_id)
-            exchange.respond(error.status, body, headers=error_headers(error) + call.headers)
-
-    def settle(self, call: Call, *, done: bool) -> None:
-        """One record and one line in the log for every call, however it ended."""
-        self.calls.pop(call.ticket.id, None)
-        if done:
-            call.error = None
-            call.ticket.client.done += 1
-        else:
-            call.error = call.error or LlmqError("the call broke off")
-            call.ticket.client.failed += 1
-        self.keep(record_of(call, self.now()))
-
-    def keep(self, record: Record) -> None:
-        self.recent.append(record)
-        self.outcomes[record.outcome] = self.outcomes.get(record.outcome, 0) + 1
-        self.changes += 1
-        count_record(self.metrics, record)
-        if log.isEnabledFor(logging.INFO):  # without looking for the line that logs it
-            log.handle(log.makeRecord(log.name, logging.INFO, "", 0, record, (), None))
-
-    # ---- steps of the story
-
-    def pump(self) -> None:
-        """Start whatever can start.
-
-        A connection from the pool gets its request right here, before anything else is done, so
-        that no runner idles for a turn of the loop.
-        """
-        now = self.now()
-        for ticket, backend in self.scheduler.dispatch(now):
-            call = self.calls[ticket.id]
-            upstream = self.pool.take(backend, now)
-            if upstream is not None:
-                self.send_early(call, backend, upstream)
-            call.deadline = now + self.settings.upstream.first_byte_timeout
-            call.turn.set_result(backend)
-        self.changes += 1
-
-    def send_early(self, call: Call, backend: Backend, upstream: Upstream) -> None:
-        try:
-            upstream.send(call.wire(backend))
-            call.upstream = upstream
-        except Exception:  # noqa: BLE001 - the attempt meets it again, and harms nobody else
-            upstream.writer.close()
 
     async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
         """The one place where a slot is given back; True when the call waits for another attempt.
 
         The connection is closed, or known to be clean, before anybody else gets the slot.
         """
-        ticket, upstream = call.ticket, call.upstream
+        ticket, upstream = call.granted, call.upstream
         call.upstream, call.deadline = None, NEVER
         if upstream is not None and upstream.reusable:
             self.pool.give(upstream, self.now())
         elif upstream is not None:
             await upstream.close()
         now = self.now()
-        self.judge(backend, failure, now)
-        lacking = isinstance(failure, NotSpoken)
-        if lacking:
-            again = self.has_other_way(call, backend, cast(NotSpoken, failure))
-        else:
-            left = ticket.attempts < self.settings.queue.max_attempts
-            again = failure is not None and failure.again and left
-        again = again and call.error is None and not self.draining
+        self.monitor.record_outcome(backend, failure, now)
+        again = failure is not None and self.may_retry(call, backend, failure)
         if again:
-            call.turn = asyncio.get_running_loop().create_future()
-            self.scheduler.retry(ticket, now, counted=not lacking)
+            self.scheduler.retry(ticket, now, counted=not isinstance(failure, Untranslatable))
             self.metrics.add("llmq_retries_total", backend.name)
         else:
             if failure is None:
@@ -4463,41 +5108,79 @@ class Gateway:
         self.pump()
         return again
 
-    def has_other_way(self, call: Call, backend: Backend, error: NotSpoken) -> bool:
+    def settle(self, call: Call, *, done: bool) -> None:
+        """One record and one line in the log for every call, however it ended."""
+        self.calls.pop(call.id, None)
+        if done:
+            call.error = None
+        else:
+            call.error = call.error or LlmqError("the call broke off")
+        if call.ticket is not None:
+            call.ticket.client.done += done
+            call.ticket.client.failed += not done
+        self.changes += 1
+        self.journal.keep(record_of(call, self.now()))
+
+    # ---- what the steps share
+
+    def pump(self) -> None:
+        """Start whatever can start."""
+        now = self.now()
+        for ticket, backend in self.scheduler.dispatch(now):
+            self.begin(self.calls[ticket.id], backend, now)
+        self.changes += 1
+
+    def begin(self, call: Call, backend: Backend, now: float) -> None:
+        """The call's turn has come.
+
+        On a connection from the pool its request is sent right here, so that no runner idles for a
+        turn of the loop, and the call goes on when the answer comes.  A fresh connection it makes
+        itself.
+        """
+        call.deadline = now + self.settings.upstream.first_byte_timeout
+        upstream = self.pool.take(backend.url, now)
+        if upstream is not None:
+            try:
+                upstream.send(call.wire(backend))
+            except Exception:  # noqa: BLE001 - the attempt meets it again, and harms nobody else
+                upstream.writer.close()
+            else:
+                call.upstream, upstream.reader.waiter = upstream, call.turn
+                return
+        call.turn.wake()
+
+    def may_retry(self, call: Call, backend: Backend, failure: LlmqError) -> bool:
+        """Whether the call may wait for another attempt, or for another route."""
+        if isinstance(failure, Untranslatable):
+            again = self.has_other_route(call, backend, failure)
+        else:
+            again = failure.retryable
+            again = again and call.granted.attempts < self.settings.queue.max_attempts
+        return again and call.error is None and not self.draining
+
+    def has_other_route(self, call: Call, backend: Backend, error: Untranslatable) -> bool:
         """Remember which route it was not; whether another, or another backend, is left."""
-        ticket = call.ticket
-        if isinstance(error, RouteLacking) and call.route is not None:
-            backend.lacks(call.route, ticket.model, error)
-        elif call.route is not None:  # what it asks cannot be translated
-            ticket.routes = tuple(one for one in ticket.routes if one != call.route)
-        return bool(ticket.routes) and bool(self.fleet.serving(ticket.model, ticket.routes))
+        ticket, route = call.granted, call.route_asked
+        if isinstance(error, RouteUnsupported) and route is not None:
+            backend.route_unsupported(route, ticket.model, error)
+        elif route is not None:  # what it asks cannot be translated
+            left = tuple(one for one in ticket.want.routes if one != route)
+            ticket.want = ticket.want._replace(routes=left)
+        return bool(ticket.want.routes) and bool(self.fleet.serving(ticket.want))
 
-    def judge(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
-        """What an attempt says about the health of its backend."""
-        interval, was = self.settings.upstream.probe_interval, backend.state
-        if failure is None:
-            backend.succeeded(now, None, interval)
-        elif isinstance(failure, BackendLoading):
-            backend.loads(now, failure.message)
-            self.trouble()
-        elif isinstance(failure, (BackendError, BackendTimeout)):
-            refused = isinstance(failure, BackendRefused)
-            backend.suspect = isinstance(failure, BackendUnreached)
-            backend.failed(now, failure.message, interval, refused=refused)
-            self.trouble()
-        self.note_state(backend, was)
-
-    def note_state(self, backend: Backend, was: State) -> None:
-        """A line in the log when a backend has come, gone, or begun to load."""
-        if backend.state is not was:
-            why = f": {backend.error}" if backend.error else ""
-            log.info("backend %s is %s%s", backend.name, backend.state.value, why)
+    def expected(self, ticket: Ticket) -> Expected:
+        """What a waiting ticket can expect, as of a pass at most a second old."""
+        now = self.now()
+        if now - self._forecast_at >= FORECAST_SECONDS:
+            self._forecast, self._forecast_at = forecast(self.scheduler), now
+        newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
+        return self._forecast.get(ticket.id, newcomer)
 
     # ---- ending calls early
 
     def stop(self, call: Call, error: LlmqError) -> None:
         """End a call for this reason, wherever it is; does nothing to one that has ended."""
-        if call.error is not None:
+        if call.error is not None or call.ticket is None:
             return
         if call.ticket.state is TicketState.WAITING:
             self.scheduler.cancel(call.ticket)
@@ -4508,8 +5191,8 @@ class Gateway:
                 call.upstream.interrupt(error)
             if call.connecting is not None:
                 call.connecting.cancel()
-            if call.exchange.blocked:  # nothing could reach a client that far behind
-                call.exchange.abort()
+            if call.reply.blocked:  # nothing could reach a client that far behind
+                call.reply.abort()
 
     def leave(self, call: Call) -> None:
         self.stop(call, ClientLeft("the client left"))
@@ -4517,10 +5200,10 @@ class Gateway:
     def end_wait(self, call: Call, error: LlmqError) -> None:
         """The ticket is out of the queue: wake its call with the reason."""
         call.error = error
-        call.turn.set_exception(error)
+        call.turn.wake()
         self.changes += 1
 
-    def sweep(self, now: float) -> None:
+    def reap(self, now: float) -> None:
         """End what has waited too long, for a slot or for a backend's next byte."""
         for ticket, error in self.scheduler.expire(now):
             self.end_wait(self.calls[ticket.id], error)
@@ -4530,239 +5213,426 @@ class Gateway:
             if now >= call.deadline:
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
-        self.pool.sweep(now)
+        self.pool.reap(now)
+        self.journal.flush()
 
-
-def error_headers(error: LlmqError) -> list[tuple[str, str]]:
-    headers = []
-    if error.retry_after is not None:
-        headers.append(("Retry-After", str(max(1, error.retry_after))))
-    if not error.should_retry:
-        headers.append(("x-should-retry", "false"))
-    return headers
-
-
-# ==== 18. Desk ====================================================================================
-# Where the outside meets the gateway: requests become calls, snapshots show names, numbers and
-# states (never a word of a prompt or an answer), orders change what waits.
-
-SHOWN_WAITING = 100  # waiting requests that it shows unless asked for all
-FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
-
-
-class Desk:
-    """Takes requests in, shows what goes on, takes orders."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self._forecast: Forecast = {}
-        self._forecast_at = float("-inf")
-
-    # ---- requests
-
-    async def admit(self, exchange: Exchange, endpoint: Endpoint) -> Call:
-        """Read the request and make it a call; raises what is wrong with it."""
-        gateway, request = self.gateway, exchange.request
-        headers = request.headers
-        if gateway.draining:
-            raise ShuttingDown("llmq is shutting down")
-        origin = headers.get("origin")
-        foreign = origin is not None and is_foreign(origin, gateway.settings.server.cors_origins)
-        question = read_question(
-            request.body, endpoint, headers.get("x-queue-priority"), foreign=foreign
-        )
-        model = await self.resolve_model(question.model)
-        if question.context:
-            await self.check_context(model, question.context)
-        user = None if foreign else headers.get("x-user-id")
-        client = gateway.clients.named(client_name(user, origin, headers.get("user-agent")))
-        priority = max(question.priority, Priority.NORMAL) if foreign else question.priority
-        ticket = Ticket(exchange.id, client, model_key(model), priority, len(question.body))
-        ticket.foreign = foreign
-        ticket.routes = endpoint.routes
-        call = Call(exchange, ticket, endpoint, question, model)
-        call.head = self.render_upstream_head(request)
-        self.check_spoken(call)
-        request.body, request.headers = b"", NO_HEADERS  # what waits, waits with little luggage
-        return call
-
-    def refuse(self, exchange: Exchange, error: LlmqError) -> None:
-        """The record of a request that did not become a call."""
-        names = (exchange.id, exchange.request_id, "-", "-", "", exchange.request.path, "")
-        self.gateway.keep(Record(*names, 0.0, None, 0.0, None, error.status, error.code))
-
-    async def resolve_model(self, asked: str) -> str:
-        """The model that is meant; ModelNotFound only when no backend can have it."""
-        gateway, fleet = self.gateway, self.gateway.fleet
-        if asked and fleet.knows(asked):
-            fleet.check_spelling(asked)
-            return asked
-        if any(one.state is State.UNKNOWN for one in fleet.backends.values()):
-            await gateway.look()
-        asked = asked or gateway.settings.upstream.model or fleet.default_model() or ""
-        if not asked:
-            raise BackendDown("no backend has told its models yet; name one in `model`")
-        if not fleet.knows(asked):
-            asked = find_alias(gateway.settings.aliases, asked) or asked
-        if fleet.knows(asked) is False:
-            await gateway.look()
-        if fleet.knows(asked) is False:
-            raise ModelNotFound(f"model {printable(asked)!r} not found", param="model")
-        fleet.check_spelling(asked)
-        return asked
-
-    async def check_context(self, model: str, asked: int) -> None:
-        """BadRequest when more context is asked for than the settings or the model allow."""
-        settings, key = self.gateway.settings.upstream, model_key(model)
-        most = settings.max_num_ctx
-        for backend in self.gateway.fleet.serving(key):
-            if backend.kind == "ollama":
-                most = min(most, await self.longest_context(backend, key, model) or most)
-        if asked > most:
-            raise BadRequest(f"{model!r} gets a context of {most} tokens at most", param="numCtx")
-
-    async def longest_context(self, backend: Backend, key: str, model: str) -> int:
-        """What the model itself can have there, asked for once; 0: not known."""
-        if key not in backend.lengths and backend.usable:
-            body = render_json({"model": backend.name_for(model)})
-            limit = self.gateway.settings.upstream.probe_timeout
-            _, shown = await try_fetch(limit, backend, "/api/show", body)
-            facts = shown.get("model_info") if isinstance(shown, dict) else None
-            for name, tokens in facts.items() if isinstance(facts, dict) else ():
-                if name.endswith(".context_length") and isinstance(tokens, int):
-                    backend.lengths[key] = tokens
-        return backend.lengths.get(key, 0)
-
-    def check_spoken(self, call: Call) -> None:
-        """Tell now, not when its turn comes, what no backend could make of the request."""
-        routes, fleet, key = call.ticket.routes, self.gateway.fleet, call.ticket.model
-        able = fleet.serving(key, routes)
-        if not able and fleet.serving(key):
-            raise NotSpoken(fleet.lacking_words(key, routes))
-        roads = set()
-        for backend in able:
-            road = call.route_at(backend)
-            if road is None or road == routes[0]:
-                return
-            roads.add(road)
-        for road in roads:  # it has to be translated, wherever it goes
-            translator = TRANSLATORS[routes[0], road]
-            translator(json.loads(call.question.body), call.model, 0, time.time).body()
-
-    def render_upstream_head(self, request: Request) -> bytes:
-        """The lines that every backend gets alike."""
-        head = f"Via: 1.1 llmq-{self.gateway.instance}\r\nAccept-Encoding: identity\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in relayed(request.headers))
-        return head.encode("latin-1")
-
-    # ---- what the outside may see
-
-    def snapshot(self, *, everything: bool = False) -> dict[str, Any]:
-        """The state of it all."""
-        gateway, now = self.gateway, self.gateway.now()
-        scheduler, fleet = gateway.scheduler, gateway.fleet
-        self.refresh_forecast(now)
-        waiting = scheduler.in_order()
-        oldest = min((ticket.arrived for ticket in waiting), default=now)
-        shown = waiting if everything else waiting[:SHOWN_WAITING]
-        return {
-            "version": __version__,
-            "mode": scheduler.mode.value,
-            "uptime_s": round(now - gateway.started, 1),
-            "draining": gateway.draining,
-            "queue": {
-                "waiting": len(waiting),
-                "running": len(scheduler.running),
-                "oldest_wait_s": round(now - oldest, 3),
-                "by_class": count_classes(waiting),
-                "full_at": scheduler.limits.max_depth,
-            },
-            "requests": [
-                self.show_ticket(one, now) for one in (*scheduler.running.values(), *shown)
-            ],
-            "requests_total": dict(gateway.outcomes),
-            "devices": [
-                {"name": one.name, "slots": one.slots, "busy": one.busy}
-                for one in fleet.devices.values()
-            ],
-            "backends": [show_backend(one) for one in fleet.backends.values()],
-            "clients": [show_client(one) for one in gateway.clients.known.values()],
-            "recent": [record.facts() for record in reversed(gateway.recent)],
-            "config_error": gateway.config_error,
-        }
-
-    def refresh_forecast(self, now: float) -> None:
-        if now - self._forecast_at >= FORECAST_SECONDS:
-            self._forecast, self._forecast_at = self.gateway.scheduler.forecast(), now
-
-    def expected(self, ticket: Ticket) -> tuple[int, float | None, str]:
-        """Position, expected wait in seconds and reason, as of the last pass."""
-        newcomer = (len(self._forecast) + 1, None, "just arrived")
-        return self._forecast.get(ticket.id, newcomer)
-
-    def show_ticket(self, ticket: Ticket, now: float) -> dict[str, Any]:
-        call, waits = self.gateway.calls[ticket.id], ticket.state is TicketState.WAITING
-        position, eta, reason = self.expected(ticket) if waits else (0, 0, "")
-        started = now if waits else ticket.started
-        return {
-            "id": ticket.id,
-            "request_id": call.exchange.request_id,
-            "client": ticket.client.name,
-            "class": ticket.priority.word,
-            "model": printable(call.model),
-            "route": call.exchange.request.path,
-            "state": ticket.state.value,
-            "tokens": call.watch.pieces if call.watch else 0,
-            "position": position,
-            "eta_s": eta if eta is None else round(eta, 1),
-            "reason": reason,
-            "backend": ticket.backend.name if ticket.backend and not waits else None,
-            "waited_s": round(started - ticket.arrived, 3),
-            "running_s": round(now - started, 3),
-        }
-
-    # ---- what it may change
+    # ---- orders from outside
 
     def set_mode(self, mode: Mode) -> None:
-        self.gateway.scheduler.mode = mode
-        self.gateway.pump()
+        self.scheduler.mode = mode
+        self.pump()
 
     def find(self, ident: str) -> Call:
-        if ident not in self.gateway.calls:
-            raise NotFound(f"no request {printable(ident)} is waiting or running")
-        return self.gateway.calls[ident]
+        if ident not in self.calls:
+            raise LlmqError(f"no request {printable(ident)} is waiting or running", "not_found")
+        return self.calls[ident]
 
     def cancel(self, call: Call) -> None:
-        self.gateway.stop(call, Cancelled("cancelled on request"))
+        self.stop(call, LlmqError("cancelled on request", "cancelled"))
 
     def cancel_waiting(self, client: str | None) -> int:
         """Cancel every waiting request, or those of one client; their number."""
-        waiting = list(self.gateway.scheduler.waiting.values())
+        waiting = list(self.scheduler.waiting.values())
         found = [one for one in waiting if client is None or one.client.name == client]
         for ticket in found:
-            self.cancel(self.gateway.calls[ticket.id])
+            self.cancel(self.calls[ticket.id])
         return len(found)
 
     def reprioritise(self, call: Call, priority: Priority) -> None:
-        if call.ticket.state is not TicketState.WAITING:
-            raise Conflict("only a waiting request can change its class")
-        self.gateway.scheduler.reprioritise(call.ticket, priority)
-        self.gateway.pump()
+        if call.granted.state is not TicketState.WAITING:
+            raise LlmqError("only a waiting request can change its class", "conflict")
+        self.scheduler.reprioritise(call.granted, priority)
+        self.pump()
 
     def reset_context(self, model: str) -> int:
         """Forget the context that the requests for a model share; the backends it has been at."""
-        fleet, key = self.gateway.fleet, model_key(model)
-        if fleet.knows(model) is False:
-            raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
-        for backend in fleet.serving(key):
-            backend.reset_context(key)
-        return len(fleet.serving(key))
+        if self.fleet.knows(model) is False:
+            raise model_not_found(model)
+        serving = self.fleet.serving(Want(model_key(model)))
+        for backend in serving:
+            backend.contexts.reset(model_key(model))
+        return len(serving)
 
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
-        self.gateway.draining = True
-        for ticket in list(self.gateway.scheduler.waiting.values()):
-            self.gateway.stop(self.gateway.calls[ticket.id], ShuttingDown("llmq is shutting down"))
+        self.draining = True
+        for ticket in list(self.scheduler.waiting.values()):
+            self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
+
+
+# ==== 25. Models ==================================================================================
+# What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
+# and the management of Ollama's, which streams straight through, bodies of gigabytes included.
+
+NO_DETAILS = {
+    "parent_model": "",
+    "format": "gguf",
+    "family": "",
+    "families": None,
+    "parameter_size": "",
+    "quantization_level": "",
+}
+LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
+# The member that names the model, where only an Ollama that has it can do what is asked.
+MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
+Lister = Callable[[Report], Sequence[Facts]]
+
+
+def reports_of(fleet: Fleet) -> Iterator[Report]:
+    for backend in fleet.backends.values():
+        if backend.report is not None and backend.state is State.UP:
+            yield backend.report
+
+
+def merge_rows(fleet: Fleet, told: Lister) -> dict[str, Facts]:
+    """The models of all healthy backends, each once, as its first backend describes it."""
+    merged: dict[str, Facts] = {}
+    for report in reports_of(fleet):
+        for row in told(report):
+            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
+    return merged
+
+
+def entry_rows(report: Report) -> Sequence[Facts]:
+    """As `/v1/models` has them."""
+    return report.entries
+
+
+def tag_rows(report: Report) -> Sequence[Facts]:
+    """As `/api/tags` has them; of other runners than Ollama little is known."""
+    if KINDS[report.kind].native and report.tags:
+        return report.tags
+    return [bare_tag(str(one["id"]), since(one)) for one in report.entries]
+
+
+def running_rows(report: Report) -> Sequence[Facts]:
+    """The loaded ones, as `/api/ps` has them."""
+    if KINDS[report.kind].native:
+        return report.running
+    more = {"expires_at": LONG_AFTER, "size_vram": 0}
+    return [{**bare_tag(name), **more} for name in report.loaded]
+
+
+def since(entry: Facts) -> str:
+    created = entry.get("created")
+    return rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
+
+
+def bare_tag(name: str, modified: str = LONG_AGO) -> Facts:
+    """A model that Ollama does not have, in Ollama's words."""
+    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
+    return {**facts, "details": NO_DETAILS}
+
+
+def anthropic_model(entry: Facts) -> Facts:
+    name = entry["id"]
+    return {"type": "model", "id": name, "display_name": name, "created_at": since(entry)}
+
+
+def anthropic_list(entries: Sequence[Facts]) -> Facts:
+    data = [anthropic_model(entry) for entry in entries]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+
+
+def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
+    """The Ollama that a request of model management is for."""
+    if named is not None and named not in fleet.backends:
+        raise LlmqError(f"there is no backend {printable(named)}", "not_found")
+    asked = [fleet.backends[named]] if named else list(fleet.backends.values())
+    ollamas = [one for one in asked if one.traits.native]
+    if not ollamas and all(one.models_known for one in asked):
+        raise Untranslatable("that is no Ollama, which alone manages its models")
+    up = [one for one in ollamas if one.usable]
+    if not up:
+        raise LlmqError("every Ollama is down", "backend_down")
+    if path not in MANAGED_BY or named:
+        return up[0]
+    model = read_name(values, MANAGED_BY[path])
+    for one in up:
+        if model_key(model) in one.models:
+            return one
+    raise model_not_found(model)
+
+
+def read_name(values: Mapping[str, Any], member: str = "model") -> str:
+    """The model that a request is about; `name` is the older name of the member."""
+    model = values.get(member) or values.get("name")
+    if not isinstance(model, str):
+        raise BadRequest(f"{member} is the name of a model", param=member)
+    return model
+
+
+@dataclass
+class Passthrough:
+    """A request that goes to one backend and back as it is, both bodies piece by piece."""
+
+    exchange: Exchange
+    backend: Backend
+    path: str
+    settings: Settings
+    instance: str  # of this llmq
+    inside: bool = False  # what the client was shown ends inside a line
+
+    async def run(self) -> None:
+        """The whole way; there is no limit on its length, only on silence of the client."""
+        exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.url))
+        limit = self.settings.upstream.connect_timeout
+        upstream = await connect_within(limit, dialling, self.backend)
+        try:
+            await self.relay(upstream, await self.ask(upstream))
+        except LlmqError as error:
+            if not exchange.started:
+                raise
+            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
+        finally:
+            await upstream.close()
+
+    async def ask(self, upstream: Upstream) -> ResponseHead:
+        """Send it all, unless the answer comes before: then what is left is not wanted."""
+        sending = asyncio.ensure_future(self.send(upstream))
+        heading = asyncio.ensure_future(upstream.read_head())
+        try:
+            await asyncio.wait({sending, heading}, return_when=asyncio.FIRST_COMPLETED)
+            self.exchange.keep_alive = self.exchange.keep_alive and sending.done()
+            sending.cancel()
+            await asyncio.wait({sending})
+            if not sending.cancelled():
+                sending.result()  # or what it met
+            left = ClientLeft("the client left")
+            self.exchange.watch(functools.partial(upstream.interrupt, left))
+            return await heading
+        finally:
+            sending.cancel()
+            heading.cancel()
+
+    async def send(self, upstream: Upstream) -> None:
+        """The head, then the body in pieces as the client sends them."""
+        exchange, request = self.exchange, self.exchange.request
+        length = len(request.body) if request.body else exchange.length
+        coding = (
+            b"Transfer-Encoding: chunked" if length == CHUNKED else b"Content-Length: %d" % length
+        )
+        via = b"Connection: close\r\nVia: 1.1 llmq-%b\r\n" % self.instance.encode()
+        lines = b"".join([via, coding, b"\r\n", relayed_lines(request.headers)])
+        target = f"{self.path}?{request.query}" if request.query else self.path
+        wire = render_request(self.backend, request.method, target, lines)
+        upstream.send(wire + request.body)
+        if request.body:
+            return
+        limit = self.settings.server.stall_timeout
+        async for piece in exchange.pieces():
+            await upstream.push(render_chunk(piece) if length == CHUNKED else piece, limit)
+        if length == CHUNKED:
+            upstream.writer.write(LAST_CHUNK)
+
+    async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
+        exchange = self.exchange
+        via = [("X-LLMQ-Backend", self.backend.name)]
+        kind = head.headers.get("content-type", "application/json")
+        if exchange.request.method == "HEAD":
+            exchange.respond(head.status, b"", kind, via)
+            return
+        exchange.start(head.status, kind, via)
+        while piece := await upstream.read_piece():
+            exchange.send(piece)
+            self.inside = not piece.endswith(b"\n")
+            if exchange.blocked and not upstream.body.done:
+                await exchange.catch_up()
+        exchange.finish()
+
+
+# ==== 26. Background ==============================================================================
+# What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
+# and the next one comes all the same.
+
+REAP_SECONDS = 0.25
+DISCOVERY_SECONDS = 60.0
+
+
+async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> None:
+    """Do this for ever, with so much time between."""
+    while True:
+        try:
+            doing = step()
+            if doing is not None:
+                await doing
+        except Exception:
+            log.exception("what runs in the background failed, and goes on")
+        await asyncio.sleep(seconds)
+
+
+async def dispatch_on_news(gateway: Gateway) -> None:
+    """Start what can start now that a probe has ended."""
+    news = gateway.monitor.news
+    await news.wait()
+    news.clear()
+    gateway.pump()
+
+
+def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
+    """Compare all deadlines with the clock."""
+    now = time.monotonic()
+    for server in servers:
+        server.reap(now)
+    gateway.reap(now)
+    send_heartbeats(gateway, now)
+
+
+def send_heartbeats(gateway: Gateway, now: float) -> None:
+    """Keep those patient who wait long, so that their clients do not give up."""
+    for call in list(gateway.calls.values()):
+        if now >= call.heartbeat_at and call.error is None:
+            call.heartbeat_at = now + gateway.settings.server.heartbeat_interval
+            send_heartbeat(gateway, call)
+
+
+def send_heartbeat(gateway: Gateway, call: Call) -> None:
+    reply, dialect, stream = call.reply, call.endpoint.dialect, call.question.stream
+    if not reply.started:  # from here on whatever comes is a body under status 200
+        reply.start(200, dialect.stream_type if stream else "application/json")
+    position, eta = 0, 0.0
+    if call.granted.state is TicketState.WAITING:
+        expected = gateway.expected(call.granted)
+        position, eta = expected.position, expected.eta or 0.0
+    reply.send(dialect.heartbeat(position, eta) if stream else b" ")
+
+
+# ==== 27. Access ==================================================================================
+# Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
+
+EXPOSED = "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After"
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    OPEN = "everybody"  # also pages from elsewhere
+    OWNER = "no foreign page"  # shows or changes what belongs to others
+    LOCAL = "no foreign page, this box only"  # changes what is on its disk
+
+
+def check_host(exchange: Exchange, names: frozenset[str]) -> None:
+    """DNS rebinding makes a page same-origin with us, but it cannot hide the name it used."""
+    value = exchange.request.headers.get("host")
+    if value is None and exchange.request.minor >= 1:
+        raise BadRequest("an HTTP/1.1 request needs a Host")
+    name = parse_host(value) if value is not None else "localhost"
+    if not is_own_name(name, names):
+        message = f"host {printable(name)!r} is not llmq's; start it with --allowed-host NAME"
+        raise LlmqError(message, "forbidden_host")
+
+
+@functools.lru_cache(maxsize=256)
+def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
+    """CORS headers.
+
+    There are no cookies to ride on, so everybody may read answers, but not what belongs to
+    others.
+    """
+    if access is Access.OPEN and "*" in trusted:
+        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
+    if origin is None or is_foreign(origin, trusted):
+        return (("Vary", "Origin"),)
+    exposed = ("Access-Control-Expose-Headers", EXPOSED)
+    return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), exposed)
+
+
+@functools.lru_cache(maxsize=256)
+def is_own_name(name: str, names: frozenset[str]) -> bool:
+    """IP literals have no DNS record to flip; names must be this box's.
+
+    `names` also holds `*.internal`, and `*` for any name without a dot.
+    """
+    if name in names or is_loopback(name):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        first, dot, _ = name.partition(".")
+        return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
+    return True
+
+
+def check_origin(exchange: Exchange, access: Access) -> None:
+    """Refuse pages from elsewhere where they have no business."""
+    if access is Access.OPEN:
+        return
+    headers = exchange.request.headers
+    foreign = exchange.caller.foreign
+    safe = exchange.request.method in ("GET", "HEAD") and access is Access.OWNER
+    if foreign or (not safe and headers.get("sec-fetch-site") == "cross-site"):
+        raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
+    if access is Access.LOCAL and not exchange.is_local:
+        raise LlmqError("models are managed from this box only", "forbidden")
+
+
+# ==== 28. Snapshot ================================================================================
+# What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
+# as a whole, and as a stream that is rendered once for all who watch.
+
+SHOWN_WAITING = 100  # waiting requests that it shows unless asked for all
+STREAM_SECONDS = 0.25  # between two snapshots that watchers get
+TIME_SECONDS = 1.0  # while requests are here, time alone is news
+
+
+def snapshot(gateway: Gateway, *, everything: bool = False) -> dict[str, Any]:
+    """The state of it all."""
+    scheduler, fleet, journal, now = (
+        gateway.scheduler,
+        gateway.fleet,
+        gateway.journal,
+        gateway.now(),
+    )
+    waiting = scheduler.in_order()
+    oldest = min((ticket.arrived for ticket in waiting), default=now)
+    shown = (*scheduler.running.values(), *(waiting if everything else waiting[:SHOWN_WAITING]))
+    return {
+        "version": __version__,
+        "mode": scheduler.mode.value,
+        "uptime_s": round(now - gateway.started, 1),
+        "draining": gateway.draining,
+        "queue": {
+            "waiting": len(waiting),
+            "running": len(scheduler.running),
+            "oldest_wait_s": round(now - oldest, 3),
+            "by_class": count_classes(waiting),
+            "full_at": scheduler.limits.max_depth,
+        },
+        "requests": [show_call(gateway, gateway.calls[one.id], now) for one in shown],
+        "requests_total": dict(journal.outcomes),
+        "devices": [
+            {"name": one.name, "slots": one.slots, "busy": one.busy}
+            for one in fleet.devices.values()
+        ],
+        "backends": [show_backend(one) for one in fleet.backends.values()],
+        "clients": [show_client(one) for one in gateway.clients.known.values()],
+        "recent": [record.facts() for record in reversed(journal.recent)],
+        "config_error": gateway.config_error,
+    }
+
+
+def show_call(gateway: Gateway, call: Call, now: float) -> dict[str, Any]:
+    ticket = call.granted
+    waits = ticket.state is TicketState.WAITING
+    expected = gateway.expected(ticket) if waits else Expected(0, 0, "")
+    started = now if waits else ticket.started
+    return {
+        "id": call.id,
+        "request_id": call.request_id,
+        "client": ticket.client.name,
+        "class": ticket.priority.word,
+        "model": printable(call.model),
+        "route": call.route,
+        "state": ticket.state.word,
+        "tokens": call.watch.pieces if call.watch else 0,
+        "position": expected.position,
+        "eta_s": expected.eta if expected.eta is None else round(expected.eta, 1),
+        "reason": expected.reason,
+        "backend": ticket.backend.name if ticket.backend and not waits else None,
+        "waited_s": round(started - ticket.arrived, 3),
+        "running_s": round(now - started, 3),
+    }
 
 
 def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
@@ -4771,19 +5641,11 @@ def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
     return {priority.word: found[priority] for priority in Priority}
 
 
-def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
-    """The model that a name stands for: the alias that equals it, else the first that fits."""
-    for pattern in sorted(aliases, key=lambda one: one != asked):
-        if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), asked, re.IGNORECASE):
-            return aliases[pattern]
-    return None
-
-
 def show_contexts(backend: Backend) -> dict[str, int]:
     """The shared contexts, by the names of the models."""
-    keys = (*backend.asked, *backend.held)
-    marks = {backend.models.get(key, [key])[0]: backend.context(key) for key in keys}
-    return {name: mark for name, mark in marks.items() if mark}
+    keys = (*backend.contexts.requested, *backend.contexts.loaded)
+    found = {backend.models.get(key, [key])[0]: backend.num_ctx(key) for key in keys}
+    return {name: tokens for name, tokens in found.items() if tokens}
 
 
 def show_backend(backend: Backend) -> dict[str, Any]:
@@ -4836,408 +5698,23 @@ def show_gauges(gateway: Gateway) -> None:
         show("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-# ==== 19. Models ==================================================================================
-# What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
-# and the management of Ollama's, which streams straight through, bodies of gigabytes included.
-
-NO_DETAILS = {
-    "parent_model": "",
-    "format": "gguf",
-    "family": "",
-    "families": None,
-    "parameter_size": "",
-    "quantization_level": "",
-}
-LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-# The member that names the model, where only an Ollama that has it can do what is asked.
-MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
-Lister = Callable[[Report], Sequence[Facts]]
-
-
-def reports_of(fleet: Fleet) -> Iterator[Report]:
-    for backend in fleet.backends.values():
-        if backend.report is not None and backend.state is State.UP:
-            yield backend.report
-
-
-def merge_rows(fleet: Fleet, told: Lister) -> dict[str, Facts]:
-    """The models of all healthy backends, each once, as its first backend describes it."""
-    merged: dict[str, Facts] = {}
-    for report in reports_of(fleet):
-        for row in told(report):
-            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
-    return merged
-
-
-def entry_rows(report: Report) -> Sequence[Facts]:
-    """As `/v1/models` has them."""
-    return report.entries
-
-
-def tag_rows(report: Report) -> Sequence[Facts]:
-    """As `/api/tags` has them; of other runners than Ollama little is known."""
-    if report.kind == "ollama" and report.tags:
-        return report.tags
-    return [bare_tag(str(one["id"]), since(one)) for one in report.entries]
-
-
-def running_rows(report: Report) -> Sequence[Facts]:
-    """The loaded ones, as `/api/ps` has them."""
-    if report.kind == "ollama":
-        return report.running
-    more = {"expires_at": LONG_AFTER, "size_vram": 0}
-    return [{**bare_tag(name), **more} for name in report.loaded]
-
-
-def since(entry: Facts) -> str:
-    created = entry.get("created")
-    return rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
-
-
-def bare_tag(name: str, modified: str = LONG_AGO) -> Facts:
-    """A model that Ollama does not have, in Ollama's words."""
-    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
-    return {**facts, "details": NO_DETAILS}
-
-
-def anthropic_model(entry: Facts) -> Facts:
-    name = entry["id"]
-    return {"type": "model", "id": name, "display_name": name, "created_at": since(entry)}
-
-
-def anthropic_list(entries: Sequence[Facts]) -> Facts:
-    data = [anthropic_model(entry) for entry in entries]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
-
-
-def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
-    """The Ollama that a request of model management is for."""
-    if named is not None and named not in fleet.backends:
-        raise NotFound(f"there is no backend {printable(named)}")
-    asked = [fleet.backends[named]] if named else list(fleet.backends.values())
-    ollamas = [one for one in asked if one.kind == "ollama"]
-    if not ollamas and all(one.told for one in asked):
-        raise NotSpoken("that is no Ollama, which alone manages its models")
-    up = [one for one in ollamas if one.usable]
-    if not up:
-        raise BackendDown("every Ollama is down")
-    if path not in MANAGED_BY or named:
-        return up[0]
-    model = read_name(values, MANAGED_BY[path])
-    for one in up:
-        if model_key(model) in one.models:
-            return one
-    raise ModelNotFound(f"model {printable(model)!r} not found", param="model")
-
-
-def read_name(values: Mapping[str, Any], member: str = "model") -> str:
-    """The model that a request is about; `name` is the older name of the member."""
-    model = values.get(member) or values.get("name")
-    if not isinstance(model, str):
-        raise BadRequest(f"{member} is the name of a model", param=member)
-    return model
-
-
-@dataclass
-class Passage:
-    """A request that goes to one backend and back as it is, both bodies piece by piece."""
-
-    gateway: Gateway
-    exchange: Exchange
-    backend: Backend
-    path: str
-    inside: bool = False  # what the client was shown ends inside a line
-
-    async def run(self) -> None:
-        """The whole way; there is no limit on its length, only on silence of the client."""
-        exchange, backend = self.exchange, self.backend
-        limit = self.gateway.settings.upstream.connect_timeout
-        upstream = await arrival(asyncio.ensure_future(dial(backend)), backend, limit)
-        try:
-            await self.relay(upstream, await self.ask(upstream))
-        except LlmqError as error:
-            if not exchange.started:
-                raise
-            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
-        finally:
-            await upstream.close()
-
-    async def ask(self, upstream: Upstream) -> ResponseHead:
-        """Send it all, unless the answer comes before: then what is left is not wanted."""
-        sending = asyncio.ensure_future(self.send(upstream))
-        heading = asyncio.ensure_future(upstream.read_head())
-        try:
-            await asyncio.wait({sending, heading}, return_when=asyncio.FIRST_COMPLETED)
-            self.exchange.keep = self.exchange.keep and sending.done()
-            sending.cancel()
-            await asyncio.wait({sending})
-            if not sending.cancelled():
-                sending.result()  # or what it met
-            left = ClientLeft("the client left")
-            await self.exchange.watch(functools.partial(upstream.interrupt, left))
-            return await heading
-        finally:
-            sending.cancel()
-            heading.cancel()
-
-    async def send(self, upstream: Upstream) -> None:
-        """The head, then the body in pieces as the client sends them."""
-        exchange, request = self.exchange, self.exchange.request
-        length = len(request.body) if request.body else exchange.length
-        coding = ("Transfer-Encoding", "chunked") if length == CHUNKED else None
-        headers = [("Host", self.backend.authority), ("Connection", "close")]
-        headers.append(coding or ("Content-Length", str(length)))
-        headers.append(("Via", f"1.1 llmq-{self.gateway.instance}"))
-        if self.backend.key:
-            headers.append(("Authorization", f"Bearer {self.backend.key}"))
-        headers += relayed(request.headers)
-        target = f"{self.path}?{request.query}" if request.query else self.path
-        upstream.send(render_head(f"{request.method} {target} HTTP/1.1", headers) + request.body)
-        if request.body:
-            return
-        limit = self.gateway.settings.server.stall_timeout
-        async for piece in exchange.pieces():
-            await upstream.push(render_chunk(piece) if coding else piece, limit)
-        if coding:
-            upstream.writer.write(LAST_CHUNK)
-
-    async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
-        exchange = self.exchange
-        via = [("X-LLMQ-Backend", self.backend.name)]
-        kind = head.headers.get("content-type", "application/json")
-        if exchange.request.method == "HEAD":
-            exchange.respond(head.status, b"", kind, via)
-            return
-        exchange.start(head.status, kind, via)
-
-        def take(piece: bytes) -> bool:
-            if piece:
-                exchange.send(piece)
-                self.inside = not piece.endswith(b"\n")
-            return not exchange.blocked
-
-        while not upstream.body.done:
-            await upstream.flow(take)
-            if exchange.blocked and not upstream.body.done:
-                await exchange.catch_up()
-        exchange.finish()
-
-
-# ==== 20. Background ==============================================================================
-# What runs beside the requests.  Each is one loop around one `step`: the monitor looks at the
-# backends when they are due, the finder for runners nobody named, the feed renders the snapshot
-# once for all who watch, the pulse keeps those patient who wait long, the sweep ends what took too
-# long.
-
-SWEEP_SECONDS = 0.25
-FEED_SECONDS = 0.25  # between two snapshots that watchers get
-FIND_SECONDS = 60.0
-LOOK_SECONDS = 1.0  # between two looks that requests for unknown models cause
-LOCAL_RUNNERS = {  # where runners listen by default; all but Ollama must identify themselves
-    "ollama": "http://127.0.0.1:11434",
-    "lmstudio": "http://127.0.0.1:1234",
-    "llamacpp": "http://127.0.0.1:8080",
-    "vllm": "http://127.0.0.1:8000",
-}
-
-
-class SelfFound(Exception):
-    """The backend is this very llmq."""
-
-
-async def inspect(backend: Backend, instance: str) -> Report:
-    """One look at a backend; raises OSError, LlmqError, ValueError or SelfFound."""
-    began = time.monotonic()
-    version = backend.report.version if backend.report else ""
-    if backend.state is not State.UP:
-        _, told = await fetch(backend, "/api/version")
-        told = told if isinstance(told, dict) else {}
-        if told.get("instance") == instance:
-            raise SelfFound
-        version = str(told.get("version", ""))
-    status, payload = await fetch(backend, "/v1/models")
-    latency = time.monotonic() - began
-    if status != 200:
-        raise read_refusal(ResponseHead(status, 1, {}), render_json(payload))
-    entries = read_models(payload)
-    models = tuple(str(entry["id"]) for entry in entries)
-    kind = backend.kind or read_kind(entries) or await identify(backend)
-    path = {"ollama": "/api/ps", "lmstudio": "/api/v0/models"}.get(kind)
-    shown = (await fetch(backend, path))[1] if path else None
-    loaded = read_loaded(kind, models, shown)
-    if kind != "ollama":
-        return Report(kind, entries, models, loaded, latency, began=began)
-    tags = read_rows((await fetch(backend, "/api/tags"))[1])
-    running = read_rows(shown)
-    return Report(kind, entries, models, loaded, latency, tags, running, began, version)
-
-
-def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
-    """The models in what Ollama's /api/tags or /api/ps tells; none where it makes no sense."""
-    rows = payload.get("models") if isinstance(payload, dict) else None
-    return tuple(one for one in rows if isinstance(one, dict)) if isinstance(rows, list) else ()
-
-
-async def identify(backend: Backend) -> str:
-    """The kind of a runner whose list of models does not give it away."""
-    places = ("/api/version", "version", "ollama"), ("/api/v0/models", "data", "lmstudio")
-    for path, table, kind in places:
-        status, payload = await fetch(backend, path)
-        if status == 200 and isinstance(payload, dict) and table in payload:
-            return kind
-    return "openai"
-
-
-class Monitor:
-    """Keeps what llmq knows of its backends fresh."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.looked = float("-inf")
-        self._flights: dict[Backend, asyncio.Task[None]] = {}
-        gateway.look = self.look
-        gateway.trouble = self.wake
-        self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def wake(self) -> None:
-        """Look at once at whatever is due."""
-        if not self._wake.done():
-            self._wake.set_result(None)
-
-    async def run(self) -> None:
-        while True:
-            self._wake = asyncio.get_running_loop().create_future()
-            self.step(time.monotonic())
-            await asyncio.wait({self._wake}, timeout=SWEEP_SECONDS)
-
-    def step(self, now: float) -> None:
-        """Start a probe of each backend that is due and has none under way."""
-        for backend in list(self.gateway.fleet.backends.values()):
-            if now >= backend.next_probe:
-                self.start_probe(backend)
-
-    def start_probe(self, backend: Backend) -> asyncio.Task[None]:
-        if backend not in self._flights:
-            self._flights[backend] = asyncio.ensure_future(self.probe(backend))
-        return self._flights[backend]
-
-    async def look(self) -> None:
-        """A fresh look at every backend, shared by all who want one, at most one a second."""
-        now = time.monotonic()
-        fresh = now - self.looked < LOOK_SECONDS
-        self.looked = self.looked if fresh else now
-        backends = list(self.gateway.fleet.backends.values())
-        due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
-        flights = {flight for flight in due if flight is not None}
-        if flights:
-            await asyncio.wait(flights)
-
-    async def probe(self, backend: Backend) -> None:
-        settings = self.gateway.settings.upstream
-        task = asyncio.ensure_future(inspect(backend, self.gateway.instance))
-        try:
-            await asyncio.wait({task}, timeout=settings.probe_timeout)
-            self.conclude(backend, task, time.monotonic())
-        finally:
-            task.cancel()
-            self._flights.pop(backend, None)
-            self.gateway.pump()
-
-    def conclude(self, backend: Backend, task: asyncio.Task[Report], now: float) -> None:
-        """Tell the backend what came of looking at it."""
-        interval = self.gateway.settings.upstream.probe_interval
-        was, backend.suspect = backend.state, False
-        try:
-            if task.done():
-                report, before = task.result(), backend.report or task.result()
-                for name in set(report.loaded).difference(before.loaded):
-                    self.gateway.metrics.add("llmq_model_loads_total", backend.name, name)
-                backend.succeeded(now, report, interval)
-            elif now - backend.delivered < LATELY:
-                backend.next_probe = now + interval  # slow, but at work
-            else:
-                backend.failed(now, "does not answer", interval)
-        except SelfFound:
-            backend.refuse(now, "this is llmq itself", interval)
-        except BackendLoading as error:
-            backend.loads(now, error.message)
-        except OSError as error:
-            refused = isinstance(error, ConnectionRefusedError)
-            backend.failed(now, reason(error), interval, refused=refused)
-        except (LlmqError, ValueError) as error:
-            backend.failed(now, str(error), interval)
-        except Exception:
-            log.exception("probe failed")
-            backend.failed(now, "cannot be understood; the log says how", interval)
-        self.gateway.note_state(backend, was)
-
-    def close(self) -> None:
-        for flight in self._flights.values():
-            flight.cancel()
-
-
-class Finder:
-    """Looks for runners on this box when none is configured."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-
-    async def run(self) -> None:
-        while True:
-            await self.step()
-            await asyncio.sleep(FIND_SECONDS)
-
-    async def step(self) -> None:
-        """One round over the places where runners listen by default."""
-        known = {one.url for one in self.gateway.fleet.backends.values()}
-        missing = [(kind, url) for kind, url in LOCAL_RUNNERS.items() if url not in known]
-        tasks = [asyncio.ensure_future(self.try_place(kind, url)) for kind, url in missing]
-        try:
-            if tasks:
-                limit = self.gateway.settings.upstream.probe_timeout
-                await asyncio.wait(tasks, timeout=limit)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def try_place(self, kind: str, url: str) -> None:
-        probe = Backend(kind, BackendSettings(url=url), Device("", 1))
-        try:
-            report = await inspect(probe, self.gateway.instance)
-        except (OSError, LlmqError, ValueError, SelfFound):
-            return
-        if report.kind == kind:
-            slots = self.gateway.settings.slots_of("local")
-            found = BackendSettings(url=url, kind=kind)
-            backend = self.gateway.fleet.add(kind, found, "local", slots)
-            backend.least_context = self.gateway.settings.upstream.num_ctx
-            self.gateway.trouble()
-
-
-class Feed:
+class SnapshotStream:
     """The snapshot as it changes, rendered once for all who watch."""
 
-    def __init__(self, gateway: Gateway, desk: Desk) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.desk = desk
         self.latest = b""
         self.version = -1  # of the gateway's changes, as far as they are rendered
         self.watchers = 0
         self._rendered = float("-inf")  # when `latest` was
         self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self) -> None:
-        while True:
-            self.step()
-            await asyncio.sleep(FEED_SECONDS)
-
     def step(self) -> None:
         """Render if anybody watches and anything changed; while requests are here, time does."""
         gateway = self.gateway
         if not self.watchers:
             return
-        if gateway.calls and gateway.now() - self._rendered >= FORECAST_SECONDS:
+        if gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS:
             gateway.changes += 1
         if self.version != gateway.changes:
             self.version = gateway.changes
@@ -5246,13 +5723,13 @@ class Feed:
 
     def first(self) -> bytes:
         """What a new watcher sees; those who come at one time share it, as they do all else."""
-        if self.gateway.now() - self._rendered >= FEED_SECONDS:
+        if self.gateway.now() - self._rendered >= STREAM_SECONDS:
             self._render()
         return self.latest
 
     def _render(self) -> None:
         self._rendered = self.gateway.now()
-        self.latest = render_json(self.desk.snapshot())
+        self.latest = render_json(snapshot(self.gateway))
 
     def wake(self) -> None:
         """Let everybody who waits look again: there is news, or somebody left, or the end."""
@@ -5263,59 +5740,10 @@ class Feed:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-class Pulse:
-    """Signs of life for those who wait, so that their clients do not give up."""
-
-    def __init__(self, gateway: Gateway, desk: Desk) -> None:
-        self.gateway = gateway
-        self.desk = desk
-
-    def step(self, now: float) -> None:
-        for call in list(self.gateway.calls.values()):
-            if now >= call.beat and call.error is None:
-                call.beat = now + self.gateway.settings.server.heartbeat_interval
-                self.beat(call, now)
-
-    def beat(self, call: Call, now: float) -> None:
-        exchange, dialect, stream = call.exchange, call.endpoint.dialect, call.question.stream
-        if not exchange.started:  # from here on whatever comes is a body under status 200
-            exchange.start(200, dialect.stream_type if stream else "application/json")
-        position, eta = 0, 0.0
-        if call.ticket.state is TicketState.WAITING:
-            self.desk.refresh_forecast(now)
-            position, expected, _ = self.desk.expected(call.ticket)
-            eta = expected or 0.0
-        exchange.send(dialect.heartbeat(position, eta) if stream else b" ")
-
-
-class Sweeper:
-    """Compares all deadlines with the clock."""
-
-    def __init__(self, gateway: Gateway, pulse: Pulse, servers: Sequence[HttpServer]) -> None:
-        self.gateway = gateway
-        self.pulse = pulse
-        self.servers = servers
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            self.step(time.monotonic())
-
-    def step(self, now: float) -> None:
-        for server in self.servers:
-            server.sweep(now)
-        self.gateway.sweep(now)
-        self.pulse.step(now)
-        for handler in log.handlers:
-            handler.flush()
-
-
-# ==== 21. Routes ==================================================================================
+# ==== 29. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
-# row's handler runs, one place has checked Host, Origin and method and has read the body: there is
-# no path around it.
+# row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
-EXPOSED = "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
@@ -5334,26 +5762,16 @@ PAGE_HEADERS = (
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
-class Access(enum.Enum):
-    """Who may use a route."""
+class Api:
+    """Answers every request: what its handlers need, and what is checked before they run."""
 
-    OPEN = "everybody"  # also pages from elsewhere
-    OWNER = "no foreign page"  # shows or changes what belongs to others
-    LOCAL = "no foreign page, this box only"  # changes what is on its disk
-
-
-class Door:
-    """What handlers need: the gateway, its snapshots, and a way to reload."""
-
-    def __init__(
-        self, gateway: Gateway, feed: Feed, names: Iterable[str], reload: Callable[[], None]
-    ) -> None:
+    def __init__(self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None]) -> None:
         self.gateway = gateway
-        self.feed = feed
-        self.desk = feed.desk
+        self.settings = gateway.settings
+        self.stream = SnapshotStream(gateway)
         self.names = frozenset(names)  # of this box, lower case
-        self._numbers = count(1)
         self.reload = reload
+        self._numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request; whatever goes wrong, it is told in one way."""
@@ -5368,16 +5786,16 @@ class Door:
                 self.gateway.metrics.add("llmq_rejected_total", error.code)
             if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
                 raise
-            self.refuse(exchange, error)
+            self.send_error(exchange, error)
         except Exception:
             log.exception("request failed")
             if exchange.started:
                 exchange.abort()
                 return
-            exchange.keep = False
-            self.refuse(exchange, LlmqError("llmq failed; its log says how"))
+            exchange.keep_alive = False
+            self.send_error(exchange, LlmqError("llmq failed; its log says how"))
 
-    def refuse(self, exchange: Exchange, error: LlmqError) -> None:
+    def send_error(self, exchange: Exchange, error: LlmqError) -> None:
         """An error in the dialect of whoever asks."""
         request = exchange.request
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
@@ -5385,87 +5803,35 @@ class Door:
 
     def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
-        request = exchange.request
-        origin = request.headers.get("origin")
-        trusted = self.gateway.settings.server.cors_origins
-        self.check_host(exchange)
+        request, headers = exchange.request, exchange.request.headers
+        trusted, origin = self.settings.server.cors_origins, headers.get("origin")
+        keep_alive, exchange.keep_alive = exchange.keep_alive, False
+        check_host(exchange, self.names)
+        exchange.keep_alive = keep_alive
+        user, agent = headers.get("x-user-id"), headers.get("user-agent")
+        exchange.caller = identify(user, origin, agent, trusted)
         route, argument = match_route(request)
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
             return preflight, argument
         if route is None:
-            raise NotFound(f"there is no {printable(request.path)}")
+            raise LlmqError(f"there is no {printable(request.path)}", "not_found")
         if request.method not in METHODS:
-            raise MethodUnknown(f"method {printable(request.method, 20)} is not known")
+            message = f"method {printable(request.method, 20)} is not known"
+            raise LlmqError(message, "not_implemented")
         if request.method not in route.methods:
             exchange.headers += (("Allow", ", ".join((*route.methods, "OPTIONS"))),)
-            raise MethodNotAllowed(f"{route.path} takes {', '.join(route.methods)}")
-        check_origin(request, route, trusted)
-        if route.access is Access.LOCAL and not exchange.is_local:
-            raise Forbidden("models are managed from this box only")
-        if exchange.connection.crowded:
-            exchange.keep = False
+            message = f"{route.path} takes {', '.join(route.methods)}"
+            raise LlmqError(message, "method_not_allowed")
+        check_origin(exchange, route.access)
+        if exchange.connection.over_limit:
+            exchange.keep_alive = False
             if route.path != "/health":
-                raise Overloaded("too many connections")
+                raise LlmqError("too many connections", "overloaded")
         return route.handler(request.method), argument
 
-    def check_host(self, exchange: Exchange) -> None:
-        """DNS rebinding makes a page same-origin with us, but it cannot hide the name it used."""
-        keep, exchange.keep = exchange.keep, False
-        value = exchange.request.headers.get("host")
-        if value is None and exchange.request.minor >= 1:
-            raise BadRequest("an HTTP/1.1 request needs a Host")
-        name = parse_host(value) if value is not None else "localhost"
-        if not is_own_name(name, self.names):
-            raise ForbiddenHost(
-                f"host {printable(name)!r} is not llmq's; start it with --allowed-host NAME"
-            )
-        exchange.keep = keep
 
-
-@functools.lru_cache(maxsize=256)
-def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
-    """CORS headers.
-
-    There are no cookies to ride on, so everybody may read answers, but not what belongs to
-    others.
-    """
-    if access is Access.OPEN and "*" in trusted:
-        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
-    if origin is None or is_foreign(origin, trusted):
-        return (("Vary", "Origin"),)
-    exposed = ("Access-Control-Expose-Headers", EXPOSED)
-    return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), exposed)
-
-
-@functools.lru_cache(maxsize=256)
-def is_own_name(name: str, names: frozenset[str]) -> bool:
-    """IP literals have no DNS record to flip; names must be this box's.
-
-    `names` also holds `*.internal`, and `*` for any name without a dot.
-    """
-    if name in names or is_loopback(name):
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        first, dot, _ = name.partition(".")
-        return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
-    return True
-
-
-def check_origin(request: Request, route: Route, trusted: Names) -> None:
-    if route.access is Access.OPEN:
-        return
-    origin = request.headers.get("origin")
-    if origin is not None and is_foreign(origin, trusted):
-        raise ForbiddenOrigin("pages from elsewhere may not use this route")
-    safe = request.method in ("GET", "HEAD") and route.access is Access.OWNER
-    if not safe and request.headers.get("sec-fetch-site") == "cross-site":
-        raise ForbiddenOrigin("pages from elsewhere may not use this route")
-
-
-async def preflight(_door: Door, exchange: Exchange, _: str) -> None:
+async def preflight(_api: Api, exchange: Exchange, _: str) -> None:
     """Grant the method and the header names asked for, by name: `*` does not cover them all."""
     headers = exchange.request.headers
     route = match_route(exchange.request)[0]
@@ -5475,7 +5841,7 @@ async def preflight(_door: Door, exchange: Exchange, _: str) -> None:
     granted = [("Allow", methods)]
     if "origin" in headers and "access-control-request-method" in headers:
         if not any(name == "Access-Control-Allow-Origin" for name, _ in exchange.headers):
-            raise ForbiddenOrigin("pages from there may not use this route")
+            raise LlmqError("pages from there may not use this route", "forbidden_origin")
         asked = headers.get("access-control-request-headers", "").split(",")
         names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
         granted.append(("Access-Control-Allow-Methods", methods))
@@ -5486,22 +5852,22 @@ async def preflight(_door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(204, b"", headers=granted)
 
 
-# ---- handlers: (door, exchange, what the path holds in place of {...})
+# ---- handlers: (api, exchange, what the path holds in place of {...})
 
 
-async def get_health(_door: Door, exchange: Exchange, _: str) -> None:
+async def get_health(_api: Api, exchange: Exchange, _: str) -> None:
     exchange.respond(200, b"ok", "text/plain")
 
 
-async def get_root(door: Door, exchange: Exchange, _: str) -> None:
+async def get_root(api: Api, exchange: Exchange, _: str) -> None:
     """What clients of Ollama look for, to a browser the page."""
     exchange.headers += (("Vary", "Accept"),)
     if "text/html" in exchange.request.headers.get("accept", "").lower():
-        return await get_page(door, exchange, "")
+        return await get_page(api, exchange, "")
     return exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
 
 
-async def get_page(_door: Door, exchange: Exchange, _: str) -> None:
+async def get_page(_api: Api, exchange: Exchange, _: str) -> None:
     """The page, with a nonce that no earlier response had."""
     nonce = secrets.token_urlsafe(16)
     headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
@@ -5509,45 +5875,45 @@ async def get_page(_door: Door, exchange: Exchange, _: str) -> None:
     exchange.respond(200, page, "text/html; charset=utf-8", headers)
 
 
-async def get_version(door: Door, exchange: Exchange, _: str) -> None:
-    versions = [report.version for report in reports_of(door.gateway.fleet) if report.version]
+async def get_version(api: Api, exchange: Exchange, _: str) -> None:
+    versions = [report.version for report in reports_of(api.gateway.fleet) if report.version]
     facts = {"version": versions[0] if versions else OLLAMA_VERSION}
-    facts.update(llmq=__version__, instance=door.gateway.instance)
+    facts.update(llmq=__version__, instance=api.gateway.instance)
     exchange.respond(200, render_json(facts))
 
 
-async def get_models(door: Door, exchange: Exchange, _: str) -> None:
-    entries = list(merge_rows(door.gateway.fleet, entry_rows).values())
+async def get_models(api: Api, exchange: Exchange, _: str) -> None:
+    entries = list(merge_rows(api.gateway.fleet, entry_rows).values())
     anthropic = "anthropic-version" in exchange.request.headers
     facts = anthropic_list(entries) if anthropic else {"object": "list", "data": entries}
     exchange.respond(200, render_json(facts))
 
 
-async def get_model(door: Door, exchange: Exchange, name: str) -> None:
-    entries = merge_rows(door.gateway.fleet, entry_rows)
-    alias = find_alias(door.gateway.settings.aliases, name)
+async def get_model(api: Api, exchange: Exchange, name: str) -> None:
+    entries = merge_rows(api.gateway.fleet, entry_rows)
+    alias = find_alias(api.settings.aliases, name)
     entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
     if entry is None:
-        raise ModelNotFound(f"model {printable(name)!r} not found", param="model")
+        raise model_not_found(name)
     anthropic = "anthropic-version" in exchange.request.headers
     exchange.respond(200, render_json(anthropic_model(entry) if anthropic else entry))
 
 
-async def get_rows(told: Lister, door: Door, exchange: Exchange, _: str) -> None:
+async def get_rows(told: Lister, api: Api, exchange: Exchange, _: str) -> None:
     """Models as Ollama lists them."""
-    rows = merge_rows(door.gateway.fleet, told)
+    rows = merge_rows(api.gateway.fleet, told)
     exchange.respond(200, render_json({"models": list(rows.values())}))
 
 
-async def post_show(door: Door, exchange: Exchange, _: str) -> None:
+async def post_show(api: Api, exchange: Exchange, _: str) -> None:
     """What an Ollama shows of its model, asked now; of another runner's model little is known."""
-    gateway = door.gateway
-    values = await read_values(exchange, gateway.settings.server.max_body)
-    model = await door.desk.resolve_model(read_name(values))
-    for backend in gateway.fleet.serving(model_key(model)):
-        if backend.kind == "ollama" and backend.usable:
+    gateway = api.gateway
+    values = await read_values(exchange, api.settings.server.max_body)
+    model = await gateway.admission.resolve_model(read_name(values))
+    for backend in gateway.fleet.serving(Want(model_key(model))):
+        if backend.traits.native and backend.usable:
             asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
-            limit = gateway.settings.upstream.probe_timeout
+            limit = api.settings.upstream.probe_timeout
             status, shown = await try_fetch(limit, backend, "/api/show", render_json(asked))
             if status == 200 and isinstance(shown, dict):
                 return exchange.respond(200, render_json(shown))
@@ -5558,87 +5924,70 @@ async def post_show(door: Door, exchange: Exchange, _: str) -> None:
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
-    await exchange.read_body(limit)
-    members = locate_members(decode_json(exchange.request.body))
-    return {member.name: member.value for member in members}
+    return read_object(decode_json(await exchange.read_body(limit))).values
 
 
-async def manage(path: str, door: Door, exchange: Exchange, digest: str) -> None:
+async def manage(path: str, api: Api, exchange: Exchange, digest: str) -> None:
     """Model management: straight to an Ollama and back, beside the queue."""
-    request, gateway = exchange.request, door.gateway
-    check_way(door, request)
-    limit = gateway.settings.server.max_body
-    values = {} if digest else await read_values(exchange, limit)
+    request, gateway = exchange.request, api.gateway
+    check_way(request, gateway.instance)
+    values = {} if digest else await read_values(exchange, api.settings.server.max_body)
     backend = pick_manager(gateway.fleet, path, values, request.headers.get("x-llmq-backend"))
-    await Passage(gateway, exchange, backend, path + quote(digest, safe=":")).run()
+    path += quote(digest, safe=":")
+    await Passthrough(exchange, backend, path, api.settings, gateway.instance).run()
 
 
-def check_way(door: Door, request: Request) -> None:
-    """What is refused of a body that goes on to a backend, and of a way that it has come."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("send the body without Content-Encoding")
-    if f"llmq-{door.gateway.instance}" in request.headers.get("via", ""):
-        raise LoopDetected("this request has been through this llmq before")
-
-
-async def post_count(door: Door, exchange: Exchange, _: str) -> None:
+async def post_count(api: Api, exchange: Exchange, _: str) -> None:
     """Tokens of a request for messages: counted where the model is loaded, else estimated."""
-    gateway = door.gateway
-    values = await read_values(exchange, gateway.settings.server.max_body)
-    question = read_question(exchange.request.body, COUNT_ENDPOINT)
-    model = await door.desk.resolve_model(question.model)
-    key, limit = model_key(model), gateway.settings.upstream.probe_timeout
-    more = relayed(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
-    for backend in gateway.fleet.serving(key, (COUNT_TOKENS,)):
-        if backend.usable and backend.kind in ("llamacpp", "vllm") and backend.is_loaded(key):
+    gateway = api.gateway
+    body = await exchange.read_body(api.settings.server.max_body)
+    question, values = read_question(body, COUNT_ENDPOINT)
+    model = await gateway.admission.resolve_model(question.model)
+    key, limit = model_key(model), api.settings.upstream.probe_timeout
+    lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
+    for backend in gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
+        if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
             body = question.body_for(backend.name_for(model))
-            status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, more)
+            status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, lines)
             if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
                 return exchange.respond(200, render_json(counted))
     return exchange.respond(200, render_json({"input_tokens": estimate_tokens(values)}))
 
 
-async def post_inference(endpoint: Endpoint, door: Door, exchange: Exchange, _: str) -> None:
+async def post_inference(endpoint: Endpoint, api: Api, exchange: Exchange, _: str) -> None:
     """A request that waits in the queue."""
-    request, gateway = exchange.request, door.gateway
-    try:
-        check_way(door, request)
-        await exchange.read_body(gateway.settings.server.max_body)
-        call = await door.desk.admit(exchange, endpoint)
-    except LlmqError as error:
-        door.desk.refuse(exchange, error)
-        raise
-    await gateway.serve(call)
+    ids = (exchange.id, exchange.request_id)
+    await api.gateway.serve(Call(exchange, endpoint, exchange.request, exchange.caller, ids))
 
 
-async def get_status(door: Door, exchange: Exchange, _: str) -> None:
+async def get_status(api: Api, exchange: Exchange, _: str) -> None:
     everything = "all=1" in exchange.request.query.split("&")
-    exchange.respond(200, render_json(door.desk.snapshot(everything=everything)))
+    exchange.respond(200, render_json(snapshot(api.gateway, everything=everything)))
 
 
-async def get_events(door: Door, exchange: Exchange, _: str) -> None:
+async def get_events(api: Api, exchange: Exchange, _: str) -> None:
     """The snapshot as server-sent events: now, then on change, at most four a second."""
-    feed = door.feed
-    feed.watchers += 1
+    stream = api.stream
+    stream.watchers += 1
     try:
-        await exchange.watch(feed.wake)
+        exchange.watch(stream.wake)
         exchange.start(200, "text/event-stream")
-        newest, seen = feed.first(), feed.version
-        while not exchange.gone and not door.gateway.draining:
+        newest, seen = stream.first(), stream.version
+        while not exchange.gone and not api.gateway.draining:
             exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
             if exchange.blocked:
                 await exchange.catch_up()
-            if feed.version == seen:
-                await feed.wait(EVENT_PING_SECONDS)
-            newest, seen = feed.latest if feed.version != seen else b"", feed.version
+            if stream.version == seen:
+                await stream.wait(EVENT_PING_SECONDS)
+            newest, seen = stream.latest if stream.version != seen else b"", stream.version
         exchange.finish()
     finally:
-        feed.watchers -= 1
+        stream.watchers -= 1
 
 
-async def get_metrics(door: Door, exchange: Exchange, _: str) -> None:
-    show_gauges(door.gateway)
-    exchange.respond(200, door.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+async def get_metrics(api: Api, exchange: Exchange, _: str) -> None:
+    show_gauges(api.gateway)
+    exchange.respond(200, api.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def read_control(exchange: Exchange) -> Facts:
@@ -5649,60 +5998,62 @@ async def read_control(exchange: Exchange) -> Facts:
     """
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
-        raise UnsupportedMediaType("send Content-Type: application/json")
+        raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
 
 
-async def post_mode(door: Door, exchange: Exchange, _: str) -> None:
+async def post_mode(api: Api, exchange: Exchange, _: str) -> None:
     wanted = (await read_control(exchange)).get("mode")
     modes = {mode.value: mode for mode in Mode}
     if not isinstance(wanted, str) or wanted not in modes:
         raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
-    door.desk.set_mode(modes[wanted])
+    api.gateway.set_mode(modes[wanted])
     exchange.respond(200, render_json({"mode": wanted}))
 
 
-async def post_reload(door: Door, exchange: Exchange, _: str) -> None:
+async def post_reload(api: Api, exchange: Exchange, _: str) -> None:
     await read_control(exchange)
-    door.reload()
-    exchange.respond(200, render_json({"config_error": door.gateway.config_error}))
+    api.reload()
+    exchange.respond(200, render_json({"config_error": api.gateway.config_error}))
 
 
-async def post_model(door: Door, exchange: Exchange, _: str) -> None:
+async def post_model(api: Api, exchange: Exchange, _: str) -> None:
     values = await read_control(exchange)
     model = values.get("model")
     if values.get("action") != "reset_context" or not isinstance(model, str):
         raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
-    exchange.respond(200, render_json({"reset": door.desk.reset_context(model)}))
+    exchange.respond(200, render_json({"reset": api.gateway.reset_context(model)}))
 
 
-async def delete_requests(door: Door, exchange: Exchange, _: str) -> None:
+async def delete_requests(api: Api, exchange: Exchange, _: str) -> None:
     if exchange.length:
         await read_control(exchange)
     query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     if query.get("state") != "waiting" or set(query) - {"state", "client"}:
         raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
-    exchange.respond(200, render_json({"cancelled": door.desk.cancel_waiting(query.get("client"))}))
+    exchange.respond(
+        200, render_json({"cancelled": api.gateway.cancel_waiting(query.get("client"))})
+    )
 
 
-async def delete_request(door: Door, exchange: Exchange, ident: str) -> None:
+async def delete_request(api: Api, exchange: Exchange, ident: str) -> None:
     if exchange.length:
         await read_control(exchange)
-    door.desk.cancel(door.desk.find(ident))
+    api.gateway.cancel(api.gateway.find(ident))
     exchange.respond(200, render_json({"cancelled": 1}))
 
 
-async def post_request(door: Door, exchange: Exchange, ident: str) -> None:
+async def post_request(api: Api, exchange: Exchange, ident: str) -> None:
     priority = parse_priority((await read_control(exchange)).get("priority"))
     if priority is None:
         raise BadRequest('priority is "high", "normal" or "low"', param="priority")
-    door.desk.reprioritise(door.desk.find(ident), priority)
+    api.gateway.reprioritise(api.gateway.find(ident), priority)
     exchange.respond(200, render_json({"id": ident, "class": priority.word}))
 
 
 # ---- the table
 
-RouteHandler = Callable[[Door, Exchange, str], Awaitable[None]]
+RouteHandler = Callable[[Api, Exchange, str], Awaitable[None]]
 
 
 class Route(NamedTuple):
@@ -5795,7 +6146,8 @@ PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{
 def match_route(request: Request) -> tuple[Route | None, str]:
     """The row of a path, and what the path holds in place of {...}.
 
-    Paths match exactly, once decoded; dot segments and empty ones match nothing.
+    Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
+    ones match nothing.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -5807,25 +6159,18 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
-    for prefix, route in PREFIX_ROUTES:
-        rest = decoded[len(prefix) :]
-        whole = route.path.endswith("...}") or "/" not in rest
-        if decoded.startswith(prefix) and rest and whole:
-            return route, rest
-    return EXACT_ROUTES.get(decoded), ""
+    route, rest = EXACT_ROUTES.get(decoded), ""
+    for prefix, one in PREFIX_ROUTES:
+        tail = decoded[len(prefix) :]
+        if decoded.startswith(prefix) and tail and (one.path.endswith("...}") or "/" not in tail):
+            route, rest = one, tail
+            break
+    if route is not None:
+        request.path = decoded
+    return route, rest
 
 
-def routes_markdown() -> str:
-    """The README's table of routes."""
-    lines = ["| route | for | what |", "|---|---|---|"]
-    lines += [
-        f"| `{' '.join(route.methods)} {route.path}` | {route.access.value} | {route.summary} |"
-        for route in ROUTES
-    ]
-    return "\n".join(lines)
-
-
-# ==== 22. Demo ====================================================================================
+# ==== 30. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -5858,10 +6203,9 @@ class Demo:
             entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
             return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
         if request.path != CHAT or request.method != "POST":
-            error = NotFound("the demo has no such route")
+            error = LlmqError("the demo has no such route", "not_found")
             return exchange.respond(404, OPENAI.render_error(error))
-        await exchange.read_body(64 * MIB)
-        question = json.loads(request.body)
+        question = json.loads(await exchange.read_body(64 * MIB))
         words, reason = demo_words(question)
         usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
         ident, created = f"chatcmpl-demo-{next(self._numbers)}", int(time.time())
@@ -5887,7 +6231,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 23. Terminal view ===========================================================================
+# ==== 31. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -6174,7 +6518,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 24. Service =================================================================================
+# ==== 32. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, signals, reload and
 # drain.
 
@@ -6185,50 +6529,38 @@ RESERVED_FILES = 16  # open files that are not client connections, besides two p
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
-class LogLines(logging.Handler):
-    """Writes to stderr as text or JSON, request lines together a few times a second.
-
-    A write for each would be a tenth of all that a short request costs (measured).
-    """
+class LogHandler(logging.Handler):
+    """Writes to stderr, as text or JSON."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form = form
-        self._lines: list[str] = []
-        self._second, self._stamp = 0, ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        if self.form == "json":
-            facts = {"time": round(record.created, 3), "level": record.levelname.lower()}
-            more = record.msg.facts() if isinstance(record.msg, Record) else {"message": text}
-            return json.dumps({**facts, **more})
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._second))
-        return f"{self._stamp},{int(record.msecs):03} {record.levelname} {text}"
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
-        if not isinstance(record.msg, Record):
-            self.flush()
+        level, message = record.levelname, record.getMessage()
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
+        rows: list[tuple[float, Any]] = [(record.created, message)]
+        if isinstance(record.msg, Lines):
+            rows = record.msg.rows
+        text = "".join([self.line(when, level, what) for when, what in rows])
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        if lines:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                sys.stderr.write("\n".join(lines) + "\n")
-                sys.stderr.flush()
+    def line(self, when: float, level: str, what: str | Record) -> str:
+        if self.form == "json":
+            facts = {"time": round(when, 3), "level": level.lower()}
+            more = what.facts() if isinstance(what, Record) else {"message": what}
+            return json.dumps({**facts, **more}) + "\n"
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+        return f"{stamp},{int(when % 1 * 1000):03} {level} {what}\n"
 
 
 def set_up_log(settings: LogSettings) -> None:
-    log.handlers[:] = [LogLines(settings.format)]
+    log.handlers[:] = [LogHandler(settings.format)]
     log.setLevel(settings.level.upper())
     log.propagate = False
-    # What no line shows need not be found out for each ("Optimization" in logging's HOWTO).
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def base_url(host: str, port: int) -> str:
@@ -6311,16 +6643,14 @@ class Service:
         self.sockets = sockets  # that a service manager holds too, in place of our own
         hosts = [one.getsockname()[0] for one in sockets] or [settings.server.host]
         self.host: str = min(hosts, key=is_loopback)  # as bound: a reload does not move it
-        self.looking = not settings.backends and not demo  # for runners on this box
         self.port = 0
         self.addresses: list[str] = []
         self.most_connections = 0
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
         self.gateway = Gateway(settings, secrets.token_hex(8), time.monotonic)
-        self.monitor = Monitor(self.gateway)
-        self.feed = Feed(self.gateway, Desk(self.gateway))
-        self.door = Door(self.gateway, self.feed, self.own_names(), self.reload)
+        self.discovery = Discovery(settings, self.gateway.fleet, self.gateway.instance)
+        self.api = Api(self.gateway, self.own_names(), self.reload)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -6343,24 +6673,28 @@ class Service:
         limits = self.settings.queue
         spare = RESERVED_FILES + SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * limits.slots
         self.most_connections = max(4, raise_file_limit(limits.max_depth + 512) - spare)
-        server = HttpServer(self.door.handle, self.settings.server, self.most_connections)
+        server = HttpServer(self.api.handle, self.settings, self.most_connections)
         self._servers.append(server)
         if self.demo:
             await self.start_demo()
-        self.apply(self.settings)
+        self.apply()
         await self.listen(server)
-        pulse = Pulse(self.gateway, self.feed.desk)
-        sweeper = Sweeper(self.gateway, pulse, self._servers)
-        loops = [self.monitor.run(), self.feed.run(), sweeper.run()]
-        loops += [Finder(self.gateway).run()] if self.looking else []
-        self._tasks = [asyncio.ensure_future(loop) for loop in loops]
+        gateway = self.gateway
+        loops = (
+            (REAP_SECONDS, gateway.monitor.probe_due),
+            (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
+            (STREAM_SECONDS, self.api.stream.step),
+            (DISCOVERY_SECONDS, self.discovery.step),
+            (0.0, functools.partial(dispatch_on_news, gateway)),
+        )
+        self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
 
     async def start_demo(self) -> None:
-        runner = HttpServer(Demo().handle, ServerSettings(), 64)
+        runner = HttpServer(Demo().handle, Settings(), 64)
         self._servers.append(runner)
         port = await runner.listen("127.0.0.1", 0)
-        found = {"demo": BackendSettings(url=f"http://127.0.0.1:{port}", kind="openai")}
-        self.settings = replace(self.settings, backends=found)
+        row = BackendSettings(url=f"http://127.0.0.1:{port}", kind="openai")
+        self.settings.replace(replace(self.settings, backends={"demo": row}))
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -6380,32 +6714,13 @@ class Service:
                 await server.listen("::1", self.port)
                 self.addresses.append(base_url("::1", self.port))
 
-    def apply(self, settings: Settings) -> None:
-        """Let these settings hold for everything that is decided from now on."""
-        self.settings = self.gateway.settings = settings
-        self.gateway.scheduler.limits = settings.queue
-        self._servers[0].settings = settings.server
-        self.door.names = frozenset(self.own_names())
-        fleet = self.gateway.fleet
-        wanted = settings.backends or {"ollama": BackendSettings(url=LOCAL_RUNNERS["ollama"])}
-        devices = {name: device_name(one) for name, one in wanted.items()}
-        for name, backend in list(fleet.backends.items()):
-            stays = self.looking  # it was found, not configured
-            if name in wanted:
-                place = (wanted[name].url, devices[name])
-                stays = (backend.url, backend.device.name) == place
-            if not stays:
-                fleet.remove(name, time.monotonic())
-        for name, one in wanted.items():
-            slots = settings.slots_of(devices[name])
-            if name not in fleet.backends:
-                fleet.add(name, one, devices[name], slots)
-            backend = fleet.backends[name]
-            backend.slots, backend.key, backend.device.slots = one.slots, one.key, slots
-            backend.kind = one.kind or backend.kind
-        for backend in fleet.backends.values():
-            backend.least_context = settings.upstream.num_ctx
-        self.monitor.wake()
+    def apply(self) -> None:
+        """Let the settings hold for what was made after them."""
+        self.api.names = frozenset(self.own_names())
+        rows = self.discovery.rows
+        places = {name: device_name(row) for name, row in rows.items()}
+        self.gateway.fleet.configure(rows, places, self.settings, time.monotonic())
+        self.gateway.monitor.probe_due()
         self.gateway.pump()
 
     def reload(self) -> None:
@@ -6420,12 +6735,14 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings = replace(settings, backends=self.settings.backends)
-        for name in ("host", "port"):  # a reload cannot move the door
+        for name in ("host", "port"):  # a reload cannot move the listening sockets
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
+            self.gateway.journal.flush()
             set_up_log(settings.log)
-        self.apply(settings)
+        self.settings.replace(settings)
+        self.apply()
         log.info("reload: done")
 
     def on_signal(self) -> None:
@@ -6437,20 +6754,21 @@ class Service:
         self.stopping.set()
         if self.sockets:
             await self.hand_over()
-        self.feed.desk.drain()
-        self.feed.wake()
+        self.gateway.drain()
+        self.api.stream.wake()
         self._servers[0].quiesce()
         await self.until(lambda: not self.gateway.calls, self.settings.server.drain_timeout)
         for call in list(self.gateway.calls.values()):
-            self.gateway.stop(call, ShuttingDown("llmq is shutting down"))
+            self.gateway.stop(call, LlmqError("llmq is shutting down", "shutting_down"))
         await self.until(self.settled, LINGER_SECONDS)
         for task in self._tasks:
             task.cancel()
-        self.monitor.close()
+        self.gateway.monitor.close()
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.gateway.journal.flush()
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -6475,7 +6793,7 @@ class Service:
         waits.cancel()
 
 
-# ==== 25. Command line ============================================================================
+# ==== 33. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -6771,7 +7089,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-# ==== 26. Web page ================================================================================
+# ==== 34. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, ClassVar
 
@@ -743,6 +744,21 @@ class FakeBackend:
         return 200, body(self)
 
 
+@contextlib.contextmanager
+def black_hole(port: int) -> Iterator[None]:
+    """A listener whose queue of connections is full: the next SYN is not answered."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield
+
+
 def openai_models(owner: str) -> Callable[[FakeBackend], Any]:
     def listing(fake: FakeBackend) -> Any:
         rows = [{"id": m, "object": "model", "created": 1, "owned_by": owner} for m in fake.models]
@@ -807,8 +823,8 @@ class running:  # noqa: N801 - reads as a sentence: async with running(fake.url)
         return self.service.gateway
 
     async def __aenter__(self) -> running:
-        llmq = importlib.import_module("llmq")
-        self.service = llmq.Service(llmq.build_settings(self.values))
+        llmq, derived = map(importlib.import_module, ("llmq", "tests.derived"))
+        self.service = llmq.Service(derived.build_settings(self.values))
         await self.service.start()
         self.port = self.service.port
         return self

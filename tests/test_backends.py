@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import llmq
-from llmq import Backend, BackendSettings, Device, Fleet, Report, State
+from llmq import Backend, BackendSettings, Device, Fleet, Report, State, Want
 
 RECORDINGS = Path(__file__).parent / "real" / "recordings"
 INTERVAL = 10.0
@@ -126,7 +127,7 @@ def test_a_new_backend_is_unknown_and_not_sent_requests() -> None:
     new = backend()
     assert new.state is State.UNKNOWN
     assert not new.usable
-    assert new.serves("anything")
+    assert new.may_have("anything")
 
 
 def test_a_report_makes_it_up_and_names_its_models() -> None:
@@ -136,7 +137,7 @@ def test_a_report_makes_it_up_and_names_its_models() -> None:
     assert up.usable
     assert up.kind == "vllm"
     assert up.error is None
-    assert [up.serves(key) for key in ("a", "b", "c")] == [True, True, False]
+    assert [up.may_have(key) for key in ("a", "b", "c")] == [True, True, False]
     assert [up.is_loaded(key) for key in ("a", "b", "c")] == [True, False, False]
     assert up.next_probe == 5.0 + INTERVAL
 
@@ -144,7 +145,7 @@ def test_a_report_makes_it_up_and_names_its_models() -> None:
 def test_each_report_replaces_the_one_before() -> None:
     up = backend("a", "b")
     up.succeeded(1.0, report("b", "c", loaded=("c",)), INTERVAL)
-    assert [up.serves(key) for key in ("a", "b", "c")] == [False, True, True]
+    assert [up.may_have(key) for key in ("a", "b", "c")] == [False, True, True]
     assert up.is_loaded("c")
 
 
@@ -253,17 +254,17 @@ def test_llmq_itself_is_refused_and_serves_nothing() -> None:
     mirror.refuse(1.0, "this is llmq itself", INTERVAL)
     assert mirror.state is State.REFUSED
     assert not mirror.usable
-    assert alone.serving("m") == []
-    assert alone.candidates("m", None) == []
+    assert alone.serving(Want("m")) == []
+    assert alone.candidates(Want("m")) == []
     mirror.succeeded(20.0, report("m"), INTERVAL)  # another program took its place
-    assert alone.candidates("m", None) == [mirror]
+    assert alone.candidates(Want("m")) == [mirror]
 
 
 def test_a_draining_backend_is_given_nothing_new() -> None:
     one = fleet(a=("m",))
     one.backends["a"].draining = True
     assert not one.backends["a"].usable
-    assert one.candidates("m", None) == []
+    assert one.candidates(Want("m")) == []
 
 
 def test_any_story_of_health_keeps_the_rules() -> None:
@@ -329,10 +330,10 @@ def test_a_lower_slot_count_leaves_no_room_and_cuts_nothing() -> None:
     one.busy = one.device.busy = 3
     one.device.slots = 2
     assert one.room <= 0
-    assert two.candidates("m", None) == []
+    assert two.candidates(Want("m")) == []
     assert not two.has_room()
     one.busy = one.device.busy = 1
-    assert two.candidates("m", None) == [one]
+    assert two.candidates(Want("m")) == [one]
     assert two.has_room()
 
 
@@ -342,9 +343,9 @@ def test_backends_on_one_device_share_its_slots() -> None:
     for one in (first, second):
         one.succeeded(0.0, report("m"), INTERVAL)
     assert first.device is second.device
-    assert both.candidates("m", None) == [first, second]
+    assert both.candidates(Want("m")) == [first, second]
     first.busy = first.device.busy = 1
-    assert both.candidates("m", None) == []
+    assert both.candidates(Want("m")) == []
 
 
 def test_what_still_runs_on_a_device_counts_after_its_backend_was_replaced() -> None:
@@ -355,9 +356,9 @@ def test_what_still_runs_on_a_device_counts_after_its_backend_was_replaced() -> 
     replaced.remove("a", 1.0)
     new = add(replaced, "a", device="gpu")
     new.succeeded(2.0, report("m"), INTERVAL)
-    assert replaced.candidates("m", None) == [], "the device's one slot is still taken"
+    assert replaced.candidates(Want("m")) == [], "the device's one slot is still taken"
     old.busy = old.device.busy = 0
-    assert replaced.candidates("m", None) == [new]
+    assert replaced.candidates(Want("m")) == [new]
 
 
 def test_a_device_stays_while_one_of_its_backends_does() -> None:
@@ -376,7 +377,7 @@ def test_a_removed_backend_is_given_nothing_new() -> None:
     gone = both.backends["a"]
     both.remove("a", 1.0)
     assert gone.draining
-    assert both.candidates("m", None) == [both.backends["b"]]
+    assert both.candidates(Want("m")) == [both.backends["b"]]
 
 
 # ---- What it speaks
@@ -394,9 +395,9 @@ SPOKEN = {
 }
 
 
-def lack(status: int = 404) -> llmq.RouteLacking:
+def lack(status: int = 404) -> llmq.RouteUnsupported:
     answer = llmq.BackendAnswer(status, "no such route here", b"", None, None)
-    return llmq.RouteLacking(answer)
+    return llmq.RouteUnsupported(answer)
 
 
 def of_kind(kind: str, *models: str, **more: Any) -> Backend:
@@ -409,15 +410,25 @@ def of_kind(kind: str, *models: str, **more: Any) -> Backend:
 @pytest.mark.parametrize("kind", SPOKEN)
 def test_each_kind_speaks_what_its_runners_do(kind: str) -> None:
     one = of_kind(kind)
-    assert {route for route in ROUTES if one.speaks(route, "m")} == SPOKEN[kind]
+    assert {route for route in ROUTES if one.supports(route, "m")} == SPOKEN[kind]
 
 
 def test_every_kind_that_can_be_set_is_tried_here() -> None:
-    assert {kind for kind in llmq.KINDS if kind} == set(SPOKEN)
+    assert set(llmq.KINDS) == set(SPOKEN)
+    assert all(kind.name == name for name, kind in llmq.KINDS.items())
+    (row,) = [
+        row for row in llmq.settings_of("backends", BackendSettings) if row.key[-4:] == "kind"
+    ]
+    assert set(row.choices) == {"", *SPOKEN}
 
 
 def test_a_backend_that_never_told_may_speak_anything() -> None:
-    assert all(backend().speaks(route, "m") for route in ROUTES)
+    assert all(backend().supports(route, "m") for route in ROUTES)
+
+
+def test_a_backend_of_unknown_kind_is_like_one_that_is_only_known_to_have_models() -> None:
+    assert backend().kind == ""
+    assert backend().traits is of_kind("openai").traits is llmq.KINDS["openai"]
 
 
 def test_the_first_route_that_it_speaks_is_asked() -> None:
@@ -430,65 +441,67 @@ def test_the_first_route_that_it_speaks_is_asked() -> None:
 
 def test_a_route_that_it_lacks_is_asked_for_no_model() -> None:
     one = of_kind("ollama", "m", "n")
-    one.lacks(CHAT, "m", lack(404))
-    assert not one.speaks(CHAT, "m")
-    assert not one.speaks(CHAT, "n")
-    assert one.speaks("/v1/completions", "m")
+    one.route_unsupported(CHAT, "m", lack(404))
+    assert not one.supports(CHAT, "m")
+    assert not one.supports(CHAT, "n")
+    assert one.supports("/v1/completions", "m")
     assert one.route_for((CHAT, NATIVE_CHAT), "m") == NATIVE_CHAT
 
 
 def test_a_501_is_about_one_model() -> None:
     one = of_kind("vllm", "m", "n")
-    one.lacks(CHAT, "m", lack(501))
-    assert not one.speaks(CHAT, "m")
-    assert one.speaks(CHAT, "n")
+    one.route_unsupported(CHAT, "m", lack(501))
+    assert not one.supports(CHAT, "m")
+    assert one.supports(CHAT, "n")
 
 
 def test_what_it_lacks_is_forgotten_when_it_comes_back_and_not_before() -> None:
     one = of_kind("vllm")
-    one.lacks(CHAT, "m", lack())
+    one.route_unsupported(CHAT, "m", lack())
     one.succeeded(1.0, report("m"), INTERVAL)
     one.succeeded(2.0, None, INTERVAL)
-    assert not one.speaks(CHAT, "m")
+    assert not one.supports(CHAT, "m")
     one.failed(3.0, "refused", INTERVAL, refused=True)
-    assert not one.speaks(CHAT, "m")
+    assert not one.supports(CHAT, "m")
     one.succeeded(4.0, None, INTERVAL)
-    assert not one.speaks(CHAT, "m"), "a request is no look"
+    assert not one.supports(CHAT, "m"), "a request is no look"
     one.succeeded(5.0, report("m"), INTERVAL)
-    assert one.speaks(CHAT, "m")
+    assert one.supports(CHAT, "m")
 
 
 def test_only_backends_that_speak_a_route_serve_and_are_candidates_for_it() -> None:
     both = fleet(a=("m",), b=("m",))
     a, b = both.backends.values()
-    a.lacks(CHAT, "m", lack())
+    a.route_unsupported(CHAT, "m", lack())
     for routes, able in (((CHAT,), [b]), ((CHAT, "/v1/completions"), [a, b]), ((), [a, b])):
-        assert both.serving("m", routes) == able
-        assert both.candidates("m", None, routes) == able
-    assert both.candidates("m", b, (CHAT,)) == [b], "avoided, but alone"
-    assert both.candidates("m", b, (NATIVE_CHAT,)) == []
+        assert both.serving(Want("m", routes)) == able
+        assert both.candidates(Want("m", routes)) == able
+    assert both.candidates(Want("m", (CHAT,), b)) == [b], "avoided, but alone"
+    assert both.candidates(Want("m", (NATIVE_CHAT,), b)) == []
 
 
 def test_a_route_is_down_when_all_that_speak_it_are() -> None:
     both = fleet(a=("m",), b=("m",))
     a, b = both.backends.values()
-    a.lacks(CHAT, "m", lack())
+    a.route_unsupported(CHAT, "m", lack())
     b.failed(7.0, "refused", INTERVAL, refused=True)
-    assert both.down_since("m") is None
-    assert both.down_since("m", (CHAT,)) == 7.0
+    assert both.down_since(Want("m")) is None
+    assert both.down_since(Want("m", (CHAT,))) == 7.0
 
 
 def test_words_of_a_lack_are_those_of_the_backend_that_was_asked() -> None:
     both = fleet(a=("m",), b=("n",))
     a, b = both.backends.values()
-    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,))
-    b.lacks(RERANK, "n", lack())
-    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,)), "that one has not the model"
-    a.lacks(RERANK, "other", lack(501))
-    assert "speaks /v1/rerank" in both.lacking_words("m", (RERANK,))
-    a.lacks(RERANK, "m", lack(501))
-    assert both.lacking_words("m", (RERANK,)) == "no such route here"
-    assert "speaks /v1/chat/completions" in both.lacking_words("m", (CHAT,))
+    assert "speaks /v1/rerank" in both.why_unsupported(Want("m", (RERANK,)))
+    b.route_unsupported(RERANK, "n", lack())
+    assert "speaks /v1/rerank" in both.why_unsupported(Want("m", (RERANK,))), (
+        "that one has not the model"
+    )
+    a.route_unsupported(RERANK, "other", lack(501))
+    assert "speaks /v1/rerank" in both.why_unsupported(Want("m", (RERANK,)))
+    a.route_unsupported(RERANK, "m", lack(501))
+    assert both.why_unsupported(Want("m", (RERANK,))) == "no such route here"
+    assert "speaks /v1/chat/completions" in both.why_unsupported(Want("m", (CHAT,)))
 
 
 # ---- The context that requests share
@@ -511,84 +524,92 @@ def look(one: Backend, began: float, **held: int) -> None:
 
 def test_the_context_is_the_largest_that_was_asked_for_and_started() -> None:
     one = ollama()
-    assert one.context("m") == 0
-    assert one.ask_context("m", 0) == 0
-    assert one.ask_context("m", 4096) == 4096
-    assert one.ask_context("m", 2048) == 4096
-    assert one.ask_context("m", 0) == 4096
-    assert one.ask_context("m", 8192) == 8192
-    assert (one.context("m"), one.context("n")) == (8192, 0)
+    assert one.num_ctx("m") == 0
+    assert one.contexts.request("m", 0, 0.0) == 0
+    assert one.contexts.request("m", 4096, 0.0) == 4096
+    assert one.contexts.request("m", 2048, 0.0) == 4096
+    assert one.contexts.request("m", 0, 0.0) == 4096
+    assert one.contexts.request("m", 8192, 0.0) == 8192
+    assert (one.num_ctx("m"), one.num_ctx("n")) == (8192, 0)
+    assert one.contexts.shared("m") == 8192
 
 
 def test_what_it_is_loaded_with_counts() -> None:
     one = ollama(m=4096)
-    assert (one.context("m"), one.context("n")) == (4096, 0)
-    assert one.ask_context("m", 0) == 4096
-    assert one.ask_context("m", 8192) == 8192
+    assert (one.num_ctx("m"), one.num_ctx("n")) == (4096, 0)
+    assert one.contexts.request("m", 0, 0.0) == 4096
+    assert one.contexts.request("m", 8192, 0.0) == 8192
 
 
 def test_the_configured_one_is_the_least_but_no_more_than_the_model_can() -> None:
     one = ollama()
-    one.least_context = 16384
-    assert (one.context("m"), one.ask_context("n", 1024)) == (16384, 16384)
-    one.least_context = 99999
-    assert one.context("m") == 65536
+    one.contexts.start = 16384
+    assert (one.num_ctx("m"), one.contexts.request("n", 1024, 0.0)) == (16384, 16384)
+    one.contexts.start = 99999
+    assert one.num_ctx("m") == 65536
 
 
 @pytest.mark.parametrize("kind", ["llamacpp", "vllm", "lmstudio", "openai"])
-def test_other_kinds_have_no_context_to_share(kind: str) -> None:
+async def test_other_kinds_have_no_context_to_share(kind: str) -> None:
     one = of_kind(kind)
-    one.least_context = 4096
-    assert one.ask_context("m", 8192) == 0
-    assert one.context("m") == 0
-    assert one.asked == {}
+    one.contexts.start = 4096
+    assert one.num_ctx("m") == 0
+    client = llmq.Client("c")
+    endpoint = llmq.ENDPOINTS[CHAT]
+    question, _ = llmq.read_question(b'{"messages":[{}],"numCtx":8192}', endpoint)
+    request = llmq.Request("POST", CHAT, 1, {})
+    reply: Any = SimpleNamespace(waiter=None)
+    call = llmq.Call(reply, endpoint, request, llmq.NOBODY, ("1", "1"))
+    call.model, call.question = "m", question
+    call.ticket = llmq.Ticket("1", client, Want("m", endpoint.routes), llmq.Priority.NORMAL)
+    assert b"8192" not in call.wire(one)
+    assert one.num_ctx("m") == 0
+    assert one.contexts.requested == {}
 
 
 def test_the_context_is_forgotten_when_the_model_is_not_loaded_any_more() -> None:
     one = ollama()
-    one.used = 1.0
-    one.ask_context("m", 4096)
+    one.contexts.request("m", 4096, 1.0)
     look(one, 0.5)
-    assert one.context("m") == 4096, "asked after that look had begun"
+    assert one.num_ctx("m") == 4096, "asked after that look had begun"
     one.at_work["m"] += 1
     look(one, 2.0)
-    assert one.context("m") == 4096, "it is about to be loaded"
+    assert one.num_ctx("m") == 4096, "it is about to be loaded"
     one.at_work["m"] -= 1
     look(one, 3.0, m=4096)
-    assert one.context("m") == 4096
+    assert one.num_ctx("m") == 4096
     look(one, 4.0)
-    assert one.context("m") == 0
+    assert one.num_ctx("m") == 0
 
 
 def test_work_for_another_model_keeps_nothing() -> None:
     one = ollama()
-    one.used = 1.0
-    one.ask_context("m", 4096)
+    one.contexts.request("m", 4096, 1.0)
     one.at_work["n"] += 1
     look(one, 2.0)
-    assert one.context("m") == 0
+    assert one.num_ctx("m") == 0
 
 
 def test_a_reset_forgets_what_was_asked_for_and_what_is_held() -> None:
     one = ollama(m=4096)
-    one.ask_context("m", 8192)
-    one.reset_context("m")
-    assert one.context("m") == 0
+    one.contexts.request("m", 8192, 0.0)
+    one.contexts.reset("m")
+    assert one.num_ctx("m") == 0
     look(one, 1.0, m=4096)
-    assert one.context("m") == 0, "loaded as before"
+    assert one.num_ctx("m") == 0, "loaded as before"
     look(one, 2.0, m=2048)
-    assert one.context("m") == 2048, "loaded anew"
-    one.reset_context("n")
-    assert one.context("m") == 2048
-    assert one.ask_context("m", 1024) == 2048
+    assert one.num_ctx("m") == 2048, "loaded anew"
+    one.contexts.reset("n")
+    assert one.num_ctx("m") == 2048
+    assert one.contexts.request("m", 1024, 0.0) == 2048
 
 
 def test_a_reset_is_over_when_the_model_unloads() -> None:
     one = ollama(m=4096)
-    one.reset_context("m")
+    one.contexts.reset("m")
     look(one, 1.0)
     look(one, 2.0, m=4096)
-    assert one.context("m") == 4096
+    assert one.num_ctx("m") == 4096
 
 
 @pytest.mark.parametrize(
@@ -611,7 +632,7 @@ def test_odd_details_of_a_model_are_no_crash(details: Any) -> None:
     one = backend()
     tags = ({"name": "m", "details": details}, {"name": "n"}, {"details": {"context_length": 1}})
     one.succeeded(0.0, Report("ollama", (), ("m",), (), 0.001, tags, ({"name": "m"},)), INTERVAL)
-    assert (one.lengths, one.held) == ({}, {})
+    assert (one.contexts.max, one.contexts.loaded) == ({}, {})
 
 
 def test_the_context_of_a_recorded_ollama_is_read() -> None:
@@ -673,15 +694,15 @@ def test_candidates_are_up_have_the_model_and_room() -> None:
     several.backends["busy"].busy = several.backends["busy"].device.busy = 1
     several.backends["down"].failed(1.0, "refused", INTERVAL, refused=True)
     several.backends["loading"].loads(1.0, "loading")
-    assert [one.name for one in several.candidates("m", None)] == ["up"]
+    assert [one.name for one in several.candidates(Want("m"))] == ["up"]
 
 
 def test_the_backend_that_failed_is_avoided_unless_it_is_alone() -> None:
     both = fleet(a=("m",), b=("m",))
     a, b = both.backends.values()
-    assert both.candidates("m", a) == [b]
+    assert both.candidates(Want("m", (), a)) == [b]
     b.failed(1.0, "refused", INTERVAL, refused=True)
-    assert both.candidates("m", a) == [a]
+    assert both.candidates(Want("m", (), a)) == [a]
 
 
 # ---- What is known of models
@@ -718,36 +739,36 @@ def test_llmq_itself_knows_no_models() -> None:
 
 def test_a_model_is_down_since_its_last_backend_went_down() -> None:
     both = fleet(a=("m",), b=("m",), other=("x",))
-    assert both.down_since("m") is None
+    assert both.down_since(Want("m")) is None
     both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
-    assert both.down_since("m") is None
+    assert both.down_since(Want("m")) is None
     both.backends["b"].failed(7.0, "refused", INTERVAL, refused=True)
-    assert both.down_since("m") == 7.0
+    assert both.down_since(Want("m")) == 7.0
     both.backends["a"].failed(9.0, "refused", INTERVAL, refused=True)
-    assert both.down_since("m") == 7.0, "it was down already"
-    assert both.down_since("x") is None
+    assert both.down_since(Want("m")) == 7.0, "it was down already"
+    assert both.down_since(Want("x")) is None
     both.backends["a"].loads(11.0, "loading")
-    assert both.down_since("m") is None, "one that loads is on its way"
+    assert both.down_since(Want("m")) is None, "one that loads is on its way"
 
 
 def test_a_backend_that_was_never_asked_is_not_down() -> None:
     both = fleet(a=("m",))
     both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
     add(both, "new")
-    assert both.down_since("m") is None
+    assert both.down_since(Want("m")) is None
 
 
 def test_a_model_is_down_since_its_last_backend_was_removed() -> None:
     alone = fleet(a=("m",))
     alone.remove("a", 30.0)
-    assert alone.down_since("m") == 30.0
+    assert alone.down_since(Want("m")) == 30.0
 
 
 def test_a_removed_backend_counts_like_one_that_went_down_last() -> None:
     both = fleet(a=("m",), b=("m",))
     both.backends["a"].failed(5.0, "refused", INTERVAL, refused=True)
     both.remove("b", 30.0)
-    assert both.down_since("m") == 30.0
+    assert both.down_since(Want("m")) == 30.0
 
 
 @pytest.mark.parametrize(
@@ -789,13 +810,13 @@ def test_a_backend_that_never_told_has_no_default_model() -> None:
 def test_the_models_of_real_runners_are_read(recording: str, models: list[str], kind: str) -> None:
     entries = llmq.read_models(recorded(recording))
     assert [one["id"] for one in entries] == models
-    assert llmq.read_kind(entries) == kind
+    assert llmq.kind_by_owner(entries) == kind
 
 
 def test_an_ollama_without_a_model_is_no_mistake() -> None:
     assert llmq.read_models({"object": "list", "data": None}) == ()
     assert llmq.read_models({"object": "list", "data": []}) == ()
-    assert llmq.read_kind(()) == ""
+    assert llmq.kind_by_owner(()) == ""
 
 
 @pytest.mark.parametrize(
@@ -832,7 +853,7 @@ def test_other_answers_of_real_runners_are_no_list_of_models(recording: str) -> 
 @pytest.mark.parametrize("owner", [None, 1, "", [], ["vllm"], {}, {"name": "vllm"}, "somebody"])
 def test_an_odd_owner_gives_no_kind_away(owner: object) -> None:
     entries = llmq.read_models({"data": [{"id": "m", "owned_by": owner}]})
-    assert llmq.read_kind(entries) == ""
+    assert llmq.kind_by_owner(entries) == ""
 
 
 def test_the_loaded_models_of_a_real_ollama_are_read() -> None:
@@ -845,7 +866,7 @@ def test_lm_studio_tells_the_state_of_each_model() -> None:
     assert llmq.read_loaded("lmstudio", ("a", "b"), payload) == ("a",)
 
 
-@pytest.mark.parametrize("kind", ["llamacpp", "vllm", "openai", ""])
+@pytest.mark.parametrize("kind", ["llamacpp", "vllm", "openai"])
 def test_other_runners_have_loaded_what_they_list(kind: str) -> None:
     assert llmq.read_loaded(kind, ("a", "b"), None) == ("a", "b")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import llmq
-from tests.fakes import FakeBackend, eventually, running
+from tests.derived import build_settings
+from tests.fakes import FakeBackend, ask, eventually, running
 
 State = llmq.State
 KINDS = ["openai", "ollama", "llamacpp", "lmstudio", "vllm"]
@@ -20,7 +21,18 @@ NOWHERE = "http://127.0.0.1:9"
 def gateway_of(**settings: Any) -> Any:
     """A gateway that nothing runs beside yet."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    return llmq.Gateway(llmq.build_settings(values), "0123456789abcdef", time.monotonic)
+    return llmq.Gateway(build_settings(values), "0123456789abcdef", time.monotonic)
+
+
+def listen_at(monkeypatch: pytest.MonkeyPatch, places: dict[str, str]) -> None:
+    """Let runners listen here by default, those of other kinds nowhere."""
+    for name, kind in llmq.KINDS.items():
+        url = places.get(name, NOWHERE if name == "ollama" else "")
+        monkeypatch.setitem(llmq.KINDS, name, kind._replace(url=url))
+
+
+def discovery_of(gateway: Any) -> Any:
+    return llmq.Discovery(gateway.settings, gateway.fleet, gateway.instance)
 
 
 def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> Any:
@@ -31,7 +43,7 @@ def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> 
 async def probe(gateway: Any, fake: FakeBackend, **settings: Any) -> Any:
     """A backend that has been looked at once."""
     backend = add(gateway, fake, **settings)
-    await llmq.Monitor(gateway).start_probe(backend)
+    await gateway.monitor.start_probe(backend)
     return backend
 
 
@@ -49,7 +61,7 @@ async def test_kind_is_told_by_what_a_runner_answers(kind: str) -> None:
         assert backend.report.loaded == (("b",) if kind == "ollama" else ("a", "b"))
         assert 0 < backend.report.latency < 10
         fake.probe_paths.clear()
-        await llmq.Monitor(gateway).start_probe(backend)
+        await gateway.monitor.start_probe(backend)
         again = {"ollama": ["/api/ps", "/api/tags"], "lmstudio": ["/api/v0/models"]}
         assert fake.probe_paths == ["/v1/models", *again.get(kind, [])], "the kind is known now"
 
@@ -75,7 +87,7 @@ async def test_key_is_sent_with_every_look() -> None:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         gateway = gateway_of()
         backend = gateway.fleet.add("b", llmq.BackendSettings(url=url, key="sk-1"), "local", 1)
-        await llmq.Monitor(gateway).start_probe(backend)
+        await gateway.monitor.start_probe(backend)
         assert backend.state is State.UP
         assert len(keys) >= 2
         assert all(keys)
@@ -127,7 +139,7 @@ async def test_backend_where_nobody_listens_is_down_at_once(
         backend = await probe(gateway, fake)
         assert backend.state is State.UP
         await fake.stop_listening()
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         await monitor.start_probe(backend)
         assert (backend.state, backend.failures) == (State.DOWN, 1)
         await fake.listen_again()
@@ -142,7 +154,7 @@ async def test_backend_that_resets_is_down_after_three_failures_in_a_row() -> No
     async with FakeBackend() as fake:
         gateway = gateway_of()
         backend = await probe(gateway, fake)
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         fake.probe_answers["/v1/models"] = (500, b"")
         states = []
         for _ in range(3):
@@ -167,13 +179,13 @@ async def test_slow_look_says_nothing_of_a_backend_that_delivered_lately() -> No
         gateway = gateway_of()
         backend = await probe(gateway, fake)
         gateway.settings = gateway_of(upstream__probe_timeout=0.1).settings
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         fake.hold_probes()
-        backend.delivered = time.monotonic()
+        backend.last_received = time.monotonic()
         await monitor.start_probe(backend)
         assert (backend.state, backend.failures) == (State.UP, 0)
         assert backend.next_probe > time.monotonic() + 5
-        backend.delivered = time.monotonic() - llmq.LATELY
+        backend.last_received = time.monotonic() - llmq.LATELY
         await monitor.start_probe(backend)
         assert backend.failures == 1
         fake.release_probes()
@@ -188,7 +200,7 @@ async def test_backend_that_is_this_llmq_is_refused_and_asked_nothing_more() -> 
         assert backend.state is State.REFUSED
         assert "itself" in backend.error
         assert fake.probe_paths == ["/api/version"]
-        assert gateway.fleet.serving("m") == []
+        assert gateway.fleet.serving(llmq.Want("m")) == []
 
 
 async def test_another_llmq_is_a_backend_like_any() -> None:
@@ -204,12 +216,12 @@ async def test_another_llmq_is_a_backend_like_any() -> None:
 async def test_step_looks_at_what_is_due_and_not_twice_at_once() -> None:
     async with FakeBackend() as one, FakeBackend() as two:
         gateway = gateway_of()
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         due, later = add(gateway, one, "due"), add(gateway, two, "later")
         later.next_probe = time.monotonic() + 60
         one.hold_probes()
-        monitor.step(time.monotonic())
-        monitor.step(time.monotonic())
+        monitor.probe_due()
+        monitor.probe_due()
         await eventually(lambda: one.probes)
         flight = monitor.start_probe(due)
         assert monitor.start_probe(due) is flight
@@ -247,14 +259,14 @@ async def test_failed_request_makes_the_monitor_look_at_once() -> None:
 async def test_look_is_shared_and_at_most_one_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(kind="vllm") as fake:
         gateway = gateway_of()
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         add(gateway, fake)
-        await asyncio.gather(*(gateway.look() for _ in range(20)))
+        await asyncio.gather(*(monitor.refresh() for _ in range(20)))
         assert fake.probe_paths.count("/v1/models") == 1
-        await gateway.look()
+        await monitor.refresh()
         assert fake.probe_paths.count("/v1/models") == 1
-        monkeypatch.setattr(llmq, "LOOK_SECONDS", 0.0)
-        await monitor.look()
+        monkeypatch.setattr(llmq, "REFRESH_SECONDS", 0.0)
+        await monitor.refresh()
         assert fake.probe_paths.count("/v1/models") == 2
 
 
@@ -293,7 +305,7 @@ async def test_runners_on_this_box_are_found_where_their_own_routes_say_so(
                 "llamacpp": stranger.url,
                 "vllm": vllm.url,
             }
-            monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+            listen_at(monkeypatch, places)
             async with running() as q:
                 fleet = q.gateway.fleet
                 await eventually(lambda: len(fleet.backends) == 3)
@@ -314,32 +326,32 @@ async def test_runner_that_starts_later_is_found_and_none_is_found_twice(
     async with FakeBackend(["b"], "vllm") as vllm:
         await vllm.stop_listening()
         places = {"ollama": NOWHERE, "vllm": vllm.url}
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        listen_at(monkeypatch, places)
         gateway = gateway_of()
-        finder = llmq.Finder(gateway)
+        finder = discovery_of(gateway)
         await finder.step()
         assert not gateway.fleet.backends
         await vllm.listen_again()
         await finder.step()
         await finder.step()
-        assert list(gateway.fleet.backends) == ["vllm"]
+        assert list(gateway.fleet.backends) == ["ollama", "vllm"]
 
 
 async def test_llmq_does_not_find_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(kind="ollama") as fake, running(fake.url) as q:
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", {"openai": q.base})
+        listen_at(monkeypatch, {"openai": q.base})
         before = list(q.gateway.fleet.backends)
-        await llmq.Finder(q.gateway).step()
+        await discovery_of(q.gateway).step()
         assert list(q.gateway.fleet.backends) == before
 
 
 async def test_place_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(["a"], "llamacpp") as silent, FakeBackend(["b"], "vllm") as vllm:
         silent.hold_probes()
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", {"llamacpp": silent.url, "vllm": vllm.url})
+        listen_at(monkeypatch, {"llamacpp": silent.url, "vllm": vllm.url})
         gateway = gateway_of(upstream__probe_timeout=0.2)
-        await llmq.Finder(gateway).step()
-        assert list(gateway.fleet.backends) == ["vllm"]
+        await discovery_of(gateway).step()
+        assert list(gateway.fleet.backends) == ["ollama", "vllm"]
         silent.release_probes()
 
 
@@ -348,7 +360,7 @@ async def test_found_runner_gets_the_slots_that_are_set_for_this_box(
 ) -> None:
     async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "vllm") as vllm:
         places = {"ollama": ollama.url, "vllm": vllm.url}
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        listen_at(monkeypatch, places)
         async with running(devices={"local": {"slots": 3}}, queue__slots=2) as q:
             await eventually(lambda: len(q.gateway.fleet.backends) == 2)
             assert q.gateway.fleet.devices["local"].slots == 3
@@ -358,7 +370,7 @@ async def test_stop_ends_the_search_too(monkeypatch: pytest.MonkeyPatch) -> None
     async with FakeBackend(kind="vllm") as fake:
         fake.hold_probes()
         places = {"ollama": "http://127.0.0.1:9", "vllm": fake.url}
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        listen_at(monkeypatch, places)
         async with running(upstream__probe_timeout=8):
             await eventually(lambda: fake.probes)
         await eventually(lambda: not [c for c in fake.open if not c.peer_closed()])
@@ -370,7 +382,7 @@ async def test_ollama_is_used_though_it_starts_later_and_nothing_is_sought_with_
 ) -> None:
     async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "vllm") as vllm:
         places = {"ollama": ollama.url, "vllm": vllm.url}
-        monkeypatch.setattr(llmq, "LOCAL_RUNNERS", places)
+        listen_at(monkeypatch, places)
         await ollama.stop_listening()
         async with running(upstream__probe_interval=0.1) as q:
             await eventually(lambda: "vllm" in q.gateway.fleet.backends)
@@ -382,49 +394,125 @@ async def test_ollama_is_used_though_it_starts_later_and_nothing_is_sought_with_
             assert len(q.gateway.fleet.backends) == 1
 
 
+async def reload_with(q: running, **backends: FakeBackend) -> None:
+    """Let a file that names these backends be read."""
+    named = {name: {"url": fake.url} for name, fake in backends.items()}
+    q.service.read = lambda: build_settings({**q.values, "backends": named})
+    answer = await ask(q.port, "POST", "/llmq/reload", json={})
+    assert answer.json() == {"config_error": None}
+
+
+async def places(q: running) -> dict[str, str]:
+    """The backends that there are, by name."""
+    return {one["name"]: one["url"] for one in (await q.status())["backends"]}
+
+
+@pytest.mark.parametrize("name", ["vllm", "box"])
+async def test_reload_that_names_a_backend_ends_the_search_and_what_it_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "DISCOVERY_SECONDS", 0.02)
+    async with FakeBackend(["a"], "ollama") as ollama, FakeBackend(["b"], "vllm") as vllm:
+        async with FakeBackend(["c"]) as box, FakeBackend(["d"], "openai") as stranger:
+            where = {"ollama": ollama.url, "vllm": vllm.url, "llamacpp": stranger.url}
+            listen_at(monkeypatch, where)
+            async with running() as q:
+                while await places(q) != {"ollama": ollama.url, "vllm": vllm.url}:
+                    pass
+                await reload_with(q, **{name: box})
+                assert await places(q) == {name: box.url}
+                async with running():  # looks on, as often as the first one would
+                    seen = stranger.probes
+                    await eventually(lambda: stranger.probes > seen + 40)
+                assert await places(q) == {name: box.url}
+                assert (await q.chat("x", model="c")).status == 200
+                for model in ("a", "b"):
+                    assert (await q.chat("x", model=model)).status == 404, model
+
+
+async def test_search_that_is_under_way_at_a_reload_adds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend(["b"], "vllm") as vllm, FakeBackend(["c"]) as box:
+        listen_at(monkeypatch, {"ollama": NOWHERE, "vllm": vllm.url})
+        vllm.hold_probes()
+        async with running(upstream__probe_timeout=8) as q:
+            await eventually(lambda: vllm.probes)
+            await reload_with(q, vllm=box)
+            vllm.release_probes()
+            async with running() as later:
+                while "vllm" not in await places(later):
+                    pass
+            assert await places(q) == {"vllm": box.url}
+            assert (await q.chat("x", model="b")).status == 404
+            assert (await q.chat("x", model="c")).status == 200
+
+
 # ---- The feed and the sweep ------------------------------------------------------------------
 
 
-async def test_feed_renders_once_for_all_who_watch_and_only_what_changed(
+async def test_snapshot_is_rendered_once_for_all_who_watch_and_only_when_it_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gateway = gateway_of()
-    desk = llmq.Desk(gateway)
-    feed = llmq.Feed(gateway, desk)
+    stream = llmq.SnapshotStream(gateway)
     rendered = []
-    snapshot = desk.snapshot
-    monkeypatch.setattr(desk, "snapshot", lambda: rendered.append(1) or snapshot())
-    feed.step()
+    snapshot = llmq.snapshot
+    monkeypatch.setattr(llmq, "snapshot", lambda one: rendered.append(1) or snapshot(one))
+    stream.step()
     assert not rendered, "nobody watches"
-    feed.watchers = 3
-    watchers = [asyncio.ensure_future(feed.wait(60)) for _ in range(3)]
+    stream.watchers = 3
+    watchers = [asyncio.ensure_future(stream.wait(60)) for _ in range(3)]
     await asyncio.wait(watchers, timeout=0)
-    feed.step()
+    stream.step()
     await asyncio.gather(*watchers)  # all are woken
     assert len(rendered) == 1
-    feed.step()
+    stream.step()
     assert len(rendered) == 1, "nothing changed"
-    desk.set_mode(llmq.Mode.PAUSED)
-    feed.step()
+    gateway.set_mode(llmq.Mode.PAUSED)
+    stream.step()
     assert len(rendered) == 2
-    assert b'"mode":"paused"' in feed.latest
+    assert b'"mode":"paused"' in stream.latest
 
 
-async def test_sweep_compares_every_deadline_with_the_clock() -> None:
+async def test_reaper_compares_every_deadline_with_one_look_at_the_clock() -> None:
     gateway = gateway_of()
-    swept: list[tuple[str, float]] = []
+    reaped: list[tuple[str, float]] = []
 
     class Server:
-        def sweep(self, now: float) -> None:
-            swept.append(("server", now))
+        def reap(self, now: float) -> None:
+            reaped.append(("server", now))
 
-    class Pulse:
-        def step(self, now: float) -> None:
-            swept.append(("pulse", now))
+    gateway.reap = lambda now: reaped.append(("gateway", now))
+    llmq.reap(gateway, [Server(), Server()])
+    assert [who for who, _ in reaped] == ["server", "server", "gateway"]
+    assert len({now for _, now in reaped}) == 1
 
-    gateway.sweep = lambda now: swept.append(("gateway", now))
-    llmq.Sweeper(gateway, Pulse(), [Server(), Server()]).step(7.0)
-    assert swept == [("server", 7.0), ("server", 7.0), ("gateway", 7.0), ("pulse", 7.0)]
+
+@pytest.mark.parametrize("awaits", [False, True])
+async def test_loop_whose_step_fails_says_so_and_goes_on(
+    awaits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps, third = [], asyncio.Event()
+
+    async def later() -> None:
+        fail()
+
+    def fail() -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    def step() -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            return third.set()
+        return later() if awaits else fail()
+
+    task = asyncio.ensure_future(llmq.every(0.0, step))
+    await third.wait()
+    assert len(caplog.records) == 2
+    assert "nobody thought of this" in caplog.text
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def test_look_that_goes_wrong_unforeseen_counts_as_failed(
@@ -445,7 +533,7 @@ async def test_monitor_that_is_closed_leaves_nothing_behind() -> None:
     async with FakeBackend() as fake:
         fake.hold_probes()
         gateway = gateway_of()
-        monitor = llmq.Monitor(gateway)
+        monitor = gateway.monitor
         backend = add(gateway, fake)
         flight = monitor.start_probe(backend)
         await eventually(lambda: fake.probes)

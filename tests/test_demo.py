@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings
 from tests.fakes import Answer, Process, Raw, ask, chat, http
 
 CHAT = "/v1/chat/completions"
@@ -19,7 +20,7 @@ class demo:  # noqa: N801 - reads as a sentence: async with demo() as q
     def __init__(self, **settings: Any) -> None:
         values = {name.replace("__", "."): value for name, value in settings.items()}
         self.service = llmq.Service(
-            llmq.build_settings({"server.port": 0, "server.drain_timeout": 1, **values}), demo=True
+            build_settings({"server.port": 0, "server.drain_timeout": 1, **values}), demo=True
         )
 
     async def __aenter__(self) -> demo:
@@ -132,7 +133,7 @@ async def test_demo_goes_through_the_queue_like_any_runner() -> None:
             clients.append(raw)
         first, second = [await raw.response() for raw in clients]
         assert (first.content, second.content) == ("one two three four five", "six seven")
-        ended = list(q.service.gateway.recent)
+        ended = list(q.service.gateway.journal.recent)
         assert [record.outcome for record in ended] == ["done", "done"]
         assert ended[1].wait_s >= ended[0].total_s - ended[0].wait_s - 0.05
         assert first.headers["x-llmq-backend"] == "demo"
@@ -161,7 +162,7 @@ async def test_demo_itself_has_no_other_route() -> None:
 async def test_demo_stays_the_backend_when_the_settings_are_read_again() -> None:
     async with demo() as q:
         more = {"server.port": 0, "server.drain_timeout": 1, "backends": ["http://127.0.0.1:9"]}
-        q.service.read = lambda: llmq.build_settings(more)
+        q.service.read = lambda: build_settings(more)
         assert (await ask(q.service.port, "POST", "/llmq/reload", json={})).status == 200
         assert list(q.service.gateway.fleet.backends) == ["demo"]
         assert (await q.chat("still here")).content == "still here"

@@ -261,21 +261,26 @@ async def test_positions_come_from_at_most_one_pass_a_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with FakeBackend() as fake, running(fake.url) as q:
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+        clients = [await begin(q, text) for text in ("a", "b")]
+        await waiting(q, 2)
         passes = []
-        forecast = q.gateway.scheduler.forecast
-        monkeypatch.setattr(q.gateway.scheduler, "forecast", lambda: passes.append(1) or forecast())
+        forecast = llmq.forecast
+        monkeypatch.setattr(llmq, "forecast", lambda queue: passes.append(1) or forecast(queue))
         clock = [q.gateway.now() + 100]
         monkeypatch.setattr(q.gateway, "now", lambda: clock[0])
-        desk = q.service.feed.desk
         for _ in range(3):
-            desk.snapshot()
+            shown = llmq.snapshot(q.gateway)
+            assert [one["position"] for one in shown["requests"]] == [1, 2]
         assert len(passes) == 1
         clock[0] += 0.9 * SECOND
-        desk.snapshot()
+        llmq.snapshot(q.gateway)
         assert len(passes) == 1
         clock[0] += 0.2 * SECOND
-        desk.snapshot()
+        llmq.snapshot(q.gateway)
         assert len(passes) == 2
+        for client in clients:
+            client.close()
 
 
 # ---- The feed --------------------------------------------------------------------------------
@@ -318,7 +323,7 @@ async def test_watcher_is_pinged_while_nothing_changes(monkeypatch: pytest.Monke
         await viewer.until(b": ping\n\n")
         await viewer.until(b": ping\n\n")
         viewer.close()
-        await eventually(lambda: not q.service.feed.watchers)
+        await eventually(lambda: not q.service.api.stream.watchers)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
@@ -351,9 +356,9 @@ async def test_watcher_that_leaves_is_forgotten_at_once(leave: Any) -> None:
         viewer = await watch(q)
         await viewer.until(b"data: ")
         await viewer.until(b"data: ")
-        assert q.service.feed.watchers == 1
+        assert q.service.api.stream.watchers == 1
         leave(viewer)
-        await eventually(lambda: not q.service.feed.watchers, SECOND)
+        await eventually(lambda: not q.service.api.stream.watchers, SECOND)
 
 
 async def test_slow_watcher_gets_the_latest_and_not_the_backlog(
@@ -363,14 +368,13 @@ async def test_slow_watcher_gets_the_latest_and_not_the_backlog(
     monkeypatch.setattr(llmq, "EVENT_PING_SECONDS", 0.5)
     async with FakeBackend(auto=False) as fake:
         async with running(fake.url, upstream__probe_interval=3600) as q:
-            feed = q.service.feed
             q.gateway.config_error = "x" * 200000  # to make snapshots large
             viewer = await watch(q, receive_buffer=4096)
             await viewer.until(b"data: ")
 
             async def change(mode: llmq.Mode) -> None:
-                feed.desk.set_mode(mode)
-                feed.step()
+                q.gateway.set_mode(mode)
+                q.service.api.stream.step()
                 assert (await ask(q.port, "GET", "/health")).status == 200
 
             for _ in range(100):  # 20 MB: more than any socket and llmq hold

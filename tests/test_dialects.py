@@ -18,7 +18,7 @@ from llmq import (
     BackendLoading,
     LlmqError,
     ResponseHead,
-    RouteLacking,
+    RouteUnsupported,
     StreamWatch,
     dialect_of,
     estimate_tokens,
@@ -86,7 +86,7 @@ ERRORS = [error for error in all_errors() if error is not BackendAnswer]
 @each_dialect
 def test_every_error_is_shown_as_its_clients_know_it(dialect, cls):
     words = 'no "x"\n'
-    error = cls(answered(404, words) if cls is RouteLacking else words)
+    error = cls(answered(404, words) if cls is RouteUnsupported else words)
     error.param = "p"
     body = dialect.render_error(error, "id-1")
     shown = json.loads(body)
@@ -240,12 +240,12 @@ def words_of(status, body):
 def test_recorded_refusal_keeps_the_runners_words_and_status(path):
     head, body = recorded(path)
     refusal = read_refusal(head, body)
-    kind = {403: BackendError, 404: RouteLacking}.get(head.status, BackendAnswer)
+    kind = {403: BackendError, 404: RouteUnsupported}.get(head.status, BackendAnswer)
     if "unknown-model" in path.name:
         kind = BackendAnswer
     assert type(refusal) is kind
     assert words_of(head.status, body) in refusal.message
-    assert refusal.status == {BackendError: 502, RouteLacking: 501}.get(kind, head.status)
+    assert refusal.status == {BackendError: 502, RouteUnsupported: 501}.get(kind, head.status)
     if kind is BackendAnswer:
         assert refusal.body == body
         shown = json.loads(OPENAI.render_error(refusal))["error"]
@@ -325,17 +325,17 @@ def test_whatever_a_backend_says_in_an_error_there_is_a_message(body, message):
         (500, b"", BackendAnswer, 500),
         (503, b"", BackendAnswer, 503),
         (503, b'{"error":{"message":"Loading model","code":503}}', BackendLoading, 503),
-        (404, b"", RouteLacking, 501),
-        (404, b"404 page not found", RouteLacking, 501),
-        (404, b'{"detail":"Not Found"}', RouteLacking, 501),
-        (404, b'{"error":{"message":"File Not Found"}}', RouteLacking, 501),
-        (404, b'{"error":"remodeling"}', RouteLacking, 501),
+        (404, b"", RouteUnsupported, 501),
+        (404, b"404 page not found", RouteUnsupported, 501),
+        (404, b'{"detail":"Not Found"}', RouteUnsupported, 501),
+        (404, b'{"error":{"message":"File Not Found"}}', RouteUnsupported, 501),
+        (404, b'{"error":"remodeling"}', RouteUnsupported, 501),
         (404, b'{"error":"no such model"}', BackendAnswer, 404),
         (404, b'{"error":{"message":"Model \'x\' not found"}}', BackendAnswer, 404),
         (404, b'{"type":"error","error":{"message":"model: x"}}', BackendAnswer, 404),
-        (405, b"", RouteLacking, 501),
-        (405, b'{"error":"model"}', RouteLacking, 501),
-        (501, b'{"error":{"message":"no embeddings for this model"}}', RouteLacking, 501),
+        (405, b"", RouteUnsupported, 501),
+        (405, b'{"error":"model"}', RouteUnsupported, 501),
+        (501, b'{"error":{"message":"no embeddings for this model"}}', RouteUnsupported, 501),
     ],
 )
 def test_refusal_says_whose_fault_it_is(status, body, kind, shown):

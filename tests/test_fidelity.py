@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -10,8 +11,22 @@ from typing import Any
 
 import pytest
 
-from tests.fake_ollama import EVENTS, NDJSON, ROUTES, Runner, ended, least, line, stream, told
-from tests.fakes import Answer, FakeRequest, Raw, http, running
+from tests.fake_ollama import (
+    EVENTS,
+    NDJSON,
+    ROUTES,
+    Runner,
+    arrival,
+    ended,
+    least,
+    line,
+    named_event,
+    stream,
+    told,
+)
+from tests.fake_runner import CHAT as OPENAI_CHAT
+from tests.fake_runner import DIALECTS, NATIVE_CHAT, Dialect
+from tests.fakes import Answer, FakeRequest, Raw, ask, http, running, sse
 
 RUNS = 40  # documents for each route and kind of change
 ALL_ROUTES = [*ROUTES["openai"], *ROUTES["anthropic"], *ROUTES["ollama"]]
@@ -549,6 +564,108 @@ async def test_every_answer_says_who_it_is_and_the_way_it_took(path: str) -> Non
             ids.add(answer.headers["x-llmq-id"])
             assert answer.headers["request-id"] == answer.headers["x-request-id"] != "bad id"
             assert len(ids) == 3
+
+
+COUNT = 424242  # stands for a count until the odd one is put there, which json could not write
+NAMES = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
+COUNTED = {
+    "usage": dict.fromkeys(NAMES, COUNT),
+    "prompt_eval_count": COUNT,
+    "eval_count": COUNT,
+    "timings": {"predicted_n": COUNT, "prompt_n": COUNT},
+}
+ODD_COUNTS = {
+    "400 digits": "9" * 400,
+    "-400 digits": "-" + "9" * 400,
+    "negative": "-7",
+    "true": "true",
+    "false": "false",
+    "float": "2.5",
+    "huge": "1e300",
+    "infinite": "1e999",
+    "text": '"7"',
+    "list": "[7]",
+    "null": "null",
+}
+
+
+def counting(dialect: Dialect, count: str) -> tuple[bytes, list[bytes]]:
+    """A whole answer and a streamed one that tell this count wherever one may stand."""
+    answer = json.dumps({**dialect.whole("m", "hi"), **COUNTED}).encode()
+    pieces: list[bytes] = []
+    if dialect.streams:
+        *pieces, last = dialect.pieces("m", "hi")
+        frame = {"model": "m", "choices": [], "type": "message_delta", **COUNTED}
+        if dialect.path == "/v1/responses":
+            whole = {**dialect.whole("m", "hi"), **COUNTED}
+            last = named_event("response.completed", {"type": "x", "response": whole})
+        elif dialect.path.startswith("/api/"):
+            last = line({**dialect.whole("m", ""), **COUNTED})
+        elif dialect.path == "/v1/messages":
+            pieces.append(named_event("message_delta", frame))
+        else:
+            pieces.append(sse(frame))
+        pieces.append(last)
+    digits = str(COUNT).encode(), count.encode()
+    return answer.replace(*digits), [piece.replace(*digits) for piece in pieces]
+
+
+async def sound_books(q: running, number: int) -> None:
+    """So many requests have ended well, and no figure anywhere is absurd."""
+    rows = await ended(q, number)
+    assert [row["outcome"] for row in rows] == ["done"] * number
+    for row in rows:
+        for tokens in (row["tokens"], row["tokens_in"]):
+            assert tokens is None or (type(tokens) is int and 0 <= tokens < 2**63), tokens
+    text = (await ask(q.port, "GET", "/metrics")).body.decode()
+    for name, value in re.findall(r"^(llmq_\w+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
+        assert 0 <= float(value) < 2**63, (name, value)
+
+
+@pytest.mark.parametrize("count", ODD_COUNTS.values(), ids=ODD_COUNTS)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=repr)
+async def test_odd_count_of_tokens_harms_neither_answer_nor_books(
+    dialect: Dialect, count: str
+) -> None:
+    kind = "vllm" if dialect.path == "/v1/rerank" else "ollama"
+    answer, pieces = counting(dialect, count)
+    async with Runner(kind=kind) as fake, running(fake.url) as q, await Raw.open(q.port) as raw:
+        await told(q)
+        for streamed in [False, True] * 2 if pieces else [False] * 2:  # one connection for all
+            await raw.send(dialect.request("hi", streamed))
+            answering = asyncio.ensure_future(raw.response())
+            request = await arrival(answering, fake)
+            if streamed:
+                await stream(request, pieces, dialect.media)
+            else:
+                await request.status(200, answer)
+            got = await asyncio.wait_for(answering, 5)
+            assert (got.status, got.clean) == (200, True)
+            assert got.body == (b"".join(pieces) if streamed else answer)
+        await sound_books(q, 4 if pieces else 2)
+
+
+@pytest.mark.parametrize("count", list(ODD_COUNTS.values())[:7], ids=list(ODD_COUNTS)[:7])
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+async def test_odd_count_of_tokens_harms_no_answer_that_is_translated(
+    streamed: bool, count: str
+) -> None:
+    answer, pieces = counting(NATIVE_CHAT, count)
+    async with Runner() as fake, running(fake.url) as q, await Raw.open(q.port) as raw:
+        await told(q)
+        for _ in range(2):
+            usage = {"stream_options": {"include_usage": True}} if streamed else {}
+            await raw.send(OPENAI_CHAT.request("hi", streamed, numCtx=8192, **usage))
+            answering = asyncio.ensure_future(raw.response())
+            request = await arrival(answering, fake)
+            assert request.path == "/api/chat"
+            if streamed:
+                await stream(request, pieces)
+            else:
+                await request.status(200, answer)
+            got = await asyncio.wait_for(answering, 5)
+            assert OPENAI_CHAT.text(got) == "hi"
+        await sound_books(q, 2)
 
 
 def test_generator_makes_what_it_says() -> None:

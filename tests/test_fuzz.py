@@ -23,6 +23,7 @@ import pytest
 
 import llmq
 from tests import corpus
+from tests.derived import build_settings
 
 COUNT = int(os.environ.get("LLMQ_FUZZ", "20000"))
 SEED = os.environ.get("LLMQ_FUZZ_SEED", "1")
@@ -148,6 +149,7 @@ class Writer:
         self.sent: list[bytes] = []
         self.handled: list[Any] = []  # by the handler below
         self.closing = False
+        self.paused = False
 
     def write(self, data: bytes) -> None:
         if not self.closing:
@@ -163,6 +165,12 @@ class Writer:
 
     def is_closing(self) -> bool:
         return self.closing
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -180,13 +188,23 @@ class Writer:
         pass
 
 
-class Inbox(llmq.Inbox):
-    async def farewell(self, timeout: float) -> None:
+class Reader(llmq.Reader):
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self.transport = writer
+
+    async def linger(self, timeout: float) -> None:
         """Without a clock: the end of the bytes always comes here."""
         ended = asyncio.get_running_loop().create_future()
         self.room, self.on_end = 0, lambda: ended.set_result(timeout)
+        self.transport.resume_reading()
         if not self.ended:
             await ended
+
+
+def is_over(wait: Any) -> bool:
+    """Whether what a coroutine waits for has come."""
+    return bool(wait._woken if isinstance(wait, llmq.Waiter) else wait.done())
 
 
 class Driven:
@@ -194,13 +212,13 @@ class Driven:
 
     def __init__(self, coroutine: Any) -> None:
         self.coroutine = coroutine
-        self.waits_for: Any = None  # a future that only more bytes complete
+        self.waits_for: Any = None  # what only more bytes complete
         self.done = False
         self.result: Any = None
 
     def run(self) -> None:
         try:
-            while self.waits_for is None or self.waits_for.done():
+            while self.waits_for is None or is_over(self.waits_for):
                 self.waits_for = self.coroutine.send(None)
         except StopIteration as end:
             self.done, self.result = True, end.value
@@ -208,12 +226,13 @@ class Driven:
             self.done = True
             raise
 
-    def feed(self, reader: Inbox, pieces: list[bytes]) -> Any:
+    def feed(self, reader: Reader, pieces: list[bytes]) -> Any:
         """Give it these bytes, then the end; it has to be done by then."""
         try:
             self.run()
             for piece in pieces:
                 if not self.done:
+                    assert not reader.transport.paused, "it waits, and does not listen"
                     reader.feed_data(piece)
                     self.run()
             if not self.done:
@@ -246,7 +265,7 @@ async def handle(exchange: llmq.Exchange) -> None:
         await exchange.read_body(BODY_LIMIT)
         writer.handled.append(request.body)
         endpoint = llmq.ENDPOINTS.get(request.path, llmq.ENDPOINTS[llmq.CHAT])
-        question = llmq.read_question(
+        question, _ = llmq.read_question(
             request.body, endpoint, request.headers.get("x-queue-priority")
         )
         if not question.stream:
@@ -267,17 +286,18 @@ async def handle(exchange: llmq.Exchange) -> None:
         exchange.respond(error.status, dialect.render_error(error))
 
 
-SERVER = llmq.HttpServer(handle, llmq.build_settings({}).server, 1024)
+SERVER = llmq.HttpServer(handle, build_settings({}), 1024)
 SERVER.date = "then"
 
 
 def serve(pieces: list[bytes]) -> tuple[list[Any], bytes]:
     """The requests on one connection, and all that is answered."""
-    reader, writer = Inbox(), Writer()
+    writer = Writer()
+    reader = Reader(writer)
     connection = llmq.Connection(SERVER, reader, writer)  # type: ignore[arg-type]
     Driven(connection.run()).feed(reader, pieces)
     given = sum(map(len, pieces))
-    assert connection.consumed <= reader.received <= given
+    assert 0 <= reader.unread <= reader.received <= given
     bodies = [one for one in writer.handled if isinstance(one, bytes)]
     assert sum(map(len, bodies)) <= given
     return writer.handled, b"".join(writer.sent)
@@ -289,7 +309,7 @@ async def ask(upstream: llmq.Upstream) -> Any:
         return await read(upstream)
     finally:
         if upstream.reusable:
-            rest = Driven(upstream.reader.read(1))
+            rest = Driven(upstream.reader.more())
             rest.run()
             rest.coroutine.close()
             assert not rest.done, "a connection with unread bytes is kept for the next request"
@@ -314,14 +334,15 @@ async def read(upstream: llmq.Upstream) -> Any:
     document = llmq.read_whole(body)
     for translator in translators():
         with contextlib.suppress(llmq.BackendError):
-            llmq.render_json(translator.retell(translator.whole, document))
+            llmq.render_json(translator.translate(translator.whole, document))
     return head, body, document, llmq.read_usage(document)
 
 
 def answer(pieces: list[bytes]) -> Any:
     """An answer as read from a backend, or the kind of error that it is."""
-    reader = Inbox()
-    upstream = llmq.Upstream(None, reader, Writer())  # type: ignore[arg-type]
+    writer = Writer()
+    reader = Reader(writer)
+    upstream = llmq.Upstream("http://b", reader, writer)  # type: ignore[arg-type]
     upstream.send(b"a request")
     driven = Driven(ask(upstream))
     try:
@@ -453,7 +474,7 @@ def check_answers_retold(data: bytes, _chance: random.Random) -> None:
     document = llmq.parse_json(data)
     for translator in translators():
         try:
-            told = llmq.render_json(translator.retell(translator.whole, document))
+            told = llmq.render_json(translator.translate(translator.whole, document))
         except llmq.BackendError:
             continue
         assert isinstance(json.loads(told), dict)
@@ -466,7 +487,7 @@ def check_asked(data: bytes, _chance: random.Random) -> None:
         try:
             llmq.ENDPOINTS[asked].check(document if isinstance(document, dict) else {})
             body = kind(document, "m", 4096, lambda: 7.5).body()
-        except (llmq.BadRequest, llmq.NotSpoken):
+        except (llmq.BadRequest, llmq.Untranslatable):
             continue
         assert json.loads(body)["model"] == "m"
 
@@ -483,19 +504,26 @@ def strict(text: str) -> Any:
     return document
 
 
+def is_too_much(document: dict[str, Any]) -> bool:
+    """Whether it has more keys, or a longer one, than llmq reads."""
+    return len(document) > 1000 or any(len(name) > 1024 for name in document)
+
+
 def check_bodies(data: bytes, _chance: random.Random) -> None:
     try:
         text = llmq.decode_json(data)
-        members = llmq.locate_members(text)
+        found = llmq.read_object(text)
     except llmq.BadRequest as error:
         text = data.decode("utf-8", "replace")
         deep = text.count("{") + text.count("[") > llmq.DEPTH_LIMIT
-        refused = deep or text.encode() != data or strict(text) is None
+        document = strict(text)
+        refused = deep or text.encode() != data or document is None or is_too_much(document)
         assert refused, error.message  # noqa: PT017 - why a good one was not taken
         return
     meaning = strict(text)
-    assert {member.name: member.value for member in members} == meaning
-    left = llmq.cut_members(text, members, llmq.EXTENSIONS)
+    assert found.values == meaning
+    assert not is_too_much(meaning)
+    left = llmq.rewrite(found, {}, llmq.EXTENSIONS)
     kept = {name: value for name, value in meaning.items() if name not in llmq.EXTENSIONS}
     assert strict(left) == kept
     for endpoint in llmq.ENDPOINTS.values():
@@ -505,11 +533,13 @@ def check_bodies(data: bytes, _chance: random.Random) -> None:
 def check_question(data: bytes, endpoint: llmq.Endpoint, left: str, kept: Any) -> None:
     """The same bytes but for own fields; the model and the context where they belong."""
     try:
-        question = llmq.read_question(data, endpoint)
-        foreign = llmq.read_question(data, endpoint, foreign=True)
+        question, values = llmq.read_question(data, endpoint)
+        foreign, _ = llmq.read_question(data, endpoint, foreign=True)
     except llmq.BadRequest:
         return
-    assert question.body.decode() == left
+    assert question.body == data
+    assert {**kept, **values} == values
+    assert question.body_for(question.model).decode() == left
     assert strict(question.body_for("other").decode()) == {**kept, "model": "other"}
     carried = json.loads(question.body_for("other", 4096))
     if endpoint.options:
@@ -518,7 +548,8 @@ def check_question(data: bytes, endpoint: llmq.Endpoint, left: str, kept: Any) -
         meant = {**(kept.get("options") or {}), "num_ctx": 0}
         meant.pop("num_ctx")
         assert carried == {**kept, "model": "other", "options": meant}
-        assert "num_ctx" not in (json.loads(foreign.body).get("options") or {})
+        passed_on = json.loads(foreign.body_for(foreign.model))
+        assert "num_ctx" not in (passed_on.get("options") or {})
     else:
         assert carried == {**kept, "model": "other"}
     assert foreign.context == 0
@@ -536,6 +567,8 @@ BODIES = [
     + MESSAGES
     + b"}",
     b'{"x":' + b"[" * 98 + b"]" * 98 + b"," + MESSAGES + b"}",
+    b"{" + b"".join(b'"%d":0,' % number for number in range(998)) + MESSAGES + b"}",
+    b'{"' + b"a" * 1023 + b'":0,' + MESSAGES + b',"\\n' + b"b" * 1022 + b'":1}',
     b"{}",
     b"{"
     + MESSAGES
@@ -597,6 +630,7 @@ def request_seeds() -> list[bytes]:
     failing = streams.replace(b" HTTP/1.1", b"?x HTTP/1.1")
     old = streams.replace(b"HTTP/1.1", b"HTTP/1.0")
     chunked = corpus.post(corpus.CHUNKED, corpus.chunk(BODIES[1]) + corpus.LAST)
+    long = [BODIES[0] + b" " * (size - len(BODIES[0])) for size in (BODY_LIMIT, BODY_LIMIT + 1)]
     return [
         *corpus.REQUESTS.values(),
         absolute,
@@ -604,6 +638,9 @@ def request_seeds() -> list[bytes]:
         failing,
         old,
         chunked + chunked,
+        *(corpus.post(corpus.CHUNKED, corpus.chunk(body) + corpus.LAST) for body in long),
+        corpus.post(corpus.CHUNKED, corpus.chunk(long[1]) + b"zz\r\n"),
+        corpus.post(corpus.CHUNKED, b"9" * 400 + b"\n"),
     ]
 
 
@@ -774,10 +811,10 @@ def test_mutated_input_is_never_an_exception_a_hang_or_a_matter_of_its_cuts():
 
 NOTHING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 STRAY = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
-FULL = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % llmq.READ_SIZE
+FULL = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n" % llmq.UNREAD_LIMIT
 
 
-@pytest.mark.parametrize("first", [NOTHING, FULL + b"x" * llmq.READ_SIZE], ids=["empty", "full"])
+@pytest.mark.parametrize("first", [NOTHING, FULL + b"x" * llmq.UNREAD_LIMIT], ids=["empty", "full"])
 def test_connection_with_an_answer_that_nobody_asked_for_is_not_kept(first):
     raising(lambda: answer([first + STRAY]) and None)
 
@@ -789,7 +826,8 @@ def test_connection_with_an_answer_that_nobody_asked_for_is_not_kept(first):
         "parse_response_head",
         "read_question",
         "read_usage",
-        "cut_members",
+        "read_object",
+        "find_edits",
     ],
 )
 def test_planted_fault_is_found(planted, monkeypatch):
@@ -808,7 +846,7 @@ def test_planted_hang_is_found():
         await asyncio.get_running_loop().create_future()
 
     def run() -> None:
-        reader = Inbox()
+        reader = Reader(Writer())
         with pytest.raises(AssertionError, match="waits"):
             Driven(waits()).feed(reader, [b"x"])
 

@@ -103,7 +103,7 @@ async def test_429_and_503_say_when_to_come_again() -> None:
             await waiting(q, 1)
             answers.append(await q.chat("full", headers={"X-User-ID": "a"}))
             answers.append(await q.chat("late", headers={"X-User-ID": "b"}, priority="low"))
-            q.service.feed.desk.drain()
+            q.gateway.drain()
             answers += [await held.response(), await q.chat("too late")]
             first.close()
     async with running(NOBODY, queue__down_wait=0.1) as q:
@@ -173,7 +173,8 @@ LEAVES_OUT = ("tell nobody", "sk-secret", "api-version", "backend-secret")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[Any]:
-    return [one.msg for one in caplog.records if isinstance(one.msg, llmq.Record)]
+    batches = [one.msg for one in caplog.records if isinstance(one.msg, llmq.Lines)]
+    return [record for batch in batches for _, record in batch.rows]
 
 
 def assert_discreet(caplog: pytest.LogCaptureFixture) -> None:
@@ -182,7 +183,12 @@ def assert_discreet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """The log, where each line is written at once."""
+    keep = llmq.Journal.keep
+    monkeypatch.setattr(llmq.Journal, "keep", lambda one, it: (keep(one, it), one.flush()))
     caplog.set_level(logging.DEBUG, "llmq")
     return caplog
 
@@ -473,7 +479,7 @@ async def test_embeddings_are_whole_although_a_stream_is_asked_for(kind: str, as
     path, body = asked["path"], {"model": "m", "stream": True, **asked}
     del body["path"]
     async with Runner(kind=kind) as fake, running(fake.url) as q:
-        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
         client = asyncio.ensure_future(ask(q.port, "POST", path, json=body))
         request = await fake.arrived()
         await request.status(200, VECTORS, [("Content-Type", "application/json")])
@@ -486,7 +492,9 @@ async def test_embeddings_are_whole_although_a_stream_is_asked_for(kind: str, as
 async def test_request_of_nothing_at_all_reaches_the_runner_as_json(path: str) -> None:
     async with FakeBackend(auto=False, kind="ollama") as fake:
         async with running(fake.url, upstream__num_ctx=4096) as q:
-            await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+            await eventually(
+                lambda: all(one.models_known for one in q.gateway.fleet.backends.values())
+            )
             client = asyncio.ensure_future(ask(q.port, "POST", path, json={}))
             request = await fake.arrived()
             assert json.loads(request.body) == {"model": "m", "options": {"num_ctx": 4096}}
@@ -502,7 +510,7 @@ TOLD = {"message": {"role": "assistant", "content": "x"}, "done": True}
 async def test_request_that_turns_out_untranslatable_holds_up_nobody() -> None:
     """It passed as it was when it came; by its turn a shared context asks for a translation."""
     async with Runner() as fake, running(fake.url) as q:
-        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
         first = await begin(q, "first")
         request = await fake.arrived()
         odd = await begin(q, "odd", messages=DEEP)
@@ -526,23 +534,25 @@ async def test_route_that_was_answered_before_is_not_lacking_for_a_404() -> None
             request = await fake.arrived()
             await request.status(status, {"error": "gone"} if status == 404 else {"x": 1})
             assert (await client.response()).status == status
-        assert not next(iter(q.gateway.fleet.backends.values())).lacking
+        assert not next(iter(q.gateway.fleet.backends.values())).unsupported
 
 
 async def test_lack_that_is_learned_between_grant_and_sending_is_told() -> None:
     """Two at once, where the first finds out; nothing is sent for the second."""
     async with FakeBackend(auto=False) as fake:
         async with running(fake.url, queue__slots=2) as q:
-            await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+            await eventually(
+                lambda: all(one.models_known for one in q.gateway.fleet.backends.values())
+            )
             (backend,) = q.gateway.fleet.backends.values()
             answer = llmq.BackendAnswer(404, "not here", b"", None, None)
-            pump = q.gateway.pump
+            begin_call = q.gateway.begin
 
-            def learn() -> None:
-                pump()
-                backend.lacks(CHAT, "m", llmq.RouteLacking(answer))
+            def learn(*given: Any) -> None:
+                begin_call(*given)
+                backend.route_unsupported(CHAT, "m", llmq.RouteUnsupported(answer))
 
-            q.gateway.pump = learn
+            q.gateway.begin = learn
             client = await begin(q, "x")
             told = await client.response()
             assert (told.status, told.code) == (501, "not_implemented")
@@ -578,6 +588,7 @@ class TlsBackend(FakeBackend):
 
     def __init__(self, pem: Path) -> None:
         super().__init__()
+        llmq.tls_context.cache_clear()  # what the system trusts is read once
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(pem)
 

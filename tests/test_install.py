@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings
 from tests.fakes import ROOT, Process, require_command
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="a POSIX shell runs it")
@@ -454,10 +455,10 @@ def test_unit_does_not_loop_on_a_mistake_and_outlasts_the_drain(box: Box) -> Non
     assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
     assert service["Restart"] == "on-failure"
     assert service["RestartPreventExitStatus"].split() == ["2", "78"]
-    drain = llmq.build_settings({}).server.drain_timeout
+    drain = build_settings({}).server.drain_timeout
     assert int(service["TimeoutStopSec"]) > drain + 2 * llmq.LINGER_SECONDS
     assert int(service["WatchdogSec"]) >= 10
-    assert int(service["LimitNOFILE"]) > llmq.build_settings({}).queue.max_depth + 512
+    assert int(service["LimitNOFILE"]) > build_settings({}).queue.max_depth + 512
     assert unit(box.units / "llmq.service")["Install"]["WantedBy"] == "default.target"
 
 
@@ -712,7 +713,7 @@ def test_mac_gets_a_launch_agent(box: Box) -> None:
     assert agent["ProgramArguments"] == [python, "-u", program, "serve"]
     assert agent["RunAtLoad"] is True
     assert agent["KeepAlive"] == {"SuccessfulExit": False}
-    assert agent["ExitTimeOut"] > llmq.build_settings({}).server.drain_timeout
+    assert agent["ExitTimeOut"] > build_settings({}).server.drain_timeout
     domain = f"gui/{os.getuid()}"
     bootout = f"launchctl bootout {domain}/local.llmq"
     bootstrap = f"launchctl bootstrap {domain} {box.home}/{AGENT}"

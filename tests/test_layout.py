@@ -23,7 +23,7 @@ BANNER_LIKE = re.compile(r"^ *# *={2,}.*$", re.MULTILINE)
 BANNER_WIDTH = 100
 MAP_PART = re.compile(r"^ {0,3}([A-Z])  +(\S.*)$", re.MULTILINE)
 MAP_LINE = re.compile(r"^ +(\d+)\. (\S+(?: \S+)*)(?:  +(\S.*))?$", re.MULTILINE)
-FIRST_IMPURE = "Transport"  # the first section that may await, open a socket or read a clock
+FIRST_IMPURE = "Streams"  # the first section that may await, open a socket or read a clock
 USED_LATE = {"PAGE"}  # the web page at the very end, looked up by a function above it
 OLDEST_GRAMMAR = (3, 8)  # so that Python 3.8 can say that it is too old
 
@@ -33,36 +33,44 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7300  # the design says 7000 with everything that is planned
+FILE_LINES = 7700  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
-    "front page": 100,
-    "Errors": 175,
+    "front page": 115,
+    "Errors": 135,
     "Tools": 50,
-    "Settings": 375,
-    "Metrics": 130,
-    "Clients": 125,
-    "Backends": 345,
-    "Scheduler": 350,
-    "Messages": 300,
-    "Bodies": 225,
-    "Dialects": 305,
+    "Kinds": 80,
+    "Settings": 380,
+    "Metrics": 120,
+    "Identity": 140,
+    "Backends": 375,
+    "Scheduler": 365,
+    "Forecast": 50,
+    "Messages": 315,
+    "Bodies": 250,
+    "Dialects": 295,
     "OpenAI": 60,
     "Ollama": 75,
     "Anthropic": 65,
-    "Translation": 520,
-    "Transport": 535,
-    "Upstream": 285,
-    "Gateway": 565,
-    "Desk": 300,
-    "Models": 190,
-    "Background": 290,
-    "Routes": 520,
-    "Demo": 65,
+    "Translation": 515,
+    "Streams": 185,
+    "Server": 525,
+    "Upstream": 235,
+    "Probes": 190,
+    "Calls": 260,
+    "Records": 125,
+    "Admission": 120,
+    "Gateway": 265,
+    "Models": 185,
+    "Background": 55,
+    "Access": 70,
+    "Snapshot": 175,
+    "Routes": 430,
+    "Demo": 60,
     "Terminal view": 290,
-    "Service": 305,
-    "Command line": 300,
-    "Web page": 410,
+    "Service": 275,
+    "Command line": 295,
+    "Web page": 415,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 
@@ -516,7 +524,7 @@ def example(
 ) -> str:
     """A file in the shape of llmq.py with three sections, and these lines in them."""
     page = page or "A  Words\n  1. Errors     what goes wrong\n  2. Tools      small things\n"
-    page += "\nB  HTTP\n  3. Transport  the first await\n"
+    page += "\nB  HTTP\n  3. Streams  the first await\n"
     sort_of = "class Error(Exception):\n    pass\n"
     return "\n".join(
         [
@@ -527,7 +535,7 @@ def example(
             f"# What goes wrong.\n{sort_of}{first}\n",
             banner(2, "Tools"),
             f"# Small things.\ndef tool(now: float) -> float:\n    return now\n{second}\n",
-            banner(3, "Transport"),
+            banner(3, "Streams"),
             "# The first await.\nasync def serve() -> Error:\n    await asyncio.sleep(tool(1))",
             f"    return Error()\n{last}\n",
         ]
@@ -576,7 +584,7 @@ PLANTED = [
     (check_map, parted(example(), "A  Words", "B  HTTP " + "=" * 99), "padded to column"),
     (check_map, example(page="A  Words\n  1. Errors  what\n"), "2. Tools is a banner"),
     (check_map, example(last=banner(4, "More")), "4. More is a banner"),
-    (check_map, example(last=banner(3, "Transport")), "not numbered in order"),
+    (check_map, example(last=banner(3, "Streams")), "not numbered in order"),
     (check_map, example(last="# ==== 4. Short ===="), "padded to column 100"),
     (check_map, example(last="# === Odd " + "=" * 40), "padded to column 100"),
     (check_map, example(page="A  Words\n  1. Errors\n  2. Tools  x\n"), "nothing about Errors"),
@@ -586,7 +594,7 @@ PLANTED = [
     (check_map, example(page="B  Words\n  1. Errors  x\n  2. Tools  y\n"), "lettered in order"),
     (check_map, "'''Nothing.'''\n", "no banner"),
     (check_order, example(first="def f():\n    return tool(1)"), "Errors uses tool of Tools"),
-    (check_order, example(first="def f(x: serve):\n    return x"), "uses serve of Transport"),
+    (check_order, example(first="def f(x: serve):\n    return x"), "uses serve of Streams"),
     (check_order, example(first="def f(x: 'list[serve]'):\n    return x"), "uses serve"),
     (check_order, example(first="def f() -> 'serve':\n    return 1"), "uses serve"),
     (check_order, example(first="class A:\n    x: serve"), "uses serve"),
@@ -612,7 +620,7 @@ PLANTED = [
     (check_pure, example(imports="import random", second="X = random.random"), "uses random"),
     (check_pure, example(imports="from time import monotonic"), "import time itself"),
     (check_pure, example(imports="import time as t"), "imported as t"),
-    (check_pure, example().replace("3. Transport ", "3. Transfer  "), "no section 'Transport'"),
+    (check_pure, example().replace("3. Streams ", "3. Strains "), "no section 'Streams'"),
     (check_functions, example(second=function("x = 1\n" * 59)), "f has 60 lines"),
     (check_functions, example(second=nested(NESTING + 1)), "f nests 5 deep"),
     (check_functions, example(second=function("x = 1\n" * 49)), "1 of 3 functions have 50"),

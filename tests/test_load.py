@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from tests.derived import build_settings
+from tests.fake_runner import CHAT as OPENAI_CHAT
+from tests.fake_runner import MESSAGES, NATIVE_CHAT, Dialect, Runner
 from tests.fakes import (
     Answer,
     FakeBackend,
@@ -25,6 +28,7 @@ from tests.fakes import (
     Raw,
     ask,
     chat,
+    chunk,
     eventually,
     http,
     need,
@@ -129,6 +133,139 @@ async def test_queued_bytes_are_limited_in_all_and_for_one_client() -> None:
         for client in clients:
             async with client:
                 assert (await client.response()).status == 200
+
+
+BUDGET = 1024 * KIB  # of bodies that wait or still arrive
+FITTING = 10  # bodies of LONG bytes are within it, one more is not
+LONG = 100 * KIB
+each_framing = pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+each_way = pytest.mark.parametrize("leave", [Raw.close, Raw.rst, Raw.fin], ids=["c", "r", "h"])
+
+
+class Upload:
+    """A client whose body of LONG bytes has arrived but for its end, until `end()`."""
+
+    def __init__(self, port: int, dialect: Dialect, user: str, chunked: bool) -> None:
+        self.port, self.dialect, self.user, self.chunked = port, dialect, user, chunked
+        self.text = "x" * (LONG - len(json.dumps(dialect.body(""))))
+
+    async def begin(self) -> Upload:
+        body = json.dumps(self.dialect.body(self.text)).encode()
+        headers = {"Content-Type": "application/json", "X-User-ID": self.user}
+        headers["Transfer-Encoding" if self.chunked else "Content-Length"] = (
+            "chunked" if self.chunked else str(len(body))
+        )
+        first, self.rest = body[:-1], body[-1:]
+        if self.chunked:
+            first, self.rest = chunk(first), chunk(self.rest) + b"0\r\n\r\n"
+        self.raw = await Raw.open(self.port)
+        await self.raw.send(http("POST", self.dialect.path, headers) + first)
+        return self
+
+    async def end(self) -> Answer:
+        await self.raw.send(self.rest)
+        answer = await self.raw.response()
+        self.raw.close()
+        return answer
+
+
+async def uploads(q: running, dialect: Dialect, chunked: bool) -> list[Upload]:
+    """As many as fit, all of whose bytes have been received."""
+    users = [f"user{number}" for number in range(FITTING)]
+    found = [await Upload(q.port, dialect, user, chunked).begin() for user in users]
+    await received(q)
+    return found
+
+
+async def received(q: running) -> None:
+    """What was sent before has been read: these answers took more turns than that."""
+    for _ in range(30):
+        assert (await ask(q.port, "GET", "/health")).body == b"ok"
+
+
+async def answered(uploading: list[Upload]) -> None:
+    for one in uploading:
+        assert one.dialect.text(await one.end()) == one.text
+
+
+async def turned_away(q: running, dialect: Dialect, chunked: bool) -> None:
+    """One more than fits is told so, in the words of its dialect."""
+    with contextlib.suppress(ConnectionError):  # it may be told before it has sent all
+        one = Upload(q.port, dialect, "one too many", chunked)
+        await one.begin()
+        await one.raw.send(one.rest)
+    answer = await asyncio.wait_for(one.raw.response(), 5)
+    assert answer.status in (429, 503), answer.status
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert dialect.whole_error(answer)
+    one.raw.close()
+
+
+@each_framing
+@pytest.mark.parametrize("dialect", [OPENAI_CHAT, MESSAGES, NATIVE_CHAT], ids=repr)
+async def test_bodies_that_still_arrive_are_limited_in_all_and_those_within_go_on(
+    dialect: Dialect, chunked: bool
+) -> None:
+    async with Runner() as fake, running(fake.url, queue__max_queued_bytes=BUDGET) as q:
+        held = await uploads(q, dialect, chunked)
+        await turned_away(q, dialect, chunked)
+        await answered(held)
+        assert {request.headers.get("x-user-id") for request in fake.requests} == {None}
+        assert len(fake.requests) == FITTING
+        again = await uploads(q, dialect, chunked)  # all of it is free again
+        await turned_away(q, dialect, chunked)
+        await answered(again)
+
+
+@each_framing
+@each_way
+async def test_uploads_whose_clients_leave_give_their_room_back(leave: Any, chunked: bool) -> None:
+    async with Runner() as fake, running(fake.url, queue__max_queued_bytes=BUDGET) as q:
+        for _ in range(3):
+            for one in await uploads(q, OPENAI_CHAT, chunked):
+                leave(one.raw)
+            await received(q)
+        held = await uploads(q, OPENAI_CHAT, chunked)
+        await turned_away(q, OPENAI_CHAT, chunked)
+        await answered(held)
+        assert len(fake.requests) == FITTING
+
+
+@each_framing
+async def test_uploads_that_end_in_an_error_give_their_room_back(chunked: bool) -> None:
+    limits = {"queue__max_queued_bytes": BUDGET, "server__body_timeout": 0.3}
+    async with Runner() as fake, running(fake.url, **limits) as q:
+        for one in await uploads(q, OPENAI_CHAT, chunked):
+            assert (await one.raw.response()).status == 408
+        patient = build_settings({**q.values, "server.body_timeout": 30})
+        q.service.read = lambda: patient
+        assert (await ask(q.port, "POST", "/llmq/reload", json={})).status == 200
+        wrong = b"{" + b"x" * LONG  # whole, and no JSON
+        for _ in range(2 * FITTING):
+            assert (await ask(q.port, "POST", OPENAI_CHAT.path, body=wrong)).status == 400
+        held = await uploads(q, OPENAI_CHAT, chunked)
+        await turned_away(q, OPENAI_CHAT, chunked)
+        await answered(held)
+        assert len(fake.requests) == FITTING
+
+
+@each_framing
+async def test_blobs_that_pass_through_need_no_room(chunked: bool) -> None:
+    """They are relayed piece by piece."""
+    size, piece = 4 * BUDGET, b"x" * (64 * KIB)
+    framing = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(size)}
+    async with Runner() as fake, running(fake.url, queue__max_queued_bytes=BUDGET) as q:
+        while (await q.status())["backends"][0]["state"] != "up":
+            pass
+        raw = await Raw.open(q.port)
+        await raw.send(http("POST", f"/api/blobs/sha256:{'5' * 64}", framing))
+        for number in range(size // len(piece)):
+            await raw.send(chunk(piece) if chunked else piece)
+            if number == size // len(piece) // 2:
+                await answered(await uploads(q, OPENAI_CHAT, chunked))
+        await raw.send(b"0\r\n\r\n" if chunked else b"")
+        assert (await raw.response()).status == 201
+        assert [length for length, _ in fake.uploads] == [size]
 
 
 async def test_a_web_page_elsewhere_may_have_sixteen_waiting() -> None:

@@ -23,6 +23,7 @@ from tests.fakes import (
     Process,
     Raw,
     ask,
+    black_hole,
     chunk,
     eventually,
     http,
@@ -529,6 +530,59 @@ async def test_client_that_leaves_ends_its_order_at_the_backend(
             await raw.head()
         leave(raw)
         await asyncio.wait_for(request.left(), 1)
+
+
+LARGE = ("POST", "/api/create", {"model": "made", "from": "m", "template": "x" * (4 * MIB)})
+AT_ONCE = {name: ORDERS[name] for name in ("pull", "push", "create", "copy")} | {"large": LARGE}
+each_leave = pytest.mark.parametrize(
+    "leave", [Raw.close, Raw.rst, Raw.fin], ids=["closes", "resets", "halves"]
+)
+
+
+async def nothing_runs_on(q: running, fake: Runner) -> None:
+    """Whatever came before an order given now has not come, or is cut off at the backend."""
+    raw = await begin(q.port, ORDERS["delete"])
+    while (request := await fake.management()).method != "DELETE":
+        await asyncio.wait_for(request.left(), 1)
+    await carry_out(request)
+    assert (await raw.response()).clean
+    before = [one for one in fake.managed if one is not request]
+    await eventually(lambda: all(one.connection.gone.is_set() for one in before), 1)
+
+
+@each_leave
+@pytest.mark.parametrize("order", AT_ONCE.values(), ids=AT_ONCE.keys())
+async def test_client_that_hangs_up_as_soon_as_it_has_asked_starts_nothing_that_runs_on(
+    order: Any, leave: Any
+) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        leave(await begin(q.port, order))
+        await nothing_runs_on(q, fake)
+
+
+@pytest.mark.parametrize("name", ["pull", "create"])
+async def test_client_that_hangs_up_while_its_backend_is_connected_to_starts_nothing(
+    name: str,
+) -> None:
+    async with Runner() as fake, running(fake.url, upstream__probe_interval=3600) as q:
+        await up(q)
+        await fake.stop_listening()
+        fake.drop_connections()
+        with black_hole(fake.port):
+            raw = await begin(q.port, ORDERS[name])
+            await up(q)  # the order was read before this was
+            stays = await begin(q.port, ORDERS["copy"])
+            await up(q)
+            raw.close()
+            await up(q)
+        await fake.listen_again()
+        while (request := await fake.management()).path != "/api/copy":  # it connected later
+            await asyncio.wait_for(request.left(), 1)
+        await carry_out(request)
+        assert (await stays.response()).clean
+        before = [one for one in fake.managed if one is not request]
+        await eventually(lambda: all(one.connection.gone.is_set() for one in before), 1)
 
 
 @pytest.mark.parametrize("broken", [FakeRequest.close, FakeRequest.reset], ids=["closes", "resets"])

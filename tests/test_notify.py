@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings
 from tests.fakes import (
     ROOT,
     FakeBackend,
@@ -54,7 +55,7 @@ import sys, llmq
 def hang(*_, **__):
     open(FIFO).read()
 FIFO = sys.argv.pop()
-llmq.Desk.snapshot = hang
+llmq.snapshot = hang
 sys.exit(llmq.main())
 """
 
@@ -329,7 +330,7 @@ async def test_all_given_sockets_are_served() -> None:
             six = stack.enter_context(listening(socket.AF_INET6))
         except OSError:
             pytest.skip("no IPv6 here")
-        settings = llmq.build_settings({"backends": [NOBODY]})
+        settings = build_settings({"backends": [NOBODY]})
         service = llmq.Service(settings, sockets=[four.dup(), six.dup()])
         await service.start()
         ports = [one.getsockname()[1] for one in (four, six)]
@@ -378,7 +379,7 @@ class Elsewhere:
 
 async def test_given_socket_beyond_this_box_needs_the_word_that_it_is_meant() -> None:
     with listening() as held:
-        settings = llmq.build_settings({"backends": [NOBODY]})
+        settings = build_settings({"backends": [NOBODY]})
         service = llmq.Service(settings, sockets=[held, Elsewhere()])
         with pytest.raises(llmq.ConfigError, match=r"host 0\.0\.0\.0: .* --allow-anonymous-lan"):
             await service.start()
@@ -469,7 +470,7 @@ async def test_connection_accepted_before_the_stop_may_still_speak(
 ) -> None:
     monkeypatch.setattr(llmq, "STOP_SECONDS", 0)
     with listening() as held:
-        settings = llmq.build_settings({"backends": [NOBODY]})
+        settings = build_settings({"backends": [NOBODY]})
         service = llmq.Service(settings, sockets=[held.dup()])
         await service.start()
         clients = [await Raw.open(service.port) for _ in range(2)]
@@ -485,7 +486,7 @@ async def test_connection_accepted_before_the_stop_may_still_speak(
 
 async def test_what_comes_while_it_stops_stays_for_the_next_one() -> None:
     with listening() as held:
-        settings = llmq.build_settings({"backends": [NOBODY], "server.drain_timeout": 1})
+        settings = build_settings({"backends": [NOBODY], "server.drain_timeout": 1})
         service = llmq.Service(settings, sockets=[held.dup()])
         await service.start()
         stop = asyncio.ensure_future(service.stop())

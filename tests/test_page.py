@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ async def test_each_change_is_on_the_page_within_a_second(browser: Browser) -> N
             await shows("document.querySelectorAll('#queue tbody tr').length === 0", began + SECOND)
             began = time.monotonic()
             await fake.stop_listening()
-            await q.gateway.look()
+            await q.gateway.monitor.refresh()
             await shows("document.querySelector('#devices').innerText.includes('refused')", began)
             assert await page.js("document.title") == "llmq — no backend"
 
@@ -236,8 +237,10 @@ async def test_plots_and_figures_count_what_ends(browser: Browser) -> None:
 
 async def test_what_a_backend_and_the_configuration_lack_is_said(browser: Browser) -> None:
     async with FakeBackend(kind="ollama") as fake, running(f"ollama={fake.url}") as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.usable)  # the first look at it has ended
         await fake.stop_listening()
-        await q.gateway.look()
+        await q.gateway.monitor.refresh()
         q.service.read = lambda: (_ for _ in ()).throw(llmq.ConfigError("llmq.toml: no such key"))
         async with opened(browser, q) as page:
             q.service.reload()
@@ -249,7 +252,8 @@ async def test_what_a_backend_and_the_configuration_lack_is_said(browser: Browse
 
 @pytest.mark.deadline(20)
 async def test_hostile_names_stay_text(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmq, "client_name", lambda _user, _origin, _agent: HOSTILE)
+    hostile = llmq.Caller(HOSTILE, foreign=False)
+    monkeypatch.setattr(llmq, "identify", lambda *_facts: hostile)
     monkeypatch.setattr(llmq, "printable", lambda text, _limit=0: text)
     async with FakeBackend(models=[HOSTILE], auto=False) as fake:
         async with running(fake.url) as q:
@@ -415,11 +419,11 @@ async def test_selection_and_focus_stay_while_rows_come_and_go(browser: Browser)
         focused = f"document.activeElement === {row('bob')}"
         assert await page.js(focused)
         call = next(c for c in q.gateway.calls.values() if c.ticket.client.name == "user:carol")
-        q.service.feed.desk.reprioritise(call, llmq.Priority.HIGH)
+        q.gateway.reprioritise(call, llmq.Priority.HIGH)
         await page.until(f"{row('carol')}.rowIndex < {row('bob')}.rowIndex")
         assert await page.js(focused)
         call = next(c for c in q.gateway.calls.values() if c.ticket.client.name == "user:bob")
-        q.service.feed.desk.cancel(call)
+        q.gateway.cancel(call)
         await page.until(f"!{row('bob')}")
         assert await page.js("document.querySelector('#queue [aria-current]').innerText")
 
@@ -455,7 +459,7 @@ async def test_page_is_back_after_a_restart(browser: Browser) -> None:
         async with running(fake.url, server__port=q.port) as again:
             await ask(again.port, "POST", "/llmq/mode", json={"mode": "paused"})
             await page.until("document.title === 'llmq — paused' && live")
-            assert again.service.feed.watchers == 1
+            assert again.service.api.stream.watchers == 1
 
 
 @pytest.mark.deadline(20)
@@ -476,39 +480,41 @@ async def test_silence_is_noticed(browser: Browser) -> None:
 async def test_tabs_have_one_stream_each_while_they_are_seen(browser: Browser) -> None:
     async with FakeBackend() as fake, running(fake.url) as q, contextlib.AsyncExitStack() as stack:
         tabs = [await stack.enter_async_context(opened(browser, q)) for _ in range(3)]
-        feed = q.service.feed
-        await eventually(lambda: feed.watchers == 3)
+        stream = q.service.api.stream
+        await eventually(lambda: stream.watchers == 3)
         async with browser.page(beside=tabs[0]) as cover:  # a tab in front of the first one
             await tabs[0].until("document.hidden")
-            await eventually(lambda: feed.watchers == 2)
+            await eventually(lambda: stream.watchers == 2)
             await cover.goto(q.base + "/llmq")
             await cover.until(LIVE)
-            await eventually(lambda: feed.watchers == 3)
+            await eventually(lambda: stream.watchers == 3)
             await q.chat("hi")
             assert not await tabs[0].js("snap.recent.length")
         await tabs[0].until("!document.hidden && snap.recent.length")
-        await eventually(lambda: feed.watchers == 3)
+        await eventually(lambda: stream.watchers == 3)
         for tab in tabs:
             assert sum(url.endswith("/llmq/events") for url in tab.requests) <= 2
 
 
 @pytest.mark.deadline(30)
-async def test_ten_thousand_that_wait_and_twenty_that_watch_hold_nobody_up() -> None:
+async def test_ten_thousand_that_wait_and_twenty_that_watch_hold_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with FakeBackend(auto=False) as fake:
         async with running(fake.url, upstream__probe_interval=3600) as q:
             crowd(q, 10000)
-            feed, shown, spent = q.service.feed, q.service.feed.desk.snapshot, []
+            shown, spent = llmq.snapshot, []
 
-            def timed(**options: Any) -> dict[str, Any]:
+            def timed(gateway: llmq.Gateway, **options: Any) -> dict[str, Any]:
                 tracer = sys.gettrace()  # coverage's would double what it takes
                 sys.settrace(None)
                 began = time.thread_time()  # of this process alone: the machine may be busy
-                snapshot = shown(**options)
+                snapshot = shown(gateway, **options)
                 spent.append(time.thread_time() - began)
                 sys.settrace(tracer)
                 return snapshot
 
-            feed.desk.snapshot = timed
+            monkeypatch.setattr(llmq, "snapshot", timed)
             gc.collect()
             gc.freeze()  # as `serve` does
             try:
@@ -517,7 +523,7 @@ async def test_ten_thousand_that_wait_and_twenty_that_watch_hold_nobody_up() -> 
                     await viewer.send(http("GET", "/llmq/events"))
                 for viewer in viewers:
                     await viewer.until(b"\n\n")
-                assert feed.watchers == 20
+                assert q.service.api.stream.watchers == 20
                 assert len(spent) <= 5, "each rendered its own"
                 for turn in range(8):
                     before, q.gateway.config_error = len(spent), f"turn {turn}"
@@ -542,11 +548,15 @@ def crowd(q: running, number: int) -> None:
     request = llmq.parse_request_head(head)
     for at in range(number):
         client = gateway.clients.named(f"user:{at % 50}")
-        exchange = llmq.Exchange(None, request)
+        connection: Any = SimpleNamespace(reader=llmq.Reader())
+        exchange = llmq.Exchange(connection, request)
         exchange.id = exchange.request_id = f"x-{at}"
-        ticket = llmq.Ticket(exchange.id, client, "m", list(llmq.Priority)[at % 3], 100)
-        gateway.calls[ticket.id] = llmq.Call(exchange, ticket, llmq.ENDPOINTS[llmq.CHAT], None, "m")
-        gateway.scheduler.submit(ticket, gateway.now())
+        ids, endpoint = (exchange.id, exchange.request_id), llmq.ENDPOINTS[llmq.CHAT]
+        call = llmq.Call(exchange, endpoint, request, llmq.NOBODY, ids)
+        call.model, priority = "m", list(llmq.Priority)[at % 3]
+        call.ticket = llmq.Ticket(call.id, client, llmq.Want("m"), priority, 100)
+        gateway.calls[call.id] = call
+        gateway.scheduler.submit(call.ticket, gateway.now())
 
 
 # ---- How it looks ----------------------------------------------------------------------------
@@ -581,7 +591,7 @@ async def state(name: str) -> AsyncIterator[tuple[running, FakeBackend]]:
             backends = {"ollama": {"url": ollama.url}, "vllm": {"url": vllm.url, "device": "gpu"}}
             more = {"devices": {"gpu": {"slots": 4}}, "upstream.probe_interval": 0.5}
             async with running(backends=backends, **more) as q:
-                await q.gateway.look()
+                await q.gateway.monitor.refresh()
                 sent = []
                 if name != "empty":
                     for at, client in enumerate(clients):

@@ -29,6 +29,7 @@ from tests.fakes import (
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 SECOND = 1.0
+CHAT = "/v1/chat/completions"
 
 
 async def begin(port: int, text: str, stream: bool = False) -> Raw:
@@ -364,6 +365,25 @@ async def test_flags_and_environment_still_win_after_a_reload(tmp_path: Path) ->
             snapshot = await reload(p, lambda seen: not seen["config_error"])
             assert snapshot["devices"][0]["slots"] == 4
             assert snapshot["queue"]["full_at"] == 77
+
+
+async def test_a_reload_that_changes_the_log_loses_no_line_of_a_request(tmp_path: Path) -> None:
+    """Request lines are written together, a few times a second; those that are due are too."""
+    file, ids = tmp_path / "llmq.json", []
+    async with FakeBackend() as fake:
+        write(file, backends=backends(one=fake))
+        async with Process("--port", "0", "--config", str(file)) as p:
+            for log in ({"format": "json"}, {"level": "error"}, {"level": "warning"}) * 3:
+                for _ in range(5):
+                    answer = await ask(p.port, "POST", CHAT, json=chat("x"))
+                    ids.append(answer.headers["x-llmq-id"])
+                for changed in (log, {}):
+                    write(file, backends=backends(one=fake), log=changed)
+                    await ask(p.port, "POST", "/llmq/reload", json={})
+            assert await p.ended() == 0
+            lines = [line for line in p.output.splitlines() if "outcome" in line]
+            assert [one for one in ids if not any(one in line for line in lines)] == []
+            assert len(lines) == len(ids)
 
 
 # ---- A start that is refused -----------------------------------------------------------------

@@ -9,15 +9,16 @@ import re
 import sys
 
 import llmq
+from tests.derived import metrics_markdown, routes_markdown, settings_markdown
 from tests.fakes import ROOT, Process, ask, chat
 from tests.test_client_matrix import clients_markdown
 
 README = ROOT / "README.md"
 TABLES = {
-    "settings": llmq.settings_markdown,
-    "routes": llmq.routes_markdown,
+    "settings": settings_markdown,
+    "routes": routes_markdown,
     "clients": clients_markdown,
-    "metrics": llmq.metrics_markdown,
+    "metrics": metrics_markdown,
 }
 
 

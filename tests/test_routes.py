@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
 
 import llmq
+from tests.derived import build_settings, routes_markdown
 from tests.fake_ollama import Runner
+from tests.fake_runner import DIALECTS, Dialect
+from tests.fake_runner import Runner as SpeakingRunner
 from tests.fakes import Answer, FakeBackend, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
@@ -31,6 +35,7 @@ def told_error(path: str, answer: Answer) -> str:
     error = answer.json()["error"]
     if path.startswith("/api/"):
         assert answer.json() == {"error": error}
+        assert isinstance(error, str)
         return str(error)
     if path.startswith("/v1/messages"):
         assert (answer.json()["type"], set(error)) == ("error", {"type", "message"})
@@ -196,6 +201,102 @@ async def test_encoded_path_means_what_it_decodes_to() -> None:
             assert (answer.status, b"unknown" in answer.body) == (404, True), path
 
 
+def spellings(path: str, number: int) -> list[str]:
+    """So many other ways to write a path, slashes and letters as %XX."""
+    places = [at for at, letter in enumerate(path) if at and letter != "."]
+    found = []
+    for pattern in range(1, number + 1):
+        odd = {at for bit, at in enumerate(places[::-1]) if pattern >> bit & 1}
+        pieces = [f"%{ord(c):02x}" if at in odd else c for at, c in enumerate(path)]
+        found.append("".join(pieces))
+    return found
+
+
+def slashed(path: str) -> str:
+    return path[0] + path[1:].replace("/", "%2f")
+
+
+def labels(text: str) -> set[str]:
+    """Every route that the metrics count requests of."""
+    return set(re.findall(r'llmq_requests_total\{[^}]*route="([^"]*)"', text))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=repr)
+async def test_every_spelling_of_an_inference_route_is_that_route(dialect: Dialect) -> None:
+    kind = "vllm" if dialect.path == "/v1/rerank" else "ollama"
+    async with SpeakingRunner(kind=kind) as fake, running(fake.url) as q:
+        await told(q)
+        for path in (*spellings(dialect.path, 3), slashed(dialect.path)):
+            body = dialect.body("hi")
+            answer = await ask(q.port, "POST", path, json=body)
+            assert dialect.text(answer) == "hi", path
+            answer = await ask(q.port, "POST", path, json={**body, "model": "unknown"})
+            assert answer.status == 404
+            assert "unknown" in dialect.whole_error(answer), path
+            answer = await ask(q.port, "POST", path, body=b"{")
+            assert answer.status == 400
+            assert dialect.whole_error(answer), path
+            answer = await ask(q.port, "GET", path)
+            assert answer.status == 405
+            assert told_error(dialect.path, answer), path
+        assert {row["route"] for row in (await q.status())["recent"]} == {dialect.path}
+        text = (await ask(q.port, "GET", "/metrics")).body.decode()
+        assert labels(text) == {dialect.path}
+
+
+async def test_request_that_waits_or_runs_is_shown_with_its_route_however_it_was_spelled() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        clients = []
+        for path in ("/v1/chat%2Fcompletions", "/v1/%63hat/completions"):
+            clients.append(await Raw.open(q.port))
+            await clients[-1].send(http("POST", path, JSON, json.dumps(chat("x")).encode()))
+        await waiting(q, 1)
+        assert [row["route"] for row in (await q.status())["requests"]] == [CHAT, CHAT]
+        for client in clients:
+            await (await fake.arrived()).answer("done")
+            assert (await client.response()).content == "done"
+
+
+@pytest.mark.parametrize("model", ["m", "unknown"])
+async def test_two_hundred_spellings_of_a_route_are_one_label(model: str) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await told(q)
+        paths = spellings(CHAT, 200)
+        assert len(set(paths)) == 200
+        for path in paths:
+            await ask(q.port, "POST", path, json=chat("x", model=model))
+        text = (await ask(q.port, "GET", "/metrics")).body.decode()
+        assert labels(text) == {CHAT}
+        assert len(re.findall("^llmq_requests_total", text, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/messages/count_tokens", 400),
+        ("GET", "/v1/messages/count_tokens", 405),
+        ("POST", "/api/show", 400),
+        ("POST", "/api/pull", 501),
+        ("GET", "/api/pull", 405),
+        ("POST", "/api/tags", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/nobody", 404),
+        ("GET", "/llmq/mode", 405),
+    ],
+)
+async def test_error_is_in_the_dialect_of_the_route_however_it_is_spelled(
+    method: str, path: str, status: int
+) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await told(q)
+        for spelled in (path, *spellings(path, 2), slashed(path)):
+            body = b'{"model":3}' if status == 400 else b'{"model":"x"}'
+            sent = body if method == "POST" else None
+            answer = await ask(q.port, method, spelled, body=sent, headers=JSON)
+            assert answer.status == status, spelled
+            assert told_error(path, answer), spelled
+
+
 async def test_unknown_method_is_501_and_unknown_everywhere() -> None:
     async with running(NOBODY) as q:
         for path in (CHAT, "/health"):
@@ -204,7 +305,7 @@ async def test_unknown_method_is_501_and_unknown_everywhere() -> None:
 
 
 def test_markdown_has_one_row_for_each_route() -> None:
-    _, _, *lines = llmq.routes_markdown().splitlines()
+    _, _, *lines = routes_markdown().splitlines()
     assert len(lines) == len(ROUTES)
     for line, route in zip(lines, ROUTES):
         assert line.startswith(f"| `{' '.join(route.methods)} {route.path}` |")
@@ -382,7 +483,7 @@ async def test_request_whose_reader_is_stuck_can_be_cancelled(
         request = await fake.arrived()
         await request.start_stream()
         (call,) = q.gateway.calls.values()
-        while not call.exchange.blocked:
+        while not call.reply.blocked:
             await request.piece("x" * 65536)
         await ask(q.port, "DELETE", f"/llmq/requests/{(await ids(q))['a']}")
         await request.left()
@@ -534,7 +635,7 @@ async def test_reload_reads_the_settings_again_and_tells_a_mistake() -> None:
     async with running(NOBODY) as q:
         answer = await ask(q.port, "POST", "/llmq/reload", json={})
         assert (answer.status, answer.json()) == (200, {"config_error": None})
-        more = llmq.build_settings({**q.values, "queue.max_depth": 7})
+        more = build_settings({**q.values, "queue.max_depth": 7})
         q.service.read = lambda: more
         assert (await ask(q.port, "POST", "/llmq/reload", json={})).json() == {"config_error": None}
         assert (await q.status())["queue"]["full_at"] == 7

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings
 from tests.fakes import FakeBackend, Process, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
@@ -45,7 +46,7 @@ def log() -> Iterator[Any]:
 async def reread(q: running, **settings: Any) -> None:
     """Let these settings be what a reload reads, and reload."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    q.service.read = lambda: llmq.build_settings({**q.values, **values})
+    q.service.read = lambda: build_settings({**q.values, **values})
     q.service.reload()
     assert q.gateway.config_error is None
 
@@ -94,7 +95,7 @@ async def test_ipv6_address_is_shown_in_brackets() -> None:
 async def test_port_that_is_taken_is_told() -> None:
     async with running(NOBODY) as q:
         values = {"server.port": q.port, "backends": [NOBODY]}
-        second = llmq.Service(llmq.build_settings(values))
+        second = llmq.Service(build_settings(values))
         with pytest.raises(llmq.StartError, match=f"127.0.0.1:{q.port}"):
             await second.start()
         await second.stop()
@@ -103,7 +104,7 @@ async def test_port_that_is_taken_is_told() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "box.lan"])
 async def test_listening_for_the_network_needs_leave_and_then_works(host: str) -> None:
-    service = llmq.Service(llmq.build_settings({"server.host": host, "server.port": 0}))
+    service = llmq.Service(build_settings({"server.host": host, "server.port": 0}))
     with pytest.raises(llmq.ConfigError, match="--allow-anonymous-lan"):
         await service.start()
     if host == "0.0.0.0":
@@ -306,12 +307,6 @@ async def test_reload_moves_a_backend_to_another_address_or_device() -> None:
             assert [row["name"] for row in snapshot["devices"]] == ["gpu"]
 
 
-def flush() -> None:
-    """Request lines are written together, a few times a second; now."""
-    for handler in llmq.log.handlers:
-        handler.flush()
-
-
 @pytest.mark.usefixtures("log")
 async def test_reload_changes_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     llmq.set_up_log(llmq.LogSettings())
@@ -319,13 +314,13 @@ async def test_reload_changes_the_log(capsys: pytest.CaptureFixture[str]) -> Non
         await reread(q, log__format="json")
         capsys.readouterr()
         await q.chat("x")
-        flush()
+        q.gateway.journal.flush()
         *_, line = capsys.readouterr().err.splitlines()
         assert json.loads(line)["outcome"] == "done"
         await reread(q, log__level="error")
         capsys.readouterr()
         await q.chat("x")
-        flush()
+        q.gateway.journal.flush()
         assert not capsys.readouterr().err
 
 

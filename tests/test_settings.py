@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings, settings_markdown
 from tests.fakes import ROOT
 
 ROWS = list(llmq.known_settings())
@@ -185,14 +186,16 @@ def test_variables_of_npm_llm_queue_work() -> None:
     assert settings.queue.max_attempts == 3
     assert settings.upstream.first_byte_timeout == 90.0
     assert not notes
-    known = {row.also for row in ROWS if row.also} | {"OLLAMA_URL"}
+    known = {row.env_alias for row in ROWS if row.env_alias} | {"OLLAMA_URL"}
     assert known == set(FOREIGN), "a foreign variable without a test"
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.also], ids=lambda row: row.also)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.env_alias], ids=lambda row: row.env_alias
+)
 def test_llmqs_own_variable_goes_before_a_foreign_one(row: Any) -> None:
-    own, foreign = ("127.0.0.3", "127.0.0.2") if row.also == "HOST" else ("7", "80")
-    settings, _ = read({row.also: foreign, row.variable: own})
+    own, foreign = ("127.0.0.3", "127.0.0.2") if row.env_alias == "HOST" else ("7", "80")
+    settings, _ = read({row.env_alias: foreign, row.variable: own})
     assert value_of(settings, row.key) == llmq.PARSERS[row.type](own)
 
 
@@ -265,7 +268,7 @@ def test_backends_of_a_higher_source_replace_those_below(tmp_path: Path) -> None
     ],
 )
 def test_backend_is_a_url_or_a_name_and_a_url(item: str, name: str, url: str) -> None:
-    settings = llmq.build_settings({"backends": [item]})
+    settings = build_settings({"backends": [item]})
     assert settings.backends == {name: llmq.BackendSettings(url=url)}
 
 
@@ -286,20 +289,20 @@ def test_backend_is_a_url_or_a_name_and_a_url(item: str, name: str, url: str) ->
 )
 def test_backend_that_is_no_base_url_is_refused_with_the_cure(item: str) -> None:
     with pytest.raises(llmq.ConfigError, match=r"url|NAME") as raised:
-        llmq.build_settings({"backends": [item]})
+        build_settings({"backends": [item]})
     assert "\n" not in str(raised.value)
 
 
 def test_password_in_a_url_is_refused_and_not_repeated() -> None:
     with pytest.raises(llmq.ConfigError, match="key") as raised:
-        llmq.build_settings({"backends": ["http://me:secret@box:1"]})
+        build_settings({"backends": ["http://me:secret@box:1"]})
     assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a/b", "ä", "a\n"])
 def test_name_of_a_backend_is_plain(name: str) -> None:
     with pytest.raises(llmq.ConfigError, match="letters and digits"):
-        llmq.build_settings({"backends": {name: {"url": "http://a:1"}}})
+        build_settings({"backends": {name: {"url": "http://a:1"}}})
 
 
 ALIASES = {"claude-*": "qwen3-coder:30b", "gpt-4o": "M", "*": "m"}
@@ -310,7 +313,7 @@ def test_aliases_are_patterns_and_the_models_they_mean(tmp_path: Path) -> None:
     assert settings.aliases == ALIASES
     assert list(settings.aliases) == list(ALIASES), "the first that fits counts"
     assert llmq.Settings().aliases == {}
-    assert llmq.build_settings({"aliases": {}}).aliases == {}
+    assert build_settings({"aliases": {}}).aliases == {}
 
 
 @pytest.mark.parametrize(
@@ -328,7 +331,7 @@ def test_alias_that_means_no_model_is_told_with_the_cure(bad: Any, tmp_path: Pat
 def test_aliases_are_a_table(bad: Any, tmp_path: Path) -> None:
     assert "write [aliases]" in mistake(file=write(tmp_path / "llmq.json", {"aliases": bad}))
     with pytest.raises(llmq.ConfigError, match=r"write \[aliases\]"):
-        llmq.build_settings({"aliases": bad})
+        build_settings({"aliases": bad})
 
 
 # ---- Mistakes --------------------------------------------------------------------------------
@@ -345,8 +348,8 @@ def wrong_values(row: Any) -> list[Any]:
         "bool": ["", "maybe", "2"],
         "Names": [],
     }
-    low = [str(row.least - 1)] if row.type in ("int", "Size") and row.least >= 1 else []
-    low += ["0"] if row.type == "Duration" and row.least else []
+    low = [str(row.minimum - 1)] if row.type in ("int", "Size") and row.minimum >= 1 else []
+    low += ["0"] if row.type == "Duration" and row.minimum else []
     return wrong[row.type] + low
 
 
@@ -415,7 +418,7 @@ def test_settings_that_were_shown_are_read_the_same(tmp_path: Path) -> None:
     values["backends"] = {"a": {"url": "http://a:1", "key": "k", "kind": "ollama", "slots": 2}}
     values["devices"] = {"a": {"slots": 3}}
     values["aliases"] = ALIASES
-    settings = llmq.build_settings(values)
+    settings = build_settings(values)
     shown = write(tmp_path / "llmq.json", llmq.render_settings(settings))
     assert read(file=shown)[0] == settings
     default = write(tmp_path / "default.json", llmq.render_settings(llmq.Settings()))
@@ -428,13 +431,13 @@ def test_default_that_is_shown_may_be_written(row: Any) -> None:
 
 
 def test_markdown_has_one_row_for_each_setting() -> None:
-    _, _, *lines = llmq.settings_markdown().splitlines()
+    _, _, *lines = settings_markdown().splitlines()
     assert len(lines) == len(ROWS)
     for line, row in zip(lines, ROWS):
         assert line.startswith(f"| `{row.flag}` | `{row.variable}`")
         assert line.endswith(f" | {row.help} |")
         assert f"| {row.shown_default} |" in line
-        assert not row.also or f"`{row.also}`" in line
+        assert not row.env_alias or f"`{row.env_alias}`" in line
         assert line.count("|") == 5
 
 
@@ -508,10 +511,8 @@ EFFECTS = {
 
 def named_settings() -> list[str]:
     """What is set in tables whose keys are the user's."""
-    rows = [
-        f"{table}.{one.name}" for table, cls in llmq.NAMED_TABLES.items() for one in fields(cls)
-    ]
-    return rows + [table for table in llmq.OWN_TABLES if table not in llmq.NAMED_TABLES]
+    rows = [f"{table}.{one.name}" for table, cls in llmq.ROW_TABLES.items() for one in fields(cls)]
+    return rows + [table for table in llmq.OWN_TABLES if table not in llmq.ROW_TABLES]
 
 
 def test_every_setting_has_a_tested_effect() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Callable
 import pytest
 
 import llmq
-from llmq import TRANSLATORS, BackendError, BadRequest, NotSpoken
+from llmq import TRANSLATORS, BackendError, BadRequest, Untranslatable
 from tests.documents import RECORDINGS, cuts, recorded, stream_of
 
 ASKED = {
@@ -83,7 +83,7 @@ def unless_refused(run: Callable[[], Any]) -> Any:
     """What comes of it; None where it is refused in words."""
     try:
         return run()
-    except (BackendError, BadRequest, NotSpoken):
+    except (BackendError, BadRequest, Untranslatable):
         return None
 
 
@@ -185,7 +185,7 @@ def test_what_is_no_answer_is_a_backends_error_or_retold_in_json(
     pair: tuple[str, str], answer: Any
 ) -> None:
     one = translator(pair)
-    told = unless_refused(lambda: one.retell(one.whole, answer))
+    told = unless_refused(lambda: one.translate(one.whole, answer))
     assert told is None or isinstance(json.loads(llmq.render_json(told)), dict)
 
 
@@ -229,7 +229,7 @@ def test_arguments_of_a_tool_that_nest_without_end_are_no_crash(pair: tuple[str,
     call = {"function": {"name": "f", "arguments": DEEP}}
     one = translator(pair)
     with pytest.raises(BackendError):
-        one.retell(one.whole, {"choices": [{"message": {"tool_calls": [call]}}]})
+        one.translate(one.whole, {"choices": [{"message": {"tool_calls": [call]}}]})
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     body = unless_refused(translator(pair, messages=messages).body)
     assert body is None or json.loads(body)["model"] == "m"
@@ -306,7 +306,7 @@ def test_recorded_pair_of_answers_differs_by_id_and_time_alone() -> None:
     """The same question at both routes of one Ollama."""
     native = recorded(RECORDINGS / "ollama.api-chat.response.txt")[1]
     one = translator(("/v1/chat/completions", "/api/chat"))
-    told = one.retell(one.whole, json.loads(native))
+    told = one.translate(one.whole, json.loads(native))
     shape = json.loads(recorded(RECORDINGS / "ollama.chat.response.txt")[1])
     assert list(told) == list(shape)
     assert list(told["choices"][0]) == list(shape["choices"][0])

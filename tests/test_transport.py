@@ -104,7 +104,7 @@ async def test_failure_of_a_connection_is_logged_and_ends_only_this_one(
 )
 async def test_broken_chunks_of_a_body_that_streams_through_are_told(sent: bytes) -> None:
     async with FakeBackend(kind="ollama", auto=False) as fake, running(fake.url) as q:
-        await eventually(lambda: all(one.told for one in q.gateway.fleet.backends.values()))
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
         raw = await Raw.open(q.port)
         chunked = {"Transfer-Encoding": "chunked"}
         await raw.send(http("POST", "/api/blobs/sha256:0", chunked, b"") + sent)

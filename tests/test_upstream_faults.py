@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tests.fakes import (
     FakeRequest,
     Raw,
     ask,
+    black_hole,
     chat,
     chunk,
     eventually,
@@ -600,6 +599,47 @@ async def test_a_pooled_connection_that_the_backend_closed_is_not_used() -> None
         assert len(fake.requests) == 20
 
 
+class Broken(FakeBackend):
+    """While `broken` it hangs up on probes without a word, or is silent."""
+
+    broken = ""
+
+    async def _answer_probe(self, request: FakeRequest) -> None:
+        if self.broken == "hangs up":
+            request.reset()
+        await super()._answer_probe(request)
+
+
+@pytest.mark.parametrize("lately", [False, True], ids=["new", "delivered lately"])
+@pytest.mark.parametrize("how", ["hangs up", "is silent"])
+async def test_a_retry_is_not_spent_on_a_runner_that_no_probe_got_through_to(
+    how: str, lately: bool
+) -> None:
+    limits = {"upstream__probe_timeout": 0.1, "upstream__probe_interval": 0.1}
+    async with Broken(auto=False) as fake, running(fake.url, **limits) as q:
+        if lately:
+            asked = start(q, "good")
+            request = await fake.arrived()
+            await request.status(200, GOOD_BODY, [("Connection", "close")])
+            request.close()
+            assert (await asked).content == "good"
+        await state(q, "up")
+        asked = start(q, "hello")
+        request = await fake.arrived()
+        fake.broken = how
+        if how == "is silent":
+            fake.hold_probes()
+        request.reset()
+        before, sent = fake.probes, len(fake.requests)
+        await eventually(lambda: fake.probes >= before + 3)  # so two have failed
+        assert len(fake.requests) == sent, "sent to a runner that may be dead"
+        fake.broken = ""
+        fake.release_probes()
+        again = await asyncio.wait_for(fake.arrived(), 5)
+        await again.answer("well")
+        assert (await asked).content == "well"
+
+
 # ---- Loading, down and unknown ---------------------------------------------------------------
 
 
@@ -812,21 +852,6 @@ async def test_the_backend_is_never_asked_for_more_than_its_slots_across_time_ou
         await serves_on(q, fake, 4)
 
 
-@contextlib.contextmanager
-def black_hole(port: int) -> Iterator[None]:
-    """A listener whose queue of connections is full: the next SYN is not answered."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen(0)
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(("127.0.0.1", port))
-        yield
-
-
 async def vanish(q: running, fake: FakeBackend) -> None:
     """The backend was up, and now nobody is there."""
     await state(q, "up")
@@ -836,6 +861,7 @@ async def vanish(q: running, fake: FakeBackend) -> None:
 
 async def test_a_connection_that_is_not_answered_is_a_502_in_time() -> None:
     limits = {"upstream__connect_timeout": 0.3, "upstream__probe_interval": 3600}
+    limits["queue__max_attempts"] = 1  # another one waits until a probe gets through
     async with FakeBackend(auto=False) as fake, running(fake.url, **limits) as q:
         await vanish(q, fake)
         with black_hole(fake.port):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes import Answer, FakeBackend, Raw, ask, chat, http, running
+from tests.fake_runner import CHAT as OPENAI_CHAT
+from tests.fake_runner import DIALECTS, NATIVE_CHAT, Dialect, Runner
+from tests.fake_runner import MESSAGES as ANTHROPIC_MESSAGES
+from tests.fakes import Answer, FakeBackend, Process, Raw, ask, chat, http, need, running
 
 CHAT = "/v1/chat/completions"
 MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
@@ -200,3 +206,106 @@ async def test_every_refusal_is_an_error_object() -> None:
             error = assert_error(await ask(q.port, method, path, json=body), status)
             assert error["code"] == code, (method, path, error)
             assert "Traceback" not in error["message"]
+
+
+# ---- Names of members: what a web page can send without being asked --------------------------
+
+MIB = 1 << 20
+NAME, MEMBERS = 1024, 1000  # the longest name, in bytes; the most members at the top
+FAMILIES = (OPENAI_CHAT, ANTHROPIC_MESSAGES, NATIVE_CHAT)
+HUGE = {  # the beginning of a body whose name of a member has about this many bytes
+    "letters": lambda size: b'{"' + b"k" * size + b'":1,',
+    "escapes": lambda size: b'{"' + b"\\u0061" * (size // 6) + b'":1,',
+    "quotes": lambda size: b'{"' + b'\\"' * (size // 2) + b'":1,',
+    "no end": lambda size: b'{"' + b"k" * size,
+    "behind a space": lambda size: b'{"x" :1,\n "' + b"k" * size + b'" :1,',
+}
+each_family = pytest.mark.parametrize("dialect", FAMILIES, ids=repr)
+
+
+def peak(pid: int) -> int:
+    """The most bytes of memory that a process has ever had in use."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s+(\d+) kB", text)
+    assert found
+    return int(found.group(1)) * 1024
+
+
+def with_members(dialect: Dialect, beginning: bytes) -> bytes:
+    """A request of this dialect, these members before its own."""
+    return beginning + json.dumps(dialect.body("hi")).encode()[1:]
+
+
+async def post_body(port: int, dialect: Dialect, body: bytes) -> Answer:
+    return await ask(port, "POST", dialect.path, body=body, headers=JSON)
+
+
+@pytest.mark.deadline(60)
+@pytest.mark.parametrize(("size", "room"), [(MIB, 32 * MIB), (30 * MIB, 100 * MIB)], ids=str)
+@pytest.mark.parametrize("kind", HUGE)
+async def test_endless_name_of_a_member_is_refused_in_little_memory(
+    kind: str, size: int, room: int
+) -> None:
+    need(sys.platform == "linux", "memory is read from /proc")
+    async with Runner() as fake, Process("--port", "0", "--backend", fake.url) as p:
+        assert (await OPENAI_CHAT.ask(p.port, "good")).status == 200
+        resource.prlimit(p.pid, resource.RLIMIT_AS, (2048 * MIB, 2048 * MIB))  # harms no other test
+        before = peak(p.pid)
+        for dialect in FAMILIES:
+            body = HUGE[kind](size)
+            body = body if kind == "no end" else with_members(dialect, body)
+            answer = await post_body(p.port, dialect, body)
+            assert (answer.status, len(answer.body) < 4096) == (400, True), answer
+            assert dialect.whole_error(answer)
+            assert peak(p.pid) - before < size + room, dialect
+        assert OPENAI_CHAT.text(await OPENAI_CHAT.ask(p.port, "good")) == "good"
+        assert {request.text for request in fake.requests} == {"good"}
+
+
+async def test_endless_name_inside_the_options_takes_little_memory_too() -> None:
+    need(sys.platform == "linux", "memory is read from /proc")
+    async with Runner() as fake, Process("--port", "0", "--backend", fake.url) as p:
+        assert (await NATIVE_CHAT.ask(p.port, "good", numCtx=8192)).status == 200
+        before = peak(p.pid)
+        options = {"k" * MIB: 1, "num_ctx": 8192}
+        body = json.dumps(NATIVE_CHAT.body("hi", options=options)).encode()
+        assert (await post_body(p.port, NATIVE_CHAT, body)).status in (200, 400)
+        assert peak(p.pid) - before < 32 * MIB
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=repr)
+async def test_name_of_a_member_has_a_kibibyte_at_most(dialect: Dialect) -> None:
+    async with Runner(kind="vllm") as fake, running(fake.url) as q:
+        for name, refused in (
+            ("k" * NAME, False),
+            ("k" * (NAME + 1), True),
+            ("\\u0061" * (NAME // 6), False),  # within it raw, and more so decoded
+            ("\\u0061" * (NAME + 1), True),  # beyond it decoded, and more so raw
+            ("ü" * (NAME + 1), True),
+        ):
+            body = with_members(dialect, f'{{"{name}":1,'.encode())
+            answer = await post_body(q.port, dialect, body)
+            assert (answer.status == 400) == refused, (name[:9], len(name), answer)
+            if refused:
+                assert dialect.whole_error(answer)
+
+
+@each_family
+async def test_body_has_a_thousand_members_at_most(dialect: Dialect) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        own = len(dialect.body("hi"))
+        for number, status in ((MEMBERS, 200), (MEMBERS + 1, 400)):
+            more = b"".join(b'"%d":0,' % n for n in range(number - own))
+            answer = await post_body(q.port, dialect, with_members(dialect, b"{" + more))
+            assert answer.status == status, (number, answer)
+        assert dialect.whole_error(answer)
+        assert len(fake.requests) == 1
+
+
+async def test_name_that_is_written_with_escapes_means_what_it_decodes_to() -> None:
+    async with FakeBackend(["m", "other"]) as fake, running(fake.url) as q:
+        body = b'{"m\\u006fdel":"other",' + MESSAGES + b',"prior\\u0069ty":"low"}'
+        answer = await ask(q.port, "POST", CHAT, body=body, headers=JSON)
+        assert (answer.status, answer.json()["model"]) == (200, "other")
+        assert fake.requests[0].json.keys() == {"model", "messages"}
+        assert (await q.status())["recent"][0]["class"] == "low"
