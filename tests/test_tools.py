@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 
 import pytest
+from coverage import CoverageData
 
 from llmq import Average, parse_duration, parse_size, printable, render_json
+from tests.__main__ import never_written
 
 
 @pytest.mark.parametrize(
@@ -117,3 +123,39 @@ def test_one_odd_value_does_not_move_an_average_far():
     for value in [1.0] * 10 + [11.0]:
         average.add(value)
     assert 1.0 < (average.value or 0.0) < 5.0
+
+
+def test_only_data_files_without_a_beginning_are_left_out_of_the_coverage(tmp_path):
+    whole = CoverageData(str(tmp_path / ".coverage"), suffix=True)
+    whole.add_arcs({"llmq.py": [(1, 2)]})
+    whole.write()
+    whole.close()
+    of_killed = [tmp_path / f".coverage.box.pid{number}.X" for number in range(3)]
+    for file, statement in zip(of_killed, ["", "t (a)", "coverage_schema (version integer)"]):
+        file.touch()  # the first was killed before it wrote a byte
+        with closing(sqlite3.connect(file)) as database, database:
+            database.execute(f"CREATE TABLE {statement}" if statement else "SELECT 1")
+    of_another_version = tmp_path / ".coverage.box.pid3.X"
+    with closing(sqlite3.connect(of_another_version)) as database, database:
+        database.execute("CREATE TABLE coverage_schema (version integer)")
+        database.execute("INSERT INTO coverage_schema VALUES (99)")
+    of_disk_trouble = tmp_path / ".coverage.box.pid4.X"
+    of_disk_trouble.write_bytes(b"no database" * 999)
+    (tmp_path / ".coverage.box.pid5.X").symlink_to(tmp_path / "nowhere")
+    warned = combine(tmp_path)
+    assert of_killed[2].name in warned
+    assert never_written(tmp_path) == of_killed
+    for file in of_killed:
+        file.unlink()
+    assert never_written(tmp_path) == []
+    warned = combine(tmp_path)
+    assert not [file for file in of_killed if file.name in warned]
+    assert of_another_version.name in warned
+    assert of_disk_trouble.name in warned
+
+
+def combine(folder):
+    command = [sys.executable, "-m", "coverage", "combine", "--keep", "--quiet"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
