@@ -23,25 +23,21 @@ END
 die() { printf 'install.sh: %s\n' "$2" >&2 && exit "$1"; } # die CODE MESSAGE
 
 # ---- Files ---------------------------------------------------------------------------------------
-
 told() { # told WHAT FILE: the one line about it; what was not so before is noted in `changed`
     printf '%-13s %s\n' "$1" "$DESTDIR$2"
     [ "$1" = unchanged ] || changed="$changed ${2##*/} "
 }
 
-put() { # put MODE FILE COMMAND ...: FILE becomes what the command writes
+put() { # put MODE FILE COMMAND ...: FILE becomes what the command writes, whole or not at all
     mode=$1 file=$2 target=$DESTDIR$2
-    shift 2
-    "$@" >"$scratch/new"
+    shift 2 && "$@" >"$scratch/new"
     if cmp -s "$scratch/new" "$target" && { [ "$mode" != 755 ] || [ -x "$target" ]; }; then
         told unchanged "$file" && return 0
     fi
     [ -z "$dry" ] || { told "would write" "$file" && return 0; }
-    # Beside its place first, so that nobody ever meets half a file.
     { mkdir -p "${target%/*}" && part=$(mktemp "${target%/*}/.llmq.XXXXXX") &&
         cat "$scratch/new" >"$part" && chmod "$mode" "$part" && mv -f "$part" "$target"; } \
-        2>"$scratch/error" ||
-        die 1 "cannot write $target: $(sed -n 's/.*: //;$p' "$scratch/error")"
+        2>"$scratch/error" || die 1 "cannot write $target: $(sed -n 's/.*: //;$p' "$scratch/error")"
     told wrote "$file"
 }
 
@@ -60,7 +56,6 @@ drop() { # drop FILE ...: away with them, and with the folders that this leaves 
 }
 
 # ---- What this box has ---------------------------------------------------------------------------
-
 find_python() { # sets `python`, a real path: where links and shims lead may change under a service
     look='import os, sys
 print(os.path.realpath(sys.executable), sys.executable, sys.version.split()[0], sep="\n")
@@ -80,7 +75,7 @@ sys.exit(sys.version_info < (3, 9))'
 
 read_settings() { # sets `host` and `port` as the configuration file has them
     settings=$(env -i HOME="${DESTDIR:-$HOME}" "$python" "$here/llmq.py" config show --json |
-        "$python" -c 'import json, sys
+        "$python" -I -c 'import json, sys
 server = json.loads(sys.stdin.read() or sys.exit(1))["server"]
 print(server["port"], server["host"].replace("localhost", "127.0.0.1"))') ||
         die 1 "nothing was changed: mend the configuration first"
@@ -101,10 +96,14 @@ try_sandbox() { # turns `sandbox` from auto to yes or no; where it cannot be tri
 }
 
 # ---- What is written -----------------------------------------------------------------------------
-
-launcher() { printf '#!/bin/sh\nexec "%s" "%s" "$@"\n' "$1" "$2"; } # launcher PYTHON FILE
+launcher() { printf '#!/bin/sh\nexec' && printf ' "%s"' "$@" && printf ' "$@"\n'; }
 percent() { printf '%s' "$1" | sed 's/%/%%/g'; } # as unit files and desktop entries want it
 on() { printf '%s=yes\n' "$@"; }
+bytecode() { # bytecode SOURCE FILE: right as long as FILE has these bytes, whatever its date
+    env -i PYTHONHASHSEED=0 "$python" -sS -c 'import sys; del sys.path[0]; import py_compile as p
+p.compile(*sys.argv[1:], doraise=True, invalidation_mode=p.PycInvalidationMode.CHECKED_HASH)' \
+        "$1" "$scratch/pyc" "$2" && cat "$scratch/pyc"
+}
 
 service_unit() {
     cat <<END
@@ -118,7 +117,7 @@ After=llmq.socket
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart="$(percent "$python")" -u "$(percent "$library/llmq.py")" serve
+ExecStart="$(percent "$python")" -I -u "$(percent "$library")" serve
 ExecReload=/bin/sh -c "kill -HUP \${MAINPID}"
 EnvironmentFile=-%h/.config/llmq/llmq.env
 Restart=on-failure
@@ -169,21 +168,25 @@ desktop_entry() {
 }
 
 launch_agent() { # nobody has tried it on a Mac
-    "$python" - "$label" "$python" "$library/llmq.py" "$HOME/Library/Logs/llmq.log" <<'END'
-import plistlib, sys
-label, python, program, log = sys.argv[1:]
+    "$python" -I - "$label" "$HOME/Library/Logs/llmq.log" "$python" -I -u "$library" serve <<'END'
+import plistlib, sys; label, log, *command = sys.argv[1:]
 sys.stdout.buffer.write(plistlib.dumps({
-    "Label": label, "ProgramArguments": [python, "-u", program, "serve"], "RunAtLoad": True,
+    "Label": label, "ProgramArguments": command, "RunAtLoad": True,
     "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 5, "ExitTimeOut": 45,
     "ProcessType": "Interactive", "StandardOutPath": log, "StandardErrorPath": log}))
 END
 }
 
 # ---- Install and uninstall -----------------------------------------------------------------------
-
 install_files() {
-    put 644 "$library/llmq.py" cat "$here/llmq.py"
-    put 755 "$prefix/bin/llmq" launcher "$python" "$library/llmq.py"
+    # "python3 -I $library" runs __main__.py, which imports llmq from there and from nowhere else.
+    printf 'import sys\n\nimport llmq\n\nsys.exit(llmq.main())\n' >"$scratch/__main__.py"
+    tag=$("$python" -I -c 'import sys; print(sys.implementation.cache_tag)')
+    for source in "$here/llmq.py" "$scratch/__main__.py"; do
+        name=${source##*/} && put 644 "$library/$name" cat "$source"
+        put 644 "$library/__pycache__/${name%.py}.$tag.pyc" bytecode "$source" "$library/$name"
+    done
+    put 755 "$prefix/bin/llmq" launcher "$python" -I "$library"
     if [ "$tray" ]; then
         for source in "$here"/tray/*; do
             [ ! -f "$source" ] || put 644 "$library/tray/${source##*/}" cat "$source"
@@ -199,18 +202,17 @@ install_files() {
 }
 
 start_unit() { # what runs already and has not changed is left alone
-    names="llmq.service${socket:+ llmq.socket}" again=
+    set -- llmq.service ${socket:+llmq.socket} && again=
     has_user_manager || { echo "to start it: systemctl --user daemon-reload &&" \
-        "systemctl --user enable --now $names" && return 0; }
+        "systemctl --user enable --now $*" && return 0; }
     case $changed in *" llmq.s"* | *" 10-sandbox"*) systemctl --user daemon-reload ;; esac
     case $changed in
         *" llmq.socket "*) systemctl --user stop llmq.service || : && again=llmq.socket ;;
         *" llmq.py "* | *" llmq.service "* | *" 10-sandbox.conf "*) again=llmq.service ;;
     esac
-    # shellcheck disable=SC2086 # one name or two
-    { systemctl --user --quiet enable $names &&
-        { [ -z "$again" ] || systemctl --user restart $again; } &&
-        systemctl --user start $names; } || die 1 "it did not start: journalctl --user -u llmq"
+    { systemctl --user --quiet enable "$@" &&
+        { [ -z "$again" ] || systemctl --user restart "$again"; } &&
+        systemctl --user start "$@"; } || die 1 "it did not start: journalctl --user -u llmq"
     echo "it runs: systemctl --user status llmq; also after logout: loginctl enable-linger"
 }
 
@@ -233,12 +235,12 @@ uninstall() {
         systemctl --user --quiet disable --now llmq.service ${socket:+llmq.socket} || :
         systemctl --user reset-failed llmq.service 2>/dev/null || : # so that it forgets the unit
     fi
-    drop "$prefix/bin/llmq" "$prefix/bin/llmq-tray" "$library/llmq.py" "$library/__pycache__" \
-        "$library/tray" "$desktop" "$etc/autostart/llmq-tray.desktop" "$agent" \
-        "${agent%.plist}-tray.plist" "$HOME/Library/Logs/llmq.log" "$HOME/.cache/llmq-tray" \
-        "$state/llmq/llmq.log" "$state/llmq/llmq.png" "$units/llmq.service" "$drop_in" \
-        "$units/llmq.socket" "$units/default.target.wants/llmq.service" \
-        "$units/sockets.target.wants/llmq.socket"
+    drop "$prefix/bin/llmq" "$prefix/bin/llmq-tray" "$library/llmq.py" "$library/__main__.py" \
+        "$library/__pycache__" "$library/tray" "$desktop" "$etc/autostart/llmq-tray.desktop" \
+        "$agent" "${agent%.plist}-tray.plist" "$HOME/Library/Logs/llmq.log" \
+        "$HOME/.cache/llmq-tray" "$state/llmq/llmq.log" "$state/llmq/llmq.png" \
+        "$units/llmq.service" "$drop_in" "$units/llmq.socket" \
+        "$units/default.target.wants/llmq.service" "$units/sockets.target.wants/llmq.socket"
     [ -z "$purge" ] ||
         drop "$config/llmq.env" "$config/llmq.toml" "$config/llmq.json" "$config/tray.json"
     [ "$changed" ] || echo "nothing of llmq is here"
@@ -288,13 +290,11 @@ if [ $action = uninstall ]; then uninstall; exit 0; fi
 [ -z "$tray" ] || [ -e "$here/tray/llmq_tray.py" ] || die 1 "tray/ is not beside install.sh"
 scratch=$(mktemp -d) part=''
 trap 'rm -rf "$scratch" "$part"' EXIT && trap 'exit 1' HUP INT TERM
-find_python
-read_settings
-install_files
+find_python; read_settings; install_files
 [ -z "$dry$DESTDIR" ] || exit 0
 if [ "$mac" ]; then [ -z "$start" ] || start_agent; else start_unit; fi
 case :$PATH: in *:"$prefix/bin":*) ;; *) echo "not on your PATH: $prefix/bin" ;; esac
-[ -z "$tray" ] || "$tray_python" -c 'from importlib.util import find_spec
-import sys; sys.exit(not (find_spec("pystray") and find_spec("PIL")))' ||
+[ -z "$tray" ] || "$tray_python" -c 'import sys; del sys.path[0]
+from importlib.util import find_spec as f; sys.exit(not (f("pystray") and f("PIL")))' ||
     echo "for the tray: $tray_python -m pip install pystray pillow, or the packages of your system"
 echo "for clients: OPENAI_BASE_URL=http://127.0.0.1:$port/v1"

@@ -135,11 +135,15 @@ def box(tmp_path: Path) -> Box:
     return Box(tmp_path, "home of o'neill")
 
 
-PLAIN = [
-    ".config/systemd/user/llmq.service",
+TAG = sys.implementation.cache_tag
+PROGRAM = [
     ".local/bin/llmq",
+    ".local/lib/llmq/__main__.py",
+    f".local/lib/llmq/__pycache__/__main__.{TAG}.pyc",
+    f".local/lib/llmq/__pycache__/llmq.{TAG}.pyc",
     ".local/lib/llmq/llmq.py",
 ]
+PLAIN = [".config/systemd/user/llmq.service", *PROGRAM]
 DROP_IN = ".config/systemd/user/llmq.service.d/10-sandbox.conf"
 SOCKET = ".config/systemd/user/llmq.socket"
 WITH_SANDBOX = sorted([*PLAIN, DROP_IN])
@@ -197,7 +201,7 @@ def test_new_llmq_is_restarted_once(box: Box) -> None:
         file.write("# newer\n")
     said = box.run()
     assert words(said) == {"wrote", "unchanged"}
-    assert said.count("wrote") == 1
+    assert said.count("wrote") == 2  # itself and what it is compiled to
     assert box.calls[1:] == [ENABLE, RESTART, START]
     assert RESTART not in (box.run(), *box.calls)
 
@@ -258,7 +262,7 @@ def test_prefix_says_where_to(box: Box) -> None:
         prefix = option[-1].partition("=")[2].rstrip("/") or option[-1]
         box.run(*option)
         assert (Path(prefix) / "lib/llmq/llmq.py").exists()
-        assert f'"{prefix}/lib/llmq/llmq.py" serve' in (box.units / "llmq.service").read_text()
+        assert f'"{prefix}/lib/llmq" serve' in (box.units / "llmq.service").read_text()
         box.run(*option, "--uninstall")
         assert not Path(prefix).exists()
         assert box.files == []
@@ -271,6 +275,8 @@ def test_command_llmq_and_its_path(box: Box) -> None:
         [box.home / ".local/bin/llmq", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"llmq {llmq.__version__}\n"
+    words_of_help = subprocess.check_output([box.home / ".local/bin/llmq", "--help"], text=True)
+    assert words_of_help.startswith("usage: llmq ")
 
 
 @pytest.mark.parametrize(
@@ -378,6 +384,17 @@ def test_newer_python_is_found_beside_an_old_one(box: Box) -> None:
     assert exec_start(box)[0] == os.path.realpath(sys.executable)
 
 
+def test_folder_that_it_is_run_from_has_no_say(box: Box) -> None:
+    evil_folder(box.folder)
+    box.tray()
+    box.run("--tray")
+    assert set(box.files) > set(WITH_SANDBOX)
+    box.run("--uninstall")
+    box.mac()
+    box.run(FAIL="launchctl print*")
+    assert AGENT in box.files
+
+
 def test_mistake_in_the_configuration_is_told_before_anything_is_changed(box: Box) -> None:
     file = box.home / ".config/llmq/llmq.json"
     file.parent.mkdir(parents=True)
@@ -392,6 +409,130 @@ def test_clone_that_lacks_something_is_told(box: Box) -> None:
     (box.source / "llmq.py").unlink()
     assert "llmq.py is not beside install.sh" in box.run(code=1)
     assert box.files == []
+
+
+# ---- The compiled form -----------------------------------------------------------------------
+
+VERSION = f"llmq {llmq.__version__}\n"
+
+
+def evil_folder(folder: Path) -> None:
+    """A working directory whose modules must not be taken for Python's own or for llmq."""
+    names = ("argparse", "asyncio", "importlib", "json", "llmq", "plistlib", "py_compile", "runpy")
+    for name in names:
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from here')\n")
+
+
+def command_of(box: Box) -> list[str]:
+    """The words that the command `llmq` runs."""
+    lines = (box.home / ".local/bin/llmq").read_text().splitlines()
+    assert lines[0] == "#!/bin/sh"
+    first, *command, last = shlex.split(lines[1])
+    assert (first, last) == ("exec", "$@")
+    return command
+
+
+def compiled(command: list[str], version: str = VERSION, before: str = "") -> set[str]:
+    """Which files of llmq Python compiles when the command starts: `-v` says where code is from.
+
+    `before` are words before the command's own.
+    """
+    python, *more = command
+    command = [*shlex.split(before), python, "-v", *more, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env={}, check=False)
+    assert (done.returncode, done.stdout) == (0, version), done.stderr[-2000:]
+    found = re.findall(r"""(?m)^# code object from ["']?(.*?)["']?$""", done.stderr)
+    names = {Path(path).name for path in found if "/lib/llmq/" in path}
+    for name in ("llmq", "__main__"):  # each from one place
+        assert len(names & {f"{name}.py", f"{name}.{TAG}.pyc"}) == 1, found
+    return {name for name in names if name.endswith(".py")}
+
+
+@pytest.mark.parametrize("home", ["home", "a home", "größe"])
+def test_nothing_is_compiled_when_it_starts(tmp_path: Path, home: str) -> None:
+    box = Box(tmp_path, home)
+    box.run("--no-start")
+    before = box.state()
+    assert compiled(command_of(box)) == set()
+    *service, serve = exec_start(box)
+    assert serve == "serve"
+    assert compiled(service) == set()
+    assert box.state() == before  # nor written
+
+
+def test_compiled_form_is_mended_by_the_next_install(box: Box) -> None:
+    box.run()
+    file = box.library / f"__pycache__/llmq.{TAG}.pyc"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:99])
+    assert f"wrote         {file}\n" in box.run()
+    assert RESTART not in box.calls  # what runs has its code
+    assert file.read_bytes() == whole
+
+
+def test_file_put_in_place_by_hand_is_what_starts_whatever_its_date(box: Box) -> None:
+    box.run("--no-start")
+    program = box.library / "llmq.py"
+    facts = program.stat()
+    version = "9" * len(llmq.__version__)
+    line = '__version__ = "{}"'.format
+    text = program.read_text()
+    assert line(llmq.__version__) in text
+    program.write_text(text.replace(line(llmq.__version__), line(version)))
+    os.utime(program, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert program.stat().st_size == facts.st_size
+    assert compiled(command_of(box), f"llmq {version}\n") == {"llmq.py"}
+    assert compiled(command_of(box), f"llmq {version}\n") == set()  # it has mended it itself
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "stale", "of another Python", "in the way"])
+@pytest.mark.parametrize("writable", [True, False], ids=["", "read-only"])
+def test_it_starts_without_a_good_compiled_form(box: Box, state: str, writable: bool) -> None:
+    box.run("--no-start")
+    cache = box.library / "__pycache__"
+    for file in list(cache.iterdir()):
+        if state == "empty":
+            file.write_bytes(b"")
+        elif state == "stale":
+            file.write_bytes(file.read_bytes()[:8] + bytes(8) + file.read_bytes()[16:])
+        elif state == "of another Python":
+            file.write_bytes(bytes(4) + file.read_bytes()[4:])
+        else:
+            file.unlink()
+    if state in ("missing", "in the way"):
+        cache.rmdir()
+    if state == "in the way":
+        cache.write_text("")
+    before = "" if writable else read_only(box)
+    every = {"llmq.py", "__main__.py"}
+    assert compiled(command_of(box), before=before) == every
+    again = set() if writable and state != "in the way" else every
+    assert compiled(command_of(box), before=before) == again
+    for path in filter(Path.is_dir, (box.library, cache)):
+        path.chmod(0o755)
+    box.run("--uninstall")
+    assert box.files == []
+
+
+def read_only(box: Box) -> str:
+    """Make what is installed read-only; the words that make it so for root, too."""
+    for path in filter(Path.is_dir, (box.library, box.library / "__pycache__")):
+        path.chmod(0o555)
+    return f"{require_command('setpriv')} --bounding-set -dac_override" * (os.geteuid() == 0)
+
+
+def test_nothing_is_imported_from_where_it_is_called(box: Box) -> None:
+    box.run("--no-start")
+    evil_folder(box.folder)
+    done = subprocess.run(
+        [box.home / ".local/bin/llmq", "--version"],
+        cwd=box.folder,
+        env={"PYTHONPATH": f":{box.folder}"},  # the empty word is the working directory
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (VERSION, "")
 
 
 # ---- The unit --------------------------------------------------------------------------------
@@ -432,10 +573,11 @@ def test_systemd_has_nothing_against_any_variant_of_the_unit(
     assert len(units) == 1 + socket
     assert (box.home / DROP_IN).exists() == (sandbox == "yes")
     assert verify(box, *units) == ""
-    python, flag, program, command = exec_start(box)
-    assert (python, flag, command) == (os.path.realpath(sys.executable), "-u", "serve")
-    assert Path(program) == box.library / "llmq.py"
-    assert Path(program).exists()
+    python, *flags, program, command = exec_start(box)
+    assert (python, command) == (os.path.realpath(sys.executable), "serve")
+    assert flags == ["-I", "-u"]
+    assert Path(program) == box.library
+    assert (box.library / "__main__.py").exists()
 
 
 def test_systemd_would_have_something_against_a_mistake(box: Box) -> None:
@@ -690,8 +832,13 @@ def test_destdir_stages_and_touches_no_service(box: Box) -> None:
     assert (stage / "opt/llmq/lib/llmq/llmq.py").exists()
     staged = Path(f"{stage}{box.units}/llmq.service")
     assert str(stage) not in staged.read_text()
-    assert '"/opt/llmq/lib/llmq/llmq.py" serve' in staged.read_text()
+    assert '"/opt/llmq/lib/llmq" serve' in staged.read_text()
     assert str(stage) not in (stage / "opt/llmq/bin/llmq").read_text()
+    library = (stage / "opt/llmq").rename(box.folder / "unpacked") / "lib/llmq"
+    os.utime(library / "llmq.py", (0, 0))  # as packages do
+    assert str(stage).encode() not in (library / f"__pycache__/llmq.{TAG}.pyc").read_bytes()
+    assert not compiled([sys.executable, "-I", str(library)])
+    library.parent.parent.rename(stage / "opt/llmq")
     box.run("--prefix", "/opt/llmq", "--uninstall", DESTDIR=str(stage))
     assert list(stage.iterdir()) == []
     assert box.calls_file.read_text() == ""
@@ -705,12 +852,11 @@ AGENT = "Library/LaunchAgents/local.llmq.plist"
 def test_mac_gets_a_launch_agent(box: Box) -> None:
     box.mac()
     box.run(FAIL="launchctl print*")
-    assert box.files == sorted([".local/bin/llmq", ".local/lib/llmq/llmq.py", AGENT])
+    assert box.files == sorted([*PROGRAM, AGENT])
     with (box.home / AGENT).open("rb") as file:
         agent = plistlib.load(file)
-    program = str(box.library / "llmq.py")
     python = os.path.realpath(sys.executable)
-    assert agent["ProgramArguments"] == [python, "-u", program, "serve"]
+    assert agent["ProgramArguments"] == [python, "-I", "-u", str(box.library), "serve"]
     assert agent["RunAtLoad"] is True
     assert agent["KeepAlive"] == {"SuccessfulExit": False}
     assert agent["ExitTimeOut"] > build_settings({}).server.drain_timeout
