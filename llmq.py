@@ -1401,6 +1401,7 @@ class Fleet:
 
 
 FEW = 8  # models; with fewer waiting a pick looks at all of them
+MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
 
 
 class Mode(enum.Enum):
@@ -1654,9 +1655,11 @@ class Scheduler:
         for priority, models in self._groups.items():
             if not self._may_start(priority):
                 return None
+            if not models:
+                continue
             best: tuple[Ticket, Backend] | None = None
             names = models if len(models) < FEW else models.keys() & self.fleet.startable_models()
-            for want, group in ((one, models[name][one]) for name in names for one in models[name]):
+            for want, group in [item for name in names for item in models[name].items()]:
                 head = group.head()
                 if best is not None and best[0].number < head.number:
                     continue
@@ -1714,7 +1717,7 @@ class Scheduler:
         self.queued_bytes += ticket.size
         ticket.client.waiting += 1
         ticket.client.queued_bytes += ticket.size
-        longest = getattr(self.limits, "max_wait_" + ticket.priority.word)
+        longest = getattr(self.limits, MAX_WAITS[ticket.priority])
         if longest:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
@@ -2189,7 +2192,13 @@ def scan_object(text: str) -> JsonObject:
     places: dict[str, Place] = {}
     at, following = opening.end(), opening[1]
     while following != "}":
-        name, start, value_at = scan_name(text, at)
+        head = MEMBER_HEAD.match(text, at)
+        if head:
+            name, start, value_at = head[1], head.start(1) - 1, head.end()
+        else:
+            name, start, value_at = scan_name(text, at)
+        if len(name) > NAME_LIMIT:
+            raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
         try:
             value, at = scan_value(text, value_at)
         except StopIteration:
@@ -2208,20 +2217,14 @@ def scan_object(text: str) -> JsonObject:
 
 
 def scan_name(text: str, at: int) -> tuple[str, int, int]:
-    """A member's name, where it begins, and where its value does."""
-    head = MEMBER_HEAD.match(text, at)
-    if head:
-        name, start, end = head[1], head.start(1) - 1, head.end()
-    else:
-        quote = QUOTE.match(text, at)
-        name, end = scan_string(text, quote.end()) if quote else ("", at)
-        colon = COLON.match(text, end) if quote else None
-        if not quote or not colon:
-            raise ValueError(f"a name and a colon are wanted at character {at}")
-        start, end = quote.end() - 1, colon.end()
-    if len(name) > NAME_LIMIT:
-        raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
-    return name, start, end
+    """A member's name that has escapes, where it begins, and where its value does."""
+    quote = QUOTE.match(text, at)
+    if quote:
+        name, end = scan_string(text, quote.end())
+        colon = COLON.match(text, end)
+        if colon:
+            return name, quote.end() - 1, colon.end()
+    raise ValueError(f"a name and a colon are wanted at character {at}")
 
 
 def check_depth(value: Any) -> None:
@@ -2261,14 +2264,14 @@ class Edits(NamedTuple):
 
 def find_edits(found: JsonObject, names: Iterable[str], cut: Names = ()) -> Edits:
     """Where members of these names are, or can be put, once others are cut out."""
-    text, _, places = found
+    places = found.places
     spots = tuple([(name, *places[name][1:]) for name in names if name in places])
     if not places:
-        return Edits(text.index("{") + 1, alone=True, cuts=(), spots=())
+        return Edits(found.text.index("{") + 1, True, (), ())
+    first = next(iter(places.values()))[0]
+    if places.keys().isdisjoint(cut):
+        return Edits(first, False, (), spots)
     order = list(places.items())
-    first = order[0][1][0]
-    if not any(name in places for name in cut):
-        return Edits(first, alone=False, cuts=(), spots=spots)
     kept = [place for place, (name, _) in enumerate(order) if name not in cut]
     last = kept[-1] if kept else -1
     cuts = [  # each with the comma behind it, those at the end with the comma before them
@@ -2323,7 +2326,7 @@ class Question(NamedTuple):
         return self.edits.apply(text, put).encode()
 
 
-NO_EDITS = Edits(0, alone=True, cuts=(), spots=())
+NO_EDITS = Edits(0, True, (), ())
 NO_QUESTION = Question("", stream=False, priority=Priority.NORMAL, body=b"", edits=NO_EDITS)
 
 
@@ -3495,6 +3498,12 @@ class Reader(asyncio.StreamReader):
             self.transport.resume_reading()
         return data
 
+    async def take(self, size: int) -> bytes:
+        """So many bytes of what has come."""
+        data = await self.more()
+        self.put_back(data[size:])
+        return data[:size]
+
     def put_back(self, data: bytes) -> None:
         """Let this be what comes next."""
         self._data = data + self._data if self._data else data
@@ -3874,11 +3883,11 @@ class Connection:
 
     async def read_body(self, length: int, limit: int) -> bytes:
         """A body that is wanted whole; what has come of it counts while it arrives."""
+        if 0 <= length <= self.reader.unread:  # it came with the head
+            return await self.reader.take(length)
         server, pieces, size = self.server, [], 0
         decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
-        waits = self.reader.unread < length or length == CHUNKED
-        if waits:
-            self.enter(Phase.BODY, server.settings.server.upload_timeout)
+        self.enter(Phase.BODY, server.settings.server.upload_timeout)
         try:
             while not decoder.done:
                 piece = await self.read_piece(decoder)
@@ -3887,8 +3896,7 @@ class Connection:
                 pieces.append(piece)
         finally:
             server.arriving -= size
-        if waits:
-            self.enter(Phase.BUSY)
+        self.enter(Phase.BUSY)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
@@ -4519,12 +4527,26 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
 class Call:
     """One request on its way, and the Reply that it answers."""
 
-    __slots__ = (
-        "answer", "answer_headers", "answer_type", "caller", "connecting", "deadline", "endpoint",
-        "error", "first_byte", "heartbeat_at", "id", "lines", "model", "query",
-        "question", "reply", "request", "request_id", "route", "route_asked", "ticket", "tokens",
-        "tokens_in", "translator", "turn", "upstream", "watch",
-    )  # fmt: skip
+    ticket: Ticket  # once it is admitted
+    question = NO_QUESTION
+    model = ""  # as resolved, in the words of the client
+    lines = b""  # of the head of a request to a backend, as far as all get them alike
+    deadline = NEVER  # for the backend's next byte, monotonic
+    heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
+    error: LlmqError | None = None  # why it was stopped or failed
+    # At the backend at hand:
+    route_asked: str | None = None
+    translator: Translator | None = None  # if that is not the route of the client
+    upstream: Upstream | None = None
+    connecting: asyncio.Task[Upstream] | None = None
+    # Its answer:
+    watch: StreamWatch | None = None  # if it is streamed
+    answer: bytes | None = None  # a whole one, or the last bytes of a stream
+    answer_type = ""
+    answer_headers: Fields = ()
+    first_byte = 0.0  # monotonic
+    tokens: int | None = None
+    tokens_in: int | None = None  # of its prompt
 
     def __init__(
         self,
@@ -4535,51 +4557,31 @@ class Call:
         ids: tuple[str, str],
     ) -> None:
         self.reply = reply
+        self.turn = reply.waiter
         self.endpoint = endpoint
         self.request: Request | None = request  # until it is admitted
         self.caller = caller
         self.id, self.request_id = ids  # llmq's own, and the client's where it gave one
         self.route, self.query = request.path, request.query
-        self.question: Question = NO_QUESTION
-        self.model = ""  # as resolved, in the words of the client
-        self.lines = b""  # of the head of a request to a backend, as far as all get them alike
-        self.ticket: Ticket | None = None  # once it is admitted
-        self.turn = reply.waiter
-        self.route_asked: str | None = None  # at the backend at hand
-        self.translator: Translator | None = None  # if that is not the route of the client
-        self.upstream: Upstream | None = None  # while it has one
-        self.connecting: asyncio.Task[Upstream] | None = None
-        self.watch: StreamWatch | None = None  # of an answer that is streamed
-        self.answer: bytes | None = None  # a whole one, or the last bytes of a stream
-        self.answer_type = ""
-        self.answer_headers: Fields = ()
-        self.tokens: int | None = None
-        self.tokens_in: int | None = None  # of its prompt
-        self.deadline = NEVER  # for the backend's next byte, monotonic
-        self.heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
-        self.first_byte = 0.0
-        self.error: LlmqError | None = None  # why it was stopped or failed
 
     @property
-    def granted(self) -> Ticket:
-        """Its ticket, once it has one."""
-        assert self.ticket is not None
-        return self.ticket
+    def admitted(self) -> bool:
+        return self.request is None
 
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
-        ticket = self.ticket
-        if ticket is None or ticket.backend is None:
+        if not self.admitted or self.ticket.backend is None:
             return []
+        ticket = self.ticket
         waited = str(round(1000 * (ticket.started - ticket.arrived)))
-        return [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+        return [("X-LLMQ-Backend", self.ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
 
     # ---- what is sent
 
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
-        question, (key, routes, _) = self.question, self.granted.want
+        question, (key, routes, _) = self.question, self.ticket.want
         if backend.traits.native and (
             question.context or question.keep_alive or backend.num_ctx(key)
         ):
@@ -4588,7 +4590,7 @@ class Call:
 
     def wire(self, backend: Backend) -> bytes:
         """The request as this backend is to get it; Untranslatable or BadRequest."""
-        question, key, name = self.question, self.granted.model, backend.name_for(self.model)
+        question, key, name = self.question, self.ticket.model, backend.name_for(self.model)
         route = self.route_asked = self.route_at(backend)
         if route is None:
             raise Untranslatable(f"{backend.name} does not speak {self.endpoint.path}")
@@ -4669,7 +4671,7 @@ class Call:
         """What an answer that is not 200 means."""
         error = read_refusal(head, body)
         if isinstance(error, RouteUnsupported):
-            model = self.granted.model if error.for_model else ""
+            model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:
                 return error.answer  # something else is meant
         return error
@@ -4677,8 +4679,8 @@ class Call:
     def route_supported(self, backend: Backend) -> None:
         """The route at hand has been answered well, for this model and so at all."""
         route = str(self.route_asked)
-        if (route, self.granted.model) not in backend.supported:
-            backend.supported |= {(route, ""), (route, self.granted.model)}
+        if (route, self.ticket.model) not in backend.supported:
+            backend.supported |= {(route, ""), (route, self.ticket.model)}
 
     async def relay(
         self, watch: StreamWatch, upstream: Upstream, received: Callable[[], None]
@@ -4804,7 +4806,7 @@ class Record(NamedTuple):
 
 def record_of(call: Call, now: float) -> Record:
     """The record of a call that ends now."""
-    ticket, error = call.ticket, call.error
+    ticket, error = call.ticket if call.admitted else None, call.error
     arrived = (ticket.arrived if ticket else now) or now
     started = (ticket.started if ticket else now) or now
     source = call.watch or call
@@ -4979,7 +4981,7 @@ class Admission:
 
     def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
-        want = call.granted.want
+        want = call.ticket.want
         able = self.fleet.serving(want)
         if not able and self.fleet.serving(Want(want.model)):
             raise Untranslatable(self.fleet.why_unsupported(want))
@@ -5039,7 +5041,7 @@ class Gateway:
             await self.admission.admit(call)
             self.enqueue(call)
             while call.answer is None:
-                while call.granted.state is TicketState.WAITING:
+                while call.ticket.state is TicketState.WAITING:
                     await call.turn
                 await self.attempt(call)
             call.deliver()
@@ -5059,7 +5061,7 @@ class Gateway:
         now, limits = self.now(), self.settings.server
         patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
         call.heartbeat_at = now + patience if patience else NEVER
-        backend = self.scheduler.start_or_submit(call.granted, now)
+        backend = self.scheduler.start_or_submit(call.ticket, now)
         self.calls[call.id] = call
         if backend is not None:
             self.begin(call, backend, now)
@@ -5068,9 +5070,9 @@ class Gateway:
 
     async def attempt(self, call: Call) -> None:
         """Ask the granted backend; without an answer the call waits again for another attempt."""
-        if call.granted.state is TicketState.ENDED:
+        if call.ticket.state is TicketState.ENDED:
             raise call.error or LlmqError("the call broke off")
-        backend = call.granted.backend
+        backend = call.ticket.backend
         assert backend is not None  # its turn has come
         failure: LlmqError | None = LlmqError("the call broke off")
         again = False
@@ -5089,7 +5091,7 @@ class Gateway:
 
         The connection is closed, or known to be clean, before anybody else gets the slot.
         """
-        ticket, upstream = call.granted, call.upstream
+        ticket, upstream = call.ticket, call.upstream
         call.upstream, call.deadline = None, NEVER
         if upstream is not None and upstream.reusable:
             self.pool.give(upstream, self.now())
@@ -5115,7 +5117,7 @@ class Gateway:
             call.error = None
         else:
             call.error = call.error or LlmqError("the call broke off")
-        if call.ticket is not None:
+        if call.admitted:
             call.ticket.client.done += done
             call.ticket.client.failed += not done
         self.changes += 1
@@ -5155,12 +5157,12 @@ class Gateway:
             again = self.has_other_route(call, backend, failure)
         else:
             again = failure.retryable
-            again = again and call.granted.attempts < self.settings.queue.max_attempts
+            again = again and call.ticket.attempts < self.settings.queue.max_attempts
         return again and call.error is None and not self.draining
 
     def has_other_route(self, call: Call, backend: Backend, error: Untranslatable) -> bool:
         """Remember which route it was not; whether another, or another backend, is left."""
-        ticket, route = call.granted, call.route_asked
+        ticket, route = call.ticket, call.route_asked
         if isinstance(error, RouteUnsupported) and route is not None:
             backend.route_unsupported(route, ticket.model, error)
         elif route is not None:  # what it asks cannot be translated
@@ -5176,11 +5178,16 @@ class Gateway:
         newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
         return self._forecast.get(ticket.id, newcomer)
 
+    def forget_crowd(self) -> None:
+        """Let go of what was kept of many that have gone."""
+        self.journal.flush()
+        self._forecast = {}
+
     # ---- ending calls early
 
     def stop(self, call: Call, error: LlmqError) -> None:
         """End a call for this reason, wherever it is; does nothing to one that has ended."""
-        if call.error is not None or call.ticket is None:
+        if call.error is not None or not call.admitted:
             return
         if call.ticket.state is TicketState.WAITING:
             self.scheduler.cancel(call.ticket)
@@ -5239,9 +5246,9 @@ class Gateway:
         return len(found)
 
     def reprioritise(self, call: Call, priority: Priority) -> None:
-        if call.granted.state is not TicketState.WAITING:
+        if call.ticket.state is not TicketState.WAITING:
             raise LlmqError("only a waiting request can change its class", "conflict")
-        self.scheduler.reprioritise(call.granted, priority)
+        self.scheduler.reprioritise(call.ticket, priority)
         self.pump()
 
     def reset_context(self, model: str) -> int:
@@ -5448,6 +5455,8 @@ class Passthrough:
 
 REAP_SECONDS = 0.25
 DISCOVERY_SECONDS = 60.0
+MEMORY_SECONDS = 1.0
+CROWD = 500  # calls at once, after which their memory is worth giving back
 
 
 async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> None:
@@ -5479,6 +5488,33 @@ def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
     send_heartbeats(gateway, now)
 
 
+def release_memory() -> None:
+    """Give the system back what is free: Python and the C library would keep it."""
+    gc.collect()  # connections and their transports are cycles
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+class MemoryKeeper:
+    """Gives memory back when a crowd has gone."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.most = 0  # calls at once, since memory was last given back
+
+    def step(self) -> None:
+        calls = len(self.gateway.calls)
+        self.most = max(self.most, calls)
+        if self.most < CROWD or calls > self.most // 4:
+            return
+        self.most = 0
+        self.gateway.forget_crowd()
+        release_memory()
+
+
 def send_heartbeats(gateway: Gateway, now: float) -> None:
     """Keep those patient who wait long, so that their clients do not give up."""
     for call in list(gateway.calls.values()):
@@ -5492,8 +5528,8 @@ def send_heartbeat(gateway: Gateway, call: Call) -> None:
     if not reply.started:  # from here on whatever comes is a body under status 200
         reply.start(200, dialect.stream_type if stream else "application/json")
     position, eta = 0, 0.0
-    if call.granted.state is TicketState.WAITING:
-        expected = gateway.expected(call.granted)
+    if call.ticket.state is TicketState.WAITING:
+        expected = gateway.expected(call.ticket)
         position, eta = expected.position, expected.eta or 0.0
     reply.send(dialect.heartbeat(position, eta) if stream else b" ")
 
@@ -5613,7 +5649,7 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> dict[str, Any]:
 
 
 def show_call(gateway: Gateway, call: Call, now: float) -> dict[str, Any]:
-    ticket = call.granted
+    ticket = call.ticket
     waits = ticket.state is TicketState.WAITING
     expected = gateway.expected(ticket) if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
@@ -6685,6 +6721,7 @@ class Service:
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
             (STREAM_SECONDS, self.api.stream.step),
             (DISCOVERY_SECONDS, self.discovery.step),
+            (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
@@ -6912,7 +6949,7 @@ async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) ->
             loop.add_signal_handler(number, service.on_signal)
         loop.add_signal_handler(signal.SIGHUP, service.reload)
     say(banner(service))
-    gc.collect()
+    release_memory()
     gc.freeze()  # what is here now stays: later collections need not look at it
     gc.set_threshold(50_000, 20, 20)
     reports = asyncio.ensure_future(keep_informed(service))
