@@ -638,3 +638,17 @@ async def test_backend_that_does_not_speak_tls_is_down() -> None:
             assert (await q.chat("x")).code == "backend_down"
             (row,) = (await q.status())["backends"]
             assert (row["state"], bool(row["error"])) == ("down", True)
+
+
+async def test_certificates_of_the_system_are_read_once_and_not_for_each_connection(
+    pem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    made: list[int] = []
+    create = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda: made.append(1) or create())
+    async with TlsBackend(pem) as fake, running(fake.url) as q:
+        for _ in range(3):
+            assert (await q.chat("x")).status == 200
+            fake.drop_connections()
+    assert made == [1]

@@ -1534,3 +1534,39 @@ def test_a_deep_queue_of_many_clients_and_models_keeps_the_order() -> None:
             again = ticket.attempts == 1 and rng.random() < 0.1
             (box.queue.retry if again else box.queue.finish)(ticket, 0.0)
     assert order == right
+
+
+# ---- Starting at once is the same as waiting and being picked
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_start_at_once_is_what_a_dispatch_would_have_done(seed: int) -> None:
+    """Two queues get the same requests; one may start them at once, the other lets them wait."""
+    rng = random.Random(seed)
+    fast, slow = Box(), Box()
+    for box in (fast, slow):
+        box.add("a", "m", "n", shared=2)
+        box.add("b", "n", "o")
+    for number in range(400):
+        now = float(number)
+        running = sorted(fast.queue.running)
+        choice = rng.random()
+        if choice < 0.5:
+            what = {"client": rng.choice("xyz"), "model": rng.choice("mnop")}
+            priority = rng.choice(list(Priority))
+            ticket = fast.ticket(priority, **what)
+            backend = fast.queue.start_or_submit(ticket, now)
+            started = [] if backend is None else [(ticket.id, backend.name)]
+            started += [(one.id, on.name) for one, on in fast.queue.dispatch(now)]
+            slow.submit(priority, now=now, **what)
+        elif choice < 0.9 and running:
+            ident = rng.choice(running)
+            for box in (fast, slow):
+                box.queue.finish(box.queue.running[ident], now)
+            started = [(one.id, on.name) for one, on in fast.queue.dispatch(now)]
+        else:
+            mode = rng.choice(list(Mode))
+            fast.queue.mode = slow.queue.mode = mode
+            started = [(one.id, on.name) for one, on in fast.queue.dispatch(now)]
+        assert started == [(one.id, on.name) for one, on in slow.queue.dispatch(now)]
+        assert list(fast.queue.waiting) == list(slow.queue.waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any
@@ -113,3 +114,22 @@ async def test_broken_chunks_of_a_body_that_streams_through_are_told(sent: bytes
         assert answer.json()["error"].startswith("malformed body")
         assert await raw.closed()
         assert not fake.requests
+
+
+async def test_loop_without_readers_to_remove_stops_accepting_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Windows, whose event loop has no `remove_reader`."""
+
+    def refuse(_number: int) -> None:
+        raise NotImplementedError
+
+    async with FakeBackend() as fake, running(fake.url) as q:
+        loop = asyncio.get_running_loop()
+        with monkeypatch.context() as windows:
+            windows.setattr(llmq.os, "name", "nt")
+            windows.setattr(loop, "remove_reader", refuse)
+            (server,) = q.service._servers
+            server.stop_accepting()
+        with pytest.raises(ConnectionRefusedError):
+            await Raw.open(q.port)
