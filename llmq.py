@@ -3614,8 +3614,8 @@ class Exchange:
     """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_chunked", "_head", "_head_status", "_unread", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status",
+        "_chunked", "_head", "_head_status", "caller", "connection", "finished",
+        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
@@ -3630,7 +3630,7 @@ class Exchange:
         self.finished = False
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
-        self._unread = self.length != 0
+        self.unread = self.length != 0
 
     @property
     def waiter(self) -> Waiter:
@@ -3658,23 +3658,23 @@ class Exchange:
         if self.length > limit:
             self.keep_alive = False
             raise too_large(limit)
-        if self._unread:
+        if self.unread:
             self._invite()
             keep_alive, self.keep_alive = (
                 self.keep_alive,
                 False,
             )  # if it cannot be read, what is next?
             self.request.body = await self.connection.read_body(self.length, limit)
-            self.keep_alive, self._unread = keep_alive, False
+            self.keep_alive, self.unread = keep_alive, False
         return self.request.body
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, however long it is."""
-        if self._unread:
+        if self.unread:
             self._invite()
             async for piece in self.connection.read_pieces(self.length):
                 yield piece
-        self._unread = False
+        self.unread = False
 
     def _invite(self) -> None:
         if self.expects_continue:
@@ -3696,7 +3696,7 @@ class Exchange:
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
         """The whole answer, in one write."""
-        if self._unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
+        if self.unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep_alive = False
         framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         self.finished = True
@@ -3731,19 +3731,16 @@ class Exchange:
         )
         return head.encode("latin-1", "replace")
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, end: bytes = b"") -> None:
         payload = render_chunk(data) if self._chunked and data else data
         if self._head:
             payload, self._head, self.status = self._head + payload, b"", self._head_status
-        self.connection.write(payload)
+        self.connection.write(payload + end)
 
     def finish(self, data: bytes = b"") -> None:
         """The end of an answer in pieces, as its framing says a complete one ends."""
         self.finished = True
-        payload = render_chunk(data) if self._chunked and data else data
-        if self._head:
-            payload, self._head, self.status = self._head + payload, b"", self._head_status
-        self.connection.write(payload + LAST_CHUNK if self._chunked else payload)
+        self.send(data, LAST_CHUNK if self._chunked else b"")
 
     def fail(self, data: bytes) -> None:
         """A last word in the stream, then an end that no client can take for a complete one."""
@@ -3765,11 +3762,6 @@ class Exchange:
 
     def abort(self) -> None:
         self.connection.abort()
-
-    async def skip_body(self) -> None:
-        """Read past the body of a request that was answered without it."""
-        if self._unread and self.keep_alive:
-            await self.connection.read_body(self.length, UNREAD_BODY)
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -3861,7 +3853,8 @@ class Connection:
         finally:
             self.reader.on_end, self.reader.room = None, None
         if exchange.finished and exchange.keep_alive and not self.reader.over_limit:
-            await exchange.skip_body()
+            if exchange.unread:
+                await self.read_body(exchange.length, UNREAD_BODY)
             return not self.reader.ended
         return False
 
@@ -3875,9 +3868,13 @@ class Connection:
                 self.used = True
                 return parse_request_head(head)
             if not head.endswith(HEAD_END):
-                if len(head) > HEAD_LIMIT:
-                    raise head_too_long(head)
-                return None
+                if len(head) <= HEAD_LIMIT:
+                    return None
+                if b"\r\n" in head[:REQUEST_LINE_LIMIT].lstrip(b"\r\n"):
+                    message = f"the header fields are limited to {HEAD_LIMIT} bytes"
+                    raise LlmqError(message, "headers_too_large")
+                message = f"the request line is limited to {REQUEST_LINE_LIMIT} bytes"
+                raise LlmqError(message, "uri_too_long")
             skipped += len(head)
         raise BadRequest("nothing but empty lines")
 
@@ -3969,13 +3966,6 @@ class Connection:
                 self.abort()
             else:
                 self.reader.interrupt(RequestTimeout("the request did not arrive in time"))
-
-
-def head_too_long(head: bytes) -> LlmqError:
-    if b"\r\n" in head[:REQUEST_LINE_LIMIT].lstrip(b"\r\n"):
-        message = f"the header fields are limited to {HEAD_LIMIT} bytes"
-        return LlmqError(message, "headers_too_large")
-    return LlmqError(f"the request line is limited to {REQUEST_LINE_LIMIT} bytes", "uri_too_long")
 
 
 class HttpServer:
@@ -4120,7 +4110,7 @@ class Upstream:
         """More of a request; a backend that takes nothing for so many seconds is hung up on."""
 
         def give_up() -> None:
-            self.interrupt(BackendTimeout(f"the backend took nothing for {limit:g} s"))
+            self.reader.interrupt(BackendTimeout(f"the backend took nothing for {limit:g} s"))
             self.writer.transport.abort()
 
         self.writer.write(piece)
@@ -4195,9 +4185,6 @@ class Upstream:
         reader, body = self.reader, self.body
         whole = body.done and not body.surplus and not reader.unread
         return self._keep_alive and whole and not reader.ended and reader.error is None
-
-    def interrupt(self, error: LlmqError) -> None:
-        self.reader.interrupt(error)
 
     async def close(self) -> None:
         """Close, and return when it is closed: only then may the slot be handed on."""
@@ -4624,18 +4611,12 @@ class Call:
                 self.upstream = None
         if self.upstream is None:
             wire = self.wire(backend)
-            self.upstream = await self.connect(backend, limits.connect_timeout)
+            self.connecting = asyncio.ensure_future(dial(backend.url))
+            self.upstream = await connect_within(limits.connect_timeout, self.connecting, backend)
             if self.error is not None:
                 raise self.error
             self.upstream.send(wire)
         await self.read_answer(head or await self.upstream.read_head(), backend, limits)
-
-    async def connect(self, backend: Backend, seconds: float) -> Upstream:
-        self.connecting = asyncio.ensure_future(dial(backend.url))
-        try:
-            return await connect_within(seconds, self.connecting, backend)
-        finally:
-            self.connecting = None
 
     async def read_answer(
         self, head: ResponseHead, backend: Backend, limits: UpstreamSettings
@@ -5195,7 +5176,7 @@ class Gateway:
         elif call.ticket.state is TicketState.RUNNING:
             call.error = error
             if call.upstream is not None:
-                call.upstream.interrupt(error)
+                call.upstream.reader.interrupt(error)
             if call.connecting is not None:
                 call.connecting.cancel()
             if call.reply.blocked:  # nothing could reach a client that far behind
@@ -5407,7 +5388,7 @@ class Passthrough:
             if not sending.cancelled():
                 sending.result()  # or what it met
             left = ClientLeft("the client left")
-            self.exchange.watch(functools.partial(upstream.interrupt, left))
+            self.exchange.watch(functools.partial(upstream.reader.interrupt, left))
             return await heading
         finally:
             sending.cancel()
