@@ -101,7 +101,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
@@ -377,10 +377,9 @@ def read_loaded(kind: str, models: tuple[str, ...], payload: Any) -> tuple[str, 
 
 
 # ==== 4. Settings =================================================================================
-# Every setting is declared once, as a field of the dataclass of its table: the annotation is its
-# type, `setting()` its default, help and bounds.  Flags, LLMQ_* variables, the check of the file,
-# --help and the README's table are derived.  Defaults < file < environment < flags; each value is
-# parsed while its source is known, so that a mistake is told with place, key and cure.
+# Every setting is declared once, as a field of the dataclass of its table; flags, LLMQ_* variables,
+# the check of the file, --help and the README's table are derived.  Defaults < file < environment <
+# flags; each value is parsed where its source is known, so a mistake names place, key and cure.
 
 Duration = float  # seconds
 Size = int  # bytes
@@ -390,20 +389,15 @@ LEVELS = ("debug", "info", "warning", "error")
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
-def setting(
-    default: Any, help: str, env_alias: str = "", minimum: float = 0, choices: Names = ()
-) -> Any:
-    """Declare a setting; `env_alias` is a foreign variable that sets it too."""
-    facts = {"help": help, "env_alias": env_alias, "minimum": minimum, "choices": choices}
-    return field(default=default, metadata=facts)
+def setting(default: Any, help: str, env_alias: str = "", **limits: Any) -> Any:
+    """Declare a setting: its annotation is its type, the rest are facts of a `Setting`."""
+    return field(default=default, metadata={"help": help, "env_alias": env_alias, **limits})
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    host: str = setting(
-        "", "address to listen on; empty: loopback, IPv4 and IPv6", env_alias="HOST"
-    )
-    port: int = setting(11500, "port to listen on; 0: any free one", env_alias="PORT")
+    host: str = setting("", "address to listen on; empty: loopback, IPv4 and IPv6", "HOST")
+    port: int = setting(11500, "port to listen on; 0: any free one", "PORT")
     allowed_hosts: Names = setting((), "further names that clients may use for this box")
     cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
     allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
@@ -424,9 +418,7 @@ class QueueSettings:
     slots: int = setting(1, "requests at once on a device that names no number", minimum=1)
     max_depth: int = setting(10000, "requests that may wait; one client at most half", minimum=1)
     max_queued_bytes: Size = setting(512 * MIB, "their bodies; one client at most half", minimum=1)
-    max_attempts: int = setting(
-        2, "attempts in all at a backend", env_alias="LLM_MAX_ATTEMPTS", minimum=1
-    )
+    max_attempts: int = setting(2, "attempts in all at a backend", "LLM_MAX_ATTEMPTS", minimum=1)
     max_wait_high: Duration = setting(0.0, "longest wait of class high; 0: no limit")
     max_wait_normal: Duration = setting(0.0, "longest wait of class normal; 0: no limit")
     max_wait_low: Duration = setting(0.0, "longest wait of class low; 0: no limit")
@@ -435,15 +427,13 @@ class QueueSettings:
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    model: str = setting(
-        "", "for requests that name none; empty: the first", env_alias="OLLAMA_MODEL"
-    )
+    model: str = setting("", "for requests that name none; empty: the first", "OLLAMA_MODEL")
     connect_timeout: Duration = setting(5.0, "to connect to a backend", minimum=SHORT)
     first_byte_timeout: Duration = setting(
-        600.0, "to the first byte of an answer's body", env_alias="LLM_TIMEOUT_MS", minimum=SHORT
+        600.0, "to the first byte of an answer's body", "LLM_TIMEOUT_MS", minimum=SHORT
     )
     idle_timeout: Duration = setting(120.0, "between two pieces of an answer", minimum=SHORT)
-    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", env_alias="OLLAMA_NUM_CTX")
+    num_ctx: int = setting(0, "context of Ollama's models; 0: its own", "OLLAMA_NUM_CTX")
     max_num_ctx: int = setting(131072, "the largest context that a request may ask for", minimum=1)
     probe_interval: Duration = setting(10.0, "between two looks at a backend", minimum=SHORT)
     probe_timeout: Duration = setting(2.0, "for such a look", minimum=SHORT)
@@ -475,38 +465,25 @@ class BackendSettings:
 
 @dataclass
 class Settings:
-    """All settings, their one owner: who needs one asks here, so that a reload reaches all.
-
-    No backends means that they are looked for.
-    """
+    """All settings, their one owner: who needs one asks here, so that a reload reaches all."""
 
     server: ServerSettings = field(default_factory=ServerSettings)
     queue: QueueSettings = field(default_factory=QueueSettings)
     upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
     log: LogSettings = field(default_factory=LogSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
-    backends: dict[str, BackendSettings] = field(default_factory=dict)
+    backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
-
-    def replace(self, other: Settings) -> None:
-        """Let all of the other's values hold from now on."""
-        vars(self).update(vars(other))
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
 
 
-TABLES: dict[str, Any] = {
-    "server": ServerSettings,
-    "queue": QueueSettings,
-    "upstream": UpstreamSettings,
-    "log": LogSettings,
-}
-ROW_TABLES: dict[str, Any] = {
-    "devices": DeviceSettings,
-    "backends": BackendSettings,
-}  # [table.NAME]
+ROW_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
 OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
+TABLES: dict[str, Any] = {
+    table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
+}
 Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
 
 
@@ -517,9 +494,9 @@ class Setting(NamedTuple):
     type: str
     default: Any
     help: str
-    env_alias: str
-    minimum: float
-    choices: Names
+    env_alias: str  # a foreign variable that sets it too
+    minimum: float = 0
+    choices: Names = ()
 
     @property
     def flag(self) -> str:
@@ -533,35 +510,25 @@ class Setting(NamedTuple):
 
     @property
     def shown_default(self) -> str:
-        if self.type == "Size":
-            return f"{self.default // MIB}MiB"
-        if self.type == "Duration":
-            return f"{self.default:g}s"
-        if self.type == "bool":
-            return "on" if self.default else "off"
-        return ", ".join(self.default) if self.type == "Names" else str(self.default)
+        return TYPES[self.type].show(self.default)
 
 
-def settings_of(table: str, cls: Any) -> Iterator[Setting]:
-    for one in fields(cls):
-        yield Setting(f"{table}.{one.name}", str(one.type), one.default, **one.metadata)
+def known_settings(tables: Mapping[str, Any] = TABLES) -> Iterator[Setting]:
+    """Every setting of these tables, in the order of declaration."""
+    for table, cls in tables.items():
+        for fact in fields(cls):
+            yield Setting(f"{table}.{fact.name}", str(fact.type), fact.default, **fact.metadata)
 
 
-def known_settings() -> Iterator[Setting]:
-    """Every setting of the fixed tables, in the order of declaration."""
-    for table, cls in TABLES.items():
-        yield from settings_of(table, cls)
-
-
-def parse_int(raw: Any) -> int:
-    if not re.fullmatch(r"[0-9]{1,15}", str(raw).strip()):
+def parse_int(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text.strip()):
         raise ValueError("wants a whole number")
-    return int(raw)
+    return int(text)
 
 
 def parse_text(raw: Any) -> str:
     if not isinstance(raw, str):
-        raise ValueError("wants a text")  # one type for all that is wrong
+        raise ValueError("wants a text")
     return raw
 
 
@@ -584,36 +551,42 @@ def parse_url(raw: Any) -> Url:
     text = parse_text(raw)
     try:
         parts = urlsplit(text if "//" in text else "http://" + text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
     except ValueError:
-        valid = False
-    if valid and (parts.username or parts.password):
+        raise ValueError("wants a url like http://host:port") from None
+    if parts.username or parts.password:
         raise ValueError("put the password into `key`, not into the url")
-    if valid and (parts.path.strip("/") not in ("", "v1") or parts.query):
+    if parts.path.strip("/") not in ("", "v1") or parts.query:
         raise ValueError("wants a url without a path")
-    if not valid:
-        raise ValueError("wants a url like http://host:port")
     return f"{parts.scheme}://{parts.netloc}"
 
 
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "int": parse_int,
-    "Duration": lambda raw: parse_duration(str(raw)),  # files may also write plain numbers
-    "Size": lambda raw: parse_size(str(raw)),
-    "str": parse_text,
-    "bool": parse_bool,
-    "Names": parse_names,
-    "Url": parse_url,
+class SettingType(NamedTuple):
+    parse: Callable[[Any], Any]  # a text, or what a file has in its place
+    flag: dict[str, Any]  # what argparse is told of its flag
+    show: Callable[[Any], str] = str  # a default, as it may be written
+
+
+TYPES = {
+    "int": SettingType(parse_int, {"metavar": "N"}),
+    "Duration": SettingType(parse_duration, {"metavar": "TIME"}, "{:g}s".format),
+    "Size": SettingType(parse_size, {"metavar": "SIZE"}, lambda size: f"{size // MIB}MiB"),
+    "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
+    "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
+    "str": SettingType(parse_text, {"metavar": "TEXT"}),
+    "Url": SettingType(parse_url, {"metavar": "URL"}),
 }
 
 
 def parse_value(source: str, row: Setting, raw: Any) -> Any:
     """The value of a setting; ConfigError names source, key and cure."""
     try:
-        value = PARSERS[row.type](raw)
+        is_number = row.type in ("int", "Duration", "Size")
+        value = TYPES[row.type].parse(str(raw) if is_number else raw)  # files may have numbers
         if row.choices and value not in row.choices:
             raise ValueError("choose one of " + ", ".join(filter(None, row.choices)))
-        if row.type in ("int", "Duration", "Size") and value < row.minimum:
+        if is_number and value < row.minimum:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
@@ -645,86 +618,77 @@ def file_layer(path: str, document: Any) -> Layer:
             raise unknown(path, "table", table, [*TABLES, *OWN_TABLES])
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table}: wants a table, write [{table}]")
-        if table in OWN_TABLES:
-            flat[table] = values
-        else:
-            flat.update({f"{table}.{name}": value for name, value in values.items()})
+        dotted = {f"{table}.{name}": value for name, value in values.items()}
+        flat.update({table: values} if table in OWN_TABLES else dotted)
     return path, flat
 
 
 def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
     """The values that variables set, llmq's own names above the foreign ones; and what to tell."""
-    foreign: list[Layer] = []
-    own: list[Layer] = []
+    own = {row.variable: row.key for row in known_settings()}
+    foreign = {row.env_alias: row.key for row in known_settings() if row.env_alias}
+    for name in environ:
+        if name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES and name not in own:
+            raise unknown("environment", "variable", name, own)
+    layers: list[Layer] = []
     notes = []
-    rows = {row.variable: row for row in known_settings()}
-    for row in rows.values():
-        value = environ.get(row.env_alias) if row.env_alias else None
-        if value and row.env_alias == "HOST" and not is_address(value):
-            notes.append(f"HOST={printable(value)} ignored: neither an IP address nor localhost")
-        elif value:
-            value = value + "ms" if row.env_alias.endswith("_MS") else value
-            foreign.append((f"variable {row.env_alias}", {row.key: value}))
-    for name, value in environ.items():
-        if name in rows:
-            own.append((f"variable {name}", {rows[name].key: value}))
-        elif name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES:
-            raise unknown("environment", "variable", name, rows)
-    for name, layers in (("OLLAMA_URL", foreign), ("LLMQ_BACKENDS", own)):
-        if environ.get(name):
-            layers.append((f"variable {name}", {"backends": list(parse_names(environ[name]))}))
-    return foreign + own, notes
+    variables = {**foreign, "OLLAMA_URL": "backends", **own, "LLMQ_BACKENDS": "backends"}
+    for name, key in variables.items():
+        text = environ.get(name, "")
+        if name == "HOST" and text and not is_address(text):
+            notes.append(f"HOST={printable(text)} ignored: neither an IP address nor localhost")
+        elif text or (name in own and name in environ):  # an empty value of our own is one
+            text += "ms" if name.endswith("_MS") else ""
+            value = parse_names(text) if key == "backends" else text
+            layers.append((f"variable {name}", {key: value}))
+    return layers, notes
 
 
 def is_address(host: str) -> bool:
     """An IP literal or `localhost`: what shells do not export by accident."""
-    try:
+    with contextlib.suppress(ValueError):
         ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return True
+        return True
+    return host == "localhost"
 
 
 def merge_layers(layers: Iterable[Layer]) -> Settings:
     """One Settings from layers in rising precedence; ConfigError names place, key and cure."""
     rows = {row.key: row for row in known_settings()}
-    values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
-    found: dict[str, Any] = {table: {} for table in OWN_TABLES}
-    for source, raw in layers:
-        for key, value in raw.items():
+    found: dict[str, Any] = {table: {} for table in (*TABLES, *OWN_TABLES)}
+    for source, values in layers:
+        for key, raw in values.items():
+            table, _, name = key.partition(".")
             if key == "aliases":
-                found[key] = parse_aliases(source, value)
+                found[key] = parse_aliases(source, raw)
             elif key in ROW_TABLES:
-                found[key] = parse_rows(source, key, value)
+                found[key] = parse_rows(source, key, raw)
             elif key in rows:
-                table, _, name = key.partition(".")
-                values[table][name] = parse_value(source, rows[key], value)
+                found[table][name] = parse_value(source, rows[key], raw)
             else:
                 raise unknown(source, "key", key, rows)
-    found.update({table: cls(**values[table]) for table, cls in TABLES.items()})
-    return Settings(**found)
+    return Settings(**{**found, **{table: cls(**found[table]) for table, cls in TABLES.items()}})
 
 
 def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     """[backends.NAME] and [devices.NAME]; backends also as a list of `URL` or `NAME=URL`."""
     if isinstance(raw, (list, tuple)):
-        pairs = [named_url(str(item)) for item in raw]
-        raw = dict(pairs)
-        if len(raw) != len(pairs):
+        named = [named_url(str(item)) for item in raw]
+        raw = dict(named)
+        if len(raw) != len(named):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
     cls, result = ROW_TABLES[table], {}
-    for name, values in raw.items() if isinstance(raw, dict) else [("", None)]:
+    for name, values in raw.items():
         where = f"{source}: {table}.{printable(name)}"
         if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
             raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
-        rows = {row.key.split(".")[-1]: row for row in settings_of(f"{table}.{name}", cls)}
+        rows = {row.key.split(".")[-1]: row for row in known_settings({f"{table}.{name}": cls})}
         for key in values:
             if key not in rows:
                 raise unknown(where, "key", key, rows)
-        wanted = {key for key, row in rows.items() if row.type == "Url"}  # there is no default
-        found = {**dict.fromkeys(wanted, ""), **values}
-        found = {key: parse_value(source, rows[key], value) for key, value in found.items()}
-        result[name] = cls(**found)
+        # Defaults are parsed too: a url has no good one.
+        given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
+        result[name] = cls(**{key: parse_value(source, *facts) for key, facts in given.items()})
     return result
 
 
@@ -745,18 +709,10 @@ def named_url(item: str) -> tuple[str, dict[str, str]]:
     return name or place.rpartition("@")[2].partition("/")[0][:64], {"url": url}
 
 
-def render_settings(settings: Settings) -> dict[str, Any]:
-    """The settings as the tables of a JSON configuration file."""
-    tables: dict[str, Any] = {table: vars(getattr(settings, table)) for table in TABLES}
-    for table in ROW_TABLES:
-        tables[table] = {name: vars(one) for name, one in getattr(settings, table).items()}
-    return {**tables, "aliases": settings.aliases}
-
-
 # ==== 5. Metrics ==================================================================================
-# What is counted, each metric declared once: name, type, labels, help.  The text for Prometheus and
-# the README's table are derived.  Labels hold names that clients choose, so both their length and
-# their number are bounded: what is too many counts as `other`, and is counted all the same.
+# Each metric is declared once; Prometheus' text and the README's table are derived.  Labels hold
+# names that clients choose, so both length and number are bounded: what is too many is counted as
+# `other`.
 
 LABEL_BYTES = 128
 LABEL_VALUES = 200  # of one label, `other` among them
@@ -798,10 +754,8 @@ METRICS = (
     Metric("process_resident_memory_bytes", "gauge", (), "memory in use, on Linux"),
     Metric("process_open_fds", "gauge", (), "open files, on Linux"),
 )
-
-
-# By the values of the labels: these as they are written, and a number, or a histogram's numbers: by
-# bucket, what is above them, the sum.
+# By the values of the labels: the labels as text, and one number; of a histogram the number in each
+# bucket, that above all of them, and the sum.
 Series = dict[Names, tuple[str, list[float]]]
 
 
@@ -809,7 +763,7 @@ class Metrics:
     """All that is counted: each metric, and its series by the values of its labels."""
 
     def __init__(self) -> None:
-        self._families: dict[str, tuple[Metric, Series]] = {one.name: (one, {}) for one in METRICS}
+        self._families: dict[str, tuple[Metric, Series]] = {row.name: (row, {}) for row in METRICS}
         self._known: dict[str, set[str]] = {}  # the values that each label has had
 
     def add(self, name: str, *values: str, amount: float = 1) -> None:
@@ -6536,8 +6490,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
 
 
 # ==== 32. Service =================================================================================
-# From settings to a running llmq and back: what is wired to what, listening, signals, reload and
-# drain.
+# From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
 HANDOVER_SECONDS = 0.5  # for requests to arrive on connections that were just accepted
@@ -6554,13 +6507,12 @@ class LogHandler(logging.Handler):
         self.form = form
 
     def emit(self, record: logging.LogRecord) -> None:
-        level, message = record.levelname, record.getMessage()
-        if record.exc_info:
-            message += "\n" + logging.Formatter().formatException(record.exc_info)
-        rows: list[tuple[float, Any]] = [(record.created, message)]
+        rows: Sequence[tuple[float, str | Record]]
         if isinstance(record.msg, Lines):
             rows = record.msg.rows
-        text = "".join([self.line(when, level, what) for when, what in rows])
+        else:
+            rows = [(record.created, logging.Formatter().format(record))]
+        text = "".join([self.line(when, record.levelname, what) for when, what in rows])
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -6590,13 +6542,12 @@ def raise_file_limit(wanted: int) -> int:
         import resource
     except ImportError:  # Windows has no such limit
         return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    best = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    best = min(wanted, hard)
     if soft < best:
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (best, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (best, limits[1]))
             return best
     return soft
 
@@ -6607,21 +6558,17 @@ def is_this_box(host: str) -> bool:
     if is_loopback(host) or host.lower() in (own, own + ".local"):
         return True
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        ipaddress.ip_address(host)
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        if is_address(host):  # looking up a name could take long
             probe.bind((host, 0))  # only an address of one's own can be bound
-    except (ValueError, OSError):
-        return False
-    return True
+            return True
+    return False
 
 
 def device_name(settings: BackendSettings) -> str:
     """Backends on one host share one device, all names of this box are one host."""
-    if settings.device:
-        return settings.device
     host = urlsplit(settings.url).hostname or ""
-    return "local" if is_this_box(host) else host
+    return settings.device or ("local" if is_this_box(host) else host)
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -6635,7 +6582,7 @@ def inherited_sockets() -> list[socket.socket]:
     try:
         found = [socket.socket(fileno=number) for number in numbers]
         listening = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        kinds = {(one.family, one.getsockopt(*listening)) for one in found}
+        kinds = {(given.family, given.getsockopt(*listening)) for given in found}
     except OSError as error:
         raise StartError(f"LISTEN_FDS: {error.strerror}") from None
     if kinds - {(socket.AF_INET, 1), (socket.AF_INET6, 1)}:
@@ -6643,30 +6590,25 @@ def inherited_sockets() -> list[socket.socket]:
     return found
 
 
+@dataclass(eq=False)
 class Service:
     """A running llmq."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        demo: bool = False,
-        read: Callable[[], Settings] | None = None,
-        sockets: Sequence[socket.socket] = (),
-    ) -> None:
-        self.settings = settings
-        self.demo = demo
-        self.read = read  # reads the settings again
-        self.sockets = sockets  # that a service manager holds too, in place of our own
-        hosts = [one.getsockname()[0] for one in sockets] or [settings.server.host]
+    settings: Settings
+    demo: bool = False
+    read: Callable[[], Settings] | None = None  # reads the settings again
+    sockets: Sequence[socket.socket] = ()  # that a service manager holds too, in place of our own
+
+    def __post_init__(self) -> None:
+        hosts = [held.getsockname()[0] for held in self.sockets] or [self.settings.server.host]
         self.host: str = min(hosts, key=is_loopback)  # as bound: a reload does not move it
+        self.is_public = bool(self.host) and not is_loopback(self.host)
         self.port = 0
         self.addresses: list[str] = []
         self.most_connections = 0
-        self.stopping = asyncio.Event()
-        self.hurry = asyncio.Event()
-        self.gateway = Gateway(settings, secrets.token_hex(8), time.monotonic)
-        self.discovery = Discovery(settings, self.gateway.fleet, self.gateway.instance)
+        self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
+        self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
+        self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
         self.api = Api(self.gateway, self.own_names(), self.reload)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -6674,17 +6616,14 @@ class Service:
     def own_names(self) -> set[str]:
         """What clients may call this box, see `is_own_name`."""
         host = socket.gethostname().lower()
-        names = {host, host + ".local", "*.internal"}
-        if self.host and not is_loopback(self.host):
-            names.add("*")
-        return names | {name.lower() for name in self.settings.server.allowed_hosts}
+        allowed = map(str.lower, self.settings.server.allowed_hosts)
+        return {host, host + ".local", "*.internal", *allowed, *("*" if self.is_public else ())}
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
-        host = self.host
-        if host and not is_loopback(host) and not self.settings.server.allow_anonymous_lan:
+        if self.is_public and not self.settings.server.allow_anonymous_lan:
             raise ConfigError(
-                f"host {host}: nobody needs a key, so the whole network could use your runner;"
+                f"host {self.host}: nobody needs a key, so the whole network could use your runner;"
                 " add --allow-anonymous-lan if that is meant"
             )
         limits = self.settings.queue
@@ -6693,7 +6632,10 @@ class Service:
         server = HttpServer(self.api.handle, self.settings, self.most_connections)
         self._servers.append(server)
         if self.demo:
-            await self.start_demo()
+            runner = HttpServer(Demo().handle, Settings(), 64)
+            self._servers.append(runner)
+            url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
+            self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
         self.apply()
         await self.listen(server)
         gateway = self.gateway
@@ -6706,13 +6648,6 @@ class Service:
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
-
-    async def start_demo(self) -> None:
-        runner = HttpServer(Demo().handle, Settings(), 64)
-        self._servers.append(runner)
-        port = await runner.listen("127.0.0.1", 0)
-        row = BackendSettings(url=f"http://127.0.0.1:{port}", kind="openai")
-        self.settings.replace(replace(self.settings, backends={"demo": row}))
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -6752,14 +6687,14 @@ class Service:
             return
         self.gateway.config_error = None
         if self.demo:
-            settings = replace(settings, backends=self.settings.backends)
+            settings.backends = self.settings.backends
         for name in ("host", "port"):  # a reload cannot move the listening sockets
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
             self.gateway.journal.flush()
             set_up_log(settings.log)
-        self.settings.replace(settings)
+        vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
         log.info("reload: done")
 
@@ -6794,21 +6729,20 @@ class Service:
         server.stop_accepting()
         await asyncio.sleep(STOP_SECONDS)  # so that what was just accepted is a connection
         open_now = server.connections
-        await self.until(lambda: not any(one.arriving for one in open_now), HANDOVER_SECONDS)
+        await self.until(lambda: not any(client.arriving for client in open_now), HANDOVER_SECONDS)
 
     def settled(self) -> bool:
         """Nobody is owed another word."""
         quiet = (Phase.IDLE, Phase.LINGER)
         connections = self._servers[0].connections
-        return all(one.phase in quiet and not one.unsent for one in connections)
+        return all(client.phase in quiet and not client.unsent for client in connections)
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for this, but not beyond the time, nor when it has to go fast."""
         deadline = time.monotonic() + seconds
-        waits = asyncio.ensure_future(self.hurry.wait())
-        while not condition() and time.monotonic() < deadline and not waits.done():
-            await asyncio.wait({waits}, timeout=STOP_SECONDS)
-        waits.cancel()
+        while not (condition() or self.hurry.is_set() or time.monotonic() >= deadline):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
 # ==== 33. Command line ============================================================================
@@ -6829,12 +6763,11 @@ def read_file(path: str) -> Layer:
         if os.name == "posix" and os.stat(path).st_mode & 0o002:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
         with open(path, "rb") as file:
-            raw = file.read()
-        if path.endswith(".json"):
-            return file_layer(path, json.loads(raw))
-        import tomllib  # novm
+            if path.endswith(".json"):
+                return file_layer(path, json.load(file))
+            import tomllib  # novm
 
-        return file_layer(path, tomllib.loads(raw.decode()))
+            return file_layer(path, tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ImportError:
@@ -6865,15 +6798,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="configuration file")
     text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
     parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
-    words = {"int": "N", "Duration": "TIME", "Size": "SIZE", "Names": "NAME"}
     for row in known_settings():
         text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
-        options: dict[str, Any] = {"metavar": words.get(row.type, "TEXT")}
-        if row.type == "bool":
-            options = {"action": "store_true"}
-        elif row.type == "Names":
-            options["action"] = "append"
-        parser.add_argument(row.flag, dest=row.key, help=text, **options)
+        parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -6884,23 +6811,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    switch: Any = {"action": "store_true"}
     serve = commands.add_parser("serve", help="run the queue (the default)")
-    serve.add_argument("--demo", action="store_true", help="with a built-in model that echoes")
+    serve.add_argument("--demo", **switch, help="with a built-in model that echoes")
     status = commands.add_parser("status", help="show what a running llmq does: top --once")
+    status.set_defaults(once=True)
     mode = commands.add_parser("mode", help="switch a running llmq to another mode")
     mode.add_argument("mode", choices=[mode.value for mode in Mode])
     top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
-    top.add_argument("--once", action="store_true", help="print it once, as where it is piped")
+    top.add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
     for asking in (status, mode, top):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
     for showing in (status, top):
-        showing.add_argument("--json", action="store_true", help="print what llmq tells, as JSON")
+        showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
-    text = "as a JSON configuration file, keys included"
-    config.add_argument("--json", action="store_true", help=text)
+    config.add_argument("--json", **switch, help="as a JSON configuration file, keys included")
     add_flags(serve)
     add_flags(config)
     return parser
@@ -6912,18 +6840,20 @@ def given_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cmd_serve(options: argparse.Namespace) -> int:
+    return asyncio.run(serve(options))
+
+
+async def serve(options: argparse.Namespace) -> int:
     flags = given_flags(options)
     settings, notes = read_settings(flags, os.environ)
     for note in notes:
         say(note)
     set_up_log(settings.log)
-    return asyncio.run(serve(settings, options.demo, lambda: read_settings(flags, os.environ)[0]))
-
-
-async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
-    service = Service(settings, demo=demo, read=read, sockets=inherited_sockets())
+    service = Service(
+        settings, options.demo, lambda: read_settings(flags, os.environ)[0], inherited_sockets()
+    )
     await service.start()
     if os.name == "posix":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -6947,12 +6877,11 @@ async def serve(settings: Settings, demo: bool, read: Callable[[], Settings]) ->
 def notify(*facts: str, patience: float = 0.0) -> None:
     """Tell the service manager that wants to hear it, sd_notify(3); without one do nothing."""
     place = os.environ.get("NOTIFY_SOCKET")
-    if not place:
+    if not place or not facts:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(patience)
-        address = "\0" + place[1:] if place.startswith("@") else place
-        sender.sendto("\n".join(facts).encode(), address)
+        sender.sendto("\n".join(facts).encode(), re.sub("^@", "\0", place))
 
 
 def watchdog_seconds() -> float:
@@ -6964,24 +6893,21 @@ def watchdog_seconds() -> float:
 async def keep_informed(service: Service) -> None:
     """Tell the service manager what goes on, and, from the event loop itself, that it turns."""
     limit = watchdog_seconds()
-    pause = min(REPORT_SECONDS, limit / 3) if limit else REPORT_SECONDS
     if limit:
         import faulthandler
 
         faulthandler.enable()  # the watchdog ends what hangs by SIGABRT: then the log says where
-    told, scheduler = "", service.gateway.scheduler
+    last, scheduler = "", service.gateway.scheduler
     while os.environ.get("NOTIFY_SOCKET"):
-        stopping, facts = service.stopping.is_set(), ["WATCHDOG=1"] if limit else []
+        stopping = service.stopping.is_set()
         mode = "stopping" if stopping else scheduler.mode.value
-        status = f"{mode}: {len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
-        if status != told:
-            facts.append(f"STATUS={service.addresses[0]}, {status}")
-            told = status
-        if stopping:
-            facts.append(f"EXTEND_TIMEOUT_USEC={EXTENSION_USEC}")
-        if facts:
-            notify(*facts)
-        await asyncio.sleep(pause)
+        work = f"{len(scheduler.waiting)} waiting, {len(scheduler.running)} running"
+        status = f"STATUS={service.addresses[0]}, {mode}: {work}"
+        extend = f"EXTEND_TIMEOUT_USEC={EXTENSION_USEC}"
+        due = {"WATCHDOG=1": limit, status: status != last, extend: stopping}
+        notify(*[fact for fact, is_due in due.items() if is_due])
+        last = status
+        await asyncio.sleep(min(REPORT_SECONDS, limit / 3 or REPORT_SECONDS))
 
 
 def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -6993,8 +6919,8 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 def banner(service: Service) -> str:
     lines = [f"llmq {__version__} on {' and '.join(service.addresses)}"]
     lines += [
-        f"  backend {one.name}  {one.url}  device {one.device.name}, slots {one.most}"
-        for one in service.gateway.fleet.backends.values()
+        f"  backend {row.name}  {row.url}  device {row.device.name}, slots {row.most}"
+        for row in service.gateway.fleet.backends.values()
     ]
     if service.most_connections < service.settings.queue.max_depth:
         lines.append(f"  open files allow {service.most_connections} connections at once")
@@ -7013,7 +6939,7 @@ def llmq_url(url: str | None) -> str:
 def ask_llmq(url: str, order: Order) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
+    from urllib.error import HTTPError
     from urllib.request import ProxyHandler, Request, build_opener
 
     method, path, change = order
@@ -7030,56 +6956,48 @@ def ask_llmq(url: str, order: Order) -> Any:
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 raise StartError(json.load(error)["error"]["message"]) from None
         raise StartError(f"{url} answers {error.code}: is that llmq?") from None
-    except (URLError, OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
     return facts
 
 
-def cmd_mode(options: argparse.Namespace) -> int:
-    order: Order = ("POST", "/llmq/mode", {"mode": options.mode})
-    say("mode is " + ask_llmq(llmq_url(options.url), order)["mode"])
-    return 0
+def cmd_mode(options: argparse.Namespace) -> None:
+    answer = ask_llmq(llmq_url(options.url), ("POST", "/llmq/mode", {"mode": options.mode}))
+    say("mode is " + answer["mode"])
 
 
-def cmd_status(options: argparse.Namespace) -> int:
+def cmd_top(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
-    snapshot = ask_llmq(url, STATUS)
-    width = max(80, shutil.get_terminal_size((140, 0)).columns)
-    cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-    say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
-    return 0
-
-
-def cmd_top(options: argparse.Namespace) -> int:
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
     if plain or not (os.isatty(0) and os.isatty(1)):
-        return cmd_status(options)
-    url = llmq_url(options.url)
-    run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
-    return 0
+        snapshot = ask_llmq(url, STATUS)
+        width = max(80, shutil.get_terminal_size((140, 0)).columns)
+        cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
+        say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
+    else:
+        run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
 
-def cmd_config(options: argparse.Namespace) -> int:
+def cmd_config(options: argparse.Namespace) -> None:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
         say(note, error=True)
-    tables = render_settings(settings)
+    tables = asdict(settings)
     if options.what == "check":
         say("the configuration is good")
     elif options.json:
         say(json.dumps(tables, indent=2))
     else:
-        for name, one in settings.backends.items():
-            tables["backends"][name] = {**vars(one), "key": "***" if one.key else ""}
+        for backend in tables["backends"].values():
+            backend["key"] = "***" if backend["key"] else ""
         for table, values in tables.items():
             for name, value in values.items():
                 say(f"{table}.{name} = {json.dumps(value)}")
-    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "serve": cmd_serve,
-    "status": cmd_status,
+    "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
     "config": cmd_config,
@@ -7093,18 +7011,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, "serve")
     options = build_parser().parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
-    except ConfigError as error:
+        return COMMANDS[options.command](options) or 0
+    except (ConfigError, StartError) as error:
         say(f"llmq: {error}", error=True)
-        return 2
-    except StartError as error:
-        say(f"llmq: {error}", error=True)
-        return 78 if options.command == "serve" else 1
+        refused = 78 if options.command == "serve" else 1
+        return 2 if isinstance(error, ConfigError) else refused
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except KeyboardInterrupt:
-        return 0
+        pass
+    return 0
 
 
 # ==== 34. Web page ================================================================================

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def test_variables_of_npm_llm_queue_work() -> None:
 def test_llmqs_own_variable_goes_before_a_foreign_one(row: Any) -> None:
     own, foreign = ("127.0.0.3", "127.0.0.2") if row.env_alias == "HOST" else ("7", "80")
     settings, _ = read({row.env_alias: foreign, row.variable: own})
-    assert value_of(settings, row.key) == llmq.PARSERS[row.type](own)
+    assert value_of(settings, row.key) == llmq.TYPES[row.type].parse(own)
 
 
 def test_llmqs_own_backends_go_before_ollama_url() -> None:
@@ -419,9 +419,9 @@ def test_settings_that_were_shown_are_read_the_same(tmp_path: Path) -> None:
     values["devices"] = {"a": {"slots": 3}}
     values["aliases"] = ALIASES
     settings = build_settings(values)
-    shown = write(tmp_path / "llmq.json", llmq.render_settings(settings))
+    shown = write(tmp_path / "llmq.json", asdict(settings))
     assert read(file=shown)[0] == settings
-    default = write(tmp_path / "default.json", llmq.render_settings(llmq.Settings()))
+    default = write(tmp_path / "default.json", asdict(llmq.Settings()))
     assert read(file=default)[0] == llmq.Settings()
 
 
