@@ -1504,19 +1504,18 @@ class Scheduler:
         self._arrive(ticket, now)
         self._enter(ticket)
 
-    def start_or_submit(self, ticket: Ticket, now: float) -> Backend | None:
-        """Start a new ticket at once where nobody waits before it; else let it wait.
+    def start(self, ticket: Ticket, now: float) -> Backend | None:
+        """Start a new ticket at once, if nobody waits and a backend has room; where it has started.
 
-        The backend where it has started; no queue is built to be torn down again.
+        So no queue is built for it, to be torn down again.
         """
-        self._arrive(ticket, now)
-        if not self.waiting and self._may_start(ticket.priority):
-            backend = pick_backend(self.fleet.candidates(ticket.want), ticket.want.model)
-            if backend is not None:
-                self._start(ticket, backend, now)
-                return backend
-        self._enter(ticket)
-        return None
+        if self.waiting or not self._may_start(ticket.priority):
+            return None
+        backend = pick_backend(self.fleet.candidates(ticket.want), ticket.want.model)
+        if backend is not None:
+            self._arrive(ticket, now)
+            self._start(ticket, backend, now)
+        return backend
 
     def _arrive(self, ticket: Ticket, now: float) -> None:
         if ticket.state is not TicketState.NEW:
@@ -4996,12 +4995,14 @@ class Gateway:
         now, limits = self.now(), self.settings.server
         patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
         call.heartbeat_at = now + patience if patience else NEVER
-        backend = self.scheduler.start_or_submit(call.ticket, now)
-        self.calls[call.id] = call
+        backend = self.scheduler.start(call.ticket, now)
         if backend is not None:
+            self.calls[call.id] = call
             self.begin(call, backend, now)
-        else:
-            self.pump()
+            return
+        self.scheduler.submit(call.ticket, now)
+        self.calls[call.id] = call
+        self.pump()
 
     async def attempt(self, call: Call) -> None:
         """Ask the granted backend; without an answer the call waits again for another attempt."""

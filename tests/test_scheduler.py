@@ -1555,7 +1555,9 @@ def test_start_at_once_is_what_a_dispatch_would_have_done(seed: int) -> None:
             what = {"client": rng.choice("xyz"), "model": rng.choice("mnop")}
             priority = rng.choice(list(Priority))
             ticket = fast.ticket(priority, **what)
-            backend = fast.queue.start_or_submit(ticket, now)
+            backend = fast.queue.start(ticket, now)
+            if backend is None:
+                fast.queue.submit(ticket, now)
             started = [] if backend is None else [(ticket.id, backend.name)]
             started += [(one.id, on.name) for one, on in fast.queue.dispatch(now)]
             slow.submit(priority, now=now, **what)
