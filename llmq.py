@@ -5743,7 +5743,7 @@ class Api:
         self._numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
-        """Answer one request: with the JSON that its handler returns, if it has not answered."""
+        """Answer one request, with what its handler returns or with what went wrong."""
         given = exchange.request.headers.get("x-request-id")
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
@@ -5858,11 +5858,10 @@ class Api:
             raise model_not_found(name)
         return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
-    async def get_tags(self, _exchange: Exchange, _: str) -> Facts:
-        return {"models": list(merge_rows(self.gateway.fleet, tag_rows).values())}
-
-    async def get_running(self, _exchange: Exchange, _: str) -> Facts:
-        return {"models": list(merge_rows(self.gateway.fleet, running_rows).values())}
+    async def get_rows(self, exchange: Exchange, _: str) -> Facts:
+        """Models as Ollama lists them: those that are loaded, or all."""
+        rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
+        return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
 
     async def post_show(self, exchange: Exchange, _: str) -> Facts:
         """What an Ollama shows of its model, asked now; of other runners little is known."""
@@ -5933,9 +5932,8 @@ class Api:
 
     async def get_metrics(self, exchange: Exchange, _: str) -> None:
         show_gauges(self.gateway)
-        exchange.respond(
-            200, self.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8"
-        )
+        text = self.gateway.metrics.render()
+        exchange.respond(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
     async def post_mode(self, exchange: Exchange, _: str) -> Facts:
         wanted, modes = (await read_control(exchange)).get("mode"), [mode.value for mode in Mode]
@@ -6030,8 +6028,8 @@ ROUTES = (
     public("GET HEAD /v1/models", "the models of all backends", Api.get_models),
     public("GET HEAD /models", "the same", Api.get_models),
     public("GET HEAD /v1/models/{id...}", "one model", Api.get_model),
-    public("GET HEAD /api/tags", "the models, as Ollama lists them", Api.get_tags),
-    public("GET /api/ps", "the loaded ones", Api.get_running),
+    public("GET HEAD /api/tags", "the models, as Ollama lists them", Api.get_rows),
+    public("GET /api/ps", "the loaded ones", Api.get_rows),
     public("POST /api/show", "one model, as its Ollama shows it", Api.post_show),
     local("POST /api/pull", "to the first Ollama, straight through", Api.manage),
     local("POST /api/create", "the same", Api.manage),
@@ -6063,9 +6061,10 @@ PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{
 
 
 def match_route(request: Request) -> tuple[Route | None, str]:
-    """The row of a path, which goes by its decoded spelling from here on, and what fills {...}.
+    """The row of a path, and what fills its {...}.
 
-    Dot segments and empty ones match nothing.
+    Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
+    ones match nothing.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -6104,9 +6103,8 @@ def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     words = WORD.findall(content if isinstance(content, str) else "")
     most = question.get("max_tokens", question.get("max_completion_tokens"))
-    if isinstance(most, int) and 0 <= most < len(words):
-        return words[:most], "length"
-    return words, "stop"
+    cut = isinstance(most, int) and 0 <= most < len(words)
+    return (words[:most], "length") if cut else (words, "stop")
 
 
 class Demo:
@@ -6236,7 +6234,7 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
         kind, number, when = "running", "run", f"ran {brief(request['running_s'])}"
-        where = request["backend"]
+        where = str(request["backend"])
         where += f", {request['tokens']} tokens" if request["tokens"] else ""
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
     return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
@@ -6307,8 +6305,8 @@ class View:
         """What a key does to the selected request; what cannot be undone is asked about."""
         path, classes = f"/llmq/requests/{request['id']}", list(PRIORITY_WORDS)
         if key == "x":
-            what = f"cancel {request['id']} of {request['client']}?"
-            self.asking = what, ("DELETE", path, None)
+            asked = f"cancel {request['id']} of {request['client']}?"
+            self.asking = asked, ("DELETE", path, None)
         if key not in ("+", "=", "-"):
             return None
         place = classes.index(request["class"]) + (1 if key == "-" else -1)
