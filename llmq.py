@@ -5208,52 +5208,42 @@ class Gateway:
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
 NO_DETAILS = {
-    "parent_model": "",
-    "format": "gguf",
-    "family": "",
-    "families": None,
-    "parameter_size": "",
+    "parent_model": "", "format": "gguf", "family": "", "families": None, "parameter_size": "",
     "quantization_level": "",
-}
+}  # fmt: skip
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
 # The member that names the model, where only an Ollama that has it can do what is asked.
 MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
 Lister = Callable[[Report], Sequence[Facts]]
 
 
-def reports_of(fleet: Fleet) -> Iterator[Report]:
-    for backend in fleet.backends.values():
-        if backend.report is not None and backend.state is State.UP:
-            yield backend.report
-
-
-def merge_rows(fleet: Fleet, told: Lister) -> dict[str, Facts]:
-    """The models of all healthy backends, each once, as its first backend describes it."""
-    merged: dict[str, Facts] = {}
-    for report in reports_of(fleet):
-        for row in told(report):
-            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
-    return merged
-
-
-def entry_rows(report: Report) -> Sequence[Facts]:
-    """As `/v1/models` has them."""
-    return report.entries
+def reports_of(fleet: Fleet) -> list[Report]:
+    """What the probes of all healthy backends have learned."""
+    backends = fleet.backends.values()
+    return [each.report for each in backends if each.report and each.state is State.UP]
 
 
 def tag_rows(report: Report) -> Sequence[Facts]:
     """As `/api/tags` has them; of other runners than Ollama little is known."""
     if KINDS[report.kind].native and report.tags:
         return report.tags
-    return [bare_tag(str(one["id"]), since(one)) for one in report.entries]
+    return [bare_tag(str(entry["id"]), since(entry)) for entry in report.entries]
 
 
 def running_rows(report: Report) -> Sequence[Facts]:
     """The loaded ones, as `/api/ps` has them."""
     if KINDS[report.kind].native:
         return report.running
-    more = {"expires_at": LONG_AFTER, "size_vram": 0}
-    return [{**bare_tag(name), **more} for name in report.loaded]
+    return [bare_tag(name, expires_at=LONG_AFTER, size_vram=0) for name in report.loaded]
+
+
+def merge_rows(fleet: Fleet, rows_of: Lister = lambda report: report.entries) -> dict[str, Facts]:
+    """The models of all healthy backends, each once, as its first backend describes it."""
+    merged: dict[str, Facts] = {}
+    for report in reports_of(fleet):
+        for row in rows_of(report):
+            merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
+    return merged
 
 
 def since(entry: Facts) -> str:
@@ -5261,10 +5251,10 @@ def since(entry: Facts) -> str:
     return rfc3339(created) if isinstance(created, (int, float)) else LONG_AGO
 
 
-def bare_tag(name: str, modified: str = LONG_AGO) -> Facts:
+def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
     facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
-    return {**facts, "details": NO_DETAILS}
+    return {**facts, "details": NO_DETAILS, **more}
 
 
 def anthropic_model(entry: Facts) -> Facts:
@@ -5273,9 +5263,9 @@ def anthropic_model(entry: Facts) -> Facts:
 
 
 def anthropic_list(entries: Sequence[Facts]) -> Facts:
+    ids = [entry["id"] for entry in entries] or [None]
     data = [anthropic_model(entry) for entry in entries]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+    return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
 
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
@@ -5283,19 +5273,18 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
     if named is not None and named not in fleet.backends:
         raise LlmqError(f"there is no backend {printable(named)}", "not_found")
     asked = [fleet.backends[named]] if named else list(fleet.backends.values())
-    ollamas = [one for one in asked if one.traits.native]
-    if not ollamas and all(one.models_known for one in asked):
+    ollamas = [backend for backend in asked if backend.traits.native]
+    if not ollamas and all(backend.models_known for backend in asked):
         raise Untranslatable("that is no Ollama, which alone manages its models")
-    up = [one for one in ollamas if one.usable]
-    if not up:
+    able = [backend for backend in ollamas if backend.usable]
+    if not able:
         raise LlmqError("every Ollama is down", "backend_down")
-    if path not in MANAGED_BY or named:
-        return up[0]
-    model = read_name(values, MANAGED_BY[path])
-    for one in up:
-        if model_key(model) in one.models:
-            return one
-    raise model_not_found(model)
+    if path in MANAGED_BY and not named:
+        model = read_name(values, MANAGED_BY[path])
+        able = [backend for backend in able if model_key(model) in backend.models]
+        if not able:
+            raise model_not_found(model)
+    return able[0]
 
 
 def read_name(values: Mapping[str, Any], member: str = "model") -> str:
@@ -5353,20 +5342,16 @@ class Passthrough:
         """The head, then the body in pieces as the client sends them."""
         exchange, request = self.exchange, self.exchange.request
         length = len(request.body) if request.body else exchange.length
-        coding = (
-            b"Transfer-Encoding: chunked" if length == CHUNKED else b"Content-Length: %d" % length
-        )
-        via = b"Connection: close\r\nVia: 1.1 llmq-%b\r\n" % self.instance.encode()
-        lines = b"".join([via, coding, b"\r\n", relayed_lines(request.headers)])
+        chunked = length == CHUNKED
+        coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
+        lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
+        lines += relayed_lines(request.headers)
         target = f"{self.path}?{request.query}" if request.query else self.path
-        wire = render_request(self.backend, request.method, target, lines)
-        upstream.send(wire + request.body)
-        if request.body:
-            return
+        upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
         limit = self.settings.server.stall_timeout
-        async for piece in exchange.pieces():
-            await upstream.push(render_chunk(piece) if length == CHUNKED else piece, limit)
-        if length == CHUNKED:
+        async for piece in exchange.pieces():  # none of a body that is here already
+            await upstream.push(render_chunk(piece) if chunked else piece, limit)
+        if chunked:
             upstream.writer.write(LAST_CHUNK)
 
     async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
@@ -5473,7 +5458,10 @@ def send_heartbeat(gateway: Gateway, call: Call) -> None:
 # ==== 27. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
-EXPOSED = "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After"
+EXPOSED = (
+    "Access-Control-Expose-Headers",
+    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After",
+)
 
 
 class Access(enum.Enum):
@@ -5497,24 +5485,19 @@ def check_host(exchange: Exchange, names: frozenset[str]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
-    """CORS headers.
-
-    There are no cookies to ride on, so everybody may read answers, but not what belongs to
-    others.
-    """
+    """CORS headers: no cookies can be misused, so any page may read what is open to everybody."""
     if access is Access.OPEN and "*" in trusted:
-        return (("Access-Control-Allow-Origin", "*"), ("Access-Control-Expose-Headers", EXPOSED))
+        return (("Access-Control-Allow-Origin", "*"), EXPOSED)
     if origin is None or is_foreign(origin, trusted):
         return (("Vary", "Origin"),)
-    exposed = ("Access-Control-Expose-Headers", EXPOSED)
-    return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), exposed)
+    return (("Vary", "Origin"), ("Access-Control-Allow-Origin", origin), EXPOSED)
 
 
 @functools.lru_cache(maxsize=256)
 def is_own_name(name: str, names: frozenset[str]) -> bool:
-    """IP literals have no DNS record to flip; names must be this box's.
+    """IP literals have no DNS record to flip; a name must be one of `names`.
 
-    `names` also holds `*.internal`, and `*` for any name without a dot.
+    They may hold patterns: `*.internal`, and `*` for any name without a dot.
     """
     if name in names or is_loopback(name):
         return True
@@ -5530,10 +5513,10 @@ def check_origin(exchange: Exchange, access: Access) -> None:
     """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
         return
-    headers = exchange.request.headers
-    foreign = exchange.caller.foreign
-    safe = exchange.request.method in ("GET", "HEAD") and access is Access.OWNER
-    if foreign or (not safe and headers.get("sec-fetch-site") == "cross-site"):
+    request = exchange.request
+    safe = request.method in ("GET", "HEAD") and access is Access.OWNER
+    cross_site = request.headers.get("sec-fetch-site") == "cross-site"
+    if exchange.caller.foreign or (cross_site and not safe):
         raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
     if access is Access.LOCAL and not exchange.is_local:
         raise LlmqError("models are managed from this box only", "forbidden")
@@ -5548,17 +5531,16 @@ STREAM_SECONDS = 0.25  # between two snapshots that watchers get
 TIME_SECONDS = 1.0  # while requests are here, time alone is news
 
 
-def snapshot(gateway: Gateway, *, everything: bool = False) -> dict[str, Any]:
+def members(source: object, *names: str) -> Facts:
+    """What a snapshot shows as it is."""
+    return {name: getattr(source, name) for name in names}
+
+
+def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
     """The state of it all."""
-    scheduler, fleet, journal, now = (
-        gateway.scheduler,
-        gateway.fleet,
-        gateway.journal,
-        gateway.now(),
-    )
-    waiting = scheduler.in_order()
-    oldest = min((ticket.arrived for ticket in waiting), default=now)
-    shown = (*scheduler.running.values(), *(waiting if everything else waiting[:SHOWN_WAITING]))
+    scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
+    waiting, running = scheduler.in_order(), scheduler.running.values()
+    tickets = (*running, *(waiting if everything else waiting[:SHOWN_WAITING]))
     return {
         "version": __version__,
         "mode": scheduler.mode.value,
@@ -5566,45 +5548,43 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> dict[str, Any]:
         "draining": gateway.draining,
         "queue": {
             "waiting": len(waiting),
-            "running": len(scheduler.running),
-            "oldest_wait_s": round(now - oldest, 3),
+            "running": len(running),
+            "oldest_wait_s": round(oldest_wait(waiting, now), 3),
             "by_class": count_classes(waiting),
             "full_at": scheduler.limits.max_depth,
         },
-        "requests": [show_call(gateway, gateway.calls[one.id], now) for one in shown],
-        "requests_total": dict(journal.outcomes),
-        "devices": [
-            {"name": one.name, "slots": one.slots, "busy": one.busy}
-            for one in fleet.devices.values()
-        ],
-        "backends": [show_backend(one) for one in fleet.backends.values()],
-        "clients": [show_client(one) for one in gateway.clients.known.values()],
-        "recent": [record.facts() for record in reversed(journal.recent)],
+        "requests": [show_call(gateway, gateway.calls[ticket.id], now) for ticket in tickets],
+        "requests_total": dict(gateway.journal.outcomes),
+        "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
+        "backends": [show_backend(backend) for backend in fleet.backends.values()],
+        "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
     }
 
 
-def show_call(gateway: Gateway, call: Call, now: float) -> dict[str, Any]:
+def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
     ticket = call.ticket
     waits = ticket.state is TicketState.WAITING
     expected = gateway.expected(ticket) if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
     return {
-        "id": call.id,
-        "request_id": call.request_id,
+        **members(call, "id", "request_id", "route"),
         "client": ticket.client.name,
         "class": ticket.priority.word,
         "model": printable(call.model),
-        "route": call.route,
         "state": ticket.state.word,
         "tokens": call.watch.pieces if call.watch else 0,
-        "position": expected.position,
-        "eta_s": expected.eta if expected.eta is None else round(expected.eta, 1),
-        "reason": expected.reason,
+        **members(expected, "position", "reason"),
+        "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
         "waited_s": round(started - ticket.arrived, 3),
         "running_s": round(now - started, 3),
     }
+
+
+def oldest_wait(tickets: Iterable[Ticket], now: float) -> float:
+    return now - min((ticket.arrived for ticket in tickets), default=now)
 
 
 def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
@@ -5620,33 +5600,24 @@ def show_contexts(backend: Backend) -> dict[str, int]:
     return {name: tokens for name, tokens in found.items() if tokens}
 
 
-def show_backend(backend: Backend) -> dict[str, Any]:
+def show_backend(backend: Backend) -> Facts:
     report = backend.report
     return {
-        "name": backend.name,
-        "url": backend.url,
+        **members(backend, "name", "url", "busy", "error"),
         "kind": backend.kind or None,
         "device": backend.device.name,
         "state": "draining" if backend.draining else backend.state.value,
         "slots": backend.most,
-        "busy": backend.busy,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
         "context": show_contexts(backend),
         "latency_ms": round(1000 * report.latency, 1) if report else None,
-        "error": backend.error,
     }
 
 
-def show_client(client: Client) -> dict[str, Any]:
-    return {
-        "name": client.name,
-        "waiting": client.waiting,
-        "running": client.running,
-        "served_s": round(client.served, 3),
-        "done": client.done,
-        "failed": client.failed,
-    }
+def show_client(client: Client) -> Facts:
+    facts = members(client, "name", "waiting", "running", "done", "failed")
+    return {**facts, "served_s": round(client.served, 3)}
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -5655,12 +5626,11 @@ def show_gauges(gateway: Gateway) -> None:
     now, waiting = gateway.now(), scheduler.waiting.values()
     show("llmq_waiting", count_classes(waiting))
     show("llmq_running", count_classes(scheduler.running.values()))
-    oldest = min((ticket.arrived for ticket in waiting), default=now)
-    show("llmq_oldest_wait_seconds", now - oldest)
+    show("llmq_oldest_wait_seconds", oldest_wait(waiting, now))
     show("llmq_mode", {mode.value: mode is scheduler.mode for mode in Mode})
-    show("llmq_slots", {one.name: one.slots for one in fleet.devices.values()})
-    show("llmq_slots_busy", {one.name: one.busy for one in fleet.devices.values()})
-    show("llmq_backend_up", {one.name: one.usable for one in fleet.backends.values()})
+    show("llmq_slots", {name: device.slots for name, device in fleet.devices.items()})
+    show("llmq_slots_busy", {name: device.busy for name, device in fleet.devices.items()})
+    show("llmq_backend_up", {name: backend.usable for name, backend in fleet.backends.items()})
     show("llmq_uptime_seconds", now - gateway.started)
     show("process_cpu_seconds_total", time.process_time())
     with contextlib.suppress(OSError):  # a system without /proc
@@ -5676,20 +5646,19 @@ class SnapshotStream:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.latest = b""
-        self.version = -1  # of the gateway's changes, as far as they are rendered
+        self.version = 0  # rises with each rendering that is news for those who watch
         self.watchers = 0
+        self._changes = -1  # of the gateway's, as far as they are rendered
         self._rendered = float("-inf")  # when `latest` was
         self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def step(self) -> None:
         """Render if anybody watches and anything changed; while requests are here, time does."""
         gateway = self.gateway
-        if not self.watchers:
-            return
-        if gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS:
-            gateway.changes += 1
-        if self.version != gateway.changes:
-            self.version = gateway.changes
+        aged = gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS
+        if self.watchers and (aged or self._changes != gateway.changes):
+            self._changes = gateway.changes
+            self.version += 1
             self._render()
             self.wake()
 
@@ -5746,13 +5715,15 @@ class Api:
         self._numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
-        """Answer one request; whatever goes wrong, it is told in one way."""
+        """Answer one request, with what its handler returns or with what went wrong."""
         given = exchange.request.headers.get("x-request-id")
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
             handler, argument = self.enter(exchange)
-            await handler(self, exchange, argument)
+            facts = await handler(self, exchange, argument)
+            if facts is not None:
+                exchange.respond(200, render_json(facts))
         except LlmqError as error:
             if not isinstance(error, ClientLeft):
                 self.gateway.metrics.add("llmq_rejected_total", error.code)
@@ -5785,7 +5756,7 @@ class Api:
         route, argument = match_route(request)
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
-            return preflight, argument
+            return Api.preflight, argument
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")
         if request.method not in METHODS:
@@ -5800,98 +5771,179 @@ class Api:
             exchange.keep_alive = False
             if route.path != "/health":
                 raise LlmqError("too many connections", "overloaded")
-        return route.handler(request.method), argument
+        return route.handlers[request.method], argument
 
+    async def preflight(self, exchange: Exchange, _: str) -> None:
+        """Grant the method and the header names asked for, by name: `*` does not cover them all."""
+        headers, route = exchange.request.headers, match_route(exchange.request)[0]
+        own = route.methods if route else ()
+        methods = ", ".join(dict.fromkeys(("GET", "POST", *own, "OPTIONS")))
+        granted = [("Allow", methods)]
+        if "origin" in headers and "access-control-request-method" in headers:
+            if "Access-Control-Allow-Origin" not in dict(exchange.headers):
+                raise LlmqError("pages from there may not use this route", "forbidden_origin")
+            asked = headers.get("access-control-request-headers", "").split(",")
+            names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
+            granted.append(("Access-Control-Allow-Methods", methods))
+            granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
+            granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
+            if headers.get("access-control-request-private-network") == "true":
+                granted.append(("Access-Control-Allow-Private-Network", "true"))
+        exchange.respond(204, b"", headers=granted)
 
-async def preflight(_api: Api, exchange: Exchange, _: str) -> None:
-    """Grant the method and the header names asked for, by name: `*` does not cover them all."""
-    headers = exchange.request.headers
-    route = match_route(exchange.request)[0]
-    methods = ", ".join(
-        dict.fromkeys(("GET", "POST", *(route.methods if route else ()), "OPTIONS"))
-    )
-    granted = [("Allow", methods)]
-    if "origin" in headers and "access-control-request-method" in headers:
-        if not any(name == "Access-Control-Allow-Origin" for name, _ in exchange.headers):
-            raise LlmqError("pages from there may not use this route", "forbidden_origin")
-        asked = headers.get("access-control-request-headers", "").split(",")
-        names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
-        granted.append(("Access-Control-Allow-Methods", methods))
-        granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
-        granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
-        if headers.get("access-control-request-private-network") == "true":
-            granted.append(("Access-Control-Allow-Private-Network", "true"))
-    exchange.respond(204, b"", headers=granted)
+    # ---- handlers: they get what fills the path's {...}, and return the JSON to answer, if any
 
+    async def get_health(self, exchange: Exchange, _: str) -> None:
+        exchange.respond(200, b"ok", "text/plain")
 
-# ---- handlers: (api, exchange, what the path holds in place of {...})
+    async def get_root(self, exchange: Exchange, _: str) -> None:
+        """What clients of Ollama look for, to a browser the page."""
+        exchange.headers += (("Vary", "Accept"),)
+        if "text/html" in exchange.request.headers.get("accept", "").lower():
+            await self.get_page(exchange, "")
+        else:
+            exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
 
+    async def get_page(self, exchange: Exchange, _: str) -> None:
+        """The page, with a nonce that no earlier response had."""
+        nonce = secrets.token_urlsafe(16)
+        headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
+        page = PAGE.replace("NONCE", nonce).encode()
+        exchange.respond(200, page, "text/html; charset=utf-8", headers)
 
-async def get_health(_api: Api, exchange: Exchange, _: str) -> None:
-    exchange.respond(200, b"ok", "text/plain")
+    async def get_version(self, _exchange: Exchange, _: str) -> Facts:
+        versions = [report.version for report in reports_of(self.gateway.fleet) if report.version]
+        version = versions[0] if versions else OLLAMA_VERSION
+        return {"version": version, "llmq": __version__, "instance": self.gateway.instance}
 
+    async def get_models(self, exchange: Exchange, _: str) -> Facts:
+        entries = list(merge_rows(self.gateway.fleet).values())
+        if "anthropic-version" in exchange.request.headers:
+            return anthropic_list(entries)
+        return {"object": "list", "data": entries}
 
-async def get_root(api: Api, exchange: Exchange, _: str) -> None:
-    """What clients of Ollama look for, to a browser the page."""
-    exchange.headers += (("Vary", "Accept"),)
-    if "text/html" in exchange.request.headers.get("accept", "").lower():
-        return await get_page(api, exchange, "")
-    return exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
+    async def get_model(self, exchange: Exchange, name: str) -> Facts:
+        entries = merge_rows(self.gateway.fleet)
+        alias = find_alias(self.settings.aliases, name)
+        entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
+        if entry is None:
+            raise model_not_found(name)
+        return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
+    async def get_rows(self, exchange: Exchange, _: str) -> Facts:
+        """Models as Ollama lists them: those that are loaded, or all."""
+        rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
+        return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
 
-async def get_page(_api: Api, exchange: Exchange, _: str) -> None:
-    """The page, with a nonce that no earlier response had."""
-    nonce = secrets.token_urlsafe(16)
-    headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
-    page = PAGE.replace("NONCE", nonce).encode()
-    exchange.respond(200, page, "text/html; charset=utf-8", headers)
+    async def post_show(self, exchange: Exchange, _: str) -> Facts:
+        """What an Ollama shows of its model, asked now; of other runners little is known."""
+        values = await read_values(exchange, self.settings.server.max_body)
+        model = await self.gateway.admission.resolve_model(read_name(values))
+        for backend in self.gateway.fleet.serving(Want(model_key(model))):
+            if backend.traits.native and backend.usable:
+                asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
+                limit = self.settings.upstream.probe_timeout
+                status, shown = await try_fetch(limit, backend, "/api/show", render_json(asked))
+                if status == 200 and isinstance(shown, dict):
+                    return shown
+        kind = "embedding" if EMBEDDING.search(model) else "completion"
+        facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
+        return {**facts, "model_info": {}, "capabilities": [kind]}
 
+    async def manage(self, exchange: Exchange, digest: str) -> None:
+        """Model management: straight to an Ollama and back, beside the queue."""
+        request, gateway = exchange.request, self.gateway
+        check_way(request, gateway.instance)
+        values = {} if digest else await read_values(exchange, self.settings.server.max_body)
+        named, path = request.headers.get("x-llmq-backend"), quote(request.path, safe="/:")
+        backend = pick_manager(gateway.fleet, path, values, named)
+        await Passthrough(exchange, backend, path, self.settings, gateway.instance).run()
 
-async def get_version(api: Api, exchange: Exchange, _: str) -> None:
-    versions = [report.version for report in reports_of(api.gateway.fleet) if report.version]
-    facts = {"version": versions[0] if versions else OLLAMA_VERSION}
-    facts.update(llmq=__version__, instance=api.gateway.instance)
-    exchange.respond(200, render_json(facts))
+    async def post_count(self, exchange: Exchange, _: str) -> Facts:
+        """Tokens of a request for messages: counted where the model is loaded, else estimated."""
+        body = await exchange.read_body(self.settings.server.max_body)
+        question, values = read_question(body, COUNT_ENDPOINT)
+        model = await self.gateway.admission.resolve_model(question.model)
+        key, limit = model_key(model), self.settings.upstream.probe_timeout
+        lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
+        for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
+            if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
+                body = question.body_for(backend.name_for(model))
+                status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, lines)
+                if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
+                    return cast(Facts, counted)
+        return {"input_tokens": estimate_tokens(values)}
 
+    async def enqueue(self, exchange: Exchange, _: str) -> None:
+        """A request that waits in the queue; chat may come without `/v1` in its path."""
+        request, ids = exchange.request, (exchange.id, exchange.request_id)
+        endpoint = ENDPOINTS.get(request.path) or ENDPOINTS[f"/v1{request.path}"]
+        await self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
-async def get_models(api: Api, exchange: Exchange, _: str) -> None:
-    entries = list(merge_rows(api.gateway.fleet, entry_rows).values())
-    anthropic = "anthropic-version" in exchange.request.headers
-    facts = anthropic_list(entries) if anthropic else {"object": "list", "data": entries}
-    exchange.respond(200, render_json(facts))
+    async def get_status(self, exchange: Exchange, _: str) -> Facts:
+        return snapshot(self.gateway, everything="all=1" in exchange.request.query.split("&"))
 
+    async def get_events(self, exchange: Exchange, _: str) -> None:
+        """The snapshot as server-sent events: now, then on change, at most four a second."""
+        stream = self.stream
+        stream.watchers += 1
+        try:
+            exchange.watch(stream.wake)
+            exchange.start(200, "text/event-stream")
+            newest, seen = stream.first(), stream.version
+            while not exchange.gone and not self.gateway.draining:
+                exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
+                if exchange.blocked:
+                    await exchange.catch_up()
+                if stream.version == seen:
+                    await stream.wait(EVENT_PING_SECONDS)
+                newest, seen = stream.latest if stream.version != seen else b"", stream.version
+            exchange.finish()
+        finally:
+            stream.watchers -= 1
 
-async def get_model(api: Api, exchange: Exchange, name: str) -> None:
-    entries = merge_rows(api.gateway.fleet, entry_rows)
-    alias = find_alias(api.settings.aliases, name)
-    entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
-    if entry is None:
-        raise model_not_found(name)
-    anthropic = "anthropic-version" in exchange.request.headers
-    exchange.respond(200, render_json(anthropic_model(entry) if anthropic else entry))
+    async def get_metrics(self, exchange: Exchange, _: str) -> None:
+        show_gauges(self.gateway)
+        text = self.gateway.metrics.render()
+        exchange.respond(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
+    async def post_mode(self, exchange: Exchange, _: str) -> Facts:
+        wanted, modes = (await read_control(exchange)).get("mode"), [mode.value for mode in Mode]
+        if wanted not in modes:
+            raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
+        self.gateway.set_mode(Mode(wanted))
+        return {"mode": wanted}
 
-async def get_rows(told: Lister, api: Api, exchange: Exchange, _: str) -> None:
-    """Models as Ollama lists them."""
-    rows = merge_rows(api.gateway.fleet, told)
-    exchange.respond(200, render_json({"models": list(rows.values())}))
+    async def post_reload(self, exchange: Exchange, _: str) -> Facts:
+        await read_control(exchange)
+        self.reload()
+        return {"config_error": self.gateway.config_error}
 
+    async def post_model(self, exchange: Exchange, _: str) -> Facts:
+        values = await read_control(exchange)
+        model = values.get("model")
+        if values.get("action") != "reset_context" or not isinstance(model, str):
+            raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
+        return {"reset": self.gateway.reset_context(model)}
 
-async def post_show(api: Api, exchange: Exchange, _: str) -> None:
-    """What an Ollama shows of its model, asked now; of another runner's model little is known."""
-    gateway = api.gateway
-    values = await read_values(exchange, api.settings.server.max_body)
-    model = await gateway.admission.resolve_model(read_name(values))
-    for backend in gateway.fleet.serving(Want(model_key(model))):
-        if backend.traits.native and backend.usable:
-            asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
-            limit = api.settings.upstream.probe_timeout
-            status, shown = await try_fetch(limit, backend, "/api/show", render_json(asked))
-            if status == 200 and isinstance(shown, dict):
-                return exchange.respond(200, render_json(shown))
-    kind = "embedding" if EMBEDDING.search(model) else "completion"
-    facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
-    return exchange.respond(200, render_json({**facts, "model_info": {}, "capabilities": [kind]}))
+    async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
+        await read_control(exchange)
+        query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
+        if query.get("state") != "waiting" or set(query) - {"state", "client"}:
+            raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
+        return {"cancelled": self.gateway.cancel_waiting(query.get("client"))}
+
+    async def delete_request(self, exchange: Exchange, ident: str) -> Facts:
+        await read_control(exchange)
+        self.gateway.cancel(self.gateway.find(ident))
+        return {"cancelled": 1}
+
+    async def post_request(self, exchange: Exchange, ident: str) -> Facts:
+        priority = parse_priority((await read_control(exchange)).get("priority"))
+        if priority is None:
+            raise BadRequest('priority is "high", "normal" or "low"', param="priority")
+        self.gateway.reprioritise(self.gateway.find(ident), priority)
+        return {"id": ident, "class": priority.word}
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
@@ -5899,133 +5951,22 @@ async def read_values(exchange: Exchange, limit: int) -> Facts:
     return read_object(decode_json(await exchange.read_body(limit))).values
 
 
-async def manage(path: str, api: Api, exchange: Exchange, digest: str) -> None:
-    """Model management: straight to an Ollama and back, beside the queue."""
-    request, gateway = exchange.request, api.gateway
-    check_way(request, gateway.instance)
-    values = {} if digest else await read_values(exchange, api.settings.server.max_body)
-    backend = pick_manager(gateway.fleet, path, values, request.headers.get("x-llmq-backend"))
-    path += quote(digest, safe=":")
-    await Passthrough(exchange, backend, path, api.settings, gateway.instance).run()
-
-
-async def post_count(api: Api, exchange: Exchange, _: str) -> None:
-    """Tokens of a request for messages: counted where the model is loaded, else estimated."""
-    gateway = api.gateway
-    body = await exchange.read_body(api.settings.server.max_body)
-    question, values = read_question(body, COUNT_ENDPOINT)
-    model = await gateway.admission.resolve_model(question.model)
-    key, limit = model_key(model), api.settings.upstream.probe_timeout
-    lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
-    for backend in gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
-        if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
-            body = question.body_for(backend.name_for(model))
-            status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, lines)
-            if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
-                return exchange.respond(200, render_json(counted))
-    return exchange.respond(200, render_json({"input_tokens": estimate_tokens(values)}))
-
-
-async def post_inference(endpoint: Endpoint, api: Api, exchange: Exchange, _: str) -> None:
-    """A request that waits in the queue."""
-    ids = (exchange.id, exchange.request_id)
-    await api.gateway.serve(Call(exchange, endpoint, exchange.request, exchange.caller, ids))
-
-
-async def get_status(api: Api, exchange: Exchange, _: str) -> None:
-    everything = "all=1" in exchange.request.query.split("&")
-    exchange.respond(200, render_json(snapshot(api.gateway, everything=everything)))
-
-
-async def get_events(api: Api, exchange: Exchange, _: str) -> None:
-    """The snapshot as server-sent events: now, then on change, at most four a second."""
-    stream = api.stream
-    stream.watchers += 1
-    try:
-        exchange.watch(stream.wake)
-        exchange.start(200, "text/event-stream")
-        newest, seen = stream.first(), stream.version
-        while not exchange.gone and not api.gateway.draining:
-            exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
-            if exchange.blocked:
-                await exchange.catch_up()
-            if stream.version == seen:
-                await stream.wait(EVENT_PING_SECONDS)
-            newest, seen = stream.latest if stream.version != seen else b"", stream.version
-        exchange.finish()
-    finally:
-        stream.watchers -= 1
-
-
-async def get_metrics(api: Api, exchange: Exchange, _: str) -> None:
-    show_gauges(api.gateway)
-    exchange.respond(200, api.gateway.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
-
-
 async def read_control(exchange: Exchange) -> Facts:
-    """The JSON object that changes something.
+    """The JSON object that changes something; DELETE may come without.
 
-    No plain form can send its content type, so a page from elsewhere would need a preflight,
-    which it does not get.
+    A page from elsewhere can send its content type only after a preflight, which it does not get.
     """
+    if exchange.request.method == "DELETE" and not exchange.length:
+        return {}
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
 
 
-async def post_mode(api: Api, exchange: Exchange, _: str) -> None:
-    wanted = (await read_control(exchange)).get("mode")
-    modes = {mode.value: mode for mode in Mode}
-    if not isinstance(wanted, str) or wanted not in modes:
-        raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
-    api.gateway.set_mode(modes[wanted])
-    exchange.respond(200, render_json({"mode": wanted}))
-
-
-async def post_reload(api: Api, exchange: Exchange, _: str) -> None:
-    await read_control(exchange)
-    api.reload()
-    exchange.respond(200, render_json({"config_error": api.gateway.config_error}))
-
-
-async def post_model(api: Api, exchange: Exchange, _: str) -> None:
-    values = await read_control(exchange)
-    model = values.get("model")
-    if values.get("action") != "reset_context" or not isinstance(model, str):
-        raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
-    exchange.respond(200, render_json({"reset": api.gateway.reset_context(model)}))
-
-
-async def delete_requests(api: Api, exchange: Exchange, _: str) -> None:
-    if exchange.length:
-        await read_control(exchange)
-    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
-    if query.get("state") != "waiting" or set(query) - {"state", "client"}:
-        raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
-    exchange.respond(
-        200, render_json({"cancelled": api.gateway.cancel_waiting(query.get("client"))})
-    )
-
-
-async def delete_request(api: Api, exchange: Exchange, ident: str) -> None:
-    if exchange.length:
-        await read_control(exchange)
-    api.gateway.cancel(api.gateway.find(ident))
-    exchange.respond(200, render_json({"cancelled": 1}))
-
-
-async def post_request(api: Api, exchange: Exchange, ident: str) -> None:
-    priority = parse_priority((await read_control(exchange)).get("priority"))
-    if priority is None:
-        raise BadRequest('priority is "high", "normal" or "low"', param="priority")
-    api.gateway.reprioritise(api.gateway.find(ident), priority)
-    exchange.respond(200, render_json({"id": ident, "class": priority.word}))
-
-
 # ---- the table
 
-RouteHandler = Callable[[Api, Exchange, str], Awaitable[None]]
+RouteHandler = Callable[[Api, Exchange, str], Awaitable[Union[Facts, None]]]
 
 
 class Route(NamedTuple):
@@ -6033,90 +5974,66 @@ class Route(NamedTuple):
     path: str  # {id} stands for one segment, {id...} for the rest
     access: Access
     summary: str
-    handlers: tuple[RouteHandler, ...]  # one per method, HEAD takes GET's
-
-    def handler(self, method: str) -> RouteHandler:
-        return self.handlers[min(self.methods.index(method), len(self.handlers) - 1)]
+    handlers: Mapping[str, RouteHandler]  # by method
 
 
-def row(access: Access, methods: str, path: str, summary: str, *handlers: RouteHandler) -> Route:
-    return Route(tuple(methods.split()), path, access, summary, handlers)
+def row(access: Access, what: str, summary: str, *handlers: RouteHandler) -> Route:
+    *methods, path = what.split()
+    each = handlers if len(handlers) > 1 else handlers * len(methods)
+    return Route(tuple(methods), path, access, summary, dict(zip(methods, each)))
 
 
-def queued(path: str, summary: str, endpoint: str = "") -> Route:
-    handler = functools.partial(post_inference, ENDPOINTS[endpoint or path])
-    return row(Access.OPEN, "POST", path, summary, handler)
-
-
-def managed(methods: str, path: str, summary: str) -> Route:
-    handler = functools.partial(manage, path.partition("{")[0])
-    return row(Access.LOCAL, methods, path, summary, handler)
-
-
-reading = functools.partial(row, Access.OPEN, "GET HEAD")
-owned = functools.partial(row, Access.OWNER)
+public, owned, local = (functools.partial(row, access) for access in Access)
 ROUTES = (
-    queued(CHAT, "OpenAI chat; this and the next ten wait in the queue"),
-    queued("/chat/completions", "the same", CHAT),
-    queued(COMPLETIONS, "OpenAI completion"),
-    queued(EMBEDDINGS, "OpenAI embeddings"),
-    queued(RESPONSES, "OpenAI response"),
-    queued(RERANK, "reranking, where a backend can"),
-    queued(MESSAGES, "Anthropic message"),
-    queued(OLLAMA_CHAT, "Ollama chat"),
-    queued(OLLAMA_GENERATE, "Ollama completion"),
-    queued(OLLAMA_EMBED, "Ollama embeddings"),
-    queued(OLLAMA_EMBEDDINGS, "the older form"),
-    row(Access.OPEN, "POST", COUNT_TOKENS, "a message's tokens, counted or estimated", post_count),
-    reading("/v1/models", "the models of all backends", get_models),
-    reading("/models", "the same", get_models),
-    reading("/v1/models/{id...}", "one model", get_model),
-    reading("/api/tags", "the models, as Ollama lists them", functools.partial(get_rows, tag_rows)),
-    row(
-        Access.OPEN, "GET", "/api/ps", "the loaded ones", functools.partial(get_rows, running_rows)
-    ),
-    row(Access.OPEN, "POST", "/api/show", "one model, as its Ollama shows it", post_show),
-    managed("POST", "/api/pull", "to the first Ollama, straight through"),
-    managed("POST", "/api/create", "the same"),
-    managed("HEAD POST", "/api/blobs/{digest}", "the same, a body of any size"),
-    managed("POST", "/api/push", "to the Ollama that has the model"),
-    managed("POST", "/api/copy", "the same"),
-    managed("DELETE", "/api/delete", "the same"),
-    reading("/health", "`ok` while serving", get_health),
-    reading("/", "`Ollama is running`, as its clients expect; to a browser the page", get_root),
-    reading("/llmq", "the page", get_page),
-    reading("/api/version", "a version for clients of Ollama, and llmq's own", get_version),
-    owned("GET HEAD", "/llmq/status", "the snapshot; `?all=1`: with all that wait", get_status),
-    owned("GET", "/llmq/events", "the snapshot on every change, server-sent events", get_events),
-    owned("GET HEAD", "/metrics", "figures for Prometheus", get_metrics),
-    owned("POST", "/llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', post_mode),
-    owned(
-        "POST",
-        "/llmq/models",
-        '`{"action":"reset_context","model":NAME}`: forget its shared context',
-        post_model,
-    ),
-    owned("POST", "/llmq/reload", "`{}`: read the configuration file again", post_reload),
-    owned(
-        "DELETE",
-        "/llmq/requests",
-        "`?state=waiting`, and `&client=NAME`: cancel what waits",
-        delete_requests,
-    ),
-    owned(
-        "DELETE POST",
-        "/llmq/requests/{id}",
-        'cancel it, or with `{"priority":"high"}` change its class while it waits',
-        delete_request,
-        post_request,
-    ),
-)
+    public(f"POST {CHAT}", "OpenAI chat; this and the next ten wait in the queue", Api.enqueue),
+    public("POST /chat/completions", "the same", Api.enqueue),
+    public(f"POST {COMPLETIONS}", "OpenAI completion", Api.enqueue),
+    public(f"POST {EMBEDDINGS}", "OpenAI embeddings", Api.enqueue),
+    public(f"POST {RESPONSES}", "OpenAI response", Api.enqueue),
+    public(f"POST {RERANK}", "reranking, where a backend can", Api.enqueue),
+    public(f"POST {MESSAGES}", "Anthropic message", Api.enqueue),
+    public(f"POST {OLLAMA_CHAT}", "Ollama chat", Api.enqueue),
+    public(f"POST {OLLAMA_GENERATE}", "Ollama completion", Api.enqueue),
+    public(f"POST {OLLAMA_EMBED}", "Ollama embeddings", Api.enqueue),
+    public(f"POST {OLLAMA_EMBEDDINGS}", "the older form", Api.enqueue),
+    public(f"POST {COUNT_TOKENS}", "a message's tokens, counted or estimated", Api.post_count),
+    public("GET HEAD /v1/models", "the models of all backends", Api.get_models),
+    public("GET HEAD /models", "the same", Api.get_models),
+    public("GET HEAD /v1/models/{id...}", "one model", Api.get_model),
+    public("GET HEAD /api/tags", "the models, as Ollama lists them", Api.get_rows),
+    public("GET /api/ps", "the loaded ones", Api.get_rows),
+    public("POST /api/show", "one model, as its Ollama shows it", Api.post_show),
+    local("POST /api/pull", "to the first Ollama, straight through", Api.manage),
+    local("POST /api/create", "the same", Api.manage),
+    local("HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
+    local("POST /api/push", "to the Ollama that has the model", Api.manage),
+    local("POST /api/copy", "the same", Api.manage),
+    local("DELETE /api/delete", "the same", Api.manage),
+    public("GET HEAD /health", "`ok` while serving", Api.get_health),
+    public("GET HEAD /",
+           "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
+    public("GET HEAD /llmq", "the page", Api.get_page),
+    public("GET HEAD /api/version",
+           "a version for clients of Ollama, and llmq's own", Api.get_version),
+    owned("GET HEAD /llmq/status", "the snapshot; `?all=1`: with all that wait", Api.get_status),
+    owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
+    owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
+    owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
+    owned("POST /llmq/models",
+          '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+    owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
+    owned("DELETE /llmq/requests",
+          "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
+    owned("DELETE POST /llmq/requests/{id}",
+          'cancel it, or with `{"priority":"high"}` change its class while it waits',
+          Api.delete_request, Api.post_request),
+)  # fmt: skip
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
 
 
 def match_route(request: Request) -> tuple[Route | None, str]:
-    """The row of a path, and what the path holds in place of {...}.
+    """The row of a path, and what fills its {...}.
 
     Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
     ones match nothing.
@@ -6132,10 +6049,10 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""
-    for prefix, one in PREFIX_ROUTES:
-        tail = decoded[len(prefix) :]
-        if decoded.startswith(prefix) and tail and (one.path.endswith("...}") or "/" not in tail):
-            route, rest = one, tail
+    for prefix, longer in PREFIX_ROUTES:
+        tail = decoded[len(prefix) :] if decoded.startswith(prefix) else ""
+        if tail and (longer.path.endswith("...}") or "/" not in tail):
+            route, rest = longer, tail
             break
     if route is not None:
         request.path = decoded
@@ -6158,16 +6075,14 @@ def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     words = WORD.findall(content if isinstance(content, str) else "")
     most = question.get("max_tokens", question.get("max_completion_tokens"))
-    if isinstance(most, int) and 0 <= most < len(words):
-        return words[:most], "length"
-    return words, "stop"
+    cut = isinstance(most, int) and 0 <= most < len(words)
+    return (words[:most], "length") if cut else (words, "stop")
 
 
 class Demo:
     """Answers with the last message, word by word."""
 
-    def __init__(self) -> None:
-        self._numbers = count(1)
+    _numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
         request = exchange.request
@@ -6180,8 +6095,8 @@ class Demo:
         question = json.loads(await exchange.read_body(64 * MIB))
         words, reason = demo_words(question)
         usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        ident, created = f"chatcmpl-demo-{next(self._numbers)}", int(time.time())
-        common = {"id": ident, "created": created, "model": DEMO_MODEL}
+        ident = f"chatcmpl-demo-{next(self._numbers)}"
+        common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
 
         def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
             choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -6258,14 +6173,14 @@ def brief(seconds: float | None) -> str:
 
 def cells(text: str) -> int:
     """The columns that a terminal takes for it."""
-    return len(text) + sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
 def fit(text: str, width: int) -> str:
     """The text in so many cells, at their right if negative; nothing in it moves the cursor."""
     room, text = abs(width), printable(text, 1000)
     if not text.isascii():  # terminals do not agree on marks that combine
-        text = "".join(one for one in text if not unicodedata.category(one).startswith("M"))
+        text = "".join(c for c in text if not unicodedata.category(c).startswith("M"))
     if cells(text) > room:
         while text and cells(text) >= room:
             text = text[:-1]
@@ -6274,32 +6189,35 @@ def fit(text: str, width: int) -> str:
     return space + text if width < 0 else text + space
 
 
-def backend_row(one: Row) -> tuple[str, list[str]]:
+def backend_row(backend: Row) -> tuple[str, list[str]]:
     """The state of a backend, and its cells."""
-    meter = "|" * -(-8 * one["busy"] // max(1, one["slots"]))
-    busy = f"[{meter:8}] {one['busy']}/{one['slots']}"
-    ping = "-" if one["latency_ms"] is None else f"{one['latency_ms']:.0f}ms"
-    told = "  ".join(filter(None, (one["error"] or ", ".join(one["loaded"]), one["url"])))
-    return one["state"], [one["name"], one["state"], busy, one["device"], ping, f" {told}"]
+    state, busy, latency = backend["state"], backend["busy"], backend["latency_ms"]
+    meter = "|" * -(-8 * busy // max(1, backend["slots"]))
+    shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
+    ping = "-" if latency is None else f"{latency:.0f}ms"
+    words = backend["error"] or ", ".join(backend["loaded"])
+    last = f" {words}  {backend['url']}" if words else f" {backend['url']}"
+    return state, [backend["name"], state, *shares, ping, last]
 
 
-def request_row(one: Row, picked: str) -> tuple[str, list[str]]:
+def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
     """The class of a request, or that it runs or is selected, and its cells."""
-    kind, number, where = one["class"], str(one["position"]), one["reason"]
-    when = "" if one["eta_s"] is None else f"~ {brief(one['eta_s'])}"
-    if one["state"] != "waiting":
-        kind, number, when = "running", "run", f"ran {brief(one['running_s'])}"
-        where = f"{one['backend']}, {one['tokens']} tokens".replace(", 0 tokens", "")
-    names = [one["class"], one["client"], one["model"], brief(one["waited_s"])]
-    return "bar" if one["id"] == picked else kind, [number, *names, when, f" {where}"]
+    kind, number, where = request["class"], str(request["position"]), request["reason"]
+    when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
+    if request["state"] != "waiting":
+        kind, number, when = "running", "run", f"ran {brief(request['running_s'])}"
+        where = str(request["backend"])
+        where += f", {request['tokens']} tokens" if request["tokens"] else ""
+    names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
+    return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
 
 
-def ended_row(one: Row) -> tuple[str, list[str]]:
+def ended_row(record: Row) -> tuple[str, list[str]]:
     """How a request ended, and its cells."""
-    times = [brief(one[name]) for name in ("wait_s", "first_s", "total_s")]
-    rate = f"{one['tokens_per_s']:.0f}" if one["tokens_per_s"] else "-"
-    names = [one["outcome"], one["client"], one["model"]]
-    return one["outcome"], [*names, *times, str(one["tokens"] or "-"), f"{rate:>5}"]
+    names = [record[name] for name in ("outcome", "client", "model")]
+    times = [brief(record[name]) for name in ("wait_s", "first_s", "total_s")]
+    rate = f"{record['tokens_per_s']:.0f}" if record["tokens_per_s"] else "-"
+    return record["outcome"], [*names, *times, str(record["tokens"] or "-"), f"{rate:>5}"]
 
 
 def table(
@@ -6332,8 +6250,8 @@ class View:
         """Take in what llmq says now; the selection stays with its request."""
         self.snapshot, key = snapshot, SORTS[self.sort]
         requests, longest_first = snapshot["requests"], key == "waited_s"
-        self.rows = sorted(requests, key=lambda one: one.get(key, 0), reverse=longest_first)
-        places = {one["id"]: place for place, one in enumerate(self.rows)}
+        self.rows = sorted(requests, key=lambda row: row.get(key, 0), reverse=longest_first)
+        places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
     def select(self, index: int) -> None:
@@ -6355,14 +6273,15 @@ class View:
         self.select(self.index + STEPS.get(key, 0))
         return self.press_on(self.rows[self.index], key) if self.rows else None
 
-    def press_on(self, one: Row, key: str) -> Order | None:
+    def press_on(self, request: Row, key: str) -> Order | None:
         """What a key does to the selected request; what cannot be undone is asked about."""
-        path, classes = f"/llmq/requests/{one['id']}", list(PRIORITY_WORDS)
+        path, classes = f"/llmq/requests/{request['id']}", list(PRIORITY_WORDS)
         if key == "x":
-            self.asking = f"cancel {one['id']} of {one['client']}?", ("DELETE", path, None)
+            asked = f"cancel {request['id']} of {request['client']}?"
+            self.asking = asked, ("DELETE", path, None)
         if key not in ("+", "=", "-"):
             return None
-        place = classes.index(one["class"]) + (1 if key == "-" else -1)
+        place = classes.index(request["class"]) + (1 if key == "-" else -1)
         return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
 
     # ---- the picture
@@ -6398,7 +6317,7 @@ class View:
         room -= few + 7  # titles, and lines between
         most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
         first = max(0, min(self.index - most // 2, len(self.rows) - most))
-        seen = [request_row(one, self.picked) for one in self.rows[first : first + most]]
+        seen = [request_row(row, self.picked) for row in self.rows[first : first + most]]
         columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
         hint = "no backend: start a runner here, or llmq with --backend URL"
         empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
