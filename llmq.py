@@ -294,14 +294,13 @@ RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
+LMSTUDIO = "/api/v0/models"
 COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
 
 class Kind(NamedTuple):
-    """What runners of one kind have in common."""
-
     name: str
     routes: frozenset[str] = EVERY
     url: str = ""  # where it listens by default
@@ -312,29 +311,23 @@ class Kind(NamedTuple):
     counts_tokens: bool = False  # of a request for messages
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "ollama",
-            COMMON | NATIVE,
-            "http://127.0.0.1:11434",
-            mark=("/api/version", "version"),
-            loaded_path="/api/ps",
-            native=True,
-        ),
-        Kind(
-            "lmstudio",
-            COMMON,
-            "http://127.0.0.1:1234",
-            mark=("/api/v0/models", "data"),
-            loaded_path="/api/v0/models",
-        ),
-        Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
-        Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
-        Kind("openai"),  # whatever else has /v1/models
-    )
-}
+RUNNERS = (
+    Kind(
+        "ollama",
+        COMMON | NATIVE,
+        "http://127.0.0.1:11434",
+        mark=("/api/version", "version"),
+        loaded_path="/api/ps",
+        native=True,
+    ),
+    Kind(
+        "lmstudio", COMMON, "http://127.0.0.1:1234", mark=(LMSTUDIO, "data"), loaded_path=LMSTUDIO
+    ),
+    Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
+    Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
+    Kind("openai"),  # whatever else has /v1/models
+)
+KINDS = {kind.name: kind for kind in RUNNERS}
 
 
 def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -1087,14 +1080,10 @@ class Backend:
     """One runner: where it is, what it has, how it does."""
 
     def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
-        self.name = name
-        self.url = settings.url
-        self.kind = settings.kind
-        self.slots = settings.slots
-        self.device = device
+        self.name, self.device = name, device
+        self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
         self.set_key(settings.key)
-        self.busy = 0
-        self.draining = False
+        self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.state = State.UNKNOWN
         self.error: str | None = None  # why it is not up, in words
@@ -1260,15 +1249,14 @@ class Fleet:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
         self.backends.pop(name).draining = True
         self.shrunk = now
-        used = {backend.device.name for backend in self.backends.values()}
-        for device in list(self.devices.values()):
-            if device.name not in used and not device.busy:  # a busy one must not be made anew
-                del self.devices[device.name]
+        used = {backend.device for backend in self.backends.values()}
+        kept = [device for device in self.devices.values() if device in used or device.busy]
+        self.devices = {device.name: device for device in kept}  # a busy one is not made anew
 
     def configure(
         self,
-        rows: Mapping[str, BackendSettings],
-        places: Mapping[str, str],
+        rows: dict[str, BackendSettings],
+        places: dict[str, str],
         settings: Settings,
         now: float,
     ) -> None:
@@ -1334,10 +1322,10 @@ class Fleet:
 
     def why_unsupported(self, want: Want) -> str:
         """Why no backend takes these routes for this model."""
-        for backend in filter(lambda each: each.may_have(want.model), self.backends.values()):
-            for (route, model), words in backend.unsupported.items():
-                if route in want.routes and model in ("", want.model):
-                    return words
+        having = [backend for backend in self.backends.values() if backend.may_have(want.model)]
+        for (route, model), words in (row for each in having for row in each.unsupported.items()):
+            if route in want.routes and model in ("", want.model):
+                return words
         return f"no backend of model {printable(want.model)!r} speaks {want.routes[0]}"
 
     def default_model(self) -> str | None:
@@ -1789,8 +1777,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
-REASONS = {status.value: status.phrase for status in HTTPStatus}
-REASONS[499] = "Client Closed Request"
+REASONS = {499: "Client Closed Request", **{code.value: code.phrase for code in HTTPStatus}}
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
 Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
@@ -1990,14 +1977,17 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self.wants:
-                payload = data[at : at + max(self.wants - 2, 0)]
-                end = data[at + len(payload) : at + self.wants]
-                if not b"\r\n"[len(payload) - self.wants :].startswith(end):
-                    raise ValueError("a chunk is not followed by CRLF")
-                self.wants -= len(payload) + len(end)
-                at += len(payload) + len(end)
+            if self.wants > 2:
+                payload = data[at : at + self.wants - 2]
                 pieces.append(payload)
+                at += len(payload)
+                self.wants -= len(payload)
+            elif self.wants:
+                end = data[at : at + self.wants]
+                if end != b"\r\n"[-self.wants :][: len(end)]:
+                    raise ValueError("a chunk is not followed by CRLF")
+                at += len(end)
+                self.wants -= len(end)
             else:
                 line = data[at : data.find(b"\n", at) + 1 or None]
                 at += len(line)
@@ -2009,10 +1999,10 @@ class ChunkedBody:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
         if len(line) > self._line_limit:
             raise ValueError("a line of the chunked body is too long")
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\r\n"):
+            if line.endswith(b"\n"):
+                raise ValueError("a line of the chunked body does not end in CRLF")
             self._held = line
-        elif not line.endswith(b"\r\n"):
-            raise ValueError("a line of the chunked body does not end in CRLF")
         elif not self._in_trailers:
             self._begin_chunk(line)
         elif line == b"\r\n":
@@ -2022,9 +2012,10 @@ class ChunkedBody:
             parse_fields(line.decode("latin-1"))
 
     def _begin_chunk(self, line: bytes) -> None:
-        self._extensions += len(line) if b";" in line else 0
-        if self._extensions > EXTENSIONS_LIMIT:
-            raise ValueError("a line of the chunked body is too long")
+        if b";" in line:
+            self._extensions += len(line)
+            if self._extensions > EXTENSIONS_LIMIT:
+                raise ValueError("a line of the chunked body is too long")
         size = parse_chunk_line(line[:-2])
         self._size += size
         if self.most is not None and self._size > self.most:
@@ -4254,7 +4245,7 @@ REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models caus
 
 
 class SelfFound(Exception):
-    pass
+    """The backend is this very llmq."""
 
 
 async def inspect(backend: Backend, instance: str) -> Report:
