@@ -113,10 +113,9 @@ log = logging.getLogger("llmq")
 
 
 # ==== 1. Errors ===================================================================================
-# What a client is told instead of an answer.  Each code is one row of a table: its status, when to
-# come back, whether at all.  A class of its own has only what somebody catches by its type.  Pure
-# code raises them, foreign exceptions are translated where they are met, and `render_error` of
-# section 12 turns them into bytes.
+# What a client is told instead of an answer: each code is one row of a table.  A class of its own
+# has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
+# `render_error` of section 12 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -180,9 +179,7 @@ class RequestTimeout(LlmqError):
 
 
 class ClientLeft(LlmqError):
-    """Nobody is there to be told."""
-
-    code = "client_left"
+    code = "client_left"  # nobody is there to be told
 
 
 class BackendAnswer(LlmqError):
@@ -201,9 +198,7 @@ class BackendAnswer(LlmqError):
 
 
 class Untranslatable(LlmqError):
-    """No backend of the model has the route, nor one that can stand in for it."""
-
-    code = "not_implemented"
+    code = "not_implemented"  # no backend of the model has the route, or one in place of it
 
 
 class RouteUnsupported(Untranslatable):
@@ -216,15 +211,11 @@ class RouteUnsupported(Untranslatable):
 
 
 class BackendError(LlmqError):
-    """The runner broke the connection, the protocol or its answer."""
-
-    code = "backend_error"
+    code = "backend_error"  # the runner broke the connection, the protocol or its answer
 
 
 class BackendUnreached(BackendError):
-    """No byte of an answer came, so nothing was generated that anybody has seen."""
-
-    retryable = True
+    retryable = True  # no byte of an answer came: nothing was generated that anybody has seen
 
 
 class BackendRefused(BackendUnreached):
@@ -274,10 +265,7 @@ def parse_size(text: str) -> int:
 
 
 def render_json(value: object) -> bytes:
-    """Compact JSON in ASCII, so that no lone surrogate or control character can break a line.
-
-    ValueError for what JSON cannot hold: NaN, or what was 1e999 before it was parsed.
-    """
+    """Compact JSON in ASCII: no control character, no lone surrogate; ValueError for NaN, 1e999."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -306,72 +294,56 @@ RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
+LMSTUDIO = "/api/v0/models"
 COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
 
-def ollama_loaded(payload: Any) -> list[str]:
-    return [str(one["name"]) for one in payload["models"]]
-
-
-def lmstudio_loaded(payload: Any) -> list[str]:
-    return [str(one["id"]) for one in payload["data"] if one.get("state") == "loaded"]
-
-
 class Kind(NamedTuple):
-    """What runners of one kind have in common."""
-
     name: str
     routes: frozenset[str] = EVERY
     url: str = ""  # where it listens by default
     owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
     mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
     loaded_path: str = ""  # what tells the loaded models; none: all it has are loaded
-    read_loaded: Callable[[Any], list[str]] = ollama_loaded
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "ollama",
-            COMMON | NATIVE,
-            "http://127.0.0.1:11434",
-            mark=("/api/version", "version"),
-            loaded_path="/api/ps",
-            native=True,
-        ),
-        Kind(
-            "lmstudio",
-            COMMON,
-            "http://127.0.0.1:1234",
-            mark=("/api/v0/models", "data"),
-            loaded_path="/api/v0/models",
-            read_loaded=lmstudio_loaded,
-        ),
-        Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
-        Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
-        Kind("openai"),  # whatever else has /v1/models
-    )
-}
+RUNNERS = (
+    Kind(
+        "ollama",
+        COMMON | NATIVE,
+        "http://127.0.0.1:11434",
+        mark=("/api/version", "version"),
+        loaded_path="/api/ps",
+        native=True,
+    ),
+    Kind(
+        "lmstudio", COMMON, "http://127.0.0.1:1234", mark=(LMSTUDIO, "data"), loaded_path=LMSTUDIO
+    ),
+    Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
+    Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
+    Kind("openai"),  # whatever else has /v1/models
+)
+KINDS = {kind.name: kind for kind in RUNNERS}
 
 
 def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
     """The kind of runner that `owned_by` in its `/v1/models` gives away, or ''."""
-    owners = [one.get("owned_by") for one in entries]
-    return next((one.name for one in KINDS.values() if one.owner and one.owner in owners), "")
+    owners = [entry.get("owned_by") for entry in entries]
+    return next((kind.name for kind in KINDS.values() if kind.owner and kind.owner in owners), "")
 
 
 def read_loaded(kind: str, models: tuple[str, ...], payload: Any) -> tuple[str, ...]:
-    """The loaded models, as what the runner answers at its `loaded_path` tells."""
-    row = KINDS[kind]
-    if not row.loaded_path:
+    """The loaded models, as the runner's answer at its `loaded_path` tells."""
+    if not KINDS[kind].loaded_path:
         return models
     try:
-        return tuple(row.read_loaded(payload))
+        if KINDS[kind].native:
+            return tuple(str(row["name"]) for row in payload["models"])
+        return tuple(str(row["id"]) for row in payload["data"] if row.get("state") == "loaded")
     except (TypeError, KeyError, AttributeError):
         return ()
 
@@ -872,15 +844,12 @@ def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
     asked = parse_priority(body.get("priority"))
     if asked is None:
         asked = parse_priority(header and header.lower(), "X-Queue-Priority")
-    if asked is None:
-        tier = body.get("service_tier")
-        asked = SERVICE_TIERS.get(tier) if isinstance(tier, str) else None
+    if asked is None and isinstance(tier := body.get("service_tier"), str):
+        asked = SERVICE_TIERS.get(tier)
     return Priority.NORMAL if asked is None else asked
 
 
 class Caller(NamedTuple):
-    """Who sends a request."""
-
     client: str  # the name that shares and limits go by
     foreign: bool  # a web page from elsewhere
 
@@ -921,11 +890,11 @@ def is_loopback(host: str) -> bool:
 def is_foreign(origin: str, trusted: Names) -> bool:
     """Whether an Origin is a web page from elsewhere; `null` (a sandboxed frame) is."""
     match = ORIGIN.fullmatch(origin)
-    if not match or origin in trusted:
-        return not match
+    if not match:
+        return True
     scheme, host = match[1].lower(), match[2].lower()
     local = scheme in ("http", "https") and is_loopback(host)
-    return scheme not in EXTENSION_SCHEMES and not local
+    return not (local or scheme in EXTENSION_SCHEMES or origin in trusted)
 
 
 @dataclass(eq=False)
@@ -948,27 +917,23 @@ class Clients:
         self.known: OrderedDict[str, Client] = OrderedDict()
 
     def named(self, name: str) -> Client:
-        client = self.known.get(name)
-        if client is None:
-            self._forget()
-            client = self.known[name] = Client(name)
+        """The client of this name; a new one takes the place of the longest silent."""
+        if name not in self.known:
+            surplus = len(self.known) + 1 - MOST_CLIENTS
+            if surplus > 0:  # whoever waits or runs stays
+                known = self.known.values()
+                idle = [client.name for client in known if not client.waiting + client.running]
+                for silent in idle[:surplus]:
+                    del self.known[silent]
+            self.known[name] = Client(name)
         self.known.move_to_end(name)
-        return client
-
-    def _forget(self) -> None:
-        """Make room for one more: the longest silent go, but nobody who waits or runs."""
-        surplus = len(self.known) + 1 - MOST_CLIENTS
-        if surplus > 0:
-            idle = [one for one in self.known.values() if not one.waiting and not one.running]
-            for client in idle[:surplus]:
-                del self.known[client.name]
+        return self.known[name]
 
 
 # ==== 7. Backends =================================================================================
 # Who serves.  A backend is one runner, a device what runners on one host share: a request starts
-# only where both have a free slot.  Health is one small state machine per backend, fed by probes
-# and by requests; what a backend has (models, which of them loaded) is what its last probe told.
-# Which routes it has is what its kind has, until its own answers teach better.
+# only where both have a free slot.  Probes and requests tell how a backend does, its last probe
+# which models it has.  It has the routes of its kind, until its own answers teach better.
 
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
@@ -976,7 +941,7 @@ FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the 
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
-ROUTES_KEPT = 1000  # choices of a route that a backend remembers
+Rows = tuple[dict[str, Any], ...]  # models as a runner lists them
 
 
 class State(enum.Enum):
@@ -1003,20 +968,19 @@ class Report:
     """What one probe learned of a backend."""
 
     kind: str
-    entries: tuple[dict[str, Any], ...]  # its models as its /v1/models shows them
+    entries: Rows  # its models as its /v1/models shows them
     models: Names  # their names
     loaded: Names
     latency: float  # seconds
-    tags: tuple[dict[str, Any], ...] = ()  # its models as Ollama's /api/tags shows them
-    running: tuple[dict[str, Any], ...] = ()  # the loaded ones as /api/ps does
+    tags: Rows = ()  # its models as Ollama's /api/tags shows them
+    running: Rows = ()  # the loaded ones as /api/ps does
     began: float = 0.0  # monotonic
     version: str = ""  # of Ollama
 
 
 def model_key(name: str) -> str:
     """Names that differ only in case or in a `:latest` tail mean the same model."""
-    key = name.lower()
-    return key[: -len(":latest")] if key.endswith(":latest") else key
+    return name.lower().removesuffix(":latest")
 
 
 class Want(NamedTuple):
@@ -1028,13 +992,10 @@ class Want(NamedTuple):
 
 
 class Contexts:
-    """The context that all requests for a model share: an Ollama loads it anew for another.
-
-    All numbers are tokens by model key; 0 is the backend's own choice.
-    """
+    """Tokens by model key that its requests share: Ollama loads a model anew for other contexts."""
 
     def __init__(self) -> None:
-        self.start = 0  # what every model starts with, as configured
+        self.start = 0  # what every model starts with, as configured; 0: the backend's choice
         self.max: dict[str, int] = {}  # the longest that a model can have
         self.loaded: dict[str, int] = {}  # what it is loaded with
         self.requested: dict[str, int] = {}  # the largest that was asked for and started
@@ -1059,14 +1020,13 @@ class Contexts:
         self.ignored[key] = self.loaded.get(key, 0)
 
     def learn(self, report: Report, at_work: Mapping[str, int]) -> None:
-        """Take in what is loaded, and how; what is not any more is forgotten, unless at work."""
-        self.loaded = read_contexts(report.running, lambda one: one.get("context_length"))
-        longest = read_contexts(report.tags, lambda one: one["details"].get("context_length"))
+        """Take in what is loaded, and how; forget what is neither loaded nor about to be."""
+        self.loaded = read_contexts(report.running, lambda row: row.get("context_length"))
+        longest = read_contexts(report.tags, lambda row: row["details"].get("context_length"))
         self.max.update(longest)
-        loaded = {model_key(name) for name in report.loaded}
-        for key in {*self.requested, *self.ignored} - loaded:
+        for key in {*self.requested, *self.ignored}.difference(map(model_key, report.loaded)):
             if not at_work.get(key) and self.requested_at.get(key, 0.0) < report.began:
-                self.requested.pop(key, None)  # else it may be about to be loaded
+                self.requested.pop(key, None)
                 self.ignored.pop(key, None)
 
 
@@ -1074,14 +1034,10 @@ class Backend:
     """One runner: where it is, what it has, how it does."""
 
     def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
-        self.name = name
-        self.url = settings.url
-        self.kind = settings.kind
-        self.slots = settings.slots
-        self.device = device
+        self.name, self.device = name, device
+        self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
         self.set_key(settings.key)
-        self.busy = 0
-        self.draining = False
+        self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.state = State.UNKNOWN
         self.error: str | None = None  # why it is not up, in words
@@ -1100,14 +1056,12 @@ class Backend:
         # and where it has answered well, so that it cannot lack it.
         self.unsupported: dict[tuple[str, str], str] = {}
         self.supported: set[tuple[str, str]] = set()
-        self._routes: dict[tuple[Names, str], str | None] = {}  # what `route_for` has found
 
     def set_key(self, key: str) -> None:
         """What it is sent as bearer token; kept as the lines that each request to it gets."""
-        authority = self.url.partition("://")[2]
-        lines = f"Authorization: Bearer {key}\r\n" if key else ""
-        self.has_key = bool(key)
-        self.request_lines = f"Host: {authority}\r\n{lines}".encode("latin-1", "replace")
+        lines = f"Host: {self.url.partition('://')[2]}\r\n"
+        lines += f"Authorization: Bearer {key}\r\n" if key else ""
+        self.request_lines = lines.encode("latin-1", "replace")
 
     @property
     def traits(self) -> Kind:
@@ -1136,28 +1090,24 @@ class Backend:
         return asked if asked in names else names[0]
 
     def is_loaded(self, key: str) -> bool:
-        loaded = self.report.loaded if self.report else ()
-        return any(model_key(name) == key for name in loaded)
+        return self.report is not None and key in map(model_key, self.report.loaded)
 
     def supports(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
         if self.unsupported and {(route, ""), (route, key)} & self.unsupported.keys():
             return False
-        return route in self.traits.routes or not self.models_known
+        return route in KINDS[self.kind or "openai"].routes or not self.models_known
 
     def route_for(self, routes: Names, key: str) -> str | None:
-        """The first of the routes that it supports; found once until it tells more of itself."""
-        if (routes, key) not in self._routes:
-            if len(self._routes) >= ROUTES_KEPT:
-                self._routes.clear()  # names come from outside
-            found = (route for route in routes if self.supports(route, key))
-            self._routes[routes, key] = next(found, None)
-        return self._routes[routes, key]
+        """The first of the routes that it supports."""
+        for route in routes:
+            if self.supports(route, key):
+                return route
+        return None
 
     def route_unsupported(self, route: str, key: str, error: RouteUnsupported) -> None:
         """Its answer says that it has no such route, or not for this model."""
         self.unsupported[route, key if error.for_model else ""] = error.message
-        self._routes.clear()
 
     def num_ctx(self, key: str) -> int:
         """Tokens of context that the requests for this model share here; 0: the backend's own."""
@@ -1166,60 +1116,64 @@ class Backend:
     def succeeded(self, now: float, report: Report | None, interval: float) -> None:
         """A probe (with its report) or a request got through."""
         self.failures, self.error, self.backoff = 0, None, FIRST_BACKOFF
-        if report is not None:
-            if self.state is not State.UP:  # it may have been started anew, as something else
-                self.unsupported.clear()
-                self.supported.clear()
-            self._routes.clear()
-            self.models_known, self.report, self.kind = True, report, report.kind
-            self.models = {}
-            for name in dict.fromkeys(report.models):
-                self.models.setdefault(model_key(name), []).append(name)
-            self.state, self.needs_probe = State.UP, False
-            self.next_probe = now + interval
-            self.contexts.learn(report, self.at_work)
+        if report is None:
+            return
+        if self.state is not State.UP:  # it may have been started anew, as something else
+            self.unsupported.clear()
+            self.supported.clear()
+        self.models_known, self.report, self.kind = True, report, report.kind
+        self.models = {}
+        for name in dict.fromkeys(report.models):
+            self.models.setdefault(model_key(name), []).append(name)
+        self._become(State.UP, None)
+        self.needs_probe, self.next_probe = False, now + interval
+        self.contexts.learn(report, self.at_work)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
         self.failures += 1
-        self.error = why
+        self.error, self.next_probe = why, now  # look again at once
         if self.state is State.DOWN:
             self.backoff = min(2 * self.backoff, interval)
             self.next_probe = now + self.backoff
         elif refused or self.state is State.UNKNOWN or self.failures >= FAILURES_TO_OPEN:
-            self.state, self.since = State.DOWN, now
-            self.next_probe = now + min(self.backoff, interval)
-        else:
-            self.next_probe = now  # look again at once
+            self._become(State.DOWN, why)
+            self.since, self.next_probe = now, now + min(self.backoff, interval)
 
     def loads(self, now: float, why: str) -> None:
-        self.state, self.error, self.next_probe = State.LOADING, why, now + LOADING_INTERVAL
+        self._become(State.LOADING, why)
+        self.next_probe = now + LOADING_INTERVAL
 
     def refuse(self, now: float, why: str, interval: float) -> None:
-        self.state, self.error, self.since = State.REFUSED, why, now
-        self.next_probe = now + interval
+        self._become(State.REFUSED, why)
+        self.since, self.next_probe = now, now + interval
+
+    def _become(self, state: State, why: str | None) -> None:
+        """A change of state is one line in the log."""
+        if state is not self.state:
+            log.info("backend %s is %s%s", self.name, state.value, f": {why}" if why else "")
+        self.state, self.error = state, why
 
 
-def read_models(payload: Any) -> tuple[dict[str, Any], ...]:
+def read_models(payload: Any) -> Rows:
     """The entries of a `GET /v1/models` answer; ValueError when it is not one."""
-    data = payload.get("data") if isinstance(payload, dict) else None
-    if data is None and isinstance(payload, dict) and payload.get("object") == "list":
+    facts = payload if isinstance(payload, dict) else {}
+    data = facts.get("data")
+    if data is None and facts.get("object") == "list":
         data = []  # Ollama without a model
-    if not isinstance(data, list) or not all(isinstance(one, dict) and "id" in one for one in data):
+    if not isinstance(data, list) or not all(isinstance(row, dict) and "id" in row for row in data):
         raise ValueError("its /v1/models is no list of models")
     return tuple(data)
 
 
-def read_contexts(
-    entries: Iterable[dict[str, Any]], read: Callable[[dict[str, Any]], Any]
-) -> dict[str, int]:
-    """Tokens of context by model key, where an entry of Ollama's tells them."""
+def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, int]:
+    """Tokens of context by model key, where a row of Ollama's tells them."""
     found = {}
-    for entry in entries:
+    for row in rows:
         with contextlib.suppress(KeyError, TypeError, AttributeError):
-            tokens = read(entry)
+            tokens = read(row)
             if isinstance(tokens, int) and tokens > 0:
-                found[model_key(str(entry["name"]))] = tokens
+                found[model_key(str(row["name"]))] = tokens
     return found
 
 
@@ -1227,7 +1181,7 @@ def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
     """Among backends with room: the model already loaded, then most room, then longest unused."""
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    return min(candidates, key=lambda one: (not one.is_loaded(key), -one.room, one.used))
+    return min(candidates, key=lambda each: (not each.is_loaded(key), -each.room, each.used))
 
 
 class Fleet:
@@ -1239,7 +1193,7 @@ class Fleet:
         self.shrunk = 0.0  # when a backend was last removed, monotonic
 
     def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
-        """Take in a backend; `device` is the name of what it shares, `slots` that device's."""
+        """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
         shared = self.devices.setdefault(device, Device(device, slots))
         shared.slots = slots
         self.backends[name] = backend = Backend(name, settings, shared)
@@ -1249,15 +1203,14 @@ class Fleet:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
         self.backends.pop(name).draining = True
         self.shrunk = now
-        used = {one.device.name for one in self.backends.values()}
-        for device in list(self.devices.values()):
-            if device.name not in used and not device.busy:  # a busy one must not be made anew
-                del self.devices[device.name]
+        used = {backend.device for backend in self.backends.values()}
+        kept = [device for device in self.devices.values() if device in used or device.busy]
+        self.devices = {device.name: device for device in kept}  # a busy one is not made anew
 
     def configure(
         self,
-        rows: Mapping[str, BackendSettings],
-        places: Mapping[str, str],
+        rows: dict[str, BackendSettings],
+        places: dict[str, str],
         settings: Settings,
         now: float,
     ) -> None:
@@ -1268,9 +1221,7 @@ class Fleet:
                 self.remove(name, now)
         for name, row in rows.items():
             slots = settings.slots_of(places[name])
-            if name not in self.backends:
-                self.add(name, row, places[name], slots)
-            backend = self.backends[name]
+            backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             backend.slots, backend.device.slots = row.slots, slots
             backend.kind = row.kind or backend.kind
             backend.contexts.start = settings.upstream.num_ctx
@@ -1278,64 +1229,62 @@ class Fleet:
 
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        able = [one for one in self.backends.values() if one.may_have(want.model)]
-        able = [one for one in able if one.state is not State.REFUSED and not one.draining]
-        if want.routes:
-            able = [one for one in able if one.route_for(want.routes, want.model)]
-        return able
+        key, routes, _ = want
+        able = [backend for backend in self.backends.values() if backend.may_have(key)]
+        able = [each for each in able if each.state is not State.REFUSED and not each.draining]
+        return [each for each in able if each.route_for(routes, key)] if routes else able
 
     def candidates(self, want: Want) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
         key, routes, avoid = want
-        able = [one for one in self.backends.values() if key in one.models and one.usable]
+        able = [each for each in self.backends.values() if key in each.models and each.usable]
         if routes:
-            able = [one for one in able if one.route_for(routes, key)]
+            able = [each for each in able if each.route_for(routes, key)]
         if avoid is not None:
-            able = [one for one in able if one is not avoid] or able
-        return [one for one in able if one.room > 0]
+            able = [each for each in able if each is not avoid] or able
+        return [each for each in able if each.room > 0]
 
     def startable_models(self) -> set[str]:
         """Keys of the models that a request could start for now, as far as slots go."""
-        free = [one for one in self.backends.values() if one.usable and one.room > 0]
-        return {key for one in free for key in one.models}
+        free = [each.models for each in self.backends.values() if each.usable and each.room > 0]
+        return {key for models in free for key in models}
 
     def has_room(self) -> bool:
-        return any(one.busy < one.slots for one in self.devices.values())
+        return any(device.busy < device.slots for device in self.devices.values())
 
     def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
         serving = self.serving(want)
-        if any(one.state is not State.DOWN for one in serving):
-            return None
-        return max([self.shrunk, *(one.since for one in serving)])
+        down = all(backend.state is State.DOWN for backend in serving)
+        return max([self.shrunk, *(backend.since for backend in serving)]) if down else None
 
     def knows(self, asked: str) -> bool | None:
         """True: some backend has the model.  False: all have told and none has.  None: not sure."""
         key = model_key(asked)
-        enabled = [one for one in self.backends.values() if one.state is not State.REFUSED]
-        if any(key in one.models for one in enabled):
+        enabled = [each for each in self.backends.values() if each.state is not State.REFUSED]
+        if any(key in backend.models for backend in enabled):
             return True
-        return False if enabled and all(one.models_known for one in enabled) else None
+        return False if enabled and all(each.models_known for each in enabled) else None
 
     def check_spelling(self, asked: str) -> None:
         """BadRequest when the name means two models of one backend and equals neither."""
-        for one in self.backends.values():
-            names = one.models.get(model_key(asked), [])
+        for backend in self.backends.values():
+            names = backend.models.get(model_key(asked), [])
             if len(names) > 1 and asked not in names:
                 message = f"model {printable(asked)!r} means {' or '.join(names)}"
                 raise BadRequest(message, param="model")
 
     def why_unsupported(self, want: Want) -> str:
         """Why no backend takes these routes for this model."""
-        for one in self.backends.values():
-            for (route, model), words in one.unsupported.items():
-                if route in want.routes and model in ("", want.model) and one.may_have(want.model):
-                    return words
+        having = [backend for backend in self.backends.values() if backend.may_have(want.model)]
+        for (route, model), words in (row for each in having for row in each.unsupported.items()):
+            if route in want.routes and model in ("", want.model):
+                return words
         return f"no backend of model {printable(want.model)!r} speaks {want.routes[0]}"
 
     def default_model(self) -> str | None:
         """The first model of the first backend that is not for embeddings."""
-        reports = [one.report for one in self.backends.values() if one.report]
+        reports = [backend.report for backend in self.backends.values() if backend.report]
         names = (name for report in reports for name in report.models)
         return next((name for name in names if not EMBEDDING.search(name)), None)
 
@@ -1759,10 +1708,9 @@ def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -
 
 
 # ==== 10. Messages ================================================================================
-# HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out, nothing awaited.  Strict where
-# leniency has been a hole: what a lenient peer and we would read differently is refused, never
-# repaired.  `parse_request_head` and `parse_response_head` share the grammar of the fields; the
-# three body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
+# HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
+# hole: what a lenient peer and we would read differently is refused, never repaired.  The three
+# body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
 
 REQUEST_LINE_LIMIT = 8 * KIB
 FIELD_LIMIT = 16 * KIB
@@ -1775,17 +1723,17 @@ TRAILER_LIMIT = 8 * KIB
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
-# One field line; the value's own white space is cut afterwards.  No obs-fold (RFC 9112 s.5.2), no
-# control characters (RFC 9110 s.5.5), no space before the colon (RFC 9112 s.5.1).
+# No obs-fold (RFC 9112 s.5.2), no control characters (RFC 9110 s.5.5), no space before the colon
+# (RFC 9112 s.5.1).
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
-REASONS = {status.value: status.phrase for status in HTTPStatus}
-REASONS[499] = "Client Closed Request"
+REASONS = {499: "Client Closed Request", **{code.value: code.phrase for code in HTTPStatus}}
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
 Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
@@ -1830,7 +1778,8 @@ def parse_fields(text: str) -> Headers:
     headers: Headers = {}
     for line in text.split("\r\n")[:-1]:
         name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
+        name = name.lower()
+        value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -1840,9 +1789,7 @@ def parse_request_head(head: bytes) -> Request:
     text = head.decode("latin-1").lstrip("\r\n")  # RFC 9112 s.2.2: skip empty lines before it
     line, _, rest = text.partition("\r\n")
     if len(line) > REQUEST_LINE_LIMIT:
-        raise LlmqError(
-            f"the request line is limited to {REQUEST_LINE_LIMIT} bytes", "uri_too_long"
-        )
+        raise LlmqError(f"a request line has at most {REQUEST_LINE_LIMIT} bytes", "uri_too_long")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise BadRequest("malformed request line")
@@ -1851,9 +1798,8 @@ def parse_request_head(head: bytes) -> Request:
         raise LlmqError("llmq speaks HTTP/1.1", "version_not_supported")
     too_long = len(rest) > FIELD_LIMIT and max(map(len, rest.split("\r\n"))) > FIELD_LIMIT
     if too_long or rest.count("\r\n") > FIELDS_LIMIT + 1:
-        raise LlmqError(
-            f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes", "headers_too_large"
-        )
+        message = f"at most {FIELDS_LIMIT} header fields of {FIELD_LIMIT} bytes"
+        raise LlmqError(message, "headers_too_large")
     try:
         headers = parse_fields(rest[:-2])
     except ValueError as error:
@@ -1865,20 +1811,17 @@ def parse_request_head(head: bytes) -> Request:
 
 def check_target(request: Request) -> None:
     """Origin-form or absolute-form, whose authority replaces Host; `*` for OPTIONS alone."""
-    target = request.target
-    if target.startswith("/") or (target == "*" and request.method == "OPTIONS"):
-        return
-    scheme, mark, rest = target.partition("://")
-    if mark and scheme.lower() in ("http", "https") and request.method != "CONNECT":
-        authority = re.split("[/?]", rest, maxsplit=1)[0]
-        path = rest[len(authority) :]
-        if "host" in request.headers:
-            parse_host(request.headers["host"])  # two of them are refused even here
-            request.headers["host"] = authority
-        path = path if path.startswith("/") else "/" + path
-        request.path, _, request.query = path.partition("?")
-    elif request.method != "CONNECT":  # which routing refuses by its method
+    target, method = request.target, request.method
+    if target.startswith("/") or method == "CONNECT" or (target == "*" and method == "OPTIONS"):
+        return  # CONNECT is refused by its method, later
+    match = ABSOLUTE_FORM.fullmatch(target)
+    if not match:
         raise BadRequest("malformed request target")
+    authority, path = match.groups()
+    if "host" in request.headers:
+        parse_host(request.headers["host"])  # two of them are refused even here
+        request.headers["host"] = authority
+    request.path, _, request.query = ("/" + path.removeprefix("/")).partition("?")
 
 
 def parse_host(value: str) -> str:
@@ -1922,14 +1865,10 @@ def response_length(head: ResponseHead) -> int:
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
     if head.status in (204, 304):
         return 0
-    if coding is not None:
-        if coding.lower() != "chunked" or length is not None:
-            raise ValueError("contradictory framing")
-        return CHUNKED
-    if length is None:
-        return UNTIL_CLOSE
-    if not DIGITS.fullmatch(length) or len(length) > 18:
-        raise ValueError("malformed Content-Length")
+    if length is None and (coding is None or coding.lower() == "chunked"):
+        return UNTIL_CLOSE if coding is None else CHUNKED
+    if coding is not None or length is None or not DIGITS.fullmatch(length) or len(length) > 18:
+        raise ValueError("contradictory framing or malformed Content-Length")
     return int(length)
 
 
@@ -1961,9 +1900,7 @@ class LengthBody:
 class CloseBody:
     """A body that the end of the connection ends."""
 
-    def __init__(self) -> None:
-        self.done = False
-        self.surplus = b""
+    done, surplus = False, b""
 
     def feed(self, data: bytes) -> bytes:
         self.done = not data
@@ -1984,7 +1921,8 @@ class ChunkedBody:
         self.wants = 0  # bytes of the chunk at hand, its CRLF included; 0: a line comes next
         self._size = 0  # of the chunks announced so far
         self._held = b""  # an incomplete line
-        self._trailers = -1  # bytes of trailers so far, once the last chunk has come
+        self._line_limit = CHUNK_LINE_LIMIT
+        self._in_trailers = False  # the last chunk has come
         self._extensions = 0  # bytes of lines with extensions so far (CVE-2023-39326)
 
     def feed(self, data: bytes) -> bytes:
@@ -1995,50 +1933,45 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self.wants:
-                at = self._take(data, at, pieces)
-                continue
-            end = data.find(b"\n", at)
-            if end < 0:
-                if len(data) - at > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
-                    raise ValueError("a line of the chunked body is too long")
-                self._held = data[at:]
-                return b"".join(pieces)
-            self._line(data[at : end + 1])
-            at = end + 1
+            if self.wants > 2:
+                payload = data[at : at + self.wants - 2]
+                pieces.append(payload)
+                at += len(payload)
+                self.wants -= len(payload)
+            elif self.wants:
+                end = data[at : at + self.wants]
+                if end != b"\r\n"[-self.wants :][: len(end)]:
+                    raise ValueError("a chunk is not followed by CRLF")
+                at += len(end)
+                self.wants -= len(end)
+            else:
+                line = data[at : data.find(b"\n", at) + 1 or None]
+                at += len(line)
+                self._take_line(line)
         self.surplus = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _take(self, data: bytes, at: int, pieces: list[bytes]) -> int:
-        """Payload, then the chunk's own CRLF, as far as they are there."""
-        payload = self.wants - 2
-        if payload > 0:
-            piece = data[at : at + payload]
-            pieces.append(piece)
-            self.wants -= len(piece)
-            return at + len(piece)
-        if data[at : at + 1] != (b"\r" if self.wants == 2 else b"\n"):
-            raise ValueError("a chunk is not followed by CRLF")
-        self.wants -= 1
-        return at + 1
-
-    def _line(self, line: bytes) -> None:
+    def _take_line(self, line: bytes) -> None:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
-        if len(line) > (CHUNK_LINE_LIMIT if self._trailers < 0 else TRAILER_LIMIT):
+        if len(line) > self._line_limit:
             raise ValueError("a line of the chunked body is too long")
         if not line.endswith(b"\r\n"):
-            raise ValueError("a line of the chunked body does not end in CRLF")
-        if self._trailers >= 0:
-            self._trailers += len(line)
-            if self._trailers > TRAILER_LIMIT:
-                raise ValueError("too many trailers")
-            self.done = line == b"\r\n"
-            if not self.done:
-                parse_fields(line.decode("latin-1"))
-            return
-        self._extensions += len(line) if b";" in line else 0
-        if self._extensions > EXTENSIONS_LIMIT:
-            raise ValueError("a line of the chunked body is too long")
+            if line.endswith(b"\n"):
+                raise ValueError("a line of the chunked body does not end in CRLF")
+            self._held = line
+        elif not self._in_trailers:
+            self._begin_chunk(line)
+        elif line == b"\r\n":
+            self.done = True
+        else:
+            self._line_limit -= len(line)  # which bounds all trailers together
+            parse_fields(line.decode("latin-1"))
+
+    def _begin_chunk(self, line: bytes) -> None:
+        if b";" in line:
+            self._extensions += len(line)
+            if self._extensions > EXTENSIONS_LIMIT:
+                raise ValueError("a line of the chunked body is too long")
         size = parse_chunk_line(line[:-2])
         self._size += size
         if self.most is not None and self._size > self.most:
@@ -2046,7 +1979,7 @@ class ChunkedBody:
         if size:
             self.wants = size + 2
         else:
-            self._trailers = 0
+            self._in_trailers, self._line_limit = True, TRAILER_LIMIT
 
 
 Body = Union[LengthBody, CloseBody, ChunkedBody]
@@ -4253,9 +4186,8 @@ class Pool:
 
 
 # ==== 20. Probes ==================================================================================
-# What a backend has and how it does, found by asking: each on its own time, at once after trouble,
-# and when a request names a model that nobody has.  Whoever waits for a change of a backend's state
-# awaits `news`.
+# What a backend has and how it does, found by asking: from time to time, at once after trouble, and
+# when a request names a model that nobody has.
 
 REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models cause
 
@@ -4269,10 +4201,10 @@ async def inspect(backend: Backend, instance: str) -> Report:
     began = time.monotonic()
     version = backend.report.version if backend.report else ""
     if backend.state is not State.UP:
-        _, told = await fetch(backend, "/api/version")
-        if look_up(told, "instance") == instance:
-            raise SelfFound
-        version = str(look_up(told, "version") or "")
+        _, answer = await fetch(backend, "/api/version")
+        if look_up(answer, "instance") == instance:
+            raise SelfFound("this is llmq itself")
+        version = str(look_up(answer, "version") or "")
     status, payload = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if status != 200:
@@ -4289,10 +4221,10 @@ async def inspect(backend: Backend, instance: str) -> Report:
     return Report(kind, entries, models, loaded, latency, tags, read_rows(shown), began, version)
 
 
-def read_rows(payload: Any) -> tuple[dict[str, Any], ...]:
+def read_rows(payload: Any) -> Rows:
     """The models in what Ollama's /api/tags or /api/ps tells; none where it makes no sense."""
     rows = look_up(payload, "models")
-    return tuple(one for one in rows if isinstance(one, dict)) if isinstance(rows, list) else ()
+    return tuple(row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -4335,68 +4267,57 @@ class Monitor:
         fresh = now - self.refreshed < REFRESH_SECONDS
         self.refreshed = self.refreshed if fresh else now
         backends = list(self.fleet.backends.values())
-        due = [self._flights.get(one) if fresh else self.start_probe(one) for one in backends]
+        due = [self._flights.get(each) if fresh else self.start_probe(each) for each in backends]
         flights = {flight for flight in due if flight is not None}
         if flights:
             await asyncio.wait(flights)
 
     async def probe(self, backend: Backend) -> None:
-        task = asyncio.ensure_future(inspect(backend, self.instance))
+        """Look at a backend, and tell it what came of that."""
+        limit, interval = (
+            self.settings.upstream.probe_timeout,
+            self.settings.upstream.probe_interval,
+        )
+        looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
-            await asyncio.wait({task}, timeout=self.settings.upstream.probe_timeout)
-            self.conclude(backend, task, time.monotonic())
+            report = await within(limit, looking, BackendTimeout("does not answer"))
+            before = backend.report or report
+            for name in set(report.loaded).difference(before.loaded):
+                self.metrics.add("llmq_model_loads_total", backend.name, name)
+            backend.succeeded(time.monotonic(), report, interval)
+        except (OSError, LlmqError, ValueError, SelfFound) as error:
+            now = time.monotonic()
+            if isinstance(error, BackendTimeout) and now - backend.last_received < LATELY:
+                backend.next_probe = now if backend.needs_probe else now + interval  # at work
+            else:
+                self.record_failure(backend, error, now)
+        except Exception:
+            log.exception("probe failed")
+            why = "cannot be understood; the log says how"
+            backend.failed(time.monotonic(), why, interval)
         finally:
-            task.cancel()
             self._flights.pop(backend, None)
             self.news.set()
 
-    def conclude(self, backend: Backend, task: asyncio.Task[Report], now: float) -> None:
-        """Tell the backend what came of looking at it."""
-        was, interval = backend.state, self.settings.upstream.probe_interval
-        try:
-            if task.done():
-                report, before = task.result(), backend.report or task.result()
-                for name in set(report.loaded).difference(before.loaded):
-                    self.metrics.add("llmq_model_loads_total", backend.name, name)
-                backend.succeeded(now, report, interval)
-            elif now - backend.last_received < LATELY:
-                backend.next_probe = now if backend.needs_probe else now + interval  # at work
-            else:
-                backend.failed(now, "does not answer", interval)
-        except SelfFound:
-            backend.refuse(now, "this is llmq itself", interval)
-        except BackendLoading as error:
-            backend.loads(now, error.message)
-        except OSError as error:
-            refused = isinstance(error, ConnectionRefusedError)
-            backend.failed(now, os_error_text(error), interval, refused=refused)
-        except (LlmqError, ValueError) as error:
-            backend.failed(now, str(error), interval)
-        except Exception:
-            log.exception("probe failed")
-            backend.failed(now, "cannot be understood; the log says how", interval)
-        self.note_state(backend, was)
-
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
-        was, interval = backend.state, self.settings.upstream.probe_interval
         if failure is None:
-            backend.succeeded(now, None, interval)
-        elif isinstance(failure, BackendLoading):
-            backend.loads(now, failure.message)
-            self.probe_due()
+            backend.succeeded(now, None, self.settings.upstream.probe_interval)
         elif isinstance(failure, (BackendError, BackendTimeout)):
-            refused = isinstance(failure, BackendRefused)
-            backend.needs_probe = isinstance(failure, BackendUnreached)
-            backend.failed(now, failure.message, interval, refused=refused)
+            if not isinstance(failure, BackendLoading):
+                backend.needs_probe = isinstance(failure, BackendUnreached)
+            self.record_failure(backend, failure, now)
             self.probe_due()
-        self.note_state(backend, was)
 
-    def note_state(self, backend: Backend, was: State) -> None:
-        """A line in the log when a backend has come, gone, or begun to load."""
-        if backend.state is not was:
-            why = f": {backend.error}" if backend.error else ""
-            log.info("backend %s is %s%s", backend.name, backend.state.value, why)
+    def record_failure(self, backend: Backend, error: Exception, now: float) -> None:
+        interval = self.settings.upstream.probe_interval
+        if isinstance(error, SelfFound):
+            backend.refuse(now, str(error), interval)
+        elif isinstance(error, BackendLoading):
+            backend.loads(now, error.message)
+        else:
+            refused = isinstance(error, (ConnectionRefusedError, BackendRefused))
+            backend.failed(now, os_error_text(error), interval, refused=refused)
 
     def close(self) -> None:
         for flight in self._flights.values():
@@ -4420,7 +4341,7 @@ class Discovery:
 
     async def step(self) -> None:
         """One round over the places where runners listen by default."""
-        known = {one.url for one in self.fleet.backends.values()}
+        known = {backend.url for backend in self.fleet.backends.values()}
         kinds = [kind for kind in KINDS.values() if kind.url and kind.url not in known]
         if self.settings.backends or not kinds:
             return
