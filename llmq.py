@@ -2253,35 +2253,43 @@ def parse_context(value: Any, param: str) -> int:
 
 
 # ==== 12. Dialects ================================================================================
-# What the dialects have in common, pure: an answer is watched, not parsed.  What tells an end, an
-# error or the usage is looked for, the rest passes.
+# What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
+# usage are looked for, the rest passes.
 
 WATCHED_LINE = 64 * KIB  # a longer line of an event stream is passed on without a look
 PARSED_LINE = 8 * MIB  # the same where each line must be understood
 PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
-MOST_TOKENS = 2**53  # of a count that is taken for one; a larger one is a runner's mistake
+MOST_TOKENS = 2**53  # a larger count is a runner's mistake
+ANSWER_COUNTS = ("completion_tokens", "output_tokens", "predicted_n", "eval_count")
+PROMPT_COUNTS = ("prompt_tokens", "input_tokens", "prompt_n", "prompt_eval_count")
 MODEL_ERROR = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
 class Dialect:
     """How a family of routes is spoken."""
 
-    stream_type = "text/event-stream"
+    stream_type = stream_mark = "text/event-stream"  # what llmq writes; what a runner's must hold
     line_limit = end_limit = WATCHED_LINE  # of a stream, and of what its end may be
     line_events = False  # each line is an event; else an empty one ends it
     line_break, error_event = b"\n\n", b"event: error\ndata: %b\n\n"
     error_types: Mapping[int, str] = {}  # by status, where they are special
+    typed_errors = False  # an error's body has "type": "error"
+    sign_of_life: bytes  # which clients skip; it may tell the position and eta
+    piece_mark = b"data:"  # once in each piece of an answer
     end_hint: bytes  # in each end of a good stream
     end_line: re.Pattern[bytes]  # where it begins
     error_object: Callable[[LlmqError, str], dict[str, Any]]  # with the id of the request
-    is_error: Callable[[Any], bool]  # whether clients of the dialect take this parsed body for one
-    heartbeat: Callable[[int, float], bytes]  # position and eta, no part of the answer to a parser
 
     def render_error(self, error: LlmqError, request_id: str = "") -> bytes:
         """The body of an error answer: the runner's own where it wrote one in this dialect."""
         if isinstance(error, BackendAnswer) and self.is_error(error.document):
             return error.body
         return render_json(self.error_object(error, request_id))
+
+    def is_error(self, document: Any) -> bool:
+        """Whether clients of the dialect take this parsed body for an error."""
+        typed, words = look_up(document, "type") == "error", look_up(document, "error", "message")
+        return typed is self.typed_errors and isinstance(words, str) and words != ""
 
     def error_type(self, error: LlmqError) -> str:
         usual = "api_error" if error.status >= 500 else "invalid_request_error"
@@ -2295,13 +2303,16 @@ class Dialect:
     def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
         return self.error_object(error, request_id)
 
+    def heartbeat(self, position: int, eta: float) -> bytes:
+        return self.sign_of_life % {b"position": position, b"eta": round(eta)}
+
     def find_end(self, seen: bytes) -> int:
         """Where the end of a good stream begins in whole and half lines; -1: not yet."""
         match = self.end_line.search(seen) if self.end_hint in seen else None
         return match.start() if match else -1
 
     def is_stream(self, content_type: str) -> bool:
-        return content_type.startswith(self.stream_type)
+        return self.stream_mark in content_type
 
     def find_cut(self, seen: bytes) -> int:
         """Where the last whole event ends."""
@@ -2309,10 +2320,6 @@ class Dialect:
             return len(seen)
         plain, crlf = seen.rfind(b"\n\n"), seen.rfind(b"\r\n\r\n")
         return plain + 2 if plain > crlf else crlf + 4 if crlf >= 0 else 0
-
-    def events(self, lines: bytes) -> int:
-        """Pieces of an answer in these lines of a stream."""
-        return lines.count(b"data:")
 
     def read_line(self, line: bytes) -> bytes:
         """The JSON that a line of a stream carries, or nothing."""
@@ -2331,12 +2338,10 @@ def look_up(document: Any, *path: str) -> Any:
 
 def error_of(document: Any) -> Any:
     """What a parsed event or answer says went wrong, or None."""
-    if not isinstance(document, dict):
-        return None
-    kind = document.get("type")
+    kind = look_up(document, "type")
     if kind == "response.failed":
         return look_up(document, "response", "error") or document
-    return document.get("error") or (document if kind == "error" else None)
+    return look_up(document, "error") or (document if kind == "error" else None)
 
 
 def error_text(error: Any) -> str:
@@ -2348,7 +2353,7 @@ def error_text(error: Any) -> str:
 def parse_json(body: bytes) -> Any:
     """A parsed body, None where it is not JSON."""
     try:
-        return json.loads(body.decode())
+        return json.loads(body.decode()) if body else None
     except (ValueError, RecursionError):
         return None
 
@@ -2358,9 +2363,8 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     status, document, error = head.status, parse_json(body), None
     if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
         error = document.get("error") or document.get("detail") or document
-    found = error_text(error)
-    message = found if isinstance(error, dict) and found else found[:1000]
-    message = message or f"the backend answered {status}"
+    text = error_text(error)
+    message = (text if isinstance(error, dict) else text[:1000]) or f"the backend answered {status}"
     if status < 400:
         return BackendError(f"the backend answered {status}; redirects are not followed")
     if status in (401, 403):
@@ -2368,53 +2372,42 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
     answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
-    if status in (405, 501) or (status == 404 and not MODEL_ERROR.search(found)):
+    if status in (405, 501) or (status == 404 and not MODEL_ERROR.search(text)):
         return RouteUnsupported(answer)
     return answer
 
 
-def find_count(document: Any, openai: str, anthropic: str, timing: str, native: str) -> int | None:
-    """A number of tokens that an answer tells; llama.cpp's timings where there is no usage.
-
-    The place differs: `usage` (OpenAI, Anthropic), the same inside `response` (OpenAI's responses,
-    streamed) or `message` (Anthropic, streamed), the top level (Ollama).
-    """
+def read_usage(document: Any, names: Names = ANSWER_COUNTS) -> int | None:
+    """The tokens of an answer, as it tells; llama.cpp's timings where there is no usage."""
     if not isinstance(document, dict):
         return None
-    for name in ("response", "message"):
+    for name in ("response", "message"):  # of OpenAI's responses, of Anthropic's streams
         inner = document.get(name)
         document = inner if isinstance(inner, dict) and "usage" in inner else document
+    openai, anthropic, timing, ollama = names
     usage, timings = document.get("usage"), document.get("timings")
-    found = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
-    found += [timings.get(timing)] if isinstance(timings, dict) else []
-    for tokens in (*found, document.get(native)):
-        if isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens <= MOST_TOKENS:
+    counts = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
+    counts += [timings.get(timing)] if isinstance(timings, dict) else []
+    for tokens in (*counts, document.get(ollama)):
+        if type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
             return tokens
     return None
 
 
-def read_usage(document: Any) -> int | None:
-    """The tokens of an answer, as it tells."""
-    return find_count(document, "completion_tokens", "output_tokens", "predicted_n", "eval_count")
-
-
-def read_prompt_usage(document: Any) -> int | None:
-    """The tokens of its prompt, likewise."""
-    return find_count(document, "prompt_tokens", "input_tokens", "prompt_n", "prompt_eval_count")
+read_prompt_usage = functools.partial(read_usage, names=PROMPT_COUNTS)
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
     """A whole answer, None where it is too large to parse; BackendError when it says it failed."""
     large = len(body) > PARSED_ANSWER  # embeddings by the megabyte: look at the ends only
-    document = None if large else parse_json(body)
     if large and body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}":
         return None
+    document = None if large else parse_json(body)
     if document and isinstance(document, list):  # some rerankers answer with a bare list
         return None
     if not isinstance(document, dict):
         raise BackendError("the backend's answer is not a JSON object")
-    error = error_of(document)
-    if error is not None:
+    if (error := error_of(document)) is not None:
         raise BackendError(error_text(error) or "the backend's answer is an error")
     return document
 
@@ -2461,20 +2454,15 @@ class StreamWatch:
 
     def _inspect(self, lines: bytes) -> int:
         """Note pieces and usage; the end of what is good: where an error begins, else all."""
-        self.pieces += self.dialect.events(lines)
-        if not (
-            b"error" in lines
-            or b'"usage"' in lines
-            or b'"timings"' in lines
-            or b'"eval_count"' in lines
-            or b"response.failed" in lines
-        ):
-            return len(lines)  # most are: no loop over the five, it would double the cost
+        self.pieces += lines.count(self.dialect.piece_mark)
+        # No loop over these five, it would double the cost: most lines have none of them.
+        telling = b"error" in lines or b'"usage"' in lines or b'"timings"' in lines
+        if not (telling or b'"eval_count"' in lines or b"response.failed" in lines):
+            return len(lines)
         at = event = 0
         for line in lines.splitlines(keepends=True):
             document = parse_json(self.dialect.read_line(line))
-            error = error_of(document)
-            if error is not None:
+            if (error := error_of(document)) is not None:
                 words = error_text(error) or "the backend's answer broke off with an error"
                 self.failure = BackendError(words)
                 return event
@@ -2512,23 +2500,18 @@ class Endpoint(NamedTuple):
 def read_question(
     body: bytes, endpoint: Endpoint, priority_header: str | None = None, *, foreign: bool = False
 ) -> tuple[Question, Mapping[str, Any]]:
-    """A request for an inference route, and its members; BadRequest names the one at fault.
-
-    A `foreign` page cannot ask for a context: what it says of one is cut.
-    """
+    """A request and its members, or BadRequest; what a `foreign` page says of a context is cut."""
     found = read_object(decode_json(body))
     text, values, places = found
     check_common(values)
     endpoint.check(values)
     context = parse_context(values.get("numCtx"), "numCtx")
-    options = values.get("options") if endpoint.options else None
-    if isinstance(options, dict):
+    if endpoint.options and isinstance(options := values.get("options"), dict):
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         asked = options.get("num_ctx")
         if isinstance(asked, float) and asked.is_integer():
             asked = int(asked)  # Ollama takes 4096.0
-        if "num_ctx" in options:
-            context = max(context, parse_context(asked, "options.num_ctx"))
+        context = max(context, parse_context(asked, "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
     question = Question(
         model=model if model.strip() else "",
@@ -2553,26 +2536,19 @@ class OpenAi(Dialect):
 
     error_event = b"data: %b\n\n"
     error_types: Mapping[int, str] = {404: "not_found_error", 429: "rate_limit_error"}
+    sign_of_life = b": position=%(position)d eta=%(eta)d\n\n"
     end_hint, end_line = b"[DONE]", re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
         facts = {"message": error.message, "type": self.error_type(error)}
         return {"error": {**facts, "param": error.param, "code": error.code}}
 
-    def is_error(self, document: Any) -> bool:
-        words = look_up(document, "error", "message")
-        return isinstance(words, str) and words != "" and document.get("type") != "error"
-
-    def heartbeat(self, position: int, eta: float) -> bytes:
-        return b": position=%d eta=%d\n\n" % (position, round(eta))
-
 
 class OpenAiResponses(OpenAi):
     """Event streams whose last event tells how the response ended, and repeats it all."""
 
     error_event = Dialect.error_event
-    end_limit = PARSED_LINE
-    end_hint = b"response."
+    end_limit, end_hint = PARSED_LINE, b"response."
     end_line = re.compile(rb"^event: ?response\.(?:completed|incomplete)\r?\ndata:", re.MULTILINE)
 
     def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
@@ -2585,35 +2561,29 @@ def check_texts(name: str, values: Mapping[str, Any]) -> None:
         raise BadRequest(f"{name} is a text or a list", param=name)
 
 
-def check_nothing(_values: Mapping[str, Any]) -> None:
-    """The backend knows best."""
-
-
-check_prompt = functools.partial(check_texts, "prompt")
-check_input = functools.partial(check_texts, "input")
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt),
-    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, check_input, streams=None),
-    Endpoint((RESPONSES,), OpenAiResponses(), check_nothing),
-    Endpoint((RERANK,), OPENAI, check_nothing),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, functools.partial(check_texts, "prompt")),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, functools.partial(check_texts, "input"), None),
+    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
+    Endpoint((RERANK,), OPENAI, lambda _: None),
 )
 
 
 # ==== 14. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
-DONE_HINT = re.compile(rb'"done" ?: ?true')
-
 
 class Ollama(Dialect):
     """Errors are a text; white space before a line is a sign of life."""
 
-    stream_type = "application/x-ndjson"
+    stream_type, stream_mark = "application/x-ndjson", "json"  # runners name it variously
     line_limit = end_limit = PARSED_LINE
     line_events = True
     line_break, error_event = b"\n", b"%b\n"
+    sign_of_life, piece_mark = b" ", b"\n"
+    end_line = re.compile(rb'"done" ?: ?true')  # in it, or in the arguments of a tool
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
         return {"error": error.message}
@@ -2621,30 +2591,19 @@ class Ollama(Dialect):
     def is_error(self, document: Any) -> bool:
         return isinstance(look_up(document, "error"), str)
 
-    def heartbeat(self, _position: int, _eta: float) -> bytes:
-        return b" "
-
     def find_end(self, seen: bytes) -> int:
-        hint = DONE_HINT.search(seen)
-        if hint is None:
+        if (mark := self.end_line.search(seen)) is None:
             return -1
-        at = seen.rfind(b"\n", 0, hint.start()) + 1
-        for line in seen[at:].splitlines(keepends=True):  # it may stand in a tool's arguments
-            whole = line.rstrip().endswith(b"}") and DONE_HINT.search(line)
+        at = seen.rfind(b"\n", 0, mark.start()) + 1
+        for line in seen[at:].splitlines(keepends=True):
+            whole = line.rstrip().endswith(b"}") and self.end_line.search(line)
             if whole and look_up(parse_json(line), "done") is True:
                 return at
             at += len(line)
         return -1
 
-    def is_stream(self, content_type: str) -> bool:
-        """Lines look the same in a stream of one, and not everybody names them well."""
-        return "json" in content_type
-
     def find_cut(self, seen: bytes) -> int:
         return seen.rfind(b"\n") + 1
-
-    def events(self, lines: bytes) -> int:
-        return lines.count(b"\n")
 
     def read_line(self, line: bytes) -> bytes:
         return line
@@ -2676,8 +2635,6 @@ OLLAMA_ENDPOINTS = (
 # ==== 15. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
-CHARACTERS_PER_TOKEN = 4  # of prose in English, roughly
-
 
 class Anthropic(Dialect):
     """Named events that `message_stop` ends; `ping` may come anywhere."""
@@ -2691,6 +2648,8 @@ class Anthropic(Dialect):
         503: "overloaded_error",
         504: "timeout_error",
     }
+    typed_errors = True
+    sign_of_life = b'event: ping\ndata: {"type":"ping"}\n\n'
     end_hint = b"message_stop"
     end_line = re.compile(rb"^event: ?message_stop\r?\ndata:", re.MULTILINE)
 
@@ -2698,33 +2657,26 @@ class Anthropic(Dialect):
         facts = {"type": self.error_type(error), "message": error.message}
         return {"type": "error", "error": facts, "request_id": request_id or None}
 
-    def is_error(self, document: Any) -> bool:
-        words = look_up(document, "error", "message")
-        return isinstance(words, str) and words != "" and document.get("type") == "error"
-
-    def heartbeat(self, _position: int, _eta: float) -> bytes:
-        return b'event: ping\ndata: {"type":"ping"}\n\n'
-
 
 def count_characters(value: Any) -> int:
     """Characters of all texts in a request, without pictures."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(count_characters(one) for name, one in value.items() if name != "source")
+        return sum(count_characters(inner) for name, inner in value.items() if name != "source")
     return sum(map(count_characters, value)) if isinstance(value, list) else 0
 
 
 def estimate_tokens(values: Mapping[str, Any]) -> int:
     """What a request for messages costs, where no backend can count it."""
-    told = [values.get(name) for name in ("system", "messages", "tools")]
-    return max(1, count_characters(told) // CHARACTERS_PER_TOKEN)
+    texts = [values.get(name) for name in ("system", "messages", "tools")]
+    return max(1, count_characters(texts) // 4)  # a token of English prose, roughly
 
 
 ANTHROPIC = Anthropic()
 MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages)
 COUNT_ENDPOINT = Endpoint((COUNT_TOKENS,), ANTHROPIC, check_messages)  # which never waits
-ENDPOINTS = {one.path: one for one in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
+ENDPOINTS = {row.path: row for row in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
 
 
 def dialect_of(path: str, headers: Headers) -> Dialect:
@@ -2737,10 +2689,9 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
 
 
 # ==== 16. Translation =============================================================================
-# Between OpenAI's and Ollama's shapes, where a backend lacks the dialect or a shared context needs
-# the other one.  What comes out equals, field by field, what Ollama's own /v1 gives (its
-# `openai.go`), ids and times aside; what that drops is dropped.  A request that would lose its
-# meaning is refused.
+# Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
+# one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
+# times aside; what that drops is dropped.  A request that would lose its meaning is refused.
 
 IMAGE_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp|gif))?;base64,(.*)", re.DOTALL)
 IMAGE_TYPES = {"/9j/": "jpeg", "iVBOR": "png", "UklGR": "webp", "R0lGOD": "gif"}  # base64's start
@@ -2749,34 +2700,28 @@ EFFORTS = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}
 SAMPLING = ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
 LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")
 Facts = dict[str, Any]
-# What a document raises that is not what it should be.
+# What a translator raises where a document is not what it must be.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 def rfc3339(seconds: float) -> str:
-    """RFC 3339 in UTC, as Ollama writes its times."""
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 1e6):06}Z"
-
-
-def present(facts: Facts) -> Facts:
-    """Without what is absent."""
-    return {name: value for name, value in facts.items() if value is not None}
+    """A time in UTC, as Ollama writes it."""
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1e6):06}Z", time.gmtime(seconds))
 
 
 def chosen(facts: Facts, *names: str) -> Facts:
-    """These members, as far as they are there."""
-    return present({name: facts.get(name) for name in names})
+    """These members, or all where none is named, without those that are null."""
+    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
 class Translator:
-    """Asks one route in place of another and retells the answer; one for each attempt."""
+    """Asks one route in place of another and translates the answer; one for each attempt."""
 
+    routes: tuple[str, str]  # asked for, and asked in its place
     source: Dialect = OPENAI  # of the backend's answer
-    # What each of them does; KeyError and the like where a document is not what it must be.
     request: Callable[[], Facts]  # the request to send; what is None is left out
-    whole: Callable[[Facts], Facts]  # a whole answer retold
-    piece: Callable[[Facts], bytes]  # one event of a stream retold
+    whole: Callable[[Facts], Facts]  # a whole answer
+    piece: Callable[[Facts], bytes]  # one event of a stream
     end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
 
     def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
@@ -2787,30 +2732,27 @@ class Translator:
         self.began = now()
         self.id = f"{int(self.began * 1e6):x}"
         self.wants_usage = look_up(question, "stream_options", "include_usage") is True
+        self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
         self._line = b""  # the incomplete last line of a stream
 
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
         try:
-            return render_json(present(self.request()))
+            return render_json(chosen(self.request()))
         except MALFORMED as error:
             words = "a member, or the arguments of a tool call, is not what it must be"
             raise BadRequest(f"{words}: {error}") from None
 
     def feed(self, data: bytes) -> bytes:
-        """The bytes that retell these, however they are cut."""
+        """These bytes of a stream translated, however they are cut."""
         lines, _, self._line = (self._line + data).rpartition(b"\n")
         if len(self._line) > PARSED_LINE:
             raise BackendError("a line of the backend's answer is too long to be translated")
-        told = []
-        for line in lines.splitlines():
-            text = self.source.read_line(line).strip()
-            if text and text != b"[DONE]":
-                told.append(self.translate(self.piece, parse_json(text)))
-        return b"".join(told)
+        events = [self.source.read_line(line).strip() for line in lines.splitlines()]
+        documents = [parse_json(event) for event in events if event not in (b"", b"[DONE]")]
+        return b"".join([self.translate(self.piece, document) for document in documents])
 
     def finish(self, data: bytes) -> bytes:
-        """The same for the last bytes."""
         return b"".join([self.feed(data + b"\n"), self.translate(self.end)])
 
     def translate(self, how: Callable[..., Any], *answer: Any) -> Any:
@@ -2822,84 +2764,70 @@ class Translator:
 
 def openai_tool_call(ident: str, call: Facts) -> Facts:
     """A tool call of Ollama's; OpenAI has its arguments as a text."""
-    name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
-    text = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
-    facts = {"name": name, "arguments": text}
+    function = call["function"]
+    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False, separators=(",", ":"))
+    facts = {"name": function["name"], "arguments": text}
     return {"id": call.get("id") or ident, "type": "function", "function": facts}
 
 
 def ollama_tool_call(call: Facts, **place: int) -> Facts:
-    """The reverse."""
     function = call["function"]
     arguments = json.loads(function.get("arguments") or "{}")
     facts = {**place, "name": function["name"], "arguments": arguments}
-    return present({"id": call.get("id"), "function": facts})
+    return chosen({"id": call.get("id"), "function": facts})
 
 
-# ---- from OpenAI to Ollama
+# ---- from OpenAI to Ollama: what chats and completions have in common, then each route
 
 
 class ToOllama(Translator):
-    """What chats and completions of OpenAI have in common when Ollama's own routes are asked."""
-
     source = OLLAMA
-    prefix, kind, piece_kind = "cmpl", "text_completion", "text_completion"
-    blank_usage = False  # each piece has a usage, of nothing, where one is wanted
-    choice: Callable[[Facts], Facts]  # of a whole answer
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    blank_usage = False  # each chunk has a usage, of nothing, where one is wanted
+    choices: Callable[[Facts, bool], Iterable[Facts]]  # of an event, or of a `whole` answer
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
         asked = self.question
-        stop, most = asked.get("stop"), asked.get("max_tokens")
-        options = {
-            "temperature": 1.0,
-            "top_p": 1.0,
-            **chosen(asked, *SAMPLING),
-            "stop": [stop] if isinstance(stop, str) else stop,
-            "num_predict": asked.get("max_completion_tokens") if most is None else most,
-            "num_ctx": self.context or None,
-        }
-        facts = {"model": self.model, "options": present(options), **chosen(asked, "keep_alive")}
+        stop, limit = asked.get("stop"), asked.get("max_tokens")
+        options: Facts = {"temperature": 1.0, "top_p": 1.0, **chosen(asked, *SAMPLING)}
+        options["stop"] = [stop] if isinstance(stop, str) else stop
+        options["num_predict"] = asked.get("max_completion_tokens") if limit is None else limit
+        options["num_ctx"] = self.context or None
+        facts = {"model": self.model, "options": chosen(options), **chosen(asked, "keep_alive")}
         return {**facts, "stream": bool(asked.get("stream"))}
 
-    def usage(self, answer: Facts) -> Facts:
-        asked, told = answer.get("prompt_eval_count", 0), answer.get("eval_count", 0)
-        return {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
+    def frame(self, kind: str, choices: list[Facts], counts: Facts | None) -> Facts:
+        """An answer or a chunk of one; `counts` is what Ollama says with the usage in it."""
+        facts: Facts = {"id": f"{self.prefix}-{self.id}", "object": kind}
+        facts.update(created=int(self.began), model=self.model)
+        facts.update(system_fingerprint="fp_ollama", choices=choices)
+        return facts if counts is None else {**facts, "usage": self.usage(counts)}
 
-    def frame(self, kind: str, choices: list[Facts], usage: Facts | None) -> Facts:
-        """What stands around the choices of an answer or a piece."""
-        facts: Facts = {
-            "id": f"{self.prefix}-{self.id}",
-            "object": kind,
-            "created": int(self.began),
-            "model": self.model,
-            "system_fingerprint": "fp_ollama",
-            "choices": choices,
-        }
-        return {**facts, "usage": usage} if usage else facts
-
-    def choices(self, event: Facts) -> Iterable[Facts]:
-        return [self.choice(event)]
+    def usage(self, counts: Facts) -> Facts:
+        prompt, answer = counts.get("prompt_eval_count", 0), counts.get("eval_count", 0)
+        facts = {"prompt_tokens": prompt, "completion_tokens": answer}
+        return {**facts, "total_tokens": prompt + answer}
 
     def whole(self, answer: Facts) -> Facts:
-        return self.frame(self.kind, [self.choice(answer)], self.usage(answer))
+        return self.frame(self.kind, [*self.choices(answer, True)], answer)
 
     def piece(self, event: Facts) -> bytes:
-        blank = self.usage({}) if self.blank_usage and self.wants_usage else None
-        told = [self.frame(self.piece_kind, [one], blank) for one in self.choices(event)]
+        blank: Facts | None = {} if self.blank_usage and self.wants_usage else None
+        choices = self.choices(event, False)
+        chunks = [self.frame(self.chunk_kind, [choice], blank) for choice in choices]
         if event.get("done") is True and self.wants_usage:
-            told.append(self.frame(self.piece_kind, [], self.usage(event)))
-        return b"".join([b"data: " + render_json(one) + b"\n\n" for one in told])
+            chunks.append(self.frame(self.chunk_kind, [], event))
+        return b"".join([b"data: " + render_json(chunk) + b"\n\n" for chunk in chunks])
 
     def end(self) -> bytes:
         return b"data: [DONE]\n\n"
 
 
 class ChatToOllama(ToOllama):
-    """`/v1/chat/completions` asked at `/api/chat`."""
-
-    prefix, kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    _first, _tools = True, 0  # no delta sent yet; tool calls so far
+    routes = (CHAT, OLLAMA_CHAT)
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    _first = True  # no delta sent yet
 
     def request(self) -> Facts:
         asked, form = self.question, self.question.get("response_format")
@@ -2914,46 +2842,39 @@ class ChatToOllama(ToOllama):
             "think": EFFORTS.get(effort, effort) if isinstance(effort, str) else None,
         }
 
-    def choice(self, answer: Facts) -> Facts:
-        told = answer["message"]
-        thought, said = self.parts(told)
-        message = {"role": told["role"], "content": "", **thought, **said}
-        return self.wrap("message", message, answer, ends=True)
+    def choices(self, answer: Facts, whole: bool) -> Iterator[Facts]:
+        """Ollama streams reasoning, the rest and the end as a delta each."""
+        message = answer["message"]
+        calls = [self.tool_call(call) for call in message.get("tool_calls") or ()]
+        reasoning = chosen({"reasoning": message.get("thinking") or None})
+        content = chosen({"content": message.get("content") or None, "tool_calls": calls or None})
+        if whole:
+            facts = {"role": message["role"], "content": "", **reasoning, **content}
+            yield self.wrap("message", facts, answer, ends=True)
+            return
+        for delta in filter(None, (reasoning, content)):
+            role = {"role": "assistant", "content": ""} if self._first else {}
+            self._first = False
+            yield self.wrap("delta", {**role, **delta}, answer)
+        if answer.get("done") is True:
+            yield self.wrap("delta", {}, answer, ends=True)
 
-    def choices(self, event: Facts) -> Iterator[Facts]:
-        for delta in self.parts(event["message"]):
-            if delta:
-                role = {"role": "assistant", "content": ""} if self._first else {}
-                self._first = False
-                yield self.wrap("delta", {**role, **delta}, event)
-        if event.get("done") is True:
-            yield self.wrap("delta", {}, event, ends=True)
-
-    def wrap(self, name: str, said: Facts, answer: Facts, *, ends: bool = False) -> Facts:
-        reason = "tool_calls" if self._tools else answer.get("done_reason") or None
-        choice: Facts = {"index": 0, name: said, "finish_reason": reason if ends else None}
-        if said and answer.get("logprobs"):
+    def wrap(self, name: str, message: Facts, answer: Facts, *, ends: bool = False) -> Facts:
+        reason = "tool_calls" if self.calls else answer.get("done_reason") or None
+        choice: Facts = {"index": 0, name: message, "finish_reason": reason if ends else None}
+        if message and answer.get("logprobs"):
             choice["logprobs"] = {"content": answer["logprobs"]}
         return choice
 
-    def parts(self, message: Facts) -> tuple[Facts, Facts]:
-        """What was thought and what was said, which Ollama tells in deltas of their own."""
-        thought = {"reasoning": message["thinking"]} if message.get("thinking") else {}
-        said = {"content": message["content"]} if message.get("content") else {}
-        if message.get("tool_calls"):
-            said["tool_calls"] = [self.tool_call(call) for call in message["tool_calls"]]
-        return thought, said
-
     def tool_call(self, call: Facts) -> Facts:
-        facts = openai_tool_call(f"call_{self.id}_{self._tools}", call)
-        facts["index"] = call["function"].get("index", self._tools)
-        self._tools += 1
-        return facts
+        place = len(self.calls)
+        facts = self.calls[place] = openai_tool_call(f"call_{self.id}_{place}", call)
+        return {**facts, "index": call["function"].get("index", place)}
 
 
 def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
-    told: list[Facts] = []
+    translated: list[Facts] = []
     names = {  # of the functions called; of two calls with one id the last counts
         call["id"]: look_up(call, "function", "name")
         for message in messages
@@ -2969,11 +2890,11 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
             facts["tool_name"] = message.get("name") or names.get(facts["tool_call_id"])
         if not calls and not isinstance(content, (str, list)):
             raise BadRequest("content is a text or a list of parts", param="messages")
-        alone = [{"type": "text", "text": content or ""}]
-        parts = content if content and isinstance(content, list) else alone
-        told += [{"role": role, **ollama_part(part)} for part in parts]
-        told[-1].update(present(facts))
-    return told
+        if not content or not isinstance(content, list):
+            content = [{"type": "text", "text": content or ""}]
+        translated += [{"role": role, **ollama_part(part)} for part in content]
+        translated[-1].update(chosen(facts))
+    return translated
 
 
 def ollama_part(part: Any) -> Facts:
@@ -2990,8 +2911,7 @@ def ollama_part(part: Any) -> Facts:
 
 
 class CompletionToOllama(ToOllama):
-    """`/v1/completions` asked at `/api/generate`."""
-
+    routes = (COMPLETIONS, OLLAMA_GENERATE)
     blank_usage = True
 
     def request(self) -> Facts:
@@ -3002,14 +2922,13 @@ class CompletionToOllama(ToOllama):
         facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
         return {**facts, "logprobs": probs and True, "top_logprobs": probs}
 
-    def choice(self, answer: Facts) -> Facts:
+    def choices(self, answer: Facts, _whole: bool) -> list[Facts]:
         reason = answer.get("done_reason") or None
-        return {"text": answer["response"], "index": 0, "finish_reason": reason}
+        return [{"text": answer["response"], "index": 0, "finish_reason": reason}]
 
 
 class EmbeddingsToOllama(Translator):
-    """`/v1/embeddings` asked at `/api/embed`."""
-
+    routes = (EMBEDDINGS, OLLAMA_EMBED)
     source = OLLAMA
 
     def request(self) -> Facts:
@@ -3022,29 +2941,29 @@ class EmbeddingsToOllama(Translator):
 
     def whole(self, answer: Facts) -> Facts:
         packed = str(self.question.get("encoding_format")).lower() == "base64"
-        asked = answer.get("prompt_eval_count", 0)
+        vectors = map(pack_floats, answer["embeddings"]) if packed else answer["embeddings"]
         data = [
-            {"object": "embedding", "embedding": pack_floats(one) if packed else one, "index": at}
-            for at, one in enumerate(answer["embeddings"])
+            {"object": "embedding", "embedding": vector, "index": place}
+            for place, vector in enumerate(vectors)
         ]
-        usage = {"prompt_tokens": asked, "total_tokens": asked}
+        tokens = answer.get("prompt_eval_count", 0)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": self.model, "usage": usage}
 
 
 def pack_floats(numbers: Sequence[float]) -> str:
     """Little-endian 32-bit floats in base64, as OpenAI's SDKs ask for by default."""
-    packed = struct.pack(f"<{len(numbers)}f", *map(float, numbers))
-    return base64.b64encode(packed).decode()
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *map(float, numbers))).decode()
 
 
-# ---- from Ollama to OpenAI
+# ---- from Ollama to OpenAI: what all routes have in common, then each route
 
 
 class ToOpenAi(Translator):
-    """What all routes of Ollama have in common when OpenAI's are asked."""
-
-    finished: str | None = None  # the reason, once it is told
-    counts: Facts | None = None  # usage, likewise
+    content: tuple[str, Any]  # the member of a whole choice that has it, and an empty one
+    said: Callable[[Facts, Any], Facts]  # a choice and its content in Ollama's words
+    finish_reason: str | None = None  # once it has come
+    usage: Mapping[str, Any] = {}  # likewise
 
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
@@ -3054,12 +2973,12 @@ class ToOpenAi(Translator):
 
     def common(self) -> Facts:
         options = self.question.get("options") or {}
-        most, stream = options.get("num_predict"), self.question.get("stream", True) is not False
+        limit, stream = options.get("num_predict"), self.question.get("stream", True) is not False
         return {
             "model": self.model,
             "stream": stream,
             "stream_options": {"include_usage": True} if stream else None,
-            "max_tokens": most if isinstance(most, int) and most >= 0 else None,
+            "max_tokens": limit if isinstance(limit, int) and limit >= 0 else None,
             **chosen(options, "stop", *SAMPLING, *LOCAL_SAMPLING),
         }
 
@@ -3068,14 +2987,10 @@ class ToOpenAi(Translator):
 
     def tail(self) -> Facts:
         """How it ended; what a part of it took is not known."""
-        usage = self.counts or {}
-        return {
-            "done": True,
-            "done_reason": "length" if self.finished == "length" else "stop",
-            "total_duration": self.spent(),
-            "prompt_eval_count": usage.get("prompt_tokens", 0),
-            "eval_count": usage.get("completion_tokens", 0),
-        }
+        reason = "length" if self.finish_reason == "length" else "stop"
+        facts = {"done": True, "done_reason": reason, "total_duration": self.spent()}
+        facts["prompt_eval_count"] = self.usage.get("prompt_tokens", 0)
+        return {**facts, "eval_count": self.usage.get("completion_tokens", 0)}
 
     def spent(self) -> int:
         return int((self.now() - self.began) * 1e9)  # nanoseconds, as all durations of Ollama
@@ -3086,89 +3001,82 @@ class ToOpenAi(Translator):
     def note(self, answer: Facts) -> Facts:
         """The choice that it carries; how that ended and what it cost is noted."""
         choice = cast(Facts, (answer.get("choices") or [None])[0] or {})
-        self.counts = answer.get("usage") or self.counts
-        self.finished = choice.get("finish_reason") or self.finished
+        self.usage = answer.get("usage") or self.usage
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return choice
+
+    def whole(self, answer: Facts) -> Facts:
+        choice = self.note(answer)
+        return {**self.head(), **self.said(choice, choice[self.content[0]]), **self.tail()}
+
+    def end(self) -> bytes:
+        return self.line({**self.said({}, self.content[1]), **self.tail()})
 
 
 class ChatToOpenAi(ToOpenAi):
-    """`/api/chat` asked at `/v1/chat/completions`."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._calls: dict[int, Facts] = {}  # tool calls that a stream has told in part
+    routes = (OLLAMA_CHAT, CHAT)
+    content = ("message", {})
 
     def request(self) -> Facts:
         asked = self.question
-        think = asked.get("think")
+        think, form = asked.get("think"), asked.get("format")
         switch = {"enable_thinking": think} if isinstance(think, bool) else None
+        schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
+        free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
             **chosen(asked, "tools", "logprobs", "top_logprobs"),
             "messages": openai_messages(self.need("messages")),
-            "response_format": openai_format(asked.get("format")),
+            "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
             "reasoning_effort": None if switch else think,
         }
 
-    def said(self, choice: Facts, told: Facts, calls: Iterable[Facts] | None = None) -> Facts:
-        message: Facts = {"role": "assistant", "content": told.get("content") or ""}
-        thinking = told.get("reasoning_content") or told.get("reasoning")
-        if thinking:
-            message["thinking"] = thinking
-        if calls:
-            numbered = enumerate(calls)
-            message["tool_calls"] = [ollama_tool_call(call, index=at) for at, call in numbered]
-        probs = choice.get("logprobs") and choice["logprobs"].get("content")
-        return {"message": message, "logprobs": probs} if probs else {"message": message}
-
-    def whole(self, answer: Facts) -> Facts:
-        choice = self.note(answer)
-        told = choice["message"]
-        return {**self.head(), **self.said(choice, told, told.get("tool_calls")), **self.tail()}
+    def said(self, choice: Facts, content: Facts) -> Facts:
+        thinking = content.get("reasoning_content") or content.get("reasoning") or None
+        numbered = enumerate(content.get("tool_calls") or ())
+        calls = [ollama_tool_call(call, index=place) for place, call in numbered] or None
+        message: Facts = {"role": "assistant", "content": content.get("content") or ""}
+        message = chosen({**message, "thinking": thinking, "tool_calls": calls})
+        logprobs = choice.get("logprobs") and choice["logprobs"].get("content")
+        return chosen({"message": message, "logprobs": logprobs or None})
 
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
         delta = choice.get("delta") or {}
-        for call in delta.get("tool_calls") or ():
-            self.gather(call)
-        facts = self.said(choice, delta)
+        for part in delta.get("tool_calls") or ():  # bit by bit; Ollama tells a call at once
+            call = self.calls.setdefault(part.get("index", 0), {"function": {"arguments": ""}})
+            whole, function = call["function"], part.get("function") or {}
+            call["id"] = part.get("id") or call.get("id")
+            whole["name"] = function.get("name") or whole.get("name")
+            whole["arguments"] += function.get("arguments") or ""
+        facts = self.said(choice, {**delta, "tool_calls": None})
         heard = facts["message"]["content"] or "thinking" in facts["message"]
         return self.line(facts) if heard else b""
 
-    def gather(self, call: Facts) -> None:
-        """Ollama tells a tool call at once, OpenAI its arguments bit by bit."""
-        whole = self._calls.setdefault(call.get("index", 0), {"function": {"arguments": ""}})
-        whole["id"] = call.get("id") or whole.get("id")
-        function = call.get("function") or {}
-        whole["function"]["name"] = function.get("name") or whole["function"].get("name")
-        whole["function"]["arguments"] += function.get("arguments") or ""
-
     def end(self) -> bytes:
-        calls = [call for _, call in sorted(self._calls.items())]
-        told = self.line(self.said({}, {}, calls)) if calls else b""
-        return told + self.line({**self.said({}, {}), **self.tail()})
+        calls = [call for _, call in sorted(self.calls.items())]
+        return (self.line(self.said({}, {"tool_calls": calls})) if calls else b"") + super().end()
 
 
 def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as OpenAI has them; a tool's result names the call that it answers."""
-    told: list[Facts] = []
-    open_calls: list[tuple[str, str]] = []  # (function, id) of calls without a result yet
+    translated: list[Facts] = []
+    unanswered: list[tuple[str, str]] = []  # calls without a result yet: function, id
     for index, message in enumerate(messages):
         facts = {"role": message.get("role"), "content": openai_content(message)}
         facts["reasoning_content"] = message.get("thinking") or None
-        calls = enumerate(message.get("tool_calls") or ())
-        retold = [openai_tool_call(f"call_{index}_{at}", call) for at, call in calls]
-        open_calls += [(call["function"]["name"], call["id"]) for call in retold]
-        facts["tool_calls"] = retold or None
+        numbered = enumerate(message.get("tool_calls") or ())
+        calls = [openai_tool_call(f"call_{index}_{place}", call) for place, call in numbered]
+        unanswered += [(call["function"]["name"], call["id"]) for call in calls]
+        facts["tool_calls"] = calls or None
         if facts["role"] == "tool":
             name = message.get("tool_name")
-            found = next((one for one in open_calls if name in (None, one[0])), None)
-            if found:
-                open_calls.remove(found)
-            facts["tool_call_id"] = message.get("tool_call_id") or (found[1] if found else name)
-        told.append(present(facts))
-    return told
+            found = next((call for call in unanswered if name in (None, call[0])), (name, name))
+            unanswered = [call for call in unanswered if call is not found]
+            facts["tool_call_id"] = message.get("tool_call_id") or found[1]
+        translated.append(chosen(facts))
+    return translated
 
 
 def openai_content(message: Facts) -> Any:
@@ -3177,44 +3085,33 @@ def openai_content(message: Facts) -> Any:
         return text
     parts: list[Facts] = [{"type": "text", "text": text}] if text else []
     for image in images:
-        kinds = [IMAGE_TYPES[start] for start in IMAGE_TYPES if str(image).startswith(start)]
-        url = f"data:image/{kinds[0] if kinds else 'png'};base64,{image}"
+        kinds = (kind for start, kind in IMAGE_TYPES.items() if str(image).startswith(start))
+        url = f"data:image/{next(kinds, 'png')};base64,{image}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     return parts
 
 
-def openai_format(asked: Any) -> Facts | None:
-    """Ollama's `format` as `response_format`."""
-    if isinstance(asked, dict):
-        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked}}
-    return {"type": "json_object"} if asked == "json" else None
-
-
 class GenerateToOpenAi(ToOpenAi):
-    """`/api/generate` with a plain prompt asked at `/v1/completions`."""
+    routes = (OLLAMA_GENERATE, COMPLETIONS)  # for a plain prompt
+    content = ("text", "")
 
     def request(self) -> Facts:
         prompt = self.need("prompt")
-        for one in ("system", "template", "context", "images", "format", "suffix", "think"):
-            if self.question.get(one):
-                raise Untranslatable(f"only Ollama takes {one} beside a prompt", param=one)
+        for name in ("system", "template", "context", "images", "format", "suffix", "think"):
+            if self.question.get(name):
+                raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
         return {**self.common(), "prompt": prompt}
 
-    def whole(self, answer: Facts) -> Facts:
-        choice = self.note(answer)
-        return {**self.head(), "response": choice["text"], **self.tail()}
+    def said(self, _choice: Facts, content: str) -> Facts:
+        return {"response": content}
 
     def piece(self, event: Facts) -> bytes:
         text = self.note(event).get("text")
         return self.line({"response": text}) if text else b""
 
-    def end(self) -> bytes:
-        return self.line({"response": "", **self.tail()})
-
 
 class EmbedToOpenAi(ToOpenAi):
-    """`/api/embed` asked at `/v1/embeddings`."""
-
+    routes = (OLLAMA_EMBED, EMBEDDINGS)
     texts = "input"  # the member that has them
 
     def request(self) -> Facts:
@@ -3222,10 +3119,10 @@ class EmbedToOpenAi(ToOpenAi):
         return {**facts, **chosen(self.question, "dimensions")}
 
     def whole(self, answer: Facts) -> Facts:
-        rows = sorted(answer["data"], key=lambda one: one.get("index", 0))
+        rows = sorted(answer["data"], key=lambda row: row.get("index", 0))
         return {
             "model": self.model,
-            "embeddings": [one["embedding"] for one in rows],
+            "embeddings": [row["embedding"] for row in rows],
             "total_duration": self.spent(),
             "load_duration": 0,
             "prompt_eval_count": (answer.get("usage") or {}).get("prompt_tokens", 0),
@@ -3233,23 +3130,16 @@ class EmbedToOpenAi(ToOpenAi):
 
 
 class EmbeddingsToOpenAi(EmbedToOpenAi):
-    """`/api/embeddings`, the older one, asked at `/v1/embeddings`."""
-
+    routes = (OLLAMA_EMBEDDINGS, EMBEDDINGS)
     texts = "prompt"
 
     def whole(self, answer: Facts) -> Facts:
         return {"embedding": answer["data"][0]["embedding"]}
 
 
-TRANSLATORS: dict[tuple[str, str], type[Translator]] = {  # (asked for, asked at)
-    (CHAT, OLLAMA_CHAT): ChatToOllama,
-    (COMPLETIONS, OLLAMA_GENERATE): CompletionToOllama,
-    (EMBEDDINGS, OLLAMA_EMBED): EmbeddingsToOllama,
-    (OLLAMA_CHAT, CHAT): ChatToOpenAi,
-    (OLLAMA_GENERATE, COMPLETIONS): GenerateToOpenAi,
-    (OLLAMA_EMBED, EMBEDDINGS): EmbedToOpenAi,
-    (OLLAMA_EMBEDDINGS, EMBEDDINGS): EmbeddingsToOpenAi,
-}
+TO_OLLAMA = (ChatToOllama, CompletionToOllama, EmbeddingsToOllama)
+TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
+TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
 # ==== 17. Streams =================================================================================
