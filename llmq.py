@@ -740,13 +740,16 @@ class Metrics:
 
     def add(self, name: str, *values: str, amount: float = 1) -> None:
         """Count in a counter."""
-        self._find(name, values)[0] += amount
+        if amount:
+            self._find(name, values)[0] += amount
 
-    def observe(self, name: str, value: str, seconds: float) -> None:
-        """Count in a histogram, whose buckets hold what is up to their bound."""
-        numbers = self._find(name, (value,))
-        numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
-        numbers[-1] += seconds
+    def observe(self, name: str, value: str, times: Sequence[float]) -> None:
+        """Count in a histogram (of seconds), whose buckets hold what is up to their bound."""
+        if times:
+            numbers = self._find(name, (value,))
+            numbers[-1] += sum(times)
+            for seconds in times:
+                numbers[bisect.bisect_left(BUCKETS, seconds)] += 1
 
     def show(self, name: str, rows: Mapping[str, float] | float) -> None:
         """What a gauge stands at now, by its label if it has one."""
@@ -1074,7 +1077,9 @@ class Backend:
 
     @property
     def room(self) -> int:
-        return min(self.most - self.busy, self.device.slots - self.device.busy)
+        device = self.device
+        shared, own = device.slots - device.busy, (self.slots or device.slots) - self.busy
+        return own if own < shared else shared
 
     @property
     def usable(self) -> bool:
@@ -1237,12 +1242,16 @@ class Fleet:
     def candidates(self, want: Want) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
         key, routes, avoid = want
-        able = [each for each in self.backends.values() if key in each.models and each.usable]
-        if routes:
-            able = [each for each in able if each.route_for(routes, key)]
+        able = [
+            backend
+            for backend in self.backends.values()
+            if key in backend.models
+            and backend.usable
+            and (not routes or backend.route_for(routes, key))
+        ]
         if avoid is not None:
-            able = [each for each in able if each is not avoid] or able
-        return [each for each in able if each.room > 0]
+            able = [backend for backend in able if backend is not avoid] or able
+        return [backend for backend in able if backend.room > 0]
 
     def startable_models(self) -> set[str]:
         """Keys of the models that a request could start for now, as far as slots go."""
@@ -1250,7 +1259,10 @@ class Fleet:
         return {key for models in free for key in models}
 
     def has_room(self) -> bool:
-        return any(device.busy < device.slots for device in self.devices.values())
+        for device in self.devices.values():  # noqa: SIM110 - at half the cost
+            if device.busy < device.slots:
+                return True
+        return False
 
     def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
@@ -1393,15 +1405,17 @@ class Group:
         self._heap: list[tuple[int, str]] = []  # (tag, client), one valid entry per lane
 
     def add(self, ticket: Ticket) -> None:
-        lane = self.lanes.setdefault(ticket.client.name, Lane())
+        lane, number = self.lanes.get(ticket.client.name), ticket.number
+        if lane is None:
+            lane = self.lanes[ticket.client.name] = Lane()
         newest = next(reversed(lane.tickets), -1)
-        lane.tickets[ticket.number] = ticket
-        if newest > ticket.number:  # it comes back: to its place by arrival
-            for number in [number for number in lane.tickets if number > ticket.number]:
-                lane.tickets.move_to_end(number)
+        lane.tickets[number] = ticket
+        if newest > number:  # it comes back: to its place by arrival
+            for later in [later for later in lane.tickets if later > number]:
+                lane.tickets.move_to_end(later)
         if lane.head is ticket:
-            lane.tag = ticket.number
-            heapq.heappush(self._heap, (lane.tag, ticket.client.name))
+            lane.tag = number
+            heapq.heappush(self._heap, (number, ticket.client.name))
             if len(self._heap) > 2 * len(self.lanes) + 64:  # mostly stale
                 self._heap = [(lane.tag, client) for client, lane in self.lanes.items()]
                 heapq.heapify(self._heap)
@@ -1419,11 +1433,12 @@ class Group:
             lane = self.lanes.get(client)
             if lane is None or lane.tag != tag:
                 heapq.heappop(self._heap)
-            elif lane.head.number != tag:
-                lane.tag = lane.head.number
-                heapq.heapreplace(self._heap, (lane.tag, client))
-            else:
-                return lane.head
+                continue
+            head = lane.head
+            if head.number == tag:
+                return head
+            lane.tag = head.number
+            heapq.heapreplace(self._heap, (head.number, client))
 
 
 class Scheduler:
@@ -2260,8 +2275,12 @@ WATCHED_LINE = 64 * KIB  # a longer line of an event stream is passed on without
 PARSED_LINE = 8 * MIB  # the same where each line must be understood
 PARSED_ANSWER = 1 * MIB  # a longer whole answer is checked at its ends only
 MOST_TOKENS = 2**53  # a larger count is a runner's mistake
-ANSWER_COUNTS = ("completion_tokens", "output_tokens", "predicted_n", "eval_count")
-PROMPT_COUNTS = ("prompt_tokens", "input_tokens", "prompt_n", "prompt_eval_count")
+USAGE = (  # where an answer may tell its tokens: a member, and the names for answer and prompt
+    ("usage", "completion_tokens", "prompt_tokens"),
+    ("usage", "output_tokens", "input_tokens"),
+    ("timings", "predicted_n", "prompt_n"),  # llama.cpp's, where there is no usage
+    ("", "eval_count", "prompt_eval_count"),
+)
 MODEL_ERROR = re.compile(r"\bmodel\b", re.IGNORECASE)
 
 
@@ -2377,24 +2396,23 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     return answer
 
 
-def read_usage(document: Any, names: Names = ANSWER_COUNTS) -> int | None:
-    """The tokens of an answer, as it tells; llama.cpp's timings where there is no usage."""
+def read_usage(document: Any) -> tuple[int | None, int | None]:
+    """The tokens of an answer and of its prompt, as it tells."""
+    counts: list[int | None] = [None, None]
     if not isinstance(document, dict):
-        return None
+        return None, None
     for name in ("response", "message"):  # of OpenAI's responses, of Anthropic's streams
         inner = document.get(name)
         document = inner if isinstance(inner, dict) and "usage" in inner else document
-    openai, anthropic, timing, ollama = names
-    usage, timings = document.get("usage"), document.get("timings")
-    counts = [usage.get(openai), usage.get(anthropic)] if isinstance(usage, dict) else []
-    counts += [timings.get(timing)] if isinstance(timings, dict) else []
-    for tokens in (*counts, document.get(ollama)):
-        if type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
-            return tokens
-    return None
-
-
-read_prompt_usage = functools.partial(read_usage, names=PROMPT_COUNTS)
+    for member, *names in USAGE:
+        place = document.get(member) if member else document
+        for at, name in enumerate(names) if isinstance(place, dict) else ():
+            tokens = place.get(name)
+            if counts[at] is None and type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
+                counts[at] = tokens
+        if None not in counts:
+            break
+    return counts[0], counts[1]
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2466,8 +2484,8 @@ class StreamWatch:
                 words = error_text(error) or "the backend's answer broke off with an error"
                 self.failure = BackendError(words)
                 return event
-            self.tokens = read_usage(document) or self.tokens
-            self.tokens_in = read_prompt_usage(document) or self.tokens_in
+            tokens, tokens_in = read_usage(document)
+            self.tokens, self.tokens_in = tokens or self.tokens, tokens_in or self.tokens_in
             at += len(line)
             event = at if self.dialect.line_events or not line.strip() else event
         return at
@@ -3263,21 +3281,26 @@ class Reader(asyncio.StreamReader):
         self.error = error
         self.waiter.wake()
 
-    async def more(self) -> bytes:
-        """All that has come, at least a byte; b"" once the peer has ended."""
-        while not self._data and not self.ended and self.error is None:
+    async def arrive(self, beyond: int = 0) -> bool:
+        """Wait until more than so many bytes are unread; False when no more will come."""
+        while len(self._data) <= beyond and not self.ended and self.error is None:
             await self.waiter
         if self.error is not None:
             raise self.error
-        data, self._data = self._data, b""
+        return len(self._data) > beyond
+
+    async def more(self) -> bytes:
+        """All that has come, at least a byte; b"" once the peer has ended."""
+        if not self._data or self.error is not None:
+            await self.arrive()
+        return self.take(len(self._data))
+
+    def take(self, size: int) -> bytes:
+        """So many bytes of what has come."""
+        data = self._data
         if len(data) > UNREAD_LIMIT:
             self.transport.resume_reading()
-        return data
-
-    async def take(self, size: int) -> bytes:
-        """So many bytes of what has come."""
-        data = await self.more()
-        self.put_back(data[size:])
+        self._data = data[size:]
         return data[:size]
 
     def put_back(self, data: bytes) -> None:
@@ -3287,24 +3310,19 @@ class Reader(asyncio.StreamReader):
     async def read_head(self, partly: Callable[[], None] | None = None) -> bytes:
         """A head with the empty line behind it; without that line where it is too long or cut off.
 
-        `partly` is called when only a part of it has come.
+        `partly` is called once, when only a part of it has come.
         """
-        data = await self.more()
-        end = data.find(HEAD_END)
-        if end < 0:
-            whole = bytearray(data)
-            if partly is not None and data:
+        seen = 0
+        while seen <= HEAD_LIMIT:
+            end = self._data.find(HEAD_END, max(0, seen - len(HEAD_END) + 1))
+            if 0 <= end <= HEAD_LIMIT:
+                return self.take(end + len(HEAD_END))
+            if partly is not None and self._data and not seen:
                 partly()
-            while data and end < 0 and len(whole) <= HEAD_LIMIT:
-                seen = max(0, len(whole) - len(HEAD_END) + 1)
-                data = await self.more()
-                whole += data
-                end = whole.find(HEAD_END, seen)
-            data = bytes(whole)
-        if end < 0 or end > HEAD_LIMIT:
-            return data.rstrip(b"\r\n")
-        self.put_back(data[end + len(HEAD_END) :])
-        return data[: end + len(HEAD_END)]
+            seen = len(self._data)
+            if not await self.arrive(seen):
+                break
+        return self.take(len(self._data)).rstrip(b"\r\n")
 
     def bound(self) -> None:
         """From now on the peer's end is seen at once: reading never pauses, but forgets."""
@@ -3434,14 +3452,15 @@ class Exchange:
         if self.length > limit:
             self.keep_alive = False
             raise too_large(limit)
-        if self.unread:
+        reader = self.connection.reader
+        if 0 <= self.length <= reader.unread and not self.expects_continue:
+            self.request.body = reader.take(self.length)
+        elif self.unread:
             self._invite()
-            keep_alive, self.keep_alive = (
-                self.keep_alive,
-                False,
-            )  # if it cannot be read, what is next?
+            keep_alive, self.keep_alive = self.keep_alive, False  # where a broken one ends: unknown
             self.request.body = await self.connection.read_body(self.length, limit)
-            self.keep_alive, self.unread = keep_alive, False
+            self.keep_alive = keep_alive
+        self.unread = False
         return self.request.body
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -3656,8 +3675,6 @@ class Connection:
 
     async def read_body(self, length: int, limit: int) -> bytes:
         """A body that is wanted whole; what has come of it counts while it arrives."""
-        if 0 <= length <= self.reader.unread:  # it came with the head
-            return await self.reader.take(length)
         server, pieces, size = self.server, [], 0
         decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
         self.enter(Phase.BODY, server.settings.server.upload_timeout)
@@ -3908,7 +3925,10 @@ class Upstream:
         try:
             head = None
             while head is None or (head.status < 200 and head.status != 101):
-                head = parse_response_head(await self._read_raw_head())
+                raw = await self.reader.read_head()
+                if not raw.endswith(HEAD_END):
+                    raise self._broken_head(raw)
+                head = parse_response_head(raw)
             self.body = body_decoder(response_length(head))
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
@@ -3918,15 +3938,12 @@ class Upstream:
         self.keep_until = min(POOL_SECONDS, int(seconds[1]) - 1.0) if seconds else POOL_SECONDS
         return head
 
-    async def _read_raw_head(self) -> bytes:
-        raw = await self.reader.read_head()
-        if raw.endswith(HEAD_END):
-            return raw
+    def _broken_head(self, raw: bytes) -> BackendError:
         if len(raw) > HEAD_LIMIT:
-            raise BackendError("the head of the backend's answer is too large")
+            return BackendError("the head of the backend's answer is too large")
         if self.answered:
-            raise BackendError("the backend broke off inside the head of its answer")
-        raise BackendUnreached("the backend closed the connection without an answer")
+            return BackendError("the backend broke off inside the head of its answer")
+        return BackendUnreached("the backend closed the connection without an answer")
 
     async def read_piece(self) -> bytes:
         """The next bytes of the body, b'' at its end; BackendError when it is cut or malformed."""
@@ -3947,7 +3964,8 @@ class Upstream:
         """The rest of the body, at once; `received` is called for each piece."""
         pieces: list[bytes] = []
         size = 0
-        while piece := await self.read_piece():
+        while not self.body.done:
+            piece = await self.read_piece()
             size += len(piece)
             if received is not None:
                 received()
@@ -4465,7 +4483,7 @@ class Call:
             reply.finish(body)
             return
         document = read_whole(body)  # BackendError if it is not what it must be
-        self.tokens, self.tokens_in = read_usage(document), read_prompt_usage(document)
+        self.tokens, self.tokens_in = read_usage(document)
         translator = self.translator
         if translator is not None:
             document = document or parse_json(body)  # which is None for a very long one
@@ -4576,25 +4594,27 @@ def record_of(call: Call, now: float) -> Record:
     )
 
 
-def count_record(metrics: Metrics, record: Record) -> None:
-    """What a record adds to the metrics."""
-    client, model, outcome = record.client, record.model, record.outcome
-    status = str(record.status)
-    metrics.add("llmq_requests_total", record.route, model, client, status, outcome)
-    if outcome in CANCELS:
-        metrics.add("llmq_cancels_total", CANCELS[outcome])
-    if outcome == "queue_full" or (client == "-" and outcome != "client_left"):
-        metrics.add("llmq_rejected_total", outcome)
-    elif client != "-":  # else it was refused before it could wait
-        metrics.observe("llmq_wait_seconds", record.priority, record.wait_s)
-    if record.first_s is not None:
-        metrics.observe("llmq_first_token_seconds", model, record.first_s)
-    if outcome == "done":
-        metrics.observe("llmq_total_seconds", model, record.total_s)
-    if record.tokens_in:
-        metrics.add("llmq_tokens_in_total", model, client, amount=record.tokens_in)
-    if record.tokens:
-        metrics.add("llmq_tokens_out_total", model, client, amount=record.tokens)
+def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
+    """What records add to the metrics; those that are alike are counted together."""
+    alike: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        kind = (record.route, record.model, record.client, record.status, record.outcome)
+        alike.setdefault((*kind, record.priority), []).append(record)
+    for (route, model, client, status, outcome, priority), group in alike.items():
+        add, number = metrics.add, len(group)
+        add("llmq_requests_total", route, model, client, str(status), outcome, amount=number)
+        if outcome in CANCELS:
+            add("llmq_cancels_total", CANCELS[outcome], amount=number)
+        if outcome == "queue_full" or (client == "-" and outcome != "client_left"):
+            add("llmq_rejected_total", outcome, amount=number)
+        elif client != "-":  # else it was refused before it could wait
+            metrics.observe("llmq_wait_seconds", priority, [one.wait_s for one in group])
+        first = [one.first_s for one in group if one.first_s is not None]
+        metrics.observe("llmq_first_token_seconds", model, first)
+        if outcome == "done":
+            metrics.observe("llmq_total_seconds", model, [one.total_s for one in group])
+        add("llmq_tokens_in_total", model, client, amount=sum(one.tokens_in or 0 for one in group))
+        add("llmq_tokens_out_total", model, client, amount=sum(one.tokens or 0 for one in group))
 
 
 class Lines(NamedTuple):
@@ -4618,13 +4638,13 @@ class Journal:
     def keep(self, record: Record) -> None:
         self.recent.append(record)
         self.outcomes[record.outcome] += 1
-        count_record(self.metrics, record)
         self._lines.append((time.time(), record))
 
     def flush(self) -> None:
-        """Write the lines: together, as one for each request would be a tenth of its cost."""
+        """Count and write the latest: together, as each by itself is a tenth of what it costs."""
         if self._lines:
             lines, self._lines = self._lines, []
+            count_records(self.metrics, [record for _, record in lines])
             log.info(Lines(lines))
 
 
@@ -5288,9 +5308,8 @@ def check_host(exchange: Exchange, names: frozenset[str]) -> None:
     value = exchange.request.headers.get("host")
     if value is None and exchange.request.minor >= 1:
         raise BadRequest("an HTTP/1.1 request needs a Host")
-    name = parse_host(value) if value is not None else "localhost"
-    if not is_own_name(name, names):
-        message = f"host {printable(name)!r} is not llmq's; start it with --allowed-host NAME"
+    if value is not None and not is_own_host(value, names):
+        message = f"host {printable(value)!r} is not llmq's; start it with --allowed-host NAME"
         raise LlmqError(message, "forbidden_host")
 
 
@@ -5305,11 +5324,12 @@ def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
 
 
 @functools.lru_cache(maxsize=256)
-def is_own_name(name: str, names: frozenset[str]) -> bool:
+def is_own_host(value: str, names: frozenset[str]) -> bool:
     """IP literals have no DNS record to flip; a name must be one of `names`.
 
     They may hold patterns: `*.internal`, and `*` for any name without a dot.
     """
+    name = parse_host(value)
     if name in names or is_loopback(name):
         return True
     try:
@@ -5434,6 +5454,7 @@ def show_client(client: Client) -> Facts:
 def show_gauges(gateway: Gateway) -> None:
     """Let the gauges stand where things stand now."""
     show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
+    gateway.journal.flush()
     now, waiting = gateway.now(), scheduler.waiting.values()
     show("llmq_waiting", count_classes(waiting))
     show("llmq_running", count_classes(scheduler.running.values()))
@@ -6253,8 +6274,12 @@ class LogHandler(logging.Handler):
             facts = {"time": round(when, 3), "level": level.lower()}
             more = what.facts() if isinstance(what, Record) else {"message": what}
             return json.dumps({**facts, **more}) + "\n"
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-        return f"{stamp},{int(when % 1 * 1000):03} {level} {what}\n"
+        return f"{stamp(int(when))},{int(when % 1 * 1000):03} {level} {what}\n"
+
+
+@functools.lru_cache(maxsize=2)
+def stamp(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def set_up_log(settings: LogSettings) -> None:
@@ -6345,7 +6370,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
 
     def own_names(self) -> set[str]:
-        """What clients may call this box, see `is_own_name`."""
+        """What clients may call this box, see `is_own_host`."""
         host = socket.gethostname().lower()
         allowed = map(str.lower, self.settings.server.allowed_hosts)
         return {host, host + ".local", "*.internal", *allowed, *("*" if self.is_public else ())}

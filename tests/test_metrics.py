@@ -96,8 +96,7 @@ def record(**changes: Any) -> Record:
 
 def counted(*records: Record) -> Samples:
     metrics = Metrics()
-    for one in records:
-        llmq.count_record(metrics, one)
+    llmq.count_records(metrics, records)
     return parsed(metrics.render())
 
 
@@ -437,7 +436,7 @@ def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered()
         gateway.scheduler.submit(ticket, gateway.now())
     for number in range(3 * MOST_SERIES):
         one = record(client=f"app:{number % 199}", model=f"m{number % 101}", priority="low")
-        llmq.count_record(gateway.metrics, one)
+        llmq.count_records(gateway.metrics, [one])
     took = []
     for _ in range(5):
         start = time.perf_counter()
@@ -491,4 +490,4 @@ async def test_answer_without_usage_has_no_speed() -> None:
     ],
 )
 def test_tokens_of_the_prompt_are_a_number_or_nothing(document: Any, tokens: int | None) -> None:
-    assert llmq.read_prompt_usage(document) == tokens
+    assert llmq.read_usage(document)[1] == tokens
