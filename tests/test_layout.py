@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7300  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7200  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 115,
@@ -41,14 +41,14 @@ BUDGET = {
     "Tools": 50,
     "Kinds": 65,
     "Settings": 335,
-    "Metrics": 115,
+    "Metrics": 120,
     "Identity": 135,
-    "Backends": 360,
+    "Backends": 370,
     "Scheduler": 370,
     "Forecast": 50,
     "Messages": 300,
     "Bodies": 250,
-    "Dialects": 275,
+    "Dialects": 280,
     "OpenAI": 45,
     "Ollama": 60,
     "Anthropic": 55,
@@ -58,7 +58,7 @@ BUDGET = {
     "Upstream": 230,
     "Probes": 180,
     "Calls": 250,
-    "Records": 125,
+    "Records": 130,
     "Admission": 120,
     "Gateway": 270,
     "Models": 170,
@@ -68,7 +68,7 @@ BUDGET = {
     "Routes": 380,
     "Demo": 60,
     "Terminal view": 290,
-    "Service": 255,
+    "Service": 260,
     "Command line": 280,
     "Web page": 415,
 }
