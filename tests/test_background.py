@@ -542,3 +542,14 @@ async def test_monitor_that_is_closed_leaves_nothing_behind() -> None:
         assert flight.cancelled()
         await eventually(lambda: not [c for c in fake.open if not c.peer_closed()])
         fake.release_probes()
+
+
+async def test_watchers_are_told_of_a_request_that_starts_at_once() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        await eventually(lambda: all(each.usable for each in q.gateway.fleet.backends.values()))
+        changes = q.gateway.changes
+        asking = asyncio.ensure_future(q.chat("a"))
+        request = await fake.arrived()
+        assert q.gateway.changes > changes, "it runs, and no snapshot is rendered for that"
+        await request.answer("served")
+        await asking

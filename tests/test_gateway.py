@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -652,3 +654,42 @@ async def test_certificates_of_the_system_are_read_once_and_not_for_each_connect
             assert (await q.chat("x")).status == 200
             fake.drop_connections()
     assert made == [1]
+
+
+def alive(kind: type) -> list[Any]:
+    return [one for one in gc.get_objects() if type(one) is kind]
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("ending", ["served", "down"])
+async def test_call_that_was_tried_again_is_free_when_it_ends(ending: str) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, queue__down_wait=0.3) as q:
+        asking = asyncio.ensure_future(q.chat("a"))
+        request = await fake.arrived()
+        if ending == "down":
+            await fake.stop_listening()
+        request.close()
+        if ending == "served":
+            await (await fake.arrived()).answer("served")
+        assert ((await asking).status == 200) is (ending == "served")
+        await eventually(lambda: not q.service._servers[0].connections)
+        assert len(alive(llmq.Call)) == 0
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/api/show"])
+async def test_body_that_is_late_is_free_when_it_is_refused(path: str) -> None:
+    async with running(NOBODY, server__body_timeout=0.3) as q, await Raw.open(q.port) as raw:
+        await raw.send(http("POST", path, {**JSON, "Content-Length": "100000"}) + b"x" * 50_000)
+        assert (await raw.response()).status == 408
+        raw.close()
+        await eventually(lambda: not q.service._servers[0].connections)
+        assert len(alive(llmq.Exchange)) == 0

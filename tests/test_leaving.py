@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.fakes import (
     LOADING,
     Answer,
     FakeBackend,
     FakeRequest,
     Raw,
+    ask,
+    black_hole,
     chat,
+    chunk,
     eventually,
     http,
     running,
@@ -474,3 +478,42 @@ async def test_what_a_client_that_half_closed_did_not_take_is_dropped() -> None:
         while data := await slow.read():
             taken += len(data)
         assert taken < size
+
+
+async def test_who_is_cancelled_while_far_behind_frees_the_slot_however_far() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "slow", stream=True, receive_buffer=4096)
+        request = await next_start(fake)
+        await request.start_stream()
+
+        async def flood() -> None:
+            while True:
+                await request.send(chunk(PIECE))
+
+        def unsent() -> int:
+            return max(connection.unsent for connection in q.service._servers[0].connections)
+
+        flooding = asyncio.ensure_future(flood())
+        await eventually(lambda: unsent() > llmq.ANSWER_BUFFER)
+        while unsent() > 3 * MIB:  # it takes a little, too little for the runner to go on
+            await client.read()
+        (ident,) = q.gateway.calls
+        await ask(q.port, "DELETE", f"/llmq/requests/{ident}")
+        try:
+            await cut(request)
+        finally:
+            flooding.cancel()
+            client.close()
+
+
+async def test_who_is_stopped_just_when_its_turn_comes_does_not_dial() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, upstream__connect_timeout=3) as q:
+        await eventually(lambda: all(each.usable for each in q.gateway.fleet.backends.values()))
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        asking = asyncio.ensure_future(q.chat("a"))
+        await eventually(lambda: q.gateway.calls)
+        await fake.stop_listening()
+        with black_hole(fake.port):
+            q.gateway.set_mode(llmq.Mode.OPEN)
+            q.gateway.cancel(next(iter(q.gateway.calls.values())))
+            assert (await asyncio.wait_for(asking, SECOND)).status == 499

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -464,3 +465,56 @@ async def test_what_asyncio_complains_about_is_one_line(caplog: pytest.LogCaptur
     llmq.log_loop_error(loop, {"message": "out of files", "exception": OSError("no more")})
     llmq.log_loop_error(loop, {"message": "odd"})
     assert [record.getMessage() for record in caplog.records] == ["out of files: no more", "odd"]
+
+
+async def slow_answer(q: running, fake: FakeBackend) -> Raw:
+    """A client whose whole answer has left llmq only in part: it reads slowly."""
+    client = await Raw.open(q.port, receive_buffer=4096)
+    await client.send(http("POST", CHAT, {"Content-Type": "application/json"}, ASKED))
+    await (await fake.arrived()).answer("y" * 3_000_000)
+    await eventually(lambda: not q.gateway.calls)
+    return client
+
+
+ASKED = json.dumps(chat("a long one")).encode()
+
+
+async def test_stop_does_not_cut_an_answer_that_is_on_its_way() -> None:
+    async with FakeBackend(auto=False) as fake, contextlib.AsyncExitStack() as stack:
+        q = await stack.enter_async_context(running(fake.url, server__drain_timeout=5))
+        client = await slow_answer(q, fake)
+        stopping = asyncio.ensure_future(stack.aclose())
+        await eventually(lambda: q.gateway.draining)
+        assert (await client.response()).clean
+        await stopping
+
+
+async def test_nobody_takes_the_place_of_an_answer_that_is_on_its_way() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await slow_answer(q, fake)
+        (server,) = q.service._servers
+        server.most = 1
+        (connection,) = server.connections
+        connection.since -= llmq.IDLE_GRACE
+        for _ in range(llmq.SPARE_CONNECTIONS + 1):
+            await Raw.open(q.port)
+        assert (await client.response()).clean
+
+
+async def test_reload_to_another_device_asks_the_runner_for_no_more_than_its_slots() -> None:
+    async with FakeBackend(auto=False) as fake:
+        row = {"url": fake.url, "slots": 1}
+        async with running(backends={"box": row}) as q:
+            fleet = q.gateway.fleet
+            first = asyncio.ensure_future(q.chat("first"))
+            request = await fake.arrived()
+            values = {**q.values, "backends": {"box": {**row, "device": "other"}}}
+            q.service.read = lambda: build_settings(values)
+            q.service.reload()
+            await eventually(lambda: fleet.backends["box"].usable)
+            second = asyncio.ensure_future(q.chat("second"))
+            await eventually(lambda: fake.has_arrived() or q.gateway.scheduler.waiting)
+            assert not fake.has_arrived(), "two at once at a runner of one slot"
+            await request.answer("1")
+            await (await fake.arrived()).answer("2")
+            await asyncio.wait({first, second})

@@ -177,3 +177,28 @@ async def test_time_is_up_for_what_does_not_come_and_it_is_cancelled() -> None:
         await llmq.within(0.0, task, llmq.BackendTimeout("late"))
     await asyncio.wait([task])
     assert task.cancelled()
+
+
+@pytest.mark.parametrize("end", [b"", llmq.HEAD_END], ids=["cut off", "whole"])
+async def test_head_that_is_too_long_is_given_up_when_it_is_not_when_more_comes(end: bytes) -> None:
+    reader, writer, peer = await pair()
+    loop, head = asyncio.get_running_loop(), b"x" * (llmq.HEAD_LIMIT + 2000) + end
+    reading = asyncio.ensure_future(reader.read_head())
+    await loop.sock_sendall(peer, head)
+    await eventually(lambda: reader.received == len(head))
+    assert not (await asyncio.wait_for(reading, 1)).endswith(llmq.HEAD_END)
+    peer.close()
+    writer.close()
+
+
+async def test_what_came_is_read_though_the_transport_is_lost() -> None:
+    class Lost:  # a TLS transport of Python 3.9 and 3.10, once its connection is lost
+        def resume_reading(self) -> None:
+            raise AttributeError("'NoneType' object has no attribute 'resume_reading'")
+
+    reader = llmq.Reader()
+    reader.set_transport(Lost())  # type: ignore[arg-type]
+    data = b"x" * (llmq.UNREAD_LIMIT + 1)
+    reader.feed_data(data)
+    reader.feed_eof()
+    assert await reader.more() == data

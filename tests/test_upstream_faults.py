@@ -1119,3 +1119,34 @@ async def test_whatever_backends_do_each_client_gets_one_truthful_answer() -> No
             assert not any(worker.done() for worker in workers), "more than the slots at once"
             for worker in workers:
                 worker.cancel()
+
+
+@pytest.mark.deadline(15)
+async def test_a_head_that_is_too_large_is_a_502_at_once() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        asking = asyncio.ensure_future(q.chat("a"))
+        request = await fake.arrived()
+        await request.send(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n")
+        assert (await asyncio.wait_for(asking, 2)).status == 502
+
+
+async def test_a_break_elsewhere_does_not_let_a_retry_go_ahead_of_the_probe() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, queue__slots=2) as q:
+        asking = {text: asyncio.ensure_future(q.chat(text)) for text in ("silent", "broken")}
+        requests = {request.text: request for request in [await fake.arrived() for _ in asking]}
+        head = render_head(200, [("Content-Type", "application/json"), ("Content-Length", "9")])
+        await requests["broken"].send(head + b"{")
+        (call,) = [one for one in q.gateway.calls.values() if b"broken" in one.question.body]
+        await eventually(lambda: call.first_byte)
+        fake.hold_probes()
+        await fake.stop_listening()  # the runner dies: one had no answer yet, one a part of it
+        requests["silent"].close()
+        requests["broken"].close()
+        assert (await asking["broken"]).status == 502
+        await fake.listen_again()
+        fake.release_probes()
+        again = asyncio.ensure_future(fake.arrived())
+        await asyncio.wait({again, asking["silent"]}, return_when=asyncio.FIRST_COMPLETED)
+        assert not asking["silent"].done(), asking["silent"].result()
+        await (await again).answer("served")
+        assert (await asking["silent"]).content == "served"
