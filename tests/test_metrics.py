@@ -427,7 +427,7 @@ async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> No
     assert len(clients) == LABEL_VALUES
 
 
-def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered() -> None:
+async def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered() -> None:
     """The issue allows 50 ms; the best of some tries, for the machine may be busy."""
     gateway = llmq.Gateway(build_settings({}), "x", time.monotonic)
     for number in range(10_000):

