@@ -1199,15 +1199,28 @@ class Fleet:
 
     def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
         """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
-        shared = self.devices.setdefault(device, Device(device, slots))
-        shared.slots = slots
+        shared = self.device_of(device, slots)
         self.backends[name] = backend = Backend(name, settings, shared)
         return backend
+
+    def device_of(self, name: str, slots: int) -> Device:
+        device = self.devices.setdefault(name, Device(name, slots))
+        device.slots = slots
+        return device
+
+    def move(self, backend: Backend, device: Device) -> None:
+        """The backend is on another device from now on, and so is what runs there."""
+        backend.device.busy -= backend.busy
+        device.busy += backend.busy
+        backend.device = device
 
     def remove(self, name: str, now: float) -> None:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
         self.backends.pop(name).draining = True
         self.shrunk = now
+        self.drop_unused()
+
+    def drop_unused(self) -> None:
         used = {backend.device for backend in self.backends.values()}
         kept = [device for device in self.devices.values() if device in used or device.busy]
         self.devices = {device.name: device for device in kept}  # a busy one is not made anew
@@ -1222,15 +1235,17 @@ class Fleet:
         """Have the backends of these rows and no others, on the devices that `places` names."""
         for name, backend in list(self.backends.items()):
             row = rows.get(name)
-            if row is None or (row.url, places[name]) != (backend.url, backend.device.name):
+            if row is None or row.url != backend.url:
                 self.remove(name, now)
         for name, row in rows.items():
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
-            backend.slots, backend.device.slots = row.slots, slots
+            self.move(backend, self.device_of(places[name], slots))
+            backend.slots = row.slots
             backend.kind = row.kind or backend.kind
             backend.contexts.start = settings.upstream.num_ctx
             backend.set_key(row.key)
+        self.drop_unused()
 
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
@@ -3237,7 +3252,7 @@ class Reader(asyncio.StreamReader):
         self.waiter = Waiter()  # of whoever reads
         self.received = 0  # bytes, ever
         self.room: int | None = None  # bytes that may still be read ahead; None: any number
-        self.over_limit = False  # more came than that, and was dropped
+        self.overrun = False  # more came than that, and was dropped
         self.ended = False  # the peer has closed, or reset
         self.broken = False  # it was a reset
         self.error: LlmqError | None = None  # what whoever reads is to meet
@@ -3257,7 +3272,7 @@ class Reader(asyncio.StreamReader):
         if self.room is not None:
             self.room -= len(data)
             if self.room < 0:
-                self.over_limit = True
+                self.overrun = True
                 return
         elif self.unread > UNREAD_LIMIT:
             self.transport.pause_reading()
@@ -3272,7 +3287,7 @@ class Reader(asyncio.StreamReader):
             self.waiter.wake()
 
     def set_exception(self, _exc: BaseException) -> None:
-        """A reset: what came before it is still read."""
+        """The connection is lost, by a reset mostly: what came before is still read."""
         self.broken = True
         self.feed_eof()
 
@@ -3290,7 +3305,7 @@ class Reader(asyncio.StreamReader):
         return len(self._data) > beyond
 
     async def more(self) -> bytes:
-        """All that has come, at least a byte; b"" once the peer has ended."""
+        """What has come, waiting until there is something; b"" once the peer has ended."""
         if not self._data or self.error is not None:
             await self.arrive()
         return self.take(len(self._data))
@@ -3298,7 +3313,7 @@ class Reader(asyncio.StreamReader):
     def take(self, size: int) -> bytes:
         """So many bytes of what has come."""
         data = self._data
-        if len(data) > UNREAD_LIMIT:
+        if len(data) > UNREAD_LIMIT and not self.ended:
             self.transport.resume_reading()
         self._data = data[size:]
         return data[:size]
@@ -3320,14 +3335,14 @@ class Reader(asyncio.StreamReader):
             if partly is not None and self._data and not seen:
                 partly()
             seen = len(self._data)
-            if not await self.arrive(seen):
+            if seen > HEAD_LIMIT or not await self.arrive(seen):
                 break
         return self.take(len(self._data)).rstrip(b"\r\n")
 
     def bound(self) -> None:
-        """From now on the peer's end is seen at once: reading never pauses, but forgets."""
+        """Never pause again: the peer's end is seen at once, what exceeds the room is dropped."""
         if self.unread > READ_AHEAD:
-            self._data, self.over_limit = b"", True
+            self._data, self.overrun = b"", True
         self.room = READ_AHEAD - self.unread
         self.transport.resume_reading()
 
@@ -3408,7 +3423,7 @@ class Exchange:
     """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_chunked", "_head", "_head_status", "caller", "connection", "finished",
+        "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
         "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
     )  # fmt: skip
 
@@ -3425,6 +3440,7 @@ class Exchange:
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
         self.unread = self.length != 0
+        self._behind = False
 
     @property
     def waiter(self) -> Waiter:
@@ -3545,15 +3561,18 @@ class Exchange:
 
     @property
     def blocked(self) -> bool:
-        """The client is so far behind that the runner has to wait."""
-        return self.connection.unsent > ANSWER_BUFFER
+        """More than ANSWER_BUFFER is unsent, or the client has not caught up since."""
+        return self._behind or self.connection.unsent > ANSWER_BUFFER
 
     async def catch_up(self) -> None:
         """Wait until a client that is far behind has caught up; ClientLeft when it does not."""
+        self._behind = True
         try:
             await self.connection.writer.drain()
         except ConnectionError:
             raise ClientLeft("the client left") from None
+        finally:
+            self._behind = False
 
     def abort(self) -> None:
         self.connection.abort()
@@ -3574,7 +3593,7 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "deadline", "last_drained", "last_received", "over_limit", "phase", "reader",
+        "above_cap", "deadline", "last_drained", "last_received", "phase", "reader",
         "reset_at_end", "seen", "sent", "server", "since", "used", "writer", "written",
     )  # fmt: skip
 
@@ -3582,7 +3601,7 @@ class Connection:
         self.server = server
         self.reader = reader
         self.writer = writer
-        self.over_limit = False  # it came above the cap
+        self.above_cap = False  # it came above the cap
         self.reset_at_end = False
         self.used = False  # it has sent a request
         self.written = 0
@@ -3595,7 +3614,7 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        return self.phase is Phase.IDLE and not self.reader.unread
+        return self.phase is Phase.IDLE and not self.reader.unread and not self.unsent
 
     @property
     def arriving(self) -> bool:
@@ -3644,10 +3663,11 @@ class Connection:
         except LlmqError as error:  # while it was read: where the next would begin is not known
             if not isinstance(error, ClientLeft) and (exchange is None or not exchange.started):
                 self.refuse(error)
+            error.__traceback__ = error.__context__ = None  # the reader keeps the error
             return False
         finally:
             self.reader.on_end, self.reader.room = None, None
-        if exchange.finished and exchange.keep_alive and not self.reader.over_limit:
+        if exchange.finished and exchange.keep_alive and not self.reader.overrun:
             if exchange.unread:
                 await self.read_body(exchange.length, UNREAD_BODY)
             return not self.reader.ended
@@ -3685,7 +3705,7 @@ class Connection:
                 server.count_arriving(len(piece))
                 pieces.append(piece)
         finally:
-            server.arriving -= size
+            server.arriving_bytes -= size
         self.enter(Phase.BUSY)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -3769,7 +3789,7 @@ class HttpServer:
         self.settings = settings
         self.most = most  # connections that are served; a few more are told so
         self.connections: dict[Connection, asyncio.Task[None]] = {}
-        self.arriving = 0  # bytes of bodies that are not here whole yet
+        self.arriving_bytes = 0  # bytes of bodies that are not here whole yet
         self.closing = False
         self.date = ""
         self._servers: list[asyncio.Server] = []
@@ -3802,7 +3822,7 @@ class HttpServer:
             writer.transport.abort()
             return
         connection = Connection(self, reader, writer)
-        connection.over_limit = len(self.connections) >= self.most
+        connection.above_cap = len(self.connections) >= self.most
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -3818,8 +3838,8 @@ class HttpServer:
 
     def count_arriving(self, size: int) -> None:
         """More of a body is here; `queue_full` when all that arrive hold what they may."""
-        self.arriving += size
-        if self.arriving > self.settings.queue.max_queued_bytes:
+        self.arriving_bytes += size
+        if self.arriving_bytes > self.settings.queue.max_queued_bytes:
             error = LlmqError("the requests that arrive hold all the memory they may", "queue_full")
             error.retry_after = 1
             raise error
@@ -3843,7 +3863,7 @@ class HttpServer:
         """Answer what is being answered, then close each connection; idle ones at once."""
         self.closing = True
         for connection in list(self.connections):
-            if connection.idle or connection.phase is Phase.LINGER:
+            if connection.idle or (connection.phase is Phase.LINGER and not connection.unsent):
                 connection.abort()
 
     async def close(self) -> None:
@@ -3890,6 +3910,7 @@ class Upstream:
         self.reader = reader
         self.writer = writer
         self.body: Body = CloseBody()
+        self.keep_for = 0.0  # seconds that the backend keeps it idle
         self.keep_until = 0.0  # monotonic, while idle
         self._keep_alive = False
         self._mark = 0  # bytes received before the request at hand was sent
@@ -3935,7 +3956,7 @@ class Upstream:
         self._keep_alive = head.minor >= 1 and "close" not in connection_options(head.headers)
         announced = head.headers.get("keep-alive")
         seconds = re.search(r"timeout=(\d{1,6})", announced) if announced else None
-        self.keep_until = min(POOL_SECONDS, int(seconds[1]) - 1.0) if seconds else POOL_SECONDS
+        self.keep_for = min(POOL_SECONDS, int(seconds[1]) - 1.0) if seconds else POOL_SECONDS
         return head
 
     def _broken_head(self, raw: bytes) -> BackendError:
@@ -4072,7 +4093,7 @@ class Pool:
         return None
 
     def give(self, upstream: Upstream, now: float) -> None:
-        upstream.keep_until += now
+        upstream.keep_until = now + upstream.keep_for
         idle = self._idle.setdefault(upstream.url, [])
         idle.append(upstream)
         upstream.reader.on_end = functools.partial(self._drop, idle, upstream)
@@ -4213,7 +4234,7 @@ class Monitor:
             backend.succeeded(now, None, self.settings.upstream.probe_interval)
         elif isinstance(failure, (BackendError, BackendTimeout)):
             if not isinstance(failure, BackendLoading):
-                backend.needs_probe = isinstance(failure, BackendUnreached)
+                backend.needs_probe |= isinstance(failure, BackendUnreached)
             self.record_failure(backend, failure, now)
             self.probe_due()
 
@@ -4299,7 +4320,7 @@ class Call:
     ticket: Ticket  # once it is admitted
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
-    lines = b""  # of the head of a request to a backend, as far as all get them alike
+    lines = b""  # of the head of a request to a backend, those that every backend gets
     deadline = NEVER  # for the backend's next byte, monotonic
     heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
     error: LlmqError | None = None  # why it was stopped or failed
@@ -4310,7 +4331,7 @@ class Call:
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
     watch: StreamWatch | None = None  # if it is streamed
-    answer: bytes | None = None  # a whole one, or the last bytes of a stream
+    answer: bytes | None = None  # whole, or a stream's last bytes; ends the loop of `serve`
     answer_type = ""
     answer_headers: Fields = ()
     first_byte = 0.0  # monotonic
@@ -4391,6 +4412,8 @@ class Call:
             except BackendUnreached:
                 await self.upstream.close()
                 self.upstream = None
+        if self.error is not None:
+            raise self.error
         if self.upstream is None:
             wire = self.wire(backend)
             self.connecting = asyncio.ensure_future(dial(backend.url))
@@ -4830,6 +4853,7 @@ class Gateway:
         if backend is not None:
             self.calls[call.id] = call
             self.begin(call, backend, now)
+            self.changes += 1
             return
         self.scheduler.submit(call.ticket, now)
         self.calls[call.id] = call
@@ -4852,6 +4876,8 @@ class Gateway:
             again = await self.give_back(call, backend, failure)
         if failure is not None and not again:
             raise call.error or failure
+        if failure is not None:
+            failure.__traceback__ = failure.__context__ = None  # their frames hold the call
 
     async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
         """The one place where a slot is given back; True when the call waits for another attempt.
@@ -4945,7 +4971,7 @@ class Gateway:
         newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
         return self._forecast.get(ticket.id, newcomer)
 
-    def forget_crowd(self) -> None:
+    def drop_caches(self) -> None:
         """Let go of what was kept of many that have gone."""
         self.journal.flush()
         self._forecast = {}
@@ -5263,7 +5289,7 @@ class MemoryKeeper:
         if self.most < CROWD or calls > self.most // 4:
             return
         self.most = 0
-        self.gateway.forget_crowd()
+        self.gateway.drop_caches()
         release_memory()
 
 
@@ -5599,7 +5625,7 @@ class Api:
             message = f"{route.path} takes {', '.join(route.methods)}"
             raise LlmqError(message, "method_not_allowed")
         check_origin(exchange, route.access)
-        if exchange.connection.over_limit:
+        if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
                 raise LlmqError("too many connections", "overloaded")

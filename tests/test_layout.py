@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7250  # aim: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7300  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 115,
@@ -43,7 +43,7 @@ BUDGET = {
     "Settings": 335,
     "Metrics": 120,
     "Identity": 135,
-    "Backends": 370,
+    "Backends": 385,
     "Scheduler": 370,
     "Forecast": 50,
     "Messages": 300,
@@ -54,13 +54,13 @@ BUDGET = {
     "Anthropic": 55,
     "Translation": 455,
     "Streams": 195,
-    "Server": 510,
-    "Upstream": 230,
+    "Server": 515,
+    "Upstream": 235,
     "Probes": 180,
     "Calls": 250,
     "Records": 130,
     "Admission": 120,
-    "Gateway": 270,
+    "Gateway": 275,
     "Models": 170,
     "Background": 85,
     "Access": 70,

@@ -166,7 +166,7 @@ async def test_what_is_read_ahead_is_bounded_and_the_end_behind_it_still_seen() 
     await loop.sock_sendall(peer, b"x" * (4 * llmq.READ_AHEAD))
     peer.close()
     await left.wait()
-    assert reader.over_limit
+    assert reader.overrun
     assert reader.unread <= llmq.READ_AHEAD
     writer.close()
 
