@@ -73,8 +73,10 @@ import base64
 import bisect
 import contextlib
 import enum
+import errno
 import functools
 import gc
+import hashlib
 import heapq
 import ipaddress
 import json
@@ -212,9 +214,15 @@ class RouteUnsupported(Untranslatable):
 
 class BackendError(LlmqError):
     code = "backend_error"  # the runner broke the connection, the protocol or its answer
+    unhealthy = False  # it says that the runner may be down, not what it thinks of a request
+
+
+class BackendBroke(BackendError):
+    unhealthy = True  # the connection ended inside an answer
 
 
 class BackendUnreached(BackendError):
+    unhealthy = True
     retryable = True  # no byte of an answer came: nothing was generated that anybody has seen
 
 
@@ -226,8 +234,15 @@ class BackendLoading(BackendUnreached):
     code = "backend_loading"
 
 
-class BackendTimeout(LlmqError):
+class BackendTimeout(BackendError):
+    unhealthy = True
     code = "backend_timeout"
+
+
+class OutOfFiles(LlmqError):
+    """llmq's own limit of open files, which says nothing of a runner."""
+
+    code = "overloaded"
 
 
 class ConfigError(Exception):
@@ -269,6 +284,9 @@ def render_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
+ERROR_SHOWN = 200  # characters of an error's sentence, in the log and to those who watch
+
+
 def printable(text: str, limit: int = 128) -> str:
     """What may stand in a log line or a terminal: no control characters, no endless names."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
@@ -296,6 +314,7 @@ OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
 LMSTUDIO = "/api/v0/models"
 COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
+EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context only if they ask
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
@@ -404,7 +423,8 @@ class UpstreamSettings:
     first_byte_timeout: Duration = setting(
         600.0, "to the first byte of an answer's body", "LLM_TIMEOUT_MS", minimum=SHORT
     )
-    idle_timeout: Duration = setting(120.0, "between two pieces of an answer", minimum=SHORT)
+    idle_timeout: Duration = setting(600.0, "between two pieces of an answer", minimum=SHORT)
+    max_answer: Size = setting(1024 * MIB, "the largest answer that is not a stream", minimum=1)
     num_ctx: int = setting(0, "context of Ollama's models; 0: its own", "OLLAMA_NUM_CTX")
     max_num_ctx: int = setting(131072, "the largest context that a request may ask for", minimum=1)
     probe_interval: Duration = setting(10.0, "between two looks at a backend", minimum=SHORT)
@@ -809,9 +829,12 @@ NAME_LENGTH = 64
 MOST_CLIENTS = 1000  # remembered at once; whoever has nothing waiting is forgotten first
 MOST_PER_ORIGIN = 16  # requests of one foreign web page that may wait
 ORIGIN = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?"
+    r"([A-Za-z][A-Za-z0-9+.-]*)://([A-Za-z0-9._-]*|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?"
 )
-EXTENSION_SCHEMES = ("chrome-extension", "moz-extension", "safari-web-extension", "vscode-webview")
+PROGRAM_SCHEMES = (  # of extensions and desktop programs: Ollama's own defaults
+    "chrome-extension", "moz-extension", "safari-web-extension", "vscode-webview", "app", "tauri",
+    "file", "vscode-file",
+)  # fmt: skip
 
 
 class Priority(enum.IntEnum):
@@ -897,7 +920,7 @@ def is_foreign(origin: str, trusted: Names) -> bool:
         return True
     scheme, host = match[1].lower(), match[2].lower()
     local = scheme in ("http", "https") and is_loopback(host)
-    return not (local or scheme in EXTENSION_SCHEMES or origin in trusted)
+    return not (local or scheme in PROGRAM_SCHEMES or origin in trusted)
 
 
 @dataclass(eq=False)
@@ -911,6 +934,7 @@ class Client:
     served: float = 0.0  # seconds of backend time
     done: int = 0
     failed: int = 0
+    left: int = 0  # requests that it gave up itself
 
 
 class Clients:
@@ -943,6 +967,7 @@ EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
 FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the backend is down
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
+UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried again there
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
 Rows = tuple[dict[str, Any], ...]  # models as a runner lists them
 
@@ -1003,34 +1028,36 @@ class Contexts:
         self.loaded: dict[str, int] = {}  # what it is loaded with
         self.requested: dict[str, int] = {}  # the largest that was asked for and started
         self.requested_at: dict[str, float] = {}  # when that was last used, monotonic
-        self.ignored: dict[str, int] = {}  # loaded with, but reset: it counts no more
 
     def shared(self, key: str) -> int:
-        loaded = self.loaded.get(key, 0)
-        loaded = 0 if loaded == self.ignored.get(key) else loaded
-        start = min(self.start, self.max.get(key, self.start))
-        return max(start, self.requested.get(key, 0), loaded)
+        """What was asked for or configured; what a model is loaded with by itself binds nobody."""
+        start = min(self.start, self.max.get(key) or self.start)
+        return max(start, self.requested.get(key, 0))
 
     def request(self, key: str, tokens: int, now: float) -> int:
         """The context for a request that starts now and asked for this much."""
         shared = max(self.shared(key), tokens)
-        if shared:
-            self.requested[key], self.requested_at[key] = shared, now
+        if not shared:
+            return 0
+        loaded = self.loaded.get(key, 0)
+        if loaded >= shared:  # the same never loads anew
+            if key in self.requested:
+                self.requested_at[key] = now
+            return loaded
+        self.requested[key], self.requested_at[key] = shared, now
         return shared
 
     def reset(self, key: str) -> None:
         self.requested.pop(key, None)
-        self.ignored[key] = self.loaded.get(key, 0)
 
     def learn(self, report: Report, at_work: Mapping[str, int]) -> None:
         """Take in what is loaded, and how; forget what is neither loaded nor about to be."""
         self.loaded = read_contexts(report.running, lambda row: row.get("context_length"))
         longest = read_contexts(report.tags, lambda row: row["details"].get("context_length"))
         self.max.update(longest)
-        for key in {*self.requested, *self.ignored}.difference(map(model_key, report.loaded)):
+        for key in set(self.requested).difference(map(model_key, report.loaded)):
             if not at_work.get(key) and self.requested_at.get(key, 0.0) < report.began:
                 self.requested.pop(key, None)
-                self.ignored.pop(key, None)
 
 
 class Backend:
@@ -1058,12 +1085,14 @@ class Backend:
         # By (route, model key, or "" for any): its words where it said that it has no such route,
         # and where it has answered well, so that it cannot lack it.
         self.unsupported: dict[tuple[str, str], str] = {}
+        self.unsupported_until = 0.0  # when they are tried again, monotonic
         self.supported: set[tuple[str, str]] = set()
 
     def set_key(self, key: str) -> None:
         """What it is sent as bearer token; kept as the lines that each request to it gets."""
         lines = f"Host: {self.url.partition('://')[2]}\r\n"
         lines += f"Authorization: Bearer {key}\r\n" if key else ""
+        self.has_key = bool(key)
         self.request_lines = lines.encode("latin-1", "replace")
 
     @property
@@ -1110,8 +1139,17 @@ class Backend:
                 return route
         return None
 
-    def route_unsupported(self, route: str, key: str, error: RouteUnsupported) -> None:
+    def forget_unsupported(self, now: float) -> None:
+        """Try again what it said long ago that it has not."""
+        if self.unsupported and now >= self.unsupported_until:
+            self.unsupported.clear()
+
+    def route_unsupported(
+        self, route: str, key: str, error: RouteUnsupported, now: float = 0.0
+    ) -> None:
         """Its answer says that it has no such route, or not for this model."""
+        if not self.unsupported:
+            self.unsupported_until = now + UNSUPPORTED_SECONDS
         self.unsupported[route, key if error.for_model else ""] = error.message
 
     def num_ctx(self, key: str) -> int:
@@ -1137,7 +1175,7 @@ class Backend:
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
         self.failures += 1
-        self.error, self.next_probe = why, now  # look again at once
+        self.error, self.next_probe = printable(why, ERROR_SHOWN), now  # look again at once
         if self.state is State.DOWN:
             self.backoff = min(2 * self.backoff, interval)
             self.next_probe = now + self.backoff
@@ -1154,7 +1192,8 @@ class Backend:
         self.since, self.next_probe = now, now + interval
 
     def _become(self, state: State, why: str | None) -> None:
-        """A change of state is one line in the log."""
+        """A change of state is one line in the log; a runner's words forge no other (CWE-117)."""
+        why = printable(why, ERROR_SHOWN) if why else None
         if state is not self.state:
             log.info("backend %s is %s%s", self.name, state.value, f": {why}" if why else "")
         self.state, self.error = state, why
@@ -1331,6 +1370,7 @@ class Fleet:
 
 
 FEW = 8  # models; with fewer waiting a pick looks at all of them
+MODELS_MEASURED = 1000  # models whose requests' times are known, at most
 MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
 
 
@@ -1467,6 +1507,7 @@ class Scheduler:
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
+        self.services: dict[str, Average] = {}  # the same by model key
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
@@ -1633,6 +1674,16 @@ class Scheduler:
         error.retry_after = self.predicted_wait()
         raise error
 
+    def note_service(self, key: str, seconds: float) -> None:
+        """A request for this model has run so long."""
+        self.service.add(seconds)
+        if len(self.services) < MODELS_MEASURED or key in self.services:
+            self.services.setdefault(key, Average()).add(seconds)
+
+    def service_of(self, key: str) -> float | None:
+        """Seconds that requests for this model run; None before the first has ended."""
+        return self.services[key].value if key in self.services else None
+
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
         slots = sum(device.slots for device in self.fleet.devices.values()) or 1
@@ -1699,12 +1750,21 @@ class Expected(NamedTuple):
 
 
 Forecast = dict[str, Expected]  # by ticket id
+HELD = ("paused", "priority mode: only high starts", "model is loading", "backend down")
 
 
-def forecast(scheduler: Scheduler) -> Forecast:
-    """What every waiting ticket can expect, in one pass."""
-    service = scheduler.service.value or 1.0
-    ahead: Counter[str] = Counter()
+def forecast(scheduler: Scheduler, now: float) -> Forecast:
+    """What every waiting ticket can expect, in one pass.
+
+    The time is the sum of what its device has before it, by the averages of their models: of those
+    that run what is left.  None when it is not known: held back, or a model never measured.
+    """
+    ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
+    for ticket in scheduler.running.values():
+        if ticket.backend is not None:
+            took, device = scheduler.service_of(ticket.model), ticket.backend.device.name
+            left = None if took is None else max(0.0, took - (now - ticket.started))
+            ahead[device] = add_known(ahead.get(device, 0.0), left)
     # What all of one class share that want the same is found once.
     alike: dict[tuple[Want, Priority], tuple[str, int, str]] = {}
     result: Forecast = {}
@@ -1715,9 +1775,15 @@ def forecast(scheduler: Scheduler) -> Forecast:
             name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
             alike[kind] = (name, slots, wait_reason(scheduler, ticket, able))
         name, slots, reason = alike[kind]
-        ahead[name] += 1
-        result[ticket.id] = Expected(position, ahead[name] * service / slots, reason)
+        before = ahead.get(name, 0.0)
+        eta = None if before is None or reason in HELD else before / slots
+        result[ticket.id] = Expected(position, eta, reason)
+        ahead[name] = add_known(before, scheduler.service_of(ticket.model))
     return result
+
+
+def add_known(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
@@ -2228,6 +2294,7 @@ class Question(NamedTuple):
     options: bool = False  # its route can carry a context
     foreign: bool = False  # what it says of a context is cut
     keep_alive: bool = False  # it says how long the model is to stay loaded
+    done_reason: str = ""  # "load" or "unload": all that `ollama run` and `ollama stop` ask for
 
     def body_for(self, model: str, context: int = 0) -> bytes:
         """The body, naming the model as the backend does, with the context that is shared."""
@@ -2274,12 +2341,12 @@ def check_messages(values: Mapping[str, Any]) -> None:
 
 
 def parse_context(value: Any, param: str) -> int:
-    """Tokens of context; 0 where none is asked for."""
+    """Tokens of context; 0 where none is asked for, as by 0 or less in Ollama."""
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadRequest(f"{param} is a whole number above 0", param=param)
-    return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadRequest(f"{param} is a whole number", param=param)
+    return max(0, value)
 
 
 # ==== 12. Dialects ================================================================================
@@ -2296,7 +2363,11 @@ USAGE = (  # where an answer may tell its tokens: a member, and the names for an
     ("timings", "predicted_n", "prompt_n"),  # llama.cpp's, where there is no usage
     ("", "eval_count", "prompt_eval_count"),
 )
-MODEL_ERROR = re.compile(r"\bmodel\b", re.IGNORECASE)
+UNKNOWN_ROUTE = re.compile(  # what runners answer to a path that they do not have
+    r"(404 )?((page|file|path|route|url|endpoint) )?not found\.?|unexpected endpoint.*"
+    r"|cannot post .*|(no such|unknown|unsupported|invalid) (page|path|route|url|endpoint).*|",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class Dialect:
@@ -2316,8 +2387,11 @@ class Dialect:
 
     def render_error(self, error: LlmqError, request_id: str = "") -> bytes:
         """The body of an error answer: the runner's own where it wrote one in this dialect."""
-        if isinstance(error, BackendAnswer) and self.is_error(error.document):
-            return error.body
+        if isinstance(error, BackendAnswer):
+            # A sign-in that a runner asks for has members of its own, whoever asks.
+            refused = error.status in (401, 403) and isinstance(error.document, dict)
+            if refused or self.is_error(error.document):
+                return error.body
         return render_json(self.error_object(error, request_id))
 
     def is_error(self, document: Any) -> bool:
@@ -2337,8 +2411,9 @@ class Dialect:
     def stream_error(self, error: LlmqError, request_id: str) -> dict[str, Any]:
         return self.error_object(error, request_id)
 
-    def heartbeat(self, position: int, eta: float) -> bytes:
-        return self.sign_of_life % {b"position": position, b"eta": round(eta)}
+    def heartbeat(self, position: int, eta: float | None) -> bytes:
+        told = b"" if eta is None else b" eta=%d" % round(eta)
+        return self.sign_of_life % {b"position": position, b"eta": told}
 
     def find_end(self, seen: bytes) -> int:
         """Where the end of a good stream begins in whole and half lines; -1: not yet."""
@@ -2392,8 +2467,11 @@ def parse_json(body: bytes) -> Any:
         return None
 
 
-def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
-    """What a client is told of a backend's answer that is not 200."""
+def read_refusal(head: ResponseHead, body: bytes, *, with_key: bool = True) -> LlmqError:
+    """What a client is told of a backend's answer that is not 200.
+
+    A refused key is llmq's own mistake `with_key`, else the runner's word to the client.
+    """
     status, document, error = head.status, parse_json(body), None
     if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
         error = document.get("error") or document.get("detail") or document
@@ -2401,14 +2479,23 @@ def read_refusal(head: ResponseHead, body: bytes) -> LlmqError:
     message = (text if isinstance(error, dict) else text[:1000]) or f"the backend answered {status}"
     if status < 400:
         return BackendError(f"the backend answered {status}; redirects are not followed")
-    if status in (401, 403):
+    if with_key and status in (401, 403):
         return BackendError(f"the backend refuses llmq's key: {message}")
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
     answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
-    if status in (405, 501) or (status == 404 and not MODEL_ERROR.search(text)):
+    plain = text or ("" if document else body.decode("utf-8", "replace").strip())
+    if status in (405, 501) or (status == 404 and UNKNOWN_ROUTE.fullmatch(plain)):
         return RouteUnsupported(answer)
     return answer
+
+
+def check_route_known(body: bytes) -> None:
+    """RouteUnsupported when an answer of status 200 is one to an unknown path (LM Studio's)."""
+    error = error_of(parse_json(body)) if len(body) < KIB and b"error" in body else None
+    words = error_text(error)
+    if words and UNKNOWN_ROUTE.fullmatch(words):
+        raise RouteUnsupported(BackendAnswer(404, words, body, parse_json(body), None))
 
 
 def read_usage(document: Any) -> tuple[int | None, int | None]:
@@ -2524,10 +2611,14 @@ class Endpoint(NamedTuple):
     check: Callable[[Mapping[str, Any]], None]
     streams: bool | None = False  # when a body does not say; None: never
     options: bool = False  # it can carry a context in its `options`
+    content: str = ""  # the member without which it only loads or unloads a model
 
     @property
     def path(self) -> str:
         return self.routes[0]
+
+
+UNLOADS = (0, "0", "0s", "0m", "0h")  # as `keep_alive`
 
 
 def read_question(
@@ -2546,6 +2637,8 @@ def read_question(
             asked = int(asked)  # Ollama takes 4096.0
         context = max(context, parse_context(asked, "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
+    empty = endpoint.content != "" and not values.get(endpoint.content)
+    order = "unload" if values.get("keep_alive") in UNLOADS else "load"
     question = Question(
         model=model if model.strip() else "",
         stream=endpoint.streams is not None and (endpoint.streams if stream is None else stream),
@@ -2556,6 +2649,7 @@ def read_question(
         options=endpoint.options,
         foreign=foreign,
         keep_alive="keep_alive" in values,
+        done_reason=order if empty else "",
     )
     return question, values
 
@@ -2569,7 +2663,9 @@ class OpenAi(Dialect):
 
     error_event = b"data: %b\n\n"
     error_types: Mapping[int, str] = {404: "not_found_error", 429: "rate_limit_error"}
-    sign_of_life = b": position=%(position)d eta=%(eta)d\n\n"
+    sign_of_life = (
+        b": position=%(position)d%(eta)b\n"  # Go's client bears 10,000 lines without data
+    )
     end_hint, end_line = b"[DONE]", re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
@@ -2658,8 +2754,8 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 OLLAMA = Ollama()
 OLLAMA_ENDPOINTS = (
-    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, streams=True, options=True),
-    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, streams=True, options=True),
+    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages"),
+    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt"),
     Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
     Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
 )
@@ -2766,6 +2862,7 @@ class Translator:
         self.id = f"{int(self.began * 1e6):x}"
         self.wants_usage = look_up(question, "stream_options", "include_usage") is True
         self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
+        self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
         self._line = b""  # the incomplete last line of a stream
 
     def body(self) -> bytes:
@@ -2798,16 +2895,36 @@ class Translator:
 def openai_tool_call(ident: str, call: Facts) -> Facts:
     """A tool call of Ollama's; OpenAI has its arguments as a text."""
     function = call["function"]
-    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False, separators=(",", ":"))
+    text = function.get("arguments") or {}
+    if not isinstance(text, str):
+        text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
     facts = {"name": function["name"], "arguments": text}
     return {"id": call.get("id") or ident, "type": "function", "function": facts}
 
 
 def ollama_tool_call(call: Facts, **place: int) -> Facts:
+    """The reverse; ValueError where its arguments are no object, however they are written."""
     function = call["function"]
-    arguments = json.loads(function.get("arguments") or "{}")
+    arguments = function.get("arguments") or {}
+    for _ in range(2):  # some runners encode them twice
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments of a tool call are not an object")
     facts = {**place, "name": function["name"], "arguments": arguments}
     return chosen({"id": call.get("id"), "function": facts})
+
+
+def understood_calls(calls: Iterable[Facts]) -> list[Facts]:
+    """The tool calls of an answer for Ollama; one that was cut is lost, not the text beside it."""
+    found: list[Facts] = []
+    for call in calls:
+        with contextlib.suppress(*MALFORMED):
+            found.append(ollama_tool_call(call, index=len(found)))
+            continue
+        log.warning(
+            "a tool call of an answer is left out: it was cut, or its arguments are no object"
+        )
+    return found
 
 
 # ---- from OpenAI to Ollama: what chats and completions have in common, then each route
@@ -2872,7 +2989,7 @@ class ChatToOllama(ToOllama):
             **chosen(asked, "tools", "logprobs", "top_logprobs"),
             "messages": ollama_messages(asked["messages"]),
             "format": "json" if look_up(form, "type") == "json_object" else schema,
-            "think": EFFORTS.get(effort, effort) if isinstance(effort, str) else None,
+            "think": EFFORTS.get(effort, effort) if effort and isinstance(effort, str) else None,
         }
 
     def choices(self, answer: Facts, whole: bool) -> Iterator[Facts]:
@@ -2893,7 +3010,8 @@ class ChatToOllama(ToOllama):
             yield self.wrap("delta", {}, answer, ends=True)
 
     def wrap(self, name: str, message: Facts, answer: Facts, *, ends: bool = False) -> Facts:
-        reason = "tool_calls" if self.calls else answer.get("done_reason") or None
+        reason = answer.get("done_reason") or "stop"
+        reason = "tool_calls" if self.calls and reason != "length" else reason
         choice: Facts = {"index": 0, name: message, "finish_reason": reason if ends else None}
         if message and answer.get("logprobs"):
             choice["logprobs"] = {"content": answer["logprobs"]}
@@ -2921,7 +3039,7 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
         if role == "tool":
             facts["tool_call_id"] = message.get("tool_call_id")
             facts["tool_name"] = message.get("name") or names.get(facts["tool_call_id"])
-        if not calls and not isinstance(content, (str, list)):
+        if calls is None and not isinstance(content, (str, list)):
             raise BadRequest("content is a text or a list of parts", param="messages")
         if not content or not isinstance(content, list):
             content = [{"type": "text", "text": content or ""}]
@@ -3067,8 +3185,7 @@ class ChatToOpenAi(ToOpenAi):
 
     def said(self, choice: Facts, content: Facts) -> Facts:
         thinking = content.get("reasoning_content") or content.get("reasoning") or None
-        numbered = enumerate(content.get("tool_calls") or ())
-        calls = [ollama_tool_call(call, index=place) for place, call in numbered] or None
+        calls = understood_calls(content.get("tool_calls") or ()) or None
         message: Facts = {"role": "assistant", "content": content.get("content") or ""}
         message = chosen({**message, "thinking": thinking, "tool_calls": calls})
         logprobs = choice.get("logprobs") and choice["logprobs"].get("content")
@@ -3077,37 +3194,75 @@ class ChatToOpenAi(ToOpenAi):
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
         delta = choice.get("delta") or {}
-        for part in delta.get("tool_calls") or ():  # bit by bit; Ollama tells a call at once
-            call = self.calls.setdefault(part.get("index", 0), {"function": {"arguments": ""}})
-            whole, function = call["function"], part.get("function") or {}
-            call["id"] = part.get("id") or call.get("id")
-            whole["name"] = function.get("name") or whole.get("name")
-            whole["arguments"] += function.get("arguments") or ""
+        for part in delta.get("tool_calls") or ():
+            self.gather(part)
         facts = self.said(choice, {**delta, "tool_calls": None})
         heard = facts["message"]["content"] or "thinking" in facts["message"]
         return self.line(facts) if heard else b""
 
+    def gather(self, part: Facts) -> None:
+        """A bit of a tool call, which Ollama tells at once; by its id, index or a new name."""
+        index = part["index"] if isinstance(part.get("index"), int) else None
+        ident, function = part.get("id"), part.get("function") or {}
+        place = self.places.get(index, len(self.calls) - 1 if index is None else -1)
+        call = self.calls.get(place)
+        again = call is not None and index is None and function.get("name")
+        if call is None or again or (ident and call.get("id") not in (None, ident)):
+            place = len(self.calls)
+            call = {"index": place if index is None else index, "function": {"arguments": ""}}
+            self.calls[place] = call
+        self.places[index] = place
+        call["id"] = ident or call.get("id")
+        whole, more = call["function"], function.get("arguments")
+        whole["name"] = function.get("name") or whole.get("name")
+        if more:
+            bits = isinstance(more, str) and isinstance(whole["arguments"], str)
+            whole["arguments"] = whole["arguments"] + more if bits else more
+
     def end(self) -> bytes:
-        calls = [call for _, call in sorted(self.calls.items())]
+        calls = sorted(self.calls.values(), key=lambda call: call["index"])
         return (self.line(self.said({}, {"tool_calls": calls})) if calls else b"") + super().end()
+
+
+class OpenCalls:
+    """Tool calls without a result yet, in order. Each is found in constant time, however many."""
+
+    def __init__(self) -> None:
+        self.names: OrderedDict[str, Any] = OrderedDict()  # the function's, by the call's id
+        self.by_name: dict[str, deque[str]] = {}
+
+    def add(self, ident: Any, name: Any) -> None:
+        if isinstance(ident, str) and isinstance(name, str):
+            self.names[ident] = name
+            self.by_name.setdefault(name, deque()).append(ident)
+
+    def take(self, name: Any) -> Any:
+        """The id of the first open call, of that function if one is named; else the name."""
+        if name is None:
+            return self.names.popitem(last=False)[0] if self.names else None
+        idents = self.by_name.get(name, ()) if isinstance(name, str) else ()
+        while idents:
+            ident = idents.popleft()
+            if self.names.pop(ident, None) is not None:
+                return ident
+        return name
 
 
 def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as OpenAI has them; a tool's result names the call that it answers."""
     translated: list[Facts] = []
-    unanswered: list[tuple[str, str]] = []  # calls without a result yet: function, id
+    unanswered = OpenCalls()
     for index, message in enumerate(messages):
         facts = {"role": message.get("role"), "content": openai_content(message)}
         facts["reasoning_content"] = message.get("thinking") or None
         numbered = enumerate(message.get("tool_calls") or ())
         calls = [openai_tool_call(f"call_{index}_{place}", call) for place, call in numbered]
-        unanswered += [(call["function"]["name"], call["id"]) for call in calls]
+        for call in calls:
+            unanswered.add(call["id"], call["function"]["name"])
         facts["tool_calls"] = calls or None
         if facts["role"] == "tool":
-            name = message.get("tool_name")
-            found = next((call for call in unanswered if name in (None, call[0])), (name, name))
-            unanswered = [call for call in unanswered if call is not found]
-            facts["tool_call_id"] = message.get("tool_call_id") or found[1]
+            answered = unanswered.take(message.get("tool_name"))
+            facts["tool_call_id"] = message.get("tool_call_id") or answered
         translated.append(chosen(facts))
     return translated
 
@@ -3377,6 +3532,8 @@ UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and droppe
 LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
+# nginx keeps a stream back unless told so; what a runner sends is never anything but its type.
+STREAM_LINES = "X-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n"
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
@@ -3519,7 +3676,7 @@ class Exchange:
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
         self._chunked = self.request.minor >= 1
-        framing = f"Content-Type: {content_type}\r\nCache-Control: no-cache\r\n"
+        framing = f"Content-Type: {content_type}\r\nCache-Control: no-cache\r\n{STREAM_LINES}"
         if self._chunked:
             framing += "Transfer-Encoding: chunked\r\n"
         else:
@@ -3660,6 +3817,8 @@ class Connection:
             exchange = Exchange(self, request)
             self.enter(Phase.BUSY)
             await self.server.handler(exchange)
+            if exchange.blocked:  # who asks on and on, and reads nothing, is not read either
+                await exchange.catch_up()
         except LlmqError as error:  # while it was read: where the next would begin is not known
             if not isinstance(error, ClientLeft) and (exchange is None or not exchange.started):
                 self.refuse(error)
@@ -3888,7 +4047,6 @@ class HttpServer:
 # runner, llmq's own included, is rendered in one place.
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
-ANSWER_LIMIT = 64 * MIB  # of a whole answer
 FETCHED = 8 * MIB  # of an answer that llmq itself asked for
 FETCH_LINES = b"Accept: application/json\r\nConnection: close\r\n"
 
@@ -3963,7 +4121,7 @@ class Upstream:
         if len(raw) > HEAD_LIMIT:
             return BackendError("the head of the backend's answer is too large")
         if self.answered:
-            return BackendError("the backend broke off inside the head of its answer")
+            return BackendBroke("the backend broke off inside the head of its answer")
         return BackendUnreached("the backend closed the connection without an answer")
 
     async def read_piece(self) -> bytes:
@@ -3972,11 +4130,12 @@ class Upstream:
         while not body.done:
             data = await self.reader.more()
             if not data and self.reader.broken:
-                raise BackendError("the backend broke the connection")
+                raise BackendBroke("the backend broke the connection")
             try:
                 payload = body.feed(data)
             except ValueError as error:
-                raise BackendError(f"the backend's answer is broken: {error}") from None
+                broken = BackendError if data else BackendBroke
+                raise broken(f"the backend's answer is broken: {error}") from None
             if payload:
                 return payload
         return b""
@@ -4017,14 +4176,19 @@ def tls_context() -> Any:
 
 
 async def dial(url: str) -> Upstream:
-    """A fresh connection to where a url says; OSError when nobody is there."""
+    """A fresh connection to where a url says; OSError when nobody is there, OutOfFiles."""
     parts = urlsplit(url)
     tls = tls_context() if parts.scheme == "https" else None
     loop = asyncio.get_running_loop()
     reader = Reader()
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     host, port = parts.hostname or "", parts.port or (443 if tls else 80)
-    transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=tls)
+    try:
+        transport, _ = await loop.create_connection(lambda: protocol, host, port, ssl=tls)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise OutOfFiles("llmq has no more open files: raise their limit") from None
+        raise
     return Upstream(url, reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
 
@@ -4062,17 +4226,6 @@ async def fetch(
         return head.status, parse_json(await upstream.read_rest(FETCHED))
     finally:
         await upstream.close()
-
-
-async def try_fetch(
-    seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
-) -> tuple[int, Any]:
-    """A POST within a time; (0, None) where that fails."""
-    asking = asyncio.ensure_future(fetch(backend, path, body, lines))
-    try:
-        return await within(seconds, asking, BackendTimeout(f"{backend.name} does not answer"))
-    except (OSError, LlmqError):
-        return 0, None
 
 
 class Pool:
@@ -4144,10 +4297,20 @@ async def inspect(backend: Backend, instance: str) -> Report:
     path = KINDS[kind].loaded_path
     shown = (await fetch(backend, path))[1] if path else None
     loaded = read_loaded(kind, models, shown)
+    if path == LMSTUDIO:
+        entries = with_details(entries, shown)
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
     tags = read_rows((await fetch(backend, "/api/tags"))[1])
     return Report(kind, entries, models, loaded, latency, tags, read_rows(shown), began, version)
+
+
+def with_details(entries: Rows, shown: Any) -> Rows:
+    """The entries with what LM Studio tells of its models at its own route only."""
+    rows = look_up(shown, "data")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    details = {str(row.get("id")): row for row in rows}
+    return tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
 
 
 def read_rows(payload: Any) -> Rows:
@@ -4166,6 +4329,9 @@ async def identify_kind(backend: Backend) -> str:
     return "openai"
 
 
+BESIDE = 8  # questions to runners at once that no slot counts
+
+
 class Monitor:
     """Keeps what llmq knows of its backends fresh."""
 
@@ -4175,7 +4341,9 @@ class Monitor:
         self.metrics = metrics
         self.instance = instance  # of this llmq
         self.news = asyncio.Event()  # some probe has ended
+        self.beside = asyncio.Semaphore(BESIDE)
         self.refreshed = float("-inf")
+        self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
 
     def probe_due(self) -> None:
@@ -4184,6 +4352,11 @@ class Monitor:
         for backend in list(self.fleet.backends.values()):
             if now >= backend.next_probe:
                 self.start_probe(backend)
+
+    def probe_now(self, backend: Backend) -> None:
+        backend.next_probe = 0.0
+        if not self.closed:
+            self.probe_due()
 
     def start_probe(self, backend: Backend) -> asyncio.Task[None]:
         if backend not in self._flights:
@@ -4218,6 +4391,8 @@ class Monitor:
             now = time.monotonic()
             if isinstance(error, BackendTimeout) and now - backend.last_received < LATELY:
                 backend.next_probe = now if backend.needs_probe else now + interval  # at work
+            elif isinstance(error, OutOfFiles):
+                backend.next_probe = now + interval
             else:
                 self.record_failure(backend, error, now)
         except Exception:
@@ -4228,11 +4403,29 @@ class Monitor:
             self._flights.pop(backend, None)
             self.news.set()
 
+    async def ask(
+        self, seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
+    ) -> tuple[int, Any]:
+        """Status and JSON (or None) of a POST beside the queue, within a time.
+
+        Few run at once, so that no crowd of them is a burden to a runner; LlmqError on failure.
+        """
+
+        async def take_turn() -> tuple[int, Any]:
+            async with self.beside:
+                return await fetch(backend, path, body, lines)
+
+        late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
+        try:
+            return await within(seconds, asyncio.ensure_future(take_turn()), late)
+        except OSError as error:
+            raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
         if failure is None:
             backend.succeeded(now, None, self.settings.upstream.probe_interval)
-        elif isinstance(failure, (BackendError, BackendTimeout)):
+        elif isinstance(failure, BackendError) and failure.unhealthy:
             if not isinstance(failure, BackendLoading):
                 backend.needs_probe |= isinstance(failure, BackendUnreached)
             self.record_failure(backend, failure, now)
@@ -4249,6 +4442,7 @@ class Monitor:
             backend.failed(now, os_error_text(error), interval, refused=refused)
 
     def close(self) -> None:
+        self.closed = True
         for flight in self._flights.values():
             flight.cancel()
 
@@ -4323,6 +4517,8 @@ class Call:
     lines = b""  # of the head of a request to a backend, those that every backend gets
     deadline = NEVER  # for the backend's next byte, monotonic
     heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
+    heartbeats = 0  # that it got
+    patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
     # At the backend at hand:
     route_asked: str | None = None
@@ -4372,9 +4568,8 @@ class Call:
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
         question, (key, routes, _) = self.question, self.ticket.want
-        if backend.traits.native and (
-            question.context or question.keep_alive or backend.num_ctx(key)
-        ):
+        shared = EMBEDDINGS not in routes and backend.num_ctx(key)
+        if backend.traits.native and (question.context or question.keep_alive or shared):
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
@@ -4385,7 +4580,7 @@ class Call:
         if route is None:
             raise Untranslatable(f"{backend.name} does not speak {self.endpoint.path}")
         context = 0
-        if route in NATIVE:
+        if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
         if route == self.endpoint.path:
             self.translator = None
@@ -4431,7 +4626,6 @@ class Call:
         assert upstream is not None  # `ask` has it
         if head.status != HTTPStatus.OK:
             raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
-        self.route_supported(backend)
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
         kind = head.headers.get("content-type", "application/json")
@@ -4444,18 +4638,22 @@ class Call:
         )
         source = self.translator.source if self.translator else self.endpoint.dialect
         if self.question.stream and source.is_stream(kind):
+            self.route_supported(backend)
             self.watch = StreamWatch(source)
             kind = self.endpoint.dialect.stream_type if self.translator else kind
             if not self.reply.started:  # by a heartbeat
                 self.reply.start(200, kind, [*self.answer_headers, *self.headers])
             self.answer = await self.relay(self.watch, upstream, received)
         else:
-            self.answer = await upstream.read_rest(ANSWER_LIMIT, received)
+            answer = await upstream.read_rest(limits.max_answer, received)
+            check_route_known(answer)
+            self.route_supported(backend)
+            self.answer = answer
         self.answer_type = kind
 
     def refusal(self, backend: Backend, head: ResponseHead, body: bytes) -> LlmqError:
         """What an answer that is not 200 means."""
-        error = read_refusal(head, body)
+        error = read_refusal(head, body, with_key=backend.has_key)
         if isinstance(error, RouteUnsupported):
             model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:
@@ -4495,7 +4693,8 @@ class Call:
         """A piece of the answer's body has come."""
         now = backend.last_received = time.monotonic()
         self.first_byte = self.first_byte or now
-        self.deadline, self.heartbeat_at = now + limits.idle_timeout, NEVER
+        self.deadline = now + limits.idle_timeout
+        self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
     # ---- how it ends
 
@@ -4567,6 +4766,7 @@ class Record(NamedTuple):
     tokens: int | None
     status: int
     outcome: str  # `done`, or the code of the error
+    error: str | None = None  # its sentence: llmq's own, a runner's for 5xx
     tokens_in: int | None = None
     tokens_per_s: float | None = None
 
@@ -4582,11 +4782,12 @@ class Record(NamedTuple):
         tokens_in = "-" if self.tokens_in is None else self.tokens_in
         tokens = "-" if self.tokens is None else self.tokens
         rate = "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f}"
+        error = f" error={json.dumps(self.error)}" if self.error else ""
         return (
             f"{self.status} {self.route} id={self.id} client={self.client} class={self.priority} "
             f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
             f"first={first} total={self.total_s:.3f} tokens_in={tokens_in} tokens_per_s={rate} "
-            f"tokens={tokens} outcome={self.outcome}"
+            f"tokens={tokens} outcome={self.outcome}{error}"
         )
 
 
@@ -4611,10 +4812,18 @@ def record_of(call: Call, now: float) -> Record:
         tokens=tokens,
         status=call.reply.status or (error.status if error else 200),
         outcome=error.code if error else "done",
+        error=error_in_sight(error),
         tokens_in=source.tokens_in,
         # Of a stream while it came, of a whole answer since its start.
         tokens_per_s=tokens / (now - since) if tokens and since and now > since else None,
     )
+
+
+def error_in_sight(error: LlmqError | None) -> str | None:
+    """What may be shown of an error: a runner's words may quote a prompt, unless it failed."""
+    if error is None or (isinstance(error, BackendAnswer) and error.status < 500):
+        return None
+    return printable(error.message, ERROR_SHOWN)
 
 
 def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
@@ -4684,10 +4893,28 @@ def check_way(request: Request, instance: str) -> None:
         raise LlmqError("this request has been through this llmq before", "loop_detected")
 
 
+def fits(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern whose ``*`` is any text; in linear time, as no regex does."""
+    first, *parts = pattern.lower().split("*")
+    name = name.lower()
+    if not parts:
+        return name == first
+    last = parts.pop()
+    if not (name.startswith(first) and name[len(first) :].endswith(last)):
+        return False
+    place, end = len(first), len(name) - len(last)
+    for part in parts:
+        place = name.find(part, place, end)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
+
+
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     """The model that a name stands for: the alias that equals it, else the first that fits."""
     for pattern in sorted(aliases, key=lambda one: one != asked):
-        if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), asked, re.IGNORECASE):
+        if fits(pattern, asked):
             return aliases[pattern]
     return None
 
@@ -4714,14 +4941,16 @@ class Admission:
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         if question.context:
-            await self.check_context(model, question.context)
+            context = await self.clamp_context(model, question.context)
+            call.question = question._replace(context=context)
         priority = question.priority
         priority = max(priority, Priority.NORMAL) if caller.foreign else priority
         want = Want(model_key(model), call.endpoint.routes)
         client = self.clients.named(caller.client)
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
         call.lines = self.via_lines + relayed_lines(request.headers)
-        self.check_supported(call, values)
+        if not question.done_reason:
+            self.check_supported(call, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
@@ -4746,14 +4975,13 @@ class Admission:
         fleet.check_spelling(asked)
         return asked
 
-    async def check_context(self, model: str, asked: int) -> None:
-        """BadRequest when more context is asked for than the settings or the model allow."""
-        most = self.settings.upstream.max_num_ctx
+    async def clamp_context(self, model: str, asked: int) -> int:
+        """What is asked for, but no more than the settings and the model allow, as Ollama does."""
+        most = min(asked, self.settings.upstream.max_num_ctx)
         for backend in self.fleet.serving(Want(model_key(model))):
             if backend.traits.native:
                 most = min(most, await self.longest_context(backend, model) or most)
-        if asked > most:
-            raise BadRequest(f"{model!r} gets a context of {most} tokens at most", param="numCtx")
+        return most
 
     async def longest_context(self, backend: Backend, model: str) -> int:
         """What the model itself can have there, asked for once; 0: not known."""
@@ -4761,8 +4989,12 @@ class Admission:
         if key not in longest and backend.usable:
             body = render_json({"model": backend.name_for(model)})
             limit = self.settings.upstream.probe_timeout
-            facts = look_up((await try_fetch(limit, backend, "/api/show", body))[1], "model_info")
+            shown: Any = None
+            with contextlib.suppress(LlmqError):
+                _, shown = await self.monitor.ask(limit, backend, "/api/show", body)
+            facts = look_up(shown, "model_info")
             for name, tokens in facts.items() if isinstance(facts, dict) else ():
+                longest.setdefault(key, 0)
                 if name.endswith(".context_length") and isinstance(tokens, int):
                     longest[key] = tokens
         return longest.get(key, 0)
@@ -4827,6 +5059,9 @@ class Gateway:
         done = False
         try:
             await self.admission.admit(call)
+            if call.question.done_reason and await self.answer_load(call):
+                done = True
+                return
             self.enqueue(call)
             while call.answer is None:
                 while call.ticket.state is TicketState.WAITING:
@@ -4839,6 +5074,36 @@ class Gateway:
         finally:
             self.settle(call, done=done)
 
+    async def answer_load(self, call: Call) -> bool:
+        """Answer what only loads or unloads a model, where it need not wait: False where it does.
+
+        Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
+        """
+        reason = call.question.done_reason
+        serving = self.fleet.serving(Want(call.ticket.model))
+        natives = [backend for backend in serving if backend.traits.native]
+        if not serving or (natives and reason == "load"):
+            return False
+        facts: Facts = {"model": call.model, "created_at": rfc3339(time.time()), "done": True}
+        facts["done_reason"] = reason
+        empty: Facts = {"message": {"role": "assistant", "content": ""}}
+        status, answer = (
+            200,
+            {**facts, **(empty if call.route == OLLAMA_CHAT else {"response": ""})},
+        )
+        limit = self.settings.upstream.first_byte_timeout
+        for backend in natives:
+            body = call.question.body_for(backend.name_for(call.model))
+            asking = asyncio.ensure_future(fetch(backend, call.endpoint.path, body, call.lines))
+            late = BackendTimeout(f"{backend.name} sent nothing for {limit:g} s")
+            try:
+                status, answer = await within(limit, asking, late)
+            except OSError as error:
+                raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+            self.monitor.probe_now(backend)
+        call.reply.respond(status, render_json(answer))
+        return True
+
     def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
         call.reply.watch(functools.partial(self.leave, call))
@@ -4847,8 +5112,9 @@ class Gateway:
         if self.draining:
             raise LlmqError("llmq is shutting down", "shutting_down")
         now, limits = self.now(), self.settings.server
-        patience = limits.heartbeat_after if call.question.stream else limits.whole_heartbeat_after
-        call.heartbeat_at = now + patience if patience else NEVER
+        stream = call.question.stream
+        call.patience = limits.heartbeat_after if stream else limits.whole_heartbeat_after
+        call.heartbeat_at = now + call.patience if call.patience else NEVER
         backend = self.scheduler.start(call.ticket, now)
         if backend is not None:
             self.calls[call.id] = call
@@ -4898,7 +5164,7 @@ class Gateway:
             self.metrics.add("llmq_retries_total", backend.name)
         else:
             if failure is None:
-                self.scheduler.service.add(now - ticket.started)
+                self.scheduler.note_service(ticket.model, now - ticket.started)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
@@ -4911,8 +5177,10 @@ class Gateway:
         else:
             call.error = call.error or LlmqError("the call broke off")
         if call.admitted:
+            left = isinstance(call.error, ClientLeft)
             call.ticket.client.done += done
-            call.ticket.client.failed += not done
+            call.ticket.client.left += left
+            call.ticket.client.failed += not done and not left
         self.changes += 1
         self.journal.keep(record_of(call, self.now()))
 
@@ -4957,7 +5225,7 @@ class Gateway:
         """Remember which route it was not; whether another, or another backend, is left."""
         ticket, route = call.ticket, call.route_asked
         if isinstance(error, RouteUnsupported) and route is not None:
-            backend.route_unsupported(route, ticket.model, error)
+            backend.route_unsupported(route, ticket.model, error, self.now())
         elif route is not None:  # what it asks cannot be translated
             left = tuple(one for one in ticket.want.routes if one != route)
             ticket.want = ticket.want._replace(routes=left)
@@ -4967,7 +5235,7 @@ class Gateway:
         """What a waiting ticket can expect, as of a pass at most a second old."""
         now = self.now()
         if now - self._forecast_at >= FORECAST_SECONDS:
-            self._forecast, self._forecast_at = forecast(self.scheduler), now
+            self._forecast, self._forecast_at = forecast(self.scheduler, now), now
         newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
         return self._forecast.get(ticket.id, newcomer)
 
@@ -5013,6 +5281,8 @@ class Gateway:
             if now >= call.deadline:
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
+        for backend in self.fleet.backends.values():
+            backend.forget_unsupported(now)
         self.pool.reap(now)
         self.journal.flush()
 
@@ -5110,8 +5380,29 @@ def since(entry: Facts) -> str:
 
 def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
-    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": ""}
+    digest = hashlib.sha256(name.encode()).hexdigest()  # Ollama's CLI shows its first 12 digits
+    facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": digest}
     return {**facts, "details": NO_DETAILS, **more}
+
+
+def bare_show(model: str, entries: Sequence[Facts]) -> Facts:
+    """What a list of models tells of one that Ollama does not have, as its /api/show would."""
+    facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
+    capabilities, info = ["embedding" if EMBEDDING.search(model) else "completion"], {}
+    for entry in entries:
+        told = entry.get("capabilities")
+        words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
+        capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
+        capabilities += ["vision"] if entry.get("type") == "vlm" else []
+        lengths = (
+            entry.get("max_model_len"),
+            entry.get("max_context_length"),
+            look_up(entry, "meta", "n_ctx_train"),
+        )
+        for length in lengths:
+            if type(length) is int and length > 0:
+                info = {"general.architecture": "unknown", "unknown.context_length": length}
+    return {**facts, "model_info": info, "capabilities": list(dict.fromkeys(capabilities))}
 
 
 def anthropic_model(entry: Facts) -> Facts:
@@ -5294,22 +5585,25 @@ class MemoryKeeper:
 
 
 def send_heartbeats(gateway: Gateway, now: float) -> None:
-    """Keep those patient who wait long, so that their clients do not give up."""
+    """Keep those patient who wait long, so that their clients do not give up; rarer with time."""
+    interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
         if now >= call.heartbeat_at and call.error is None:
-            call.heartbeat_at = now + gateway.settings.server.heartbeat_interval
+            call.heartbeats += 1
+            call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
             send_heartbeat(gateway, call)
 
 
 def send_heartbeat(gateway: Gateway, call: Call) -> None:
     reply, dialect, stream = call.reply, call.endpoint.dialect, call.question.stream
+    if call.watch is not None and call.watch.inside:  # of an event too long to be held
+        return
     if not reply.started:  # from here on whatever comes is a body under status 200
         reply.start(200, dialect.stream_type if stream else "application/json")
-    position, eta = 0, 0.0
+    expected = Expected(0, None, "")
     if call.ticket.state is TicketState.WAITING:
         expected = gateway.expected(call.ticket)
-        position, eta = expected.position, expected.eta or 0.0
-    reply.send(dialect.heartbeat(position, eta) if stream else b" ")
+    reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
 # ==== 27. Access ==================================================================================
@@ -5372,7 +5666,8 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         return
     request = exchange.request
     safe = request.method in ("GET", "HEAD") and access is Access.OWNER
-    cross_site = request.headers.get("sec-fetch-site") == "cross-site"
+    unnamed = "origin" not in request.headers  # else what its preflight was granted holds
+    cross_site = unnamed and request.headers.get("sec-fetch-site") == "cross-site"
     if exchange.caller.foreign or (cross_site and not safe):
         raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
     if access is Access.LOCAL and not exchange.is_local:
@@ -5473,7 +5768,7 @@ def show_backend(backend: Backend) -> Facts:
 
 
 def show_client(client: Client) -> Facts:
-    facts = members(client, "name", "waiting", "running", "done", "failed")
+    facts = members(client, "name", "waiting", "running", "done", "failed", "left")
     return {**facts, "served_s": round(client.served, 3)}
 
 
@@ -5694,19 +5989,30 @@ class Api:
         return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
 
     async def post_show(self, exchange: Exchange, _: str) -> Facts:
-        """What an Ollama shows of its model, asked now; of other runners little is known."""
+        """What an Ollama shows of its model, asked now; of other runners what their list tells."""
         values = await read_values(exchange, self.settings.server.max_body)
+        monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(read_name(values))
+        failure: LlmqError | None = None
         for backend in self.gateway.fleet.serving(Want(model_key(model))):
             if backend.traits.native and backend.usable:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
-                limit = self.settings.upstream.probe_timeout
-                status, shown = await try_fetch(limit, backend, "/api/show", render_json(asked))
+                limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
+                try:
+                    status, shown = await monitor.ask(limit, backend, "/api/show", body)
+                except LlmqError as error:
+                    failure = error.with_traceback(None)
+                    continue
                 if status == 200 and isinstance(shown, dict):
                     return shown
-        kind = "embedding" if EMBEDDING.search(model) else "completion"
-        facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
-        return {**facts, "model_info": {}, "capabilities": [kind]}
+                failure = read_refusal(ResponseHead(status, 1, {}), render_json(shown))
+        if failure is not None:
+            raise failure
+        reports = reports_of(self.gateway.fleet)
+        entries = [entry for report in reports for entry in report.entries]
+        return bare_show(
+            model, [one for one in entries if model_key(str(one["id"])) == model_key(model)]
+        )
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
         """Model management: straight to an Ollama and back, beside the queue."""
@@ -5715,7 +6021,10 @@ class Api:
         values = {} if digest else await read_values(exchange, self.settings.server.max_body)
         named, path = request.headers.get("x-llmq-backend"), quote(request.path, safe="/:")
         backend = pick_manager(gateway.fleet, path, values, named)
-        await Passthrough(exchange, backend, path, self.settings, gateway.instance).run()
+        try:
+            await Passthrough(exchange, backend, path, self.settings, gateway.instance).run()
+        finally:
+            gateway.monitor.probe_now(backend)
 
     async def post_count(self, exchange: Exchange, _: str) -> Facts:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
@@ -5727,15 +6036,19 @@ class Api:
         for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
-                status, counted = await try_fetch(limit, backend, COUNT_TOKENS, body, lines)
+                status = 0
+                with contextlib.suppress(LlmqError):
+                    monitor = self.gateway.monitor
+                    status, counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
                 if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
                     return cast(Facts, counted)
         return {"input_tokens": estimate_tokens(values)}
 
     async def enqueue(self, exchange: Exchange, _: str) -> None:
-        """A request that waits in the queue; chat may come without `/v1` in its path."""
+        """A request that waits in the queue; its path may lack the `/v1`."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
-        endpoint = ENDPOINTS.get(request.path) or ENDPOINTS[f"/v1{request.path}"]
+        path = request.path.replace("/v2/", "/", 1)
+        endpoint = ENDPOINTS.get(path) or ENDPOINTS[f"/v1{path}"]
         await self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
@@ -5843,8 +6156,7 @@ def row(access: Access, what: str, summary: str, *handlers: RouteHandler) -> Rou
 
 public, owned, local = (functools.partial(row, access) for access in Access)
 ROUTES = (
-    public(f"POST {CHAT}", "OpenAI chat; this and the next ten wait in the queue", Api.enqueue),
-    public("POST /chat/completions", "the same", Api.enqueue),
+    public(f"POST {CHAT}", "OpenAI chat; this and the next 16 wait in the queue", Api.enqueue),
     public(f"POST {COMPLETIONS}", "OpenAI completion", Api.enqueue),
     public(f"POST {EMBEDDINGS}", "OpenAI embeddings", Api.enqueue),
     public(f"POST {RESPONSES}", "OpenAI response", Api.enqueue),
@@ -5854,6 +6166,13 @@ ROUTES = (
     public(f"POST {OLLAMA_GENERATE}", "Ollama completion", Api.enqueue),
     public(f"POST {OLLAMA_EMBED}", "Ollama embeddings", Api.enqueue),
     public(f"POST {OLLAMA_EMBEDDINGS}", "the older form", Api.enqueue),
+    public("POST /chat/completions", "the same without `/v1`", Api.enqueue),
+    public("POST /completions", "the same without `/v1`", Api.enqueue),
+    public("POST /embeddings", "the same without `/v1`", Api.enqueue),
+    public("POST /responses", "the same without `/v1`", Api.enqueue),
+    public("POST /messages", "the same without `/v1`", Api.enqueue),
+    public("POST /rerank", "the same without `/v1`", Api.enqueue),
+    public("POST /v2/rerank", "the same, Cohere's newer path", Api.enqueue),
     public(f"POST {COUNT_TOKENS}", "a message's tokens, counted or estimated", Api.post_count),
     public("GET HEAD /v1/models", "the models of all backends", Api.get_models),
     public("GET HEAD /models", "the same", Api.get_models),
@@ -6285,6 +6604,8 @@ class LogHandler(logging.Handler):
         self.form = form
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # it was started without one
+            return
         rows: Sequence[tuple[float, str | Record]]
         if isinstance(record.msg, Lines):
             rows = record.msg.rows

@@ -87,7 +87,7 @@ class Dialect:
     streams = True
     default_stream = False  # when the request does not say
     media = "text/event-stream"
-    sign = rb": position=\d+ eta=\d+\n\n"  # of life, in a stream that waits
+    sign = rb": position=\d+(?: eta=\d+)?\n"  # of life, in a stream that waits
 
     def __repr__(self) -> str:
         return self.path

@@ -365,10 +365,22 @@ async def test_error_of_the_runner_in_another_shape_becomes_anthropics(
 @pytest.mark.parametrize("status", [401, 403])
 async def test_key_that_the_runner_refuses_is_not_the_clients_fault(status: int) -> None:
     own = {"type": "error", "error": {"type": "authentication_error", "message": "no key"}}
+    async with Runner() as runner:
+        backends = {"box": {"url": runner.url, "key": "secret-7"}}
+        async with running(backends=backends) as q:
+            asked = post(q, MESSAGES, least(MESSAGES))
+            await refuse(await arrival(asked, runner), status, own)
+            assert_error(await asked, 502, "api_error")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_runners_own_refusal_passes_where_llmq_sends_no_key(status: int) -> None:
+    own = {"type": "error", "error": {"type": "authentication_error", "message": "no key"}}
     async with Runner() as runner, running(runner.url) as q:
         asked = post(q, MESSAGES, least(MESSAGES))
         await refuse(await arrival(asked, runner), status, own)
-        assert_error(await asked, 502, "api_error")
+        answer = await asked
+        assert (answer.status, answer.clean, answer.json()) == (status, True, own)
 
 
 # ---- Errors in the stream --------------------------------------------------------------------

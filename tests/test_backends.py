@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -468,6 +469,22 @@ def test_what_it_lacks_is_forgotten_when_it_comes_back_and_not_before() -> None:
     assert one.supports(CHAT, "m")
 
 
+def test_what_it_lacks_is_tried_again_after_a_minute() -> None:
+    one = of_kind("vllm", "m", "n")
+    one.route_unsupported(CHAT, "m", lack(404), 100.0)
+    one.route_unsupported(RERANK, "n", lack(501), 130.0)
+    one.forget_unsupported(159.9)
+    assert not one.supports(CHAT, "m")
+    assert not one.supports(RERANK, "n")
+    one.forget_unsupported(160.0)
+    assert one.supports(CHAT, "m")
+    one.route_unsupported(CHAT, "m", lack(404), 200.0)
+    one.forget_unsupported(259.9)
+    assert not one.supports(CHAT, "m"), "a minute each time"
+    one.forget_unsupported(260.0)
+    assert one.supports(CHAT, "m")
+
+
 def test_only_backends_that_speak_a_route_serve_and_are_candidates_for_it() -> None:
     both = fleet(a=("m",), b=("m",))
     a, b = both.backends.values()
@@ -533,11 +550,29 @@ def test_the_context_is_the_largest_that_was_asked_for_and_started() -> None:
     assert one.contexts.shared("m") == 8192
 
 
-def test_what_it_is_loaded_with_counts() -> None:
+def test_what_it_is_loaded_with_by_its_own_choice_binds_nobody() -> None:
     one = ollama(m=4096)
-    assert (one.num_ctx("m"), one.num_ctx("n")) == (4096, 0)
-    assert one.contexts.request("m", 0, 0.0) == 4096
-    assert one.contexts.request("m", 8192, 0.0) == 8192
+    assert (one.num_ctx("m"), one.num_ctx("n")) == (0, 0)
+    assert one.contexts.request("m", 0, 0.0) == 0
+    assert one.contexts.requested == {}
+
+
+def test_who_asks_for_no_more_than_it_is_loaded_with_gets_just_that_and_leaves_no_mark() -> None:
+    one = ollama(m=4096)
+    for asked in (1, 2048, 4096):
+        assert one.contexts.request("m", asked, 0.0) == 4096
+    assert (one.num_ctx("m"), one.contexts.requested) == (0, {})
+    assert one.contexts.request("m", 4097, 0.0) == 4097
+    assert one.num_ctx("m") == 4097
+    assert one.contexts.request("m", 0, 0.0) == 4097
+
+
+def test_what_was_asked_for_and_is_loaded_with_more_is_sent_as_it_is_loaded() -> None:
+    one = ollama()
+    one.contexts.request("m", 4096, 0.0)
+    look(one, 1.0, m=8192)
+    assert one.contexts.request("m", 0, 1.0) == 8192
+    assert one.num_ctx("m") == 4096
 
 
 def test_the_configured_one_is_the_least_but_no_more_than_the_model_can() -> None:
@@ -589,26 +624,30 @@ def test_work_for_another_model_keeps_nothing() -> None:
     assert one.num_ctx("m") == 0
 
 
-def test_a_reset_forgets_what_was_asked_for_and_what_is_held() -> None:
+def test_a_reset_forgets_what_was_asked_for_whatever_is_held() -> None:
     one = ollama(m=4096)
     one.contexts.request("m", 8192, 0.0)
     one.contexts.reset("m")
     assert one.num_ctx("m") == 0
-    look(one, 1.0, m=4096)
-    assert one.num_ctx("m") == 0, "loaded as before"
-    look(one, 2.0, m=2048)
-    assert one.num_ctx("m") == 2048, "loaded anew"
+    for number, held in enumerate((4096, 2048, 16384), 1):
+        look(one, float(number), m=held)
+        assert one.num_ctx("m") == 0
+        assert one.contexts.request("m", 0, float(number)) == 0
+        assert one.contexts.request("m", 1024, float(number)) == held
+    one.contexts.request("m", 32768, 4.0)
     one.contexts.reset("n")
-    assert one.num_ctx("m") == 2048
-    assert one.contexts.request("m", 1024, 0.0) == 2048
+    assert one.num_ctx("m") == 32768, "that was another's"
 
 
-def test_a_reset_is_over_when_the_model_unloads() -> None:
+def test_a_reset_is_over_with_the_next_that_asks() -> None:
     one = ollama(m=4096)
+    one.contexts.request("m", 8192, 0.0)
     one.contexts.reset("m")
     look(one, 1.0)
     look(one, 2.0, m=4096)
-    assert one.num_ctx("m") == 4096
+    assert one.num_ctx("m") == 0
+    assert one.contexts.request("m", 8192, 3.0) == 8192
+    assert one.num_ctx("m") == 8192
 
 
 @pytest.mark.parametrize(
@@ -890,3 +929,17 @@ def test_other_runners_have_loaded_what_they_list(kind: str) -> None:
 )
 def test_odd_news_of_loaded_models_is_no_news(kind: str, payload: object) -> None:
     assert llmq.read_loaded(kind, ("m",), payload) == ()
+
+
+def test_a_runners_words_forge_no_line_and_are_not_endless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "llmq")
+    one = backend("m")
+    for end in (one.loads, one.failed):
+        more = () if end == one.loads else (5.0,)
+        end(0.0, "loading\n2026-01-01 INFO forged\x1b[2J" + "x" * 100_000, *more)
+        assert one.error is not None
+        assert one.error.isprintable()
+        assert len(one.error) <= llmq.ERROR_SHOWN
+    assert all(record.getMessage().isprintable() for record in caplog.records)

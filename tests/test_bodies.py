@@ -346,12 +346,58 @@ def test_foreign_page_is_served_as_its_bytes_where_it_asks_for_no_context(path):
 
 
 @each_carrier
-@pytest.mark.parametrize("value", ["0", "-1", "true", "4096.5", '"4096"', "[]", "1e999"])
+@pytest.mark.parametrize(
+    "value", ["true", "false", "4096.5", "-0.5", '"4096"', '"0"', "[]", "{}", "1e999", "-1e999"]
+)
 def test_bad_context_among_the_options_is_named(path, value):
     for foreign in (False, True):
         with pytest.raises(BadRequest) as caught:
             ask(path, f'"options":{{"num_ctx":{value}}}', foreign=foreign)
         assert caught.value.param == "options.num_ctx"
+
+
+@each_carrier
+@pytest.mark.parametrize("value", ["0", "-1", "-0", "0.0", "-4096.0", "-" + "9" * 30, "null"])
+def test_context_of_0_or_less_among_the_options_is_the_default(path, value):
+    plain = ask(path, f'"model":"m","options":{{"num_ctx":{value},"seed":1}}')
+    assert plain.context == 0
+    assert sent(plain) == plain.body
+    options = strict(plain.body_for("m", 8192))["options"]
+    assert options == {"num_ctx": 8192, "seed": 1}, "the shared one, where there is one"
+    both = ask(path, f'"numCtx":4096,"options":{{"num_ctx":{value}}}')
+    assert both.context == 4096
+
+
+@each_route
+@pytest.mark.parametrize("value", ["0", "-1", "-" + "9" * 30, "null"])
+def test_own_context_of_0_or_less_is_the_default_and_is_cut(path, value):
+    question = ask(path, f'"model":"m","numCtx":{value}')
+    assert question.context == 0
+    assert sent(question) == ask(path, '"model":"m"').body
+
+
+@pytest.mark.parametrize(
+    ("path", "members", "says"),
+    [
+        ("/api/chat", "", "load"),
+        ("/api/chat", '"messages":[]', "load"),
+        ("/api/chat", '"messages":null,"keep_alive":"5m"', "load"),
+        ("/api/chat", '"messages":[],"keep_alive":0', "unload"),
+        ("/api/chat", '"messages":[],"keep_alive":"0s"', "unload"),
+        ("/api/chat", '"messages":[{"role":"user","content":"hi"}],"keep_alive":0', ""),
+        ("/api/generate", "", "load"),
+        ("/api/generate", '"prompt":"","keep_alive":-1', "load"),
+        ("/api/generate", '"prompt":"","keep_alive":0', "unload"),
+        ("/api/generate", '"prompt":"hi","keep_alive":0', ""),
+        ("/api/embed", '"keep_alive":0', ""),
+        ("/api/embeddings", '"prompt":"","keep_alive":0', ""),
+        ("/v1/responses", '"keep_alive":0', ""),
+        ("/v1/chat/completions", '"messages":[{"role":"user"}],"keep_alive":0', ""),
+    ],
+)
+def test_request_that_only_loads_or_unloads_a_model_is_known(path, members, says):
+    question = read(path, f"{{{members}}}".encode())
+    assert question.done_reason == says
 
 
 @each_carrier
@@ -673,9 +719,9 @@ def test_priority_is_read_and_the_field_is_cut(members, header, expected):
         (chat('"stream":[]'), "stream"),
         (chat('"priority":1'), "priority"),
         (chat('"priority":"urgent"'), "priority"),
-        (chat('"numCtx":0'), "numCtx"),
-        (chat('"numCtx":-1'), "numCtx"),
         (chat('"numCtx":true'), "numCtx"),
+        (chat('"numCtx":false'), "numCtx"),
+        (chat('"numCtx":-1.5'), "numCtx"),
         (chat('"numCtx":4096.0'), "numCtx"),
         (chat('"numCtx":1e999'), "numCtx"),
         (chat('"numCtx":"4096"'), "numCtx"),
@@ -730,7 +776,7 @@ def test_what_some_runner_may_take_is_left_to_it(path, body):
         ('"model":"' + "m" * 513 + '"', "model"),
         ('"stream":"no"', "stream"),
         ('"priority":7', "priority"),
-        ('"numCtx":-1', "numCtx"),
+        ('"numCtx":"many"', "numCtx"),
     ],
     ids=["model", "long", "stream", "priority", "numCtx"],
 )

@@ -642,7 +642,7 @@ def signs(library: Library, job: str, body: bytes) -> int:
     if job == "whole" or library.dialect == "ollama":
         return len(body) - len(body.lstrip(b" "))
     sign = {
-        "openai": rb": position=\d+ eta=\d+\n\n",
+        "openai": rb": position=\d+(?: eta=\d+)?\n",
         "anthropic": rb'event: ping\ndata: \{"type":"ping"\}\n\n',
     }[library.dialect]
     return len(re.findall(sign, re.match(rb"(?:%s)*" % sign, body)[0]))

@@ -31,8 +31,11 @@ FOREIGN = {"Origin": "https://evil.example"}
 HOME = {"Origin": "http://localhost:3000"}
 CARRY = (NATIVE_CHAT, GENERATE, EMBED, OLD_EMBED, CHAT, COMPLETIONS, EMBEDDINGS)
 NATIVE = CARRY[:4]
+EMBEDS = (EMBED, OLD_EMBED, EMBEDDINGS)  # which carry one only if they ask for one
+ASKS_LESS = {"options": {"num_ctx": 2048}}
 each_that_carries = pytest.mark.parametrize("dialect", CARRY, ids=repr)
 each_native = pytest.mark.parametrize("dialect", NATIVE, ids=repr)
+each_embed = pytest.mark.parametrize("dialect", EMBEDS, ids=repr)
 ODD = b' {"model":"m" ,\n  "x-unknown":[1.0,1e2,"\\u00e9"],%s "stream": false}\n'  # kept as it is
 
 
@@ -89,11 +92,10 @@ async def test_clients_with_and_without_a_context_share_one_and_one_load() -> No
         await served(q, GENERATE)
         await served(q, GENERATE, numCtx=8192)
         await served(q, COMPLETIONS)
-        await served(q, EMBED)
+        await served(q, EMBED, numCtx=8192)
         await served(q, OLD_EMBED, options={"num_ctx": 1024, "seed": 1})
         await served(q, EMBEDDINGS, numCtx=512)
-        await served(q, EMBEDDINGS)
-        assert contexts(fake) == [8192] * 13
+        assert contexts(fake) == [8192] * 12
         assert fake.loads == [("m", 8192)]
         assert not [request for request in fake.requests if "numCtx" in request.json]
 
@@ -102,8 +104,28 @@ async def test_clients_with_and_without_a_context_share_one_and_one_load() -> No
 async def test_first_context_asked_for_is_carried_to_the_runner(dialect: Dialect) -> None:
     async with Runner() as fake, running(fake.url) as q:
         await served(q, dialect, numCtx=8192)
-        await served(q, dialect)
+        await served(q, dialect, **({"numCtx": 4096} if dialect in EMBEDS else {}))
+        assert contexts(fake) == [8192, 8192]
         assert fake.loads == [("m", 8192)]
+        assert await marks(q) == {"m": 8192}
+
+
+@pytest.mark.parametrize("starting", [0, 8192])
+@each_embed
+async def test_embeddings_carry_none_unless_they_ask(dialect: Dialect, starting: int) -> None:
+    """An explicit one made every embedding model of a shorter context load again and again."""
+    plain = ODD % (json.dumps(dialect.asked("hi"))[1:-1] + ",").encode()
+    async with Runner() as fake, running(fake.url, upstream__num_ctx=starting) as q:
+        await served(q, CHAT, numCtx=8192)
+        assert await marks(q) == {"m": 8192}
+        assert (await ask(q.port, "POST", dialect.path, body=plain)).status == 200
+        assert (fake.requests[-1].path, fake.requests[-1].body) == (dialect.path, plain)
+        for none in (None, 0, -1):
+            await served(q, dialect, numCtx=none)
+            assert fake.requests[-1].path == dialect.path
+            assert fake.requests[-1].json == dialect.body("hello there")
+        await served(q, dialect, numCtx=512)
+        assert contexts(fake) == [8192, None, None, None, None, 8192]
         assert await marks(q) == {"m": 8192}
 
 
@@ -143,9 +165,12 @@ async def test_native_clients_own_option_is_a_request_for_it(dialect: Dialect) -
         await served(q, dialect, options={"temperature": 0.5, "num_ctx": 2048, "seed": 7})
         await served(q, dialect, options={"seed": 7})
         await served(q, dialect, options={})
-        assert contexts(fake) == [8192] * 5
+        embeds = dialect in EMBEDS
+        assert contexts(fake) == [8192] * 3 + [None if embeds else 8192] * 2
         assert fake.requests[2].json["options"] == {"temperature": 0.5, "num_ctx": 8192, "seed": 7}
-        assert fake.requests[3].json["options"] == {"num_ctx": 8192, "seed": 7}
+        shared = {} if embeds else {"num_ctx": 8192}
+        assert fake.requests[3].json["options"] == {**shared, "seed": 7}
+        assert fake.requests[4].json["options"] == shared
 
 
 async def test_both_ways_of_asking_count_and_the_larger_one_wins() -> None:
@@ -168,7 +193,8 @@ async def test_request_that_asks_for_just_the_mark_passes_byte_for_byte(dialect:
 
 @each_native
 async def test_all_but_the_context_stays_as_the_client_wrote_it(dialect: Dialect) -> None:
-    fields = json.dumps(dialect.asked("hi"))[1:-1] + ","
+    own = ASKS_LESS if dialect in EMBEDS else {}
+    fields = json.dumps({**dialect.asked("hi"), **own})[1:-1] + ","
     body = ODD % fields.encode()
     async with Runner() as fake, running(fake.url) as q:
         await served(q, dialect, numCtx=8192)
@@ -226,25 +252,57 @@ async def test_route_that_cannot_carry_it_passes_without_it(dialect: Dialect) ->
 # ---- What is loaded --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("asked", [1, 8192, 16384])
 @each_that_carries
-async def test_what_a_model_is_loaded_with_counts(dialect: Dialect) -> None:
+async def test_one_that_asks_for_no_more_than_is_loaded_is_sent_with_just_that(
+    dialect: Dialect, asked: int
+) -> None:
     async with Runner() as fake, running(fake.url) as q:
         fake.contexts = {"m": 16384}
-        await served(q, dialect)
-        await served(q, dialect, numCtx=8192)
-        assert contexts(fake) == [16384, 16384]
+        await served(q, dialect, numCtx=asked)
+        if dialect in NATIVE:
+            await served(q, dialect, options={"num_ctx": asked})
+        assert set(contexts(fake)) == {16384}
         assert fake.loads == []
-        assert await marks(q) == {"m": 16384}
+        assert await marks(q) == {}
+
+
+@each_that_carries
+async def test_one_that_asks_for_more_than_is_loaded_raises_it(dialect: Dialect) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        fake.contexts = {"m": 4096}
+        await served(q, dialect, numCtx=8192)
+        assert contexts(fake) == [8192]
+        assert fake.loads == [("m", 8192)]
+        assert await marks(q) == {"m": 8192}
+
+
+@pytest.mark.parametrize("dialect", [*CARRY, RESPONSES, MESSAGES], ids=repr)
+async def test_what_a_model_is_loaded_with_by_itself_binds_nobody(dialect: Dialect) -> None:
+    """An ordinary request passes byte for byte, whatever is loaded."""
+    body = ODD % (json.dumps(dialect.asked("hi"))[1:-1] + ",").encode()
+    async with Runner() as fake, running(fake.url, **QUICK) as q:
+        fake.contexts = {"m": 16384}
+        await looked(q, fake)
+        assert await marks(q) == {}
+        answer = await ask(q.port, "POST", dialect.path, body=body)
+        assert (answer.status, dialect.text(answer)) == (200, "hi")
+        (request,) = fake.requests
+        assert (request.path, request.body) == (dialect.path, body)
+        assert await marks(q) == {}
 
 
 async def test_model_that_loads_by_itself_is_seen_and_not_loaded_again() -> None:
+    body = ODD % (json.dumps(CHAT.asked("hi"))[1:-1] + ",").encode()
     async with Runner() as fake, running(fake.url, **QUICK) as q:
         await served(q, CHAT)
-        await told(q, {"m": DEFAULT_CONTEXT})
-        await served(q, CHAT)
+        await looked(q, fake)
+        assert (await ask(q.port, "POST", CHAT.path, body=body)).status == 200
+        assert (fake.requests[-1].path, fake.requests[-1].body) == (CHAT.path, body)
         await served(q, NATIVE_CHAT, numCtx=2048)
-        assert contexts(fake) == [None, DEFAULT_CONTEXT, DEFAULT_CONTEXT]
+        assert contexts(fake) == [None, None, DEFAULT_CONTEXT]
         assert fake.loads == [("m", DEFAULT_CONTEXT)]
+        assert await marks(q) == {}
 
 
 async def test_mark_is_forgotten_when_the_model_unloads() -> None:
@@ -349,39 +407,45 @@ async def test_models_own_limit_is_the_most(dialect: Dialect, told_by: str) -> N
     async with Runner() as fake:
         getattr(fake, told_by)["m"] = 8192
         async with running(fake.url) as q:
-            assert "8192" in await refused(q, dialect, numCtx=8193)
-            assert fake.requests == []
-            await served(q, dialect, numCtx=8192)
-            assert contexts(fake) == [8192]
+            for asked in (8193, 10**30, 8192):
+                await served(q, dialect, numCtx=asked)
+            assert contexts(fake) == [8192] * 3
+            assert fake.loads == [("m", 8192)]
+            assert await marks(q) == {"m": 8192}
 
 
 @each_that_carries
 async def test_max_num_ctx_is_the_most(dialect: Dialect) -> None:
     async with Runner() as fake, running(fake.url, upstream__max_num_ctx=6000) as q:
         fake.limits["m"] = 8192
-        assert "6000" in await refused(q, dialect, numCtx=6001)
-        assert await marks(q) == {}
-        await served(q, dialect, numCtx=6000)
-        assert contexts(fake) == [6000]
+        for asked in (6001, 8193, 6000):
+            await served(q, dialect, numCtx=asked)
+        assert contexts(fake) == [6000] * 3
+        assert fake.loads == [("m", 6000)]
+        assert await marks(q) == {"m": 6000}
 
 
 async def test_max_num_ctx_is_131072_by_default() -> None:
     async with Runner() as fake, running(fake.url) as q:
-        assert "131072" in await refused(q, CHAT, numCtx=131073)
-        await served(q, CHAT, numCtx=131072)
-        assert contexts(fake) == [131072]
+        for asked in (131073, 10**30, 131072):
+            await served(q, CHAT, numCtx=asked)
+        assert contexts(fake) == [131072] * 3
+        assert fake.loads == [("m", 131072)]
 
 
 @each_native
 async def test_limit_holds_for_native_clients_own_option(dialect: Dialect) -> None:
     async with Runner() as fake, running(fake.url) as q:
         fake.limits["m"] = 8192
-        assert "8192" in await refused(q, dialect, options={"num_ctx": 8193})
-        assert fake.requests == []
+        await served(q, dialect, options={"num_ctx": 8193, "seed": 1})
+        (request,) = fake.requests
+        assert request.path == dialect.path
+        assert request.json["options"] == {"num_ctx": 8192, "seed": 1}
+        assert await marks(q) == {"m": 8192}
 
 
 @pytest.mark.parametrize(
-    "bad", ["8192", "", 0, -1, 1.5, True, False, [], [8192], {}, {"a": 1}, 10**30, 1e999]
+    "bad", ["8192", "", "0", 1.5, -1.5, True, False, [], [8192], {}, {"a": 1}, 1e999]
 )
 @pytest.mark.parametrize("dialect", [CHAT, MESSAGES, NATIVE_CHAT, EMBED], ids=repr)
 async def test_context_that_is_no_good_number_is_told(dialect: Dialect, bad: Any) -> None:
@@ -392,12 +456,40 @@ async def test_context_that_is_no_good_number_is_told(dialect: Dialect, bad: Any
         assert bad == 1e999 or answer.json()["error"]["param"] == "numCtx"
 
 
-async def test_null_is_no_context() -> None:
+@pytest.mark.parametrize("none", [None, 0, -1, -(10**30)])
+async def test_null_and_0_and_less_are_the_default(none: int | None) -> None:
     async with Runner() as fake, running(fake.url) as q:
         for dialect in CARRY:
-            await served(q, dialect, numCtx=None)
+            await served(q, dialect, numCtx=none)
+            assert fake.requests[-1].path == dialect.path
             assert fake.requests[-1].json == dialect.body("hello there")
         assert contexts(fake) == [None] * len(CARRY)
+        assert await marks(q) == {}
+
+
+@pytest.mark.parametrize("none", [None, 0, -1])
+@pytest.mark.parametrize("dialect", [CHAT, COMPLETIONS, NATIVE_CHAT, GENERATE], ids=repr)
+async def test_default_is_the_shared_one_where_there_is_one(
+    dialect: Dialect, none: int | None
+) -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await served(q, CHAT, numCtx=8192)
+        await served(q, dialect, numCtx=none)
+        if dialect in NATIVE:
+            await served(q, dialect, options={"num_ctx": none})
+        assert set(contexts(fake)) == {8192}
+        assert fake.loads == [("m", 8192)]
+
+
+@pytest.mark.parametrize("none", [0, -1])
+@each_native
+async def test_native_option_of_0_or_less_sets_no_mark(dialect: Dialect, none: int) -> None:
+    fields = json.dumps({**dialect.asked("hi"), "options": {"num_ctx": none}})[1:-1] + ","
+    body = ODD % fields.encode()
+    async with Runner() as fake, running(fake.url) as q:
+        assert (await ask(q.port, "POST", dialect.path, body=body)).status == 200
+        assert [(one.path, one.body) for one in fake.requests] == [(dialect.path, body)]
+        assert await marks(q) == {}
 
 
 @pytest.mark.parametrize("odd", [None, "x", 0, -5, 1.5, [], {"num_ctx": None}, {"num_ctx": "x"}])
@@ -432,7 +524,8 @@ async def test_page_of_a_foreign_origin_cannot_raise_it(dialect: Dialect, origin
         await served(q, dialect, **page)
         if native:
             await served(q, dialect, options={"num_ctx": 32768}, **page)
-        assert set(contexts(fake)[1:]) == {8192}
+        assert contexts(fake)[1] == 8192
+        assert set(contexts(fake)[2:]) == {None if dialect in EMBEDS else 8192}
         assert await marks(q) == {"m": 8192}
 
 
@@ -455,15 +548,16 @@ async def test_page_of_this_box_can_raise_it() -> None:
 
 @each_that_carries
 async def test_starting_context_is_what_models_begin_with(dialect: Dialect) -> None:
+    unasked = None if dialect in EMBEDS else 8192
     async with Runner() as fake, running(fake.url, upstream__num_ctx=8192, **QUICK) as q:
         await served(q, dialect)
         await served(q, dialect, numCtx=4096)
-        assert contexts(fake) == [8192, 8192]
+        assert contexts(fake) == [unasked, 8192]
         await looked(q, fake)
         fake.unload("m")
         await looked(q, fake)
         await served(q, dialect)
-        assert contexts(fake) == [8192, 8192, 8192]
+        assert contexts(fake) == [unasked, 8192, unasked]
         await served(q, dialect, numCtx=16384)
         assert contexts(fake)[-1] == 16384
 

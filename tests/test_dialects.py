@@ -329,7 +329,19 @@ def test_whatever_a_backend_says_in_an_error_there_is_a_message(body, message):
         (404, b"404 page not found", RouteUnsupported, 501),
         (404, b'{"detail":"Not Found"}', RouteUnsupported, 501),
         (404, b'{"error":{"message":"File Not Found"}}', RouteUnsupported, 501),
-        (404, b'{"error":"remodeling"}', RouteUnsupported, 501),
+        (404, b'{"error":"Unexpected endpoint or method. (POST /v1/x)"}', RouteUnsupported, 501),
+        (404, b'{"error":{"message":"Cannot POST /v1/rerank"}}', RouteUnsupported, 501),
+        (404, b'{"error":{"message":"unknown path /v1/x"}}', RouteUnsupported, 501),
+        (404, b'{"error":"remodeling"}', BackendAnswer, 404),
+        (404, b'{"error":"not here"}', BackendAnswer, 404),
+        (404, b'{"error":"Not found: the answer"}', BackendAnswer, 404),
+        (
+            404,
+            b'{"error":{"message":"Response with id \'resp_1\' not found."}}',
+            BackendAnswer,
+            404,
+        ),
+        (404, b'{"error":{"message":"file-7 not found"}}', BackendAnswer, 404),
         (404, b'{"error":"no such model"}', BackendAnswer, 404),
         (404, b'{"error":{"message":"Model \'x\' not found"}}', BackendAnswer, 404),
         (404, b'{"type":"error","error":{"message":"model: x"}}', BackendAnswer, 404),
@@ -345,10 +357,51 @@ def test_refusal_says_whose_fault_it_is(status, body, kind, shown):
         assert refusal.retry_after == 7
 
 
-@pytest.mark.parametrize(("status", "for_model"), [(404, False), (405, False), (501, True)])
-def test_lack_of_a_route_is_of_the_backend_or_of_one_model(status, for_model):
-    lack = refused_with(status, b'{"error":"not here"}')
-    assert (lack.message, lack.for_model, lack.should_retry) == ("not here", for_model, False)
+@pytest.mark.parametrize(
+    ("status", "says", "for_model"),
+    [(404, "Not Found", False), (405, "not here", False), (501, "not here", True)],
+)
+def test_lack_of_a_route_is_of_the_backend_or_of_one_model(status, says, for_model):
+    lack = refused_with(status, json.dumps({"error": says}).encode())
+    assert (lack.message, lack.for_model, lack.should_retry) == (says, for_model, False)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_key_is_the_runners_word_where_llmq_sends_none(status):
+    body = b'{"error":"sign in","signin_url":"https://ollama.com/connect"}'
+    refusal = read_refusal(ResponseHead(status, 1, {}), body, with_key=False)
+    assert (type(refusal), refusal.status, refusal.message) == (BackendAnswer, status, "sign in")
+    assert refusal.body == body
+    assert type(read_refusal(ResponseHead(status, 1, {}), body, with_key=True)) is BackendError
+
+
+@pytest.mark.parametrize(
+    ("body", "lacks"),
+    [
+        (b'{"error":"Unexpected endpoint or method. (POST /v1/rerank)"}', True),
+        (
+            b'{"error":{"message":"Unexpected endpoint or method. (POST /v1/x). Returning 200"}}',
+            True,
+        ),
+        (b'{"error":"Not Found"}', True),
+        (b'{"error":"out of memory"}', False),
+        (b'{"error":"the file was not found"}', False),
+        (b'{"error":null,"choices":[]}', False),
+        (b'{"choices":[{"text":"Unexpected endpoint or method. error"}]}', False),
+        (b'"error: not found"', False),
+        (b"error", False),
+        (b"{}", False),
+        (b"", False),
+    ],
+)
+def test_answer_of_status_200_may_say_that_its_route_is_unknown(body, lacks):
+    """LM Studio's do."""
+    if lacks:
+        with pytest.raises(RouteUnsupported) as caught:
+            llmq.check_route_known(body)
+        assert not caught.value.for_model
+    else:
+        llmq.check_route_known(body)
 
 
 @pytest.mark.parametrize(
@@ -588,7 +641,7 @@ def test_error_behind_the_end_is_no_success_either(name):
 def test_signs_of_life_in_a_runners_stream_change_nothing(name):
     """As llmq in front of llmq has them."""
     dialect = DIALECTS[name]
-    beats = dialect.heartbeat(3, 12.4) + dialect.heartbeat(0, 0.0)
+    beats = dialect.heartbeat(3, 12.4) + dialect.heartbeat(0, None)
     data = beats + GOOD[name].replace(PIECE[name], beats + PIECE[name])
     for pieces in cuts(data, most=20):
         shown, watch, failure = watched(pieces, dialect)
@@ -596,8 +649,12 @@ def test_signs_of_life_in_a_runners_stream_change_nothing(name):
 
 
 def test_signs_of_life_are_what_each_dialects_clients_pass_over():
-    assert OPENAI.heartbeat(3, 12.4) == b": position=3 eta=12\n\n"
-    assert RESPONSES.heartbeat(0, 0.0) == b": position=0 eta=0\n\n"
+    for dialect in (OPENAI, RESPONSES):
+        assert dialect.heartbeat(3, 12.4) == b": position=3 eta=12\n"
+        assert dialect.heartbeat(0, 0.0) == b": position=0 eta=0\n"
+        assert dialect.heartbeat(3, None) == b": position=3\n"
+    for dialect in (ANTHROPIC, OLLAMA):
+        assert dialect.heartbeat(3, None) == dialect.heartbeat(3, 12.4)
     assert ANTHROPIC.heartbeat(3, 12.4) == b'event: ping\ndata: {"type":"ping"}\n\n'
     assert OLLAMA.heartbeat(3, 12.4) == b" "
 

@@ -292,13 +292,20 @@ OPTIONS = [  # and where the context stands in them
 
 
 @pytest.mark.parametrize("path", ROUTES["ollama"])
+@pytest.mark.parametrize("how", ["configured", "loaded"])
 @pytest.mark.deadline(60)
-async def test_shared_context_changes_one_number_and_nothing_else(path: str) -> None:
-    """The model is loaded with 16384: that goes into `options`, every other byte stays."""
+async def test_shared_context_changes_one_number_and_nothing_else(path: str, how: str) -> None:
+    """Of 16384: it goes into `options`, every other byte stays.
+
+    One that is only what the model is loaded with is for those who ask for one, and so is any for
+    embeddings; the others stay as they are.
+    """
     chance = random.Random(f"context {path}")
+    binds_all = how == "configured" and "embed" not in path
     async with Runner(reply=nothing) as runner:
-        runner.contexts = {"m": 16384}
-        async with running(runner.url) as q, await Raw.open(q.port) as raw:
+        runner.contexts = {"m": 16384} if how == "loaded" else {}
+        start = 16384 if how == "configured" else 0
+        async with running(runner.url, upstream__num_ctx=start) as q, await Raw.open(q.port) as raw:
             await told(q)
             talk = Talk(q, runner, raw)
             for document in documents(chance, path, "m"):
@@ -312,6 +319,9 @@ async def test_shared_context_changes_one_number_and_nothing_else(path: str) -> 
                 request, answer = await talk.ask(path, document.body, reply)
                 assert answer.status == 200, answer
                 got, meant = json.loads(request.body), json.loads(document.body)
+                if not binds_all and "%s" not in options:
+                    assert request.body == document.body
+                    continue
                 wanted = {**(meant["options"] or {}), "num_ctx": 16384}
                 assert got == {**meant, "options": wanted}, document.body
                 if "%s" in options:

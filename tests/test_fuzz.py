@@ -29,6 +29,7 @@ COUNT = int(os.environ.get("LLMQ_FUZZ", "20000"))
 SEED = os.environ.get("LLMQ_FUZZ_SEED", "1")
 SLOW = 5.0  # seconds of processor time for one input: far above any of them
 ALARM = 30  # seconds for one input of the long run
+LEFT_OUT = "a tool call of an answer is left out"  # what may be logged: it is no fault of llmq's
 BODY_LIMIT = 4096  # small, so that mutations meet it
 RECORDINGS = Path(__file__).parent / "real" / "recordings"
 
@@ -248,6 +249,8 @@ class Raising(logging.Handler):
     """What the last resort of a connection would log is a failure here."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING and record.getMessage().startswith(LEFT_OUT):
+            return
         raise record.exc_info[1] if record.exc_info and record.exc_info[1] else AssertionError
 
 
@@ -330,7 +333,11 @@ async def read(upstream: llmq.Upstream) -> Any:
                 shown.append(watch.feed(await upstream.read_piece()))
                 assert dialect is llmq.OLLAMA or b"\ndata: [DONE]" not in b"\n" + b"".join(shown)
             return head, b"".join(shown) + watch.finish(), watch.tokens
-    body = await upstream.read_rest(llmq.ANSWER_LIMIT)
+    body = await upstream.read_rest(SERVER.settings.upstream.max_answer)
+    try:
+        llmq.check_route_known(body)
+    except llmq.RouteUnsupported as lack:
+        return head, body, type(lack), lack.message
     document = llmq.read_whole(body)
     for translator in translators():
         with contextlib.suppress(llmq.BackendError):

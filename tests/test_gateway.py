@@ -16,7 +16,18 @@ import pytest
 
 import llmq
 from tests.fake_ollama import Runner
-from tests.fakes import Answer, FakeBackend, Raw, ask, chat, eventually, http, running
+from tests.fakes import (
+    Answer,
+    FakeBackend,
+    Raw,
+    ask,
+    chat,
+    chunk,
+    eventually,
+    http,
+    running,
+    sse,
+)
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -231,6 +242,7 @@ async def test_served_request_has_one_line_with_all_facts(
             "tokens": 3,
             "status": 200,
             "outcome": "done",
+            "error": None,
         }
         text = str(line)
         assert text.startswith(f"200 {CHAT} id={answer.headers['x-llmq-id']} ")
@@ -340,7 +352,74 @@ async def test_client_cannot_write_lines_or_facts_into_the_log(
         assert answer.status == 200
     for line in lines(log):
         assert str(line).isprintable()
-        assert str(line).count("outcome=") == str(line).count("class=") == 1
+        facts, quoted, error = str(line).partition(" error=")  # which is the last, and one string
+        assert facts.count("outcome=") == facts.count("class=") == 1
+        assert not quoted or json.loads(error) == line.error
+
+
+async def test_failed_request_is_told_with_its_sentence_and_a_refused_one_without(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    long = 'out of "memory"\n\x1b[31m' + "y" * 500
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        for status in (500, 400, 404):
+            client = await begin(q, "a")
+            await (await fake.arrived()).status(status, {"error": {"message": long}})
+            assert (await client.response()).status == status
+        client = await begin(q, "a", stream=True)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("one")
+        await request.send(chunk(sse({"error": {"message": "the slot is gone"}})))
+        assert not (await client.response()).clean
+        assert (await ask(q.port, "POST", CHAT, body=b"no JSON", headers=JSON)).status == 400
+        recent = (await q.status())["recent"]
+    ended = lines(log)
+    failed = ended[0]
+    assert len(failed.error) <= 200
+    assert failed.error.startswith('out of "memory"')
+    assert failed.error.isprintable()
+    assert [line.error for line in ended[1:3]] == [None, None], "a 4xx may quote a prompt"
+    assert ended[3].error == "the slot is gone"
+    assert ended[4].error
+    assert [row["error"] for row in recent] == [line.error for line in reversed(ended)]
+    for line in ended:
+        text = f" outcome={line.outcome}"
+        assert str(line).endswith(text + (f" error={json.dumps(line.error)}" if line.error else ""))
+        assert line.facts()["error"] == line.error
+
+
+async def test_who_left_is_counted_apart_from_failures() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        for give_up in (Raw.rst, Raw.close):
+            client = await begin(q, "a", {"X-User-ID": "alice"})
+            request = await fake.arrived()
+            (call,) = q.gateway.calls.values()
+            give_up(client)
+            await request.left()
+            await eventually(lambda: not q.gateway.calls)
+        alice = call.ticket.client
+        assert (alice.done, alice.failed, alice.left) == (0, 0, 2)
+        client = await begin(q, "a", {"X-User-ID": "alice"})
+        await fake.arrived()
+        (ticket,) = q.gateway.calls
+        await ask(q.port, "DELETE", f"/llmq/requests/{ticket}")
+        assert (await client.response()).status == 499
+        assert (alice.done, alice.failed, alice.left) == (0, 1, 2), "that was an order"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/llmq/events"])
+async def test_streams_are_held_back_by_no_proxy_and_sniffed_by_no_browser(path: str) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        client = await Raw.open(q.port)
+        body = json.dumps(chat("one two", stream=True)).encode()
+        method = "GET" if path == "/llmq/events" else "POST"
+        await client.send(http(method, path, JSON, body if method == "POST" else None))
+        head = await client.head()
+        assert head.status == 200
+        assert head.headers["x-accel-buffering"] == "no"
+        assert head.headers["x-content-type-options"] == "nosniff"
+        client.close()
 
 
 async def test_health_and_reads_have_no_line_of_a_request(log: pytest.LogCaptureFixture) -> None:
@@ -411,11 +490,8 @@ async def test_old_client_gets_its_stream_to_the_end_of_the_connection() -> None
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-async def test_answer_beyond_all_measure_is_a_502(
-    framing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llmq, "ANSWER_LIMIT", 5000)
-    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+async def test_answer_beyond_the_largest_is_a_502(framing: str) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url, upstream__max_answer=5000) as q:
         client = await begin(q, "a")
         request = await fake.arrived()
         body = b'{"x":"' + b"x" * 6000 + b'"}'
@@ -430,6 +506,16 @@ async def test_answer_beyond_all_measure_is_a_502(
         assert (answer.status, answer.code) == (502, "backend_error")
         await request.left()
         assert not q.gateway.scheduler.running
+
+
+async def test_answer_of_just_the_largest_size_passes() -> None:
+    body = b'{"x":"' + b"x" * 4992 + b'"}'
+    async with FakeBackend(auto=False) as fake, running(fake.url, upstream__max_answer=5000) as q:
+        client = await begin(q, "a")
+        await (await fake.arrived()).status(200, body, [("Content-Type", "application/json")])
+        answer = await client.response()
+        assert (answer.status, answer.body, len(body)) == (200, body, 5000)
+    assert llmq.Settings().upstream.max_answer == 1 << 30
 
 
 async def test_exception_in_mid_stream_ends_unclean_and_frees_the_slot(
@@ -499,7 +585,9 @@ async def test_request_of_nothing_at_all_reaches_the_runner_as_json(path: str) -
             )
             client = asyncio.ensure_future(ask(q.port, "POST", path, json={}))
             request = await fake.arrived()
-            assert json.loads(request.body) == {"model": "m", "options": {"num_ctx": 4096}}
+            embeds = path == "/api/embed"  # whose context is its own affair unless it asks
+            more = {} if embeds else {"options": {"num_ctx": 4096}}
+            assert json.loads(request.body) == {"model": "m", **more}
             await request.status(400, {"error": "prompt is required"})
             assert (await client).status == 400
 

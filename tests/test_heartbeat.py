@@ -8,10 +8,12 @@ import json
 import re
 import signal
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 
+import llmq
 from tests.fake_runner import (
     BY_PATH,
     CHAT,
@@ -39,6 +41,7 @@ SIGNS = [one for one in STREAMING if one is not GENERATE]  # the others have the
 RUNNERS = [one for one in DIALECTS if one.path != "/v1/rerank"]  # what Ollama speaks
 SHAPES = [(one, stream) for one in RUNNERS for stream in (True, False) if one.streams or not stream]
 LEAVING = [Raw.close, Raw.rst, Raw.fin]
+OPENAI_SIGN = rb": position=\d+(?: eta=\d+)?\n"
 
 
 def at_once(cases: list[Any]) -> Callable[[Any], Any]:
@@ -70,6 +73,12 @@ each_shape = at_once(SHAPES)
 each_sign = at_once([(one,) for one in SIGNS])
 
 
+def sign_of(dialect: Dialect, stream: bool = True) -> bytes:
+    """The pattern of one sign of life."""
+    openai = dialect.sign.startswith(b": position")
+    return (OPENAI_SIGN if openai else dialect.sign) if stream else b" "
+
+
 @contextlib.asynccontextmanager
 async def busy(**settings: Any) -> AsyncIterator[tuple[Runner, running, FakeRequest]]:
     """A backend whose one slot is taken by a request that the test holds."""
@@ -89,13 +98,17 @@ async def signs(raw: Raw, dialect: Dialect, stream: bool, number: int) -> bytes:
     assert answer.status == 200
     media = dialect.media if stream else "application/json"
     assert answer.headers["content-type"].startswith(media)
-    pattern = re.compile(rb"(?:%s){%d,}" % (dialect.sign if stream else b" ", number))
+    pattern = re.compile(rb"(?:%s){%d,}" % (sign_of(dialect, stream), number))
     while not pattern.fullmatch(answer.body):
-        size = int((await raw.until(b"\r\n")).split(b";")[0], 16)
-        answer.body += (await raw.exactly(size + 2))[:-2]
-        one_sign = re.compile(rb"(?:%s)*" % (dialect.sign if stream else b" "))
+        answer.body += await next_chunk(raw)
+        one_sign = re.compile(rb"(?:%s)*" % sign_of(dialect, stream))
         assert one_sign.fullmatch(answer.body), answer
     return answer.body
+
+
+async def next_chunk(raw: Raw) -> bytes:
+    size = int((await raw.until(b"\r\n")).split(b";")[0], 16)
+    return (await raw.exactly(size + 2))[:-2]
 
 
 async def rest(raw: Raw) -> Answer:
@@ -115,7 +128,7 @@ def real_part(dialect: Dialect, stream: bool, body: bytes) -> bytes:
 
 def early_part(dialect: Dialect, stream: bool, body: bytes) -> bytes:
     """The signs of life at the beginning of a body."""
-    found = re.match(rb"(?:%s)*" % (dialect.sign if stream else b" "), body)
+    found = re.match(rb"(?:%s)*" % sign_of(dialect, stream), body)
     assert found
     return found.group()
 
@@ -194,19 +207,20 @@ async def test_running_request_hears_them_until_the_first_byte_of_the_answer(
         assert dialect.text(answer) == "one two"
 
 
-async def test_signs_of_openais_streams_tell_position_and_eta() -> None:
+async def test_signs_of_openais_streams_tell_position_and_the_eta_that_is_known() -> None:
+    """Each is one line; before a request for the model has ended nobody knows how long one runs."""
     async with busy() as (fake, q, first):
         one = await CHAT.begin(q.port, "one", True)
         await waiting(q, 1)
         two = await CHAT.begin(q.port, "two", True)
         await waiting(q, 2)
-        assert b": position=1 eta=" in await signs(one, CHAT, True, 1)
-        assert b": position=2 eta=" in await signs(two, CHAT, True, 1)
+        assert set((await signs(one, CHAT, True, 2)).splitlines()) == {b": position=1"}
+        assert set((await signs(two, CHAT, True, 2)).splitlines()) == {b": position=2"}
         await speak(first)
         request = await fake.arrived()
         before = len(await signs(two, CHAT, True, 1))
         while b": position=1 eta=" not in two.answer.body[before:]:
-            await signs(two, CHAT, True, two.answer.body.count(b"\n\n") + 1)
+            await signs(two, CHAT, True, two.answer.body.count(b"\n") + 1)
         await speak(request)
         await speak(await fake.arrived())
         assert CHAT.text(await rest(one)) == "one"
@@ -362,28 +376,99 @@ async def test_interval_is_the_time_between_two_signs(dialect: Dialect) -> None:
         await speak(await fake.arrived())
         answer = await rest(raw)
         assert dialect.text(answer) == "one"
-        assert len(re.findall(dialect.sign, early_part(dialect, True, answer.body))) == 1
+        assert len(re.findall(sign_of(dialect), early_part(dialect, True, answer.body))) == 1
+
+
+def moments(monkeypatch: pytest.MonkeyPatch, interval: float, until: int) -> list[int]:
+    """The seconds at which one is sent to a call that is silent from its first second on."""
+    call = SimpleNamespace(heartbeat_at=15.0, heartbeats=0, error=None)
+    settings = SimpleNamespace(server=SimpleNamespace(heartbeat_interval=interval))
+    gateway: Any = SimpleNamespace(calls={"1": call}, settings=settings)
+    seen: list[int] = []
+    monkeypatch.setattr(llmq, "send_heartbeat", lambda _gateway, _call: seen.append(second))
+    for second in range(until):
+        llmq.send_heartbeats(gateway, float(second))
+    return seen
+
+
+def test_signs_become_rarer_up_to_six_times_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = moments(monkeypatch, 10.0, 600)
+    assert seen[0] == 15
+    gaps = [later - one for one, later in zip(seen, seen[1:])]
+    assert gaps[:13] == [10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 60, 60]
+    seen = moments(monkeypatch, 4.0, 300)
+    assert [later - one for one, later in zip(seen, seen[1:])][:12] == [*range(4, 25, 2), 24]
+
+
+# ---- In mid-stream ---------------------------------------------------------------------------
 
 
 @each_sign
-async def test_there_are_none_after_the_first_byte(dialect: Dialect) -> None:
+async def test_they_go_on_in_mid_stream_between_two_events(dialect: Dialect) -> None:
     async with Runner(auto=False) as fake, running(fake.url, **SOON) as q:
         raw = await dialect.begin(q.port, "one two", True)
         request = await fake.arrived()
         await start_speaking(request)
-        first, *others = dialect.pieces("m", "one two")
+        first, second, *others = dialect.pieces("m", "one two")
         await request.send(chunk(first))
-        later = await CHAT.begin(q.port, "later", True)
-        await signs(later, CHAT, True, 3)  # the first one's stream has been silent as long
-        for piece in others:
-            await request.send(chunk(piece))
+        answer = raw.answer = await raw.head()
+        assert answer.headers["content-type"].startswith(dialect.media)
+        sign = sign_of(dialect)
+        begun = rb"(?:%s)*%s(?:%s){%%d,}" % (sign, re.escape(first).replace(b"%", b"%%"), sign)
+        while not re.fullmatch(begun % 2, answer.body):
+            answer.body += await next_chunk(raw)
+        half = len(second) // 2  # of an event is held back, and never torn by a sign
+        await request.send(chunk(second[:half]))
+        while not re.fullmatch(begun % 4, answer.body):
+            answer.body += await next_chunk(raw)
+        await request.send(chunk(b"".join([second[half:], *others])))
         request.finished()
         await request.send(b"0\r\n\r\n")
-        answer = await raw.response()
+        answer = await rest(raw)
         assert dialect.text(answer) == "one two"
-        assert answer.body == b"".join([first, *others])
-        await speak(await fake.arrived())
-        assert CHAT.text(await rest(later)) == "later"
+        early = re.match(begun % 4, answer.body)
+        assert early
+        assert answer.body[early.end() :] == b"".join([second, *others])
+
+
+async def test_there_are_none_inside_an_event_too_long_to_be_held_nor_before_their_time() -> None:
+    first, *others = CHAT.pieces("m", "one two")
+    long = first.replace(b"one", b"x" * (llmq.WATCHED_LINE + 1000))
+    for sent, more in ((long[:-500], SOON), (first, {"server__heartbeat_after": 60})):
+        async with Runner(auto=False) as fake, running(fake.url, **more) as q, busy() as clock:
+            raw = await CHAT.begin(q.port, "one two", True)
+            request = await fake.arrived()
+            await start_speaking(request)
+            await request.send(chunk(sent))
+            later = await CHAT.begin(clock[1].port, "later", True)
+            await signs(later, CHAT, True, 4)
+            left = (long if sent is not first else first)[len(sent) :]
+            await request.send(chunk(b"".join([left, *others])))
+            request.finished()
+            await request.send(b"0\r\n\r\n")
+            answer = await raw.response()
+            assert answer.clean
+            body = real_part(CHAT, True, answer.body)
+            assert body == b"".join([sent, left, *others])
+            await speak(clock[2])
+            await speak(await clock[0].arrived())
+            await rest(later)
+
+
+async def test_stream_that_is_translated_has_them_in_mid_stream_too() -> None:
+    async with Runner(auto=False, kind="openai") as fake, running(fake.url, **SOON) as q:
+        raw = await NATIVE_CHAT.begin(q.port, "one two", True)
+        request = await fake.arrived()
+        await start_speaking(request)
+        first, *others = CHAT.pieces("m", "one two")
+        await request.send(chunk(first))
+        answer = raw.answer = await raw.head()
+        while not re.fullmatch(rb" *\{.*\}\n {2,}", answer.body):
+            answer.body += await next_chunk(raw)
+        await request.send(chunk(b"".join(others)))
+        request.finished()
+        await request.send(b"0\r\n\r\n")
+        assert NATIVE_CHAT.text(await rest(raw)) == "one two"
 
 
 # ---- Failures after the early head -----------------------------------------------------------
@@ -588,7 +673,7 @@ async def test_old_client_gets_signs_and_answer_without_chunks(
         await raw.send(old(dialect, stream))
         answer = await raw.head()
         assert "transfer-encoding" not in answer.headers
-        sign = dialect.sign if stream else b" "
+        sign = sign_of(dialect, stream)
         while not re.fullmatch(rb"(?:%s){2,}" % sign, raw.buffer):
             raw.buffer += await raw._receive()
         await speak(first)
@@ -602,7 +687,7 @@ async def test_old_client_sees_a_late_failure_as_a_reset(dialect: Dialect, strea
         raw = await Raw.open(q.port)
         await raw.send(old(dialect, stream)[: -0 or None])
         await raw.head()
-        await raw.until(b"\n\n" if dialect.sign != b" " and stream else b" ")
+        await raw.until(b"\n" if dialect.sign != b" " and stream else b" ")
         await ask(q.port, "DELETE", "/llmq/requests?state=waiting")
         answer = await raw.response()
         assert not answer.clean

@@ -43,7 +43,18 @@ LACKING: dict[str, tuple[int, Any]] = {
     ),
     "FastAPI's 404": (404, {"detail": "Not Found"}),
     "an empty 404": (404, b""),
+    "Go's 404": (404, b"404 page not found\n"),
+    "LM Studio's 200": (200, {"error": "Unexpected endpoint or method. (POST /v1/responses)"}),
+}
+NO_LACK: dict[str, tuple[int, Any]] = {
+    "an unknown response": (
+        404,
+        {"error": {"message": "Response with id 'resp_1' not found.", "code": 404}},
+    ),
+    "an unknown file": (404, {"error": {"message": "No such File object: file-1", "code": 404}}),
+    "an unknown adapter": (404, {"detail": "adapter x not found"}),
     "a page": (404, b"<html><body>Not Found</body></html>"),
+    "words of its own": (404, b"nobody is in today"),
 }
 MODEL_ERRORS: dict[str, Any] = {
     "Ollama, native": {"error": "model 'm' not found"},
@@ -134,6 +145,25 @@ async def test_it_is_asked_once_when_it_stands_first() -> None:
                 assert (await RESPONSES.ask(q.port, "hi")).status == 501
             assert asked(lacks, RESPONSES) == 1
             assert other.requests == []
+
+
+@each_lack
+async def test_what_it_lacks_is_asked_for_again_after_a_minute(lack: Any) -> None:
+    async with Runner(kind="llamacpp") as fake:
+        fake.lacks[RESPONSES.path] = lack
+        async with running(backends=backends(a=fake)) as q:
+            await up(q)
+            for _ in range(2):
+                assert (await RESPONSES.ask(q.port, "hi")).status == 501
+            assert asked(fake, RESPONSES) == 1
+            (backend,) = q.gateway.fleet.backends.values()
+            q.gateway.reap(q.gateway.now() + 50)
+            assert backend.unsupported
+            q.gateway.reap(q.gateway.now() + 60)
+            assert not backend.unsupported
+            fake.lacks.clear()
+            await served(q, RESPONSES)
+            assert asked(fake, RESPONSES) == 2
 
 
 @each_lack
@@ -344,6 +374,33 @@ async def test_one_that_speaks_the_dialect_goes_before_translation() -> None:
 
 
 # ---- What is no lack -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("answer", NO_LACK.values(), ids=NO_LACK.keys())
+async def test_404_in_other_words_than_an_unknown_paths_marks_nothing(
+    answer: tuple[int, Any], stream: bool
+) -> None:
+    async with Runner(kind="llamacpp") as fake:
+        fake.lacks[RESPONSES.path] = answer
+        async with running(backends=backends(a=fake)) as q:
+            await up(q)
+            for number in (1, 2):
+                told = await RESPONSES.ask(q.port, "hi", stream)
+                assert (told.status, told.clean) == (404, True)
+                assert asked(fake, RESPONSES) == number
+            fake.lacks.clear()
+            await served(q, RESPONSES, stream)
+
+
+async def test_answer_that_only_speaks_of_an_unexpected_endpoint_is_one() -> None:
+    async with Runner(kind="llamacpp") as fake:
+        fake.lacks[CHAT.path] = (200, CHAT.whole("m", "Unexpected endpoint or method. error"))
+        async with running(backends=backends(a=fake)) as q:
+            for _ in range(2):
+                answer = await CHAT.ask(q.port, "hi")
+                assert CHAT.text(answer) == "Unexpected endpoint or method. error"
+            assert asked(fake, CHAT) == 2
 
 
 @pytest.mark.parametrize("body", MODEL_ERRORS.values(), ids=MODEL_ERRORS.keys())

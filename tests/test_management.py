@@ -223,6 +223,33 @@ async def test_model_that_was_pulled_can_be_asked_at_once() -> None:
         assert NATIVE_CHAT.text(answer) == "hi"
 
 
+@each_order
+async def test_order_is_followed_by_a_look_at_once(order: Any) -> None:
+    async with Runner() as fake, running(fake.url, upstream__probe_interval=60) as q:
+        await up(q)
+        before = fake.probe_paths.count("/api/tags")
+        raw = await begin(q.port, order)
+        request = await fake.management()
+        await q.status()
+        assert fake.probe_paths.count("/api/tags") == before, "not before it has ended"
+        fake.models.append("late")
+        await request.status(200, b"")
+        assert (await raw.response()).clean
+        await eventually(lambda: fake.probe_paths.count("/api/tags") > before)
+        await eventually(lambda: "late" in next(iter(q.gateway.fleet.backends.values())).models)
+
+
+async def test_order_whose_client_left_is_followed_by_a_look_too() -> None:
+    async with Runner() as fake, running(fake.url, upstream__probe_interval=60) as q:
+        await up(q)
+        before = fake.probe_paths.count("/api/tags")
+        raw = await begin(q.port, ORDERS["pull"])
+        request = await fake.management()
+        raw.close()
+        await request.left()
+        await eventually(lambda: fake.probe_paths.count("/api/tags") > before)
+
+
 # ---- To whom ---------------------------------------------------------------------------------
 
 

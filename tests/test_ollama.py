@@ -242,6 +242,42 @@ async def test_request_to_load_or_unload_passes_and_is_answered_whole(
         assert (record["outcome"], record["status"]) == ("done", 200)
 
 
+@each_streamed
+async def test_request_to_unload_goes_beside_the_queue_and_one_to_load_waits(path: str) -> None:
+    """To unload needs no slot, and may be what makes room: in every mode, and while one runs."""
+    unload = {"model": "m", "keep_alive": 0, "priority": "low"}
+    unloaded = {**piece(path, ""), "done_reason": "unload", "done": True}
+    async with Runner() as runner, running(runner.url) as q:
+        await told(q)
+        runs = post(q, path, least(path))
+        running_one = await arrival(runs, runner)
+        request, answer = await exchange(q, runner, path, unload, unloaded)
+        assert (request.path, request.json) == (path, {"model": "m", "keep_alive": 0})
+        assert (answer.status, answer.json()) == (200, unloaded)
+        await stream(running_one, [line({**piece(path, ""), "done_reason": "stop", "done": True})])
+        assert (await runs).clean
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+        loads = post(q, path, {"model": "m"})
+        await waiting(q, 1)
+        _, answer = await exchange(q, runner, path, unload, unloaded)
+        assert (answer.status, answer.json()) == (200, unloaded)
+        assert len(runner.requests) == 3
+        await ask(q.port, "POST", "/llmq/mode", json={"mode": "open"})
+        loaded = {**unloaded, "done_reason": "load"}
+        await whole(await arrival(loads, runner), loaded)
+        assert (await loads).json() == loaded
+
+
+@each_streamed
+async def test_stream_is_kept_back_by_no_proxy_and_taken_for_no_other_type(path: str) -> None:
+    end = {**piece(path, "x"), "done_reason": "stop", "done": True}
+    async with Runner() as runner, running(runner.url) as q:
+        _, answer = await exchange(q, runner, path, least(path), [line(end)])
+        assert (answer.status, answer.clean) == (200, True)
+        assert answer.headers["x-accel-buffering"] == "no"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
 async def test_only_own_fields_are_cut_and_only_the_models_name_is_replaced() -> None:
     body = (
         b'{"priority":"high", "messages" : [{"role":"user","content":"\\u0041"}],'
@@ -486,11 +522,28 @@ async def test_openai_error_of_a_runner_becomes_ollamas_shape() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_key_that_the_runner_refuses_is_502_in_ollamas_shape(status: int) -> None:
+async def test_runners_own_refusal_passes_where_llmq_sends_no_key(status: int) -> None:
+    """As it came, with the link to sign in; and it says nothing of the runner's health."""
+    said = b'{"error": "unauthorized", "signin_url":"https://ollama.com/connect?name=x"}'
     async with Runner() as runner, running(runner.url) as q:
-        asked = post(q, "/api/chat", least("/api/chat"))
-        await refuse(await arrival(asked, runner), status, {"error": "unauthorized"})
-        assert_error(await asked, 502)
+        for _ in range(4):
+            asked = post(q, "/api/chat", least("/api/chat"))
+            await refuse(await arrival(asked, runner), status, said)
+            answer = await asked
+            assert (answer.status, answer.clean, answer.body) == (status, True, said)
+        assert (await q.status())["backends"][0]["state"] == "up"
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_key_that_the_runner_refuses_is_502_in_ollamas_shape(status: int) -> None:
+    async with Runner() as runner:
+        backends = {"box": {"url": runner.url, "key": "secret-7"}}
+        async with running(backends=backends) as q:
+            asked = post(q, "/api/chat", least("/api/chat"))
+            await refuse(await arrival(asked, runner), status, {"error": "unauthorized"})
+            answer = await asked
+            assert_error(answer, 502)
+            assert b"secret-7" not in answer.body
 
 
 async def test_recorded_refusals_are_passed_on_as_they_are() -> None:

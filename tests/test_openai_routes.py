@@ -569,7 +569,7 @@ async def test_comments_while_waiting_and_a_whole_stream_after_them(path: str) -
         await raw.send(http("POST", path, {"Content-Type": "application/json"}, data))
         answer = await raw.head()
         assert (answer.status, answer.headers["content-type"][: len(EVENTS)]) == (200, EVENTS)
-        beats = await raw.until(b"\n\n\r\n")
+        beats = await raw.until(b"\n\r\n")
         assert b": position=1" in beats, beats
         await whole(busy, WHOLE_ANSWERS[path])
         assert (await first).status == 200

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llmq
 from tests.fake_runner import (
     CHAT,
     DIALECTS,
@@ -20,7 +22,7 @@ from tests.fake_runner import (
     Runner,
     speak,
 )
-from tests.fakes import Answer, Raw, ask, http, running
+from tests.fakes import Answer, Raw, ask, eventually, http, running
 
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
 ANTHROPIC = {"anthropic-version": "2023-06-01"}
@@ -113,7 +115,9 @@ async def test_tags_are_ollamas_own_rows_and_made_ones_for_others() -> None:
                 (made,) = tags["models"][2:]
                 assert made["name"] == made["model"] == "org/c"
                 assert isinstance(made["size"], int)
-                assert isinstance(made["digest"], str)
+                assert re.fullmatch("[0-9a-f]{64}", made["digest"]), "Ollama's CLI shows 12"
+                again = await get(q, "/api/tags")
+                assert again["models"][2]["digest"] == made["digest"] != "0" * 64
                 assert isinstance(made["details"], dict)
                 assert made["modified_at"][4] == "-"
 
@@ -241,6 +245,69 @@ async def test_show_of_a_model_that_no_ollama_has_is_made_up_of_what_is_known() 
             assert isinstance(shown["model_info"], dict)
             assert "completion" in shown["capabilities"]
             assert two.shown == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "told"),
+    [
+        ("vllm", "/v1/models", {"max_model_len": 32768}),
+        ("llamacpp", "/v1/models", {"meta": {"n_ctx_train": 32768}}),
+        ("lmstudio", "/api/v0/models", {"max_context_length": 32768}),
+    ],
+)
+async def test_show_tells_the_context_length_that_a_runner_tells(
+    kind: str, path: str, told: Any
+) -> None:
+    async with Runner(models=["org/c"], kind=kind) as fake:
+        fake.probe_answers[path] = (200, {"data": [{"id": "org/c", "object": "model", **told}]})
+        async with running(backends={"a": {"url": fake.url, "kind": kind}}) as q:
+            await up(q)
+            answer = await ask(q.port, "POST", "/api/show", json={"model": "org/c"})
+            assert answer.status == 200
+            info = answer.json()["model_info"]
+            assert info[f"{info['general.architecture']}.context_length"] == 32768
+
+
+async def test_show_waits_for_the_ollama_longer_than_a_look() -> None:
+    async with Runner() as fake:
+        gate = asyncio.Event()
+        show = fake._show
+
+        async def later(request: Any) -> None:
+            await gate.wait()
+            await show(request)
+
+        fake._show = later  # type: ignore[method-assign]
+        async with running(fake.url, upstream__probe_timeout=0.1) as q:
+            await up(q)
+            asked = asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": "m"}))
+            done, _ = await asyncio.wait({asked}, timeout=0.5)
+            assert not done
+            gate.set()
+            answer = await asked
+            assert (answer.status, answer.json()["template"]) == (200, "{{ . }}")
+
+
+async def test_show_of_an_ollama_that_cannot_tell_is_its_error_and_no_invention() -> None:
+    async with Runner() as fake:
+        async with running(fake.url, upstream__first_byte_timeout=0.3) as q:
+            await up(q)
+
+            async def refuse(request: Any) -> None:
+                await request.status(500, {"error": "no room for a look"})
+
+            async def stay_silent(request: Any) -> None:
+                await request.left()
+
+            async def hang_up(request: Any) -> None:
+                request.reset()
+
+            for show, status in ((refuse, 500), (stay_silent, 504), (hang_up, 502)):
+                fake._show = show  # type: ignore[method-assign]
+                answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+                assert (answer.status, answer.clean) == (status, True), answer
+                words = NATIVE_CHAT.whole_error(answer)
+                assert show is not refuse or "no room for a look" in words
 
 
 async def test_show_of_an_unknown_model_is_404_as_ollama_says_it() -> None:
@@ -469,3 +536,25 @@ async def test_web_pages_may_read(path: str) -> None:
             answer = await ask(q.port, "GET", path, headers=page)
         assert answer.status == 200
         assert answer.headers["access-control-allow-origin"] == "*"
+
+
+async def test_few_questions_beside_the_queue_run_at_once() -> None:
+    asked, go = [0], asyncio.Event()
+
+    async def show(request: Any) -> None:
+        asked[0] += 1
+        await go.wait()
+        await request.status(200, {"capabilities": ["completion"], "model_info": {}})
+
+    async with Runner(["m"]) as fake, running(fake.url) as q:
+        fake._show = show  # type: ignore[method-assign]
+        body = {"model": "m"}
+        asking = [
+            asyncio.ensure_future(ask(q.port, "POST", "/api/show", json=body)) for _ in range(30)
+        ]
+        await eventually(lambda: asked[0] == llmq.BESIDE)
+        for _ in range(5):
+            assert (await ask(q.port, "GET", "/health")).status == 200
+        assert asked[0] == llmq.BESIDE
+        go.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 30

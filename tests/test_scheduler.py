@@ -736,7 +736,9 @@ def test_positions_are_by_class_and_arrival() -> None:
     box = one_slot()
     low, normal, high, second = (box.submit(one) for one in (LOW, NORMAL, HIGH, NORMAL))
     assert box.queue.in_order() == [high, normal, second, low]
-    positions = {ident: position for ident, (position, _, _) in llmq.forecast(box.queue).items()}
+    positions = {
+        ident: position for ident, (position, _, _) in llmq.forecast(box.queue, 0.0).items()
+    }
     assert positions == {high.id: 1, normal.id: 2, second.id: 3, low.id: 4}
 
 
@@ -744,14 +746,80 @@ def test_expected_waits_follow_the_slots_of_the_device() -> None:
     box = Box()
     box.add("a", "m", shared=2)
     box.add("b", "n")
-    box.queue.service.add(10.0)
+    box.queue.note_service("m", 10.0)
+    box.queue.note_service("n", 4.0)
     tickets = [box.submit(model=model) for model in "mnmnm"]
-    forecast = llmq.forecast(box.queue)
-    assert [forecast[one.id][1] for one in tickets] == [5.0, 10.0, 10.0, 20.0, 15.0]
+    assert [eta_of(box, one) for one in tickets] == [0.0, 0.0, 5.0, 4.0, 10.0]
+
+
+def eta_of(box: Box, ticket: Ticket, now: float = 0.0) -> float | None:
+    return llmq.forecast(box.queue, now)[ticket.id][1]
+
+
+def test_expected_waits_are_by_model_and_less_what_runs_has_run_already() -> None:
+    box = Box()
+    box.add("a", "m", "n")
+    box.queue.note_service("m", 10.0)
+    box.queue.note_service("n", 3.0)
+    box.submit(model="m")
+    box.started(0.0)
+    second, third = box.submit(model="n"), box.submit(model="m")
+    assert (eta_of(box, second, 4.0), eta_of(box, third, 4.0)) == (6.0, 9.0)
+    assert (eta_of(box, second, 99.0), eta_of(box, third, 99.0)) == (0.0, 3.0)
+
+
+def test_expected_wait_is_not_known_behind_a_model_that_was_never_measured() -> None:
+    box = Box()
+    box.add("a", "m", "n")
+    box.add("b", "o")
+    box.queue.note_service("m", 10.0)
+    box.queue.note_service("o", 2.0)
+    tickets = [box.submit(model=model) for model in "mnmoo"]
+    assert [eta_of(box, one) for one in tickets] == [0.0, 10.0, None, 0.0, 2.0]
+    box.started()
+    assert [eta_of(box, one) for one in tickets[1:3]] == [10.0, None]
+    box.queue.note_service("n", 1.0)
+    assert [eta_of(box, one) for one in tickets[1:3]] == [10.0, 11.0]
+    assert box.queue.service_of("n") == 1.0
+    assert box.queue.service_of("never") is None
+
+
+def test_expected_wait_is_not_known_behind_one_that_runs_and_was_never_measured() -> None:
+    box = one_slot()
+    box.submit()
+    box.started()
+    late = box.submit()
+    assert eta_of(box, late, 50.0) is None
+
+
+def test_who_is_held_back_is_told_no_time() -> None:
+    box = Box()
+    box.add("a", "m")
+    down, loading = box.add("b", "n"), box.add("c", "o")
+    for model in "mno":
+        box.queue.note_service(model, 5.0)
+    box.down(down, 0.0)
+    loading.loads(0.0, "loading")
+    tickets = [box.submit(model=model) for model in "mno"]
+    assert [eta_of(box, one) for one in tickets] == [0.0, None, None]
+    high = box.submit(HIGH)
+    box.queue.mode = Mode.PRIORITY
+    assert [eta_of(box, one) for one in (high, *tickets)] == [0.0, None, None, None]
+    box.queue.mode = Mode.PAUSED
+    assert [eta_of(box, one) for one in (high, *tickets)] == [None] * 4
+
+
+def test_times_of_a_thousand_models_are_remembered_and_no_more() -> None:
+    box = one_slot()
+    for number in range(1100):
+        box.queue.note_service(f"m{number}", 1.0)
+    assert len(box.queue.services) == 1000
+    assert box.queue.service_of("m999") == 1.0
+    assert box.queue.service_of("m1000") is None
 
 
 def reason_of(box: Box, ticket: Ticket) -> str:
-    return llmq.forecast(box.queue)[ticket.id][2]
+    return llmq.forecast(box.queue, 0.0)[ticket.id][2]
 
 
 def test_each_waiting_ticket_has_its_reason() -> None:
@@ -792,7 +860,7 @@ def test_what_runs_is_not_forecast() -> None:
     box = one_slot()
     box.submit()
     box.started()
-    assert llmq.forecast(box.queue) == {}
+    assert llmq.forecast(box.queue, 0.0) == {}
     assert box.queue.in_order() == []
 
 
@@ -998,7 +1066,7 @@ def test_a_thousand_models_that_are_down_are_swept_in_one_pass() -> None:
 @pytest.mark.parametrize("what", ["forecast", "in_order", "expire"])
 def test_what_looks_at_all_that_wait_is_one_pass(what: str) -> None:
     box = crowded(1000, 10)
-    works = {"forecast": lambda: llmq.forecast(box.queue), "in_order": box.queue.in_order}
+    works = {"forecast": lambda: llmq.forecast(box.queue, 0.0), "in_order": box.queue.in_order}
     looks, _ = box.cost(works.get(what, lambda: box.queue.expire(1.0)))
     assert looks <= 20 * 1000
 
@@ -1156,6 +1224,7 @@ class Entry:
     arrived: float
     avoid: Backend | None = None
     backend: Backend | None = None
+    began: float = 0.0
 
 
 @dataclass(eq=False)
@@ -1182,6 +1251,7 @@ class Account:
     waiting: list[Entry] = field(default_factory=list)
     running: list[Entry] = field(default_factory=list)
     removed: float = 0.0  # when a backend was last taken out
+    measured: dict[str, float] = field(default_factory=dict)  # seconds that a model's requests run
 
     def busy(self, device: str) -> int:
         return sum(self.devices[one.backend] == device for one in self.running if one.backend)
@@ -1213,6 +1283,29 @@ class Account:
                 return entry, [one.backend for one in options if rank[one] == best]
         return None
 
+    def waits(self, order: list[Entry], mode: Mode, now: float) -> list[float | None]:
+        """The seconds until each of these starts, in their order; None where nobody can know."""
+        found: list[float | None] = []
+        works: dict[str, list[float | None]] = {}  # what each device has before it
+        for one in self.running:
+            if one.backend is not None:
+                took = self.measured.get(one.model)
+                left = None if took is None else max(0.0, took - (now - one.began))
+                works.setdefault(self.devices[one.backend], []).append(left)
+        for one in order:
+            able = [
+                each
+                for each in self.runners
+                if each.state == "up" and one.model in (each.models or ())
+            ]
+            held = mode is Mode.PAUSED or (mode is Mode.PRIORITY and one.priority is not HIGH)
+            before = works.setdefault(able[0].device, []) if able else []
+            known = [each for each in before if each is not None]
+            lost = held or not able or len(known) < len(before)
+            found.append(None if lost else sum(known) / self.slots[able[0].device])
+            before.append(self.measured.get(one.model))
+        return found
+
     def fits(self, entry: Entry, limits: llmq.QueueSettings) -> bool:
         mine = [one for one in self.waiting if one.client == entry.client]
         held = sum(one.size for one in self.waiting)
@@ -1242,6 +1335,9 @@ class Account:
         surely = now >= max(since, self.removed) + limits.down_wait
         maybe = now >= since + limits.down_wait
         return {"backend_down"} if surely else {"backend_down", None} if maybe else {None}
+
+
+SECONDS = {"m": 2.0, "n": 5.0, "o": 0.5}  # that they run; the fourth is never measured
 
 
 class World(Box):
@@ -1322,7 +1418,7 @@ class World(Box):
             entry, backends = right
             assert ticket is entry.ticket
             assert backend in backends
-            entry.backend = backend
+            entry.backend, entry.began = backend, self.now
             account.waiting.remove(entry)
             account.running.append(entry)
             for runner in account.runners:
@@ -1337,6 +1433,9 @@ class World(Box):
     def finish_one(self) -> None:
         if self.account.running:
             entry = self.rng.choice(self.account.running)
+            if entry.model in SECONDS:
+                self.queue.note_service(entry.model, SECONDS[entry.model])
+                self.account.measured[entry.model] = SECONDS[entry.model]
             self.queue.finish(entry.ticket, self.now)
             self.account.running.remove(entry)
             self.end(entry, "finished")
@@ -1383,10 +1482,14 @@ class World(Box):
     def forecast_all(self) -> None:
         right = sorted(self.account.waiting, key=lambda one: (one.priority, one.order))
         assert self.queue.in_order() == [one.ticket for one in right]
-        forecast = llmq.forecast(self.queue)
+        forecast = llmq.forecast(self.queue, self.now)
         assert [forecast[one.ticket.id][0] for one in right] == list(range(1, len(right) + 1))
         assert len(forecast) == len(right)
-        assert all(eta >= 0 and reason for _, eta, reason in forecast.values())
+        assert all(reason for _, _, reason in forecast.values())
+        told = [forecast[one.ticket.id][1] for one in right]
+        assert told == pytest.approx(self.account.waits(right, self.queue.mode, self.now))
+        self.done["unknown"] += None in told
+        self.done["foretold"] += any(told)
 
     def change_mode(self) -> None:
         self.queue.mode = self.rng.choice((Mode.OPEN, Mode.OPEN, Mode.PRIORITY, Mode.PAUSED))
@@ -1502,9 +1605,10 @@ def test_the_stories_know_every_ending() -> None:
         for _ in range(600):
             world.step()
         endings.update(world.outcomes.values())
-        endings["full"] += world.done["full"]
+        endings.update({each: world.done[each] for each in ("full", "unknown", "foretold")})
     wanted = {"finished", "cancelled", "full", "wait_timeout", "backend_down", "model_not_found"}
-    assert wanted <= set(endings)
+    wanted |= {"unknown", "foretold"}  # times
+    assert wanted <= set(+endings)
 
 
 @pytest.mark.deadline(60)

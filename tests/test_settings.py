@@ -490,6 +490,7 @@ EFFECTS = {
     "::test_a_silent_backend_is_a_504_and_is_cut_off_before_the_next_starts",
     "upstream.idle_timeout": "test_upstream_faults.py"
     "::test_a_stream_that_falls_silent_ends_in_an_error",
+    "upstream.max_answer": "test_gateway.py::test_answer_beyond_the_largest_is_a_502",
     "upstream.num_ctx": "test_context.py::test_starting_context_is_what_models_begin_with",
     "upstream.max_num_ctx": "test_context.py::test_max_num_ctx_is_the_most",
     "upstream.probe_interval": "test_background.py::test_backend_is_looked_at_again_after_a_while",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from contextlib import closing
 import pytest
 from coverage import CoverageData
 
+import llmq
 from llmq import Average, parse_duration, parse_size, printable, render_json
 from tests.__main__ import never_written
 
@@ -161,3 +165,22 @@ def combine(folder):
     env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stars_of_an_alias_are_any_text(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(500):
+        pattern = "".join(chance.choices("aB*.", k=chance.randrange(8)))
+        name = "".join(chance.choices("aAbB.", k=chance.randrange(10)))
+        regex = re.escape(pattern).replace(r"\*", ".*")
+        assert llmq.fits(pattern, name) == bool(re.fullmatch(regex, name, re.IGNORECASE))
+
+
+def test_many_stars_and_a_long_name_take_no_time_to_speak_of() -> None:
+    assert not llmq.fits("*a" * 30 + "*b", "a" * 100_000)  # a regex would be at it for ages
+
+
+def test_log_without_a_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it when started with 2>&-
+    llmq.LogHandler("text").emit(logging.makeLogRecord({"msg": "said to nobody"}))

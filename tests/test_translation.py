@@ -132,14 +132,30 @@ async def test_mark_that_another_request_left_leads_to_the_native_route() -> Non
             assert answer.json()["object"] == "chat.completion"
 
 
-async def test_context_that_the_model_is_loaded_with_leads_to_the_native_route() -> None:
+async def test_context_that_the_model_is_loaded_with_by_itself_leads_nowhere() -> None:
+    recorded = Recording("ollama.chat")
     async with Runner() as runner:
         runner.contexts = {"m": 16384}
         async with running(runner.url) as q:
             await told(q)
-            request, _ = await exchange(q, runner, CHAT, least(CHAT), chat_end(content="x"))
+            body = json.dumps(least(CHAT, temperature=0.5), indent=1).encode()
+            request, answer = await exchange(q, runner, CHAT, body, recorded.replay)
+            assert (request.path, request.body) == (CHAT, body)
+            assert answer.body == recorded.body
+
+
+async def test_context_that_the_model_is_loaded_with_is_what_one_that_asks_for_less_gets() -> None:
+    async with Runner() as runner:
+        runner.contexts = {"m": 16384}
+        async with running(runner.url) as q:
+            await told(q)
+            request, _ = await exchange(q, runner, CHAT, asked_chat(), chat_end(content="x"))
             assert request.path == "/api/chat"
             assert request.json["options"]["num_ctx"] == 16384
+            request, _ = await exchange(
+                q, runner, CHAT, asked_chat(numCtx=20000), chat_end(content="x")
+            )
+            assert request.json["options"]["num_ctx"] == 20000
 
 
 async def test_num_ctx_means_nothing_to_other_runners() -> None:
@@ -840,7 +856,11 @@ async def test_random_streams_lose_nothing_on_the_way_from_ollama() -> None:
             pieces = [random_piece(chance) for _ in range(chance.randrange(8))]
             counts = {"prompt_eval_count": chance.randrange(99), "eval_count": chance.randrange(99)}
             native = [chat_line(one.get("content", ""), message=one) for one in pieces]
-            sent = b"".join(map(line, [*native, {**chat_end("length"), **counts}]))
+            reason = chance.choice(["length", "stop", None])
+            last = {**chat_end(reason or ""), **counts}
+            if reason is None:
+                del last["done_reason"]
+            sent = b"".join(map(line, [*native, last]))
             body = asked_chat(stream=True, stream_options={"include_usage": True})
             _, answer = await exchange(q, runner, CHAT, body, cuts(chance, sent))
             assert answer.clean
@@ -859,7 +879,8 @@ async def test_random_streams_lose_nothing_on_the_way_from_ollama() -> None:
             ] == [one["function"] for one in wanted_calls]
             finish = [one["choices"][0]["finish_reason"] for one in chunks]
             assert finish[:-1] == [None] * len(finish[:-1])
-            assert finish[-1] == ("tool_calls" if calls else "length")
+            natural = "tool_calls" if calls else "stop"
+            assert finish[-1] == ("length" if reason == "length" else natural)
 
 
 LETTERS = 'ab {}[],:"\\/\n\t\r\0\x7f\x85\u2028éß日🦙'
@@ -1286,13 +1307,13 @@ async def test_native_request_to_load_is_answered_for_a_runner_that_always_has_i
         await told(q)
         for path, member in (("/api/chat", "message"), ("/api/generate", "response")):
             body = {"model": "m", "messages": []} if member == "message" else {"model": "m"}
-            asked = post(q, path, body)
-            answer = await asked
-            assert answer.status in (200, 501), answer
-            if answer.status == 200:
-                assert (answer.json()["done"], answer.json()["done_reason"]) == (True, "load")
-            else:
-                assert isinstance(answer.json()["error"], str)
+            empty: Any = {"role": "assistant", "content": ""} if member == "message" else ""
+            for more, reason in ({}, "load"), ({"keep_alive": 0}, "unload"):
+                answer = await post(q, path, {**body, **more})
+                assert answer.status == 200, answer
+                told_of = answer.json()
+                assert (told_of["done"], told_of["done_reason"]) == (True, reason)
+                assert (told_of["model"], told_of[member]) == ("m", empty)
         assert not runner.requests
 
 
@@ -1395,10 +1416,29 @@ async def test_native_stream_that_is_cut_is_told_so() -> None:
         assert_broken_native(answer, "one")
 
 
-async def test_shreds_of_a_tool_call_that_are_no_json_are_an_error() -> None:
-    shred = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"cut'}}
-    reply = [said({"content": "one"}), said({"tool_calls": [shred]}), said({}, "tool_calls"), DONE]
-    assert_broken_native(await native("/api/chat", SAY, staged(reply, EVENTS)), "one")
+@pytest.mark.parametrize("arguments", ['{"cut', "[1]", "7", "x", '"x"', '"\\"x\\""'])
+@pytest.mark.parametrize("whole", [False, True])
+async def test_tool_call_that_is_not_understood_is_left_out_and_the_text_stays(
+    arguments: str, whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"index": 0, "id": "a", "function": {"name": "g", "arguments": '{"x":1}'}}
+    cut = {"index": 1, "id": "b", "function": {"name": "f", "arguments": arguments}}
+    if whole:
+        message = {"content": "one", "tool_calls": [cut, good]}
+        reply: Any = {**GOOD, "choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    else:
+        calls = [said({"tool_calls": [cut]}), said({"tool_calls": [good]})]
+        reply = staged([said({"content": "one"}), *calls, said({}, "tool_calls"), DONE], EVENTS)
+    answer = await native("/api/chat", {**SAY, "stream": not whole}, reply)
+    assert (answer.status, answer.clean) == (200, True), answer
+    told_lines = lines(answer)
+    assert "".join(one["message"]["content"] for one in told_lines) == "one"
+    calls = [call for one in told_lines for call in one["message"].get("tool_calls", [])]
+    assert calls == [{"id": "a", "function": {"index": 0, "name": "g", "arguments": {"x": 1}}}]
+    assert told_lines[-1]["done_reason"] == "stop"
+    warned = [one for one in caplog.records if "tool call" in one.getMessage()]
+    assert [one.levelname for one in warned] == ["WARNING"]
+    assert arguments not in caplog.text, "an answer's words are not for the log"
 
 
 @pytest.mark.parametrize(("status", "passed"), [(400, 400), (404, 404), (500, 500), (503, 503)])
@@ -1666,7 +1706,7 @@ async def test_signs_of_life_are_in_the_dialect_of_the_client_not_of_the_runner(
         client = await open_stream(q, CHAT, asked_chat(stream=True))
         request = await runner.arrived()
         assert (await client.head()).headers["content-type"] == EVENTS
-        assert b"\r\n: position=0" in await client.until(b"\n\n\r\n")
+        assert b"\r\n: position=0\n\r\n" in await client.until(b"=0\n\r\n")
         await stream(request, [line(chat_line("x")), line(chat_end())])
         answer = await client.response()
         assert (answer.clean, answer.content, answer.events()[-1]) == (True, "x", "[DONE]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from typing import Any, Callable
 
 import pytest
@@ -119,6 +120,87 @@ def test_tool_calls_that_come_in_bits_are_told_whole_and_in_their_order() -> Non
     ]
 
 
+def shred(**part: Any) -> bytes:
+    """A bit of a tool call in a stream of OpenAI's; its name and arguments are its function's."""
+    function = {name: part.pop(name) for name in ("name", "arguments") if name in part}
+    delta = {"tool_calls": [{**part, "function": function}]}
+    return b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": '{"x":1}'},
+            {"index": 0, "id": "b", "name": "g", "arguments": "{}"},
+        ],
+        [{"id": "a", "name": "f", "arguments": '{"x":1}'}, {"id": "b", "name": "g"}],
+        [
+            {"id": "a", "name": "f"},
+            {"arguments": '{"x"'},
+            {"arguments": ":1}"},
+            {"id": "b", "name": "g", "arguments": ""},
+        ],
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": ""},
+            {"index": 1, "id": "b", "name": "g", "arguments": ""},
+            {"index": 0, "arguments": '{"x":'},
+            {"index": 1, "arguments": "{}"},
+            {"index": 0, "arguments": "1}"},
+        ],
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": '{"x":'},
+            {"index": 0, "id": "a", "arguments": "1}"},
+            {"index": 0, "id": "b", "name": "g"},
+        ],
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": {"x": 1}},
+            {"index": 1, "id": "b", "name": "g", "arguments": {}},
+        ],
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": '"{\\"x\\":1}"'},
+            {"index": 1, "id": "b", "name": "g", "arguments": '"{}"'},
+        ],
+        [
+            {"index": 0, "id": "a", "name": "f", "arguments": {"x": 1}},
+            {"index": 0},
+            {"index": 1, "id": "b", "name": "g"},
+        ],
+    ],
+    ids=[
+        "index repeats",
+        "no index",
+        "no index, in bits",
+        "interleaved",
+        "id repeats",
+        "objects",
+        "encoded twice",
+        "object and an empty bit",
+    ],
+)
+def test_tool_calls_are_told_apart_however_their_runner_marks_them(bits: list[Any]) -> None:
+    data = b"".join(shred(**one) for one in bits) + b"data: [DONE]\n\n"
+    told = retold(("/api/chat", "/v1/chat/completions"), [data])
+    messages = [json.loads(line)["message"] for line in told.splitlines()]
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    assert calls == [
+        {"id": "a", "function": {"index": 0, "name": "f", "arguments": {"x": 1}}},
+        {"id": "b", "function": {"index": 1, "name": "g", "arguments": {}}},
+    ]
+
+
+def test_tool_calls_without_ids_and_indices_are_told_apart_by_a_new_name() -> None:
+    bits = [{"name": "f", "arguments": '{"x":'}, {"arguments": "1}"}, {"name": "g"}]
+    data = b"".join(shred(**one) for one in bits) + b"data: [DONE]\n\n"
+    told = retold(("/api/chat", "/v1/chat/completions"), [data])
+    messages = [json.loads(line)["message"] for line in told.splitlines()]
+    calls = [call["function"] for one in messages for call in one.get("tool_calls", [])]
+    assert calls == [
+        {"index": 0, "name": "f", "arguments": {"x": 1}},
+        {"index": 1, "name": "g", "arguments": {}},
+    ]
+
+
 @pytest.mark.parametrize("name", ["chat-stream", "chat-stream-usage", "completion-stream"])
 @pytest.mark.parametrize("runner", ["llama-server", "vllm", "ollama", "llama-cpp-python"])
 def test_recorded_stream_of_openai_is_retold_the_same_however_it_is_cut(
@@ -228,8 +310,13 @@ DEEP = "[" * 100_000
 def test_arguments_of_a_tool_that_nest_without_end_are_no_crash(pair: tuple[str, str]) -> None:
     call = {"function": {"name": "f", "arguments": DEEP}}
     one = translator(pair)
-    with pytest.raises(BackendError):
-        one.translate(one.whole, {"choices": [{"message": {"tool_calls": [call]}}]})
+    answer = {"choices": [{"message": {"content": "hi", "tool_calls": [call]}}]}
+    if pair == ("/api/chat", "/v1/chat/completions"):
+        told = one.translate(one.whole, answer)  # without the call
+        assert told["message"] == {"role": "assistant", "content": "hi"}
+    else:
+        with pytest.raises(BackendError):
+            one.translate(one.whole, answer)
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     body = unless_refused(translator(pair, messages=messages).body)
     assert body is None or json.loads(body)["model"] == "m"
@@ -311,3 +398,18 @@ def test_recorded_pair_of_answers_differs_by_id_and_time_alone() -> None:
     assert list(told) == list(shape)
     assert list(told["choices"][0]) == list(shape["choices"][0])
     assert list(told["usage"]) == list(shape["usage"])
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_results_find_the_first_open_call_of_their_function(seed: int) -> None:
+    chance = random.Random(seed)
+    calls, naive = llmq.OpenCalls(), []
+    for number in range(200):
+        name = chance.choice(["a", "b", None])
+        if chance.random() < 0.5:
+            calls.add(f"id{number}", name or "c")
+            naive.append((name or "c", f"id{number}"))
+            continue
+        found = next((call for call in naive if name in (None, call[0])), (name, name))
+        naive = [call for call in naive if call is not found]
+        assert calls.take(name) == found[1]

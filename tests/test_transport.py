@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import llmq
-from tests.fakes import FakeBackend, Raw, chat, eventually, http, running
+from tests.fakes import FakeBackend, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -133,3 +133,19 @@ async def test_loop_without_readers_to_remove_stops_accepting_all_the_same(
             server.stop_accepting()
         with pytest.raises(ConnectionRefusedError):
             await Raw.open(q.port)
+
+
+async def test_who_asks_on_and_on_and_reads_nothing_is_read_no_more() -> None:
+    async with running(NOBODY) as q:
+        client = await Raw.open(q.port, receive_buffer=4096)
+        sending = asyncio.ensure_future(client.send(http("GET", "/llmq") * 200_000))
+
+        def unsent() -> int:
+            return max((one.unsent for one in q.service._servers[0].connections), default=0)
+
+        await eventually(lambda: unsent() > llmq.ANSWER_BUFFER)
+        for _ in range(50):  # many turns, in which more could be answered
+            assert (await ask(q.port, "GET", "/health")).status == 200
+        assert unsent() < llmq.ANSWER_BUFFER + llmq.MIB, "at most one answer more"
+        sending.cancel()
+        client.close()

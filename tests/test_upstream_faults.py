@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.fakes import (
     LOADING,
     Answer,
@@ -445,13 +447,140 @@ async def test_a_refusal_in_another_shape_becomes_an_error_object(body: bytes) -
 @each_shape
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_backend_that_refuses_llmqs_key_is_a_502(status: int, stream: bool) -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(backends={"box": {"url": fake.url, "key": "k"}}) as q:
+            asked = start(q, "hello", stream=stream)
+            await (await fake.arrived()).status(status, {"error": {"message": "bad key sk-secret"}})
+            answer = await asked
+            assert_error(answer, 502, "backend_error")
+            assert "www-authenticate" not in answer.headers
+            await serves_on(q, fake, 1)
+
+
+SIGN_IN = {"signin_url": "https://ollama.com/connect?name=box&key=abc"}
+REFUSALS: dict[str, tuple[str, Any]] = {
+    "OpenAI's": ("/v1/chat/completions", {"error": {"message": "unauthorized"}, **SIGN_IN}),
+    "Ollama's": ("/api/chat", {"error": "unauthorized", **SIGN_IN}),
+    "Ollama's to OpenAI's client": (
+        "/v1/chat/completions",
+        {"error": "unauthorized", **SIGN_IN},
+    ),
+}
+
+
+@each_shape
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(("path", "body"), REFUSALS.values(), ids=REFUSALS)
+async def test_a_backends_own_refusal_passes_where_llmq_has_no_key_there(
+    path: str, body: Any, status: int, stream: bool
+) -> None:
     async with FakeBackend(auto=False) as fake, running(fake.url) as q:
-        asked = start(q, "hello", stream=stream)
-        await (await fake.arrived()).status(status, {"error": {"message": "bad key sk-secret"}})
+        more = {"json": {**chat("hello"), "stream": stream}}
+        asked = asyncio.ensure_future(ask(q.port, "POST", path, **more))
+        await (await fake.arrived()).status(status, body)
         answer = await asked
-        assert_error(answer, 502, "backend_error")
-        assert "www-authenticate" not in answer.headers
+        assert (answer.status, answer.clean) == (status, True)
+        assert answer.json() == body
         await serves_on(q, fake, 1)
+
+
+# ---- What counts against a backend's health, and what does not -------------------------------
+
+NO_DEATHS: dict[str, bytes] = {
+    **{
+        str(status): render_answer(status, b'{"error": {"message": "odd"}}', JSON)
+        for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 502, 503, 504)
+    },
+    "a page": render_answer(500, b"<html>oops</html>", [("Content-Type", "text/html")]),
+    "a redirect": render_answer(302, b"", [("Location", "/elsewhere")]),
+    "no JSON": render_answer(200, b"<html>", JSON),
+    "too long": render_answer(200, b'{"x": "' + b"x" * 6000 + b'"}', JSON),
+    "too long a head": render_answer(200, b"{}", [("X-Huge", "x" * 70_000)]),
+    "no head that HTTP knows": b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n{}",
+    "a compressed one": render_answer(200, b"{}", [*JSON, ("Content-Encoding", "gzip")]),
+    "an error event": render_answer(200, said("a") + sse({"error": {"message": "odd"}}), EVENTS),
+    "half a stream": render_answer(200, said("a"), EVENTS),
+}
+DEATHS: dict[str, bytes] = {
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Ty",
+    "half an answer": render_head(200, [*JSON, ("Content-Length", "900")]) + b'{"x": 1',
+    "half a chunked stream": render_head(200, [*EVENTS, ("Transfer-Encoding", "chunked")])
+    + chunk(said("a")),
+}
+
+
+@pytest.mark.parametrize("raw", NO_DEATHS.values(), ids=NO_DEATHS)
+async def test_whatever_a_backend_answers_is_an_answer_and_no_failure(raw: bytes) -> None:
+    """Four bad requests of one client cost the others nothing."""
+    async with FakeBackend(auto=False) as fake, running(fake.url, upstream__max_answer=5000) as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await state(q, "up")
+        for number in range(4):
+            stream = b"event-stream" in raw
+            asked = start(q, "hello", stream=stream)
+            request = await asyncio.wait_for(fake.arrived(), SECOND)
+            await request.send(raw)
+            request.close()
+            answer = await asked
+            assert answer.status >= 400 or not answer.clean, answer
+            assert (backend.failures, backend.usable) == (0, True), number
+        await serves_on(q, fake, 4)
+
+
+@pytest.mark.parametrize("answers", [{"message": []}, {"choices": 7}, [], 7, None], ids=str)
+async def test_an_answer_that_cannot_be_translated_is_no_failure(answers: Any) -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await state(q, "up")
+        for _ in range(4):
+            body = {**chat("hello"), "stream": False}
+            asked = asyncio.ensure_future(ask(q.port, "POST", "/api/chat", json=body))
+            request = await asyncio.wait_for(fake.arrived(), SECOND)
+            await request.status(200, answers)
+            assert (await asked).status == 502
+            assert (backend.failures, backend.usable) == (0, True)
+        await serves_on(q, fake, 4)
+
+
+@pytest.mark.parametrize("breaks", [FakeRequest.close, FakeRequest.reset], ids=["close", "reset"])
+@pytest.mark.parametrize("raw", DEATHS.values(), ids=DEATHS)
+async def test_connections_that_end_inside_an_answer_count_and_three_make_it_down(
+    raw: bytes, breaks: Any
+) -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, upstream__probe_interval=60) as q:
+            (backend,) = q.gateway.fleet.backends.values()
+            await state(q, "up")
+            fake.hold_probes()
+            for number in (1, 2, 3):
+                assert backend.state is llmq.State.UP
+                asked = start(q, "hello", stream=b"event-stream" in raw)
+                request = await fake.arrived()
+                await request.send(raw)
+                breaks(request)
+                assert not (await asked).clean or (await asked).status == 502
+                assert backend.failures == number
+            assert backend.state is llmq.State.DOWN
+            fake.release_probes()
+
+
+async def test_time_outs_count_and_three_make_it_down() -> None:
+    limits = {"upstream__probe_interval": 60, "upstream__first_byte_timeout": 0.1}
+    async with FakeBackend(auto=False) as fake, running(fake.url, **limits) as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await state(q, "up")
+        fake.hold_probes()
+        for number in (1, 2, 3):
+            asked = start(q, "hello")
+            await fake.arrived()
+            assert (await asked).status == 504
+            assert backend.failures == number
+        assert backend.state is llmq.State.DOWN
+        fake.release_probes()
+
+
+def test_a_stream_may_be_silent_for_ten_minutes_by_default() -> None:
+    assert llmq.Settings().upstream.idle_timeout == 600
 
 
 @each_shape
@@ -1150,3 +1279,22 @@ async def test_a_break_elsewhere_does_not_let_a_retry_go_ahead_of_the_probe() ->
         assert not asking["silent"].done(), asking["silent"].result()
         await (await again).answer("served")
         assert (await asking["silent"]).content == "served"
+
+
+async def test_llmqs_own_lack_of_open_files_is_no_fault_of_the_runner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def none_left(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with FakeBackend() as fake, running(fake.url) as q:
+        assert (await ask(q.port, "POST", "/v1/chat/completions", json=chat("x"))).status == 200
+        [backend] = q.gateway.fleet.backends.values()
+        q.gateway.pool.close()
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", none_left)
+        with pytest.raises(llmq.OutOfFiles):
+            await llmq.dial(backend.url)
+        await q.gateway.monitor.probe(backend)
+        assert (backend.state, backend.failures) == (llmq.State.UP, 0)
+        monkeypatch.undo()
+        assert (await ask(q.port, "POST", "/v1/chat/completions", json=chat("x"))).status == 200

@@ -23,6 +23,10 @@ OWN_ORIGINS = [
     "http://127.0.0.1:8000",
     "http://[::1]:3000",
     "http://app.localhost:3000",
+    "app://obsidian.md",
+    "tauri://localhost",
+    "file://",
+    "vscode-file://vscode-app",
 ]
 FOREIGN_ORIGINS = [
     "https://evil.example",
@@ -45,6 +49,10 @@ FOREIGN_ORIGINS = [
     "http://",
     "evil-extension.example",
     "https://chrome-extension.evil.example",
+    "https://",
+    "apps://obsidian.md",
+    "https://app.evil.example",
+    "ftp://localhost",
 ]
 ASKED = ["authorization", "content-type", "x-request-id", "x-stainless-lang", "x-stainless-os"]
 ASKED += ["x-stainless-retry-count", "x-stainless-package-version", "openai-beta", "x-api-key"]
@@ -233,6 +241,22 @@ async def test_sec_fetch_site_tells_a_foreign_page_that_hides_its_origin() -> No
         for method, path, body in CONTROL + managed[:-1]:  # a HEAD changes nothing
             fields = {"Sec-Fetch-Site": "cross-site"}
             assert (await ask(q.port, method, path, json=body, headers=fields)).status == 403
+
+
+@pytest.mark.parametrize("origin", OWN_ORIGINS)
+async def test_what_a_page_gets_at_its_preflight_it_gets_at_the_request(origin: str) -> None:
+    """A browser calls each request of an extension or a desktop program cross-site."""
+    async with running(NOBODY) as q:
+        assert (await preflight(q.port, origin, "/llmq/mode")).status == 204
+        fields = {"Origin": origin, "Sec_Fetch_Site": "cross-site"}
+        assert (await set_mode(q.port, "paused", **fields)).status == 200
+
+
+async def test_foreign_page_is_refused_whatever_sec_fetch_site_says() -> None:
+    async with running(NOBODY) as q:
+        for site in ("cross-site", "same-site", "same-origin", "none"):
+            fields = {"Origin": "https://evil.example", "Sec_Fetch_Site": site}
+            assert (await set_mode(q.port, "paused", **fields)).status == 403, site
 
 
 async def test_control_wants_json_by_name_so_that_no_form_can_send_it() -> None:
