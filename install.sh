@@ -30,6 +30,7 @@ told() { # told WHAT FILE: the one line about it; what was not so before is note
 
 put() { # put MODE FILE COMMAND ...: FILE becomes what the command writes, whole or not at all
     mode=$1 file=$2 target=$DESTDIR$2
+    [ ! -d "$target" ] || die 1 "$target is a folder"
     shift 2 && "$@" >"$scratch/new"
     if cmp -s "$scratch/new" "$target" && { [ "$mode" != 755 ] || [ -x "$target" ]; }; then
         told unchanged "$file" && return 0
@@ -52,6 +53,13 @@ drop() { # drop FILE ...: away with them, and with the folders that this leaves 
             case $target in "${DESTDIR:-$HOME}"/* | "$prefix" | "$prefix"/*) ;; *) break ;; esac
             rmdir "$target" 2>/dev/null || break
         done
+    done
+}
+
+quotable() { # quotable PATH ...: ends where a launcher or a unit could not quote one of them
+    for path; do
+        case $path in *[\"\`\$\\]* | *"
+"*) die 2 "no file that is written here could quote the path $path" ;; esac
     done
 }
 
@@ -235,6 +243,7 @@ uninstall() {
         systemctl --user --quiet disable --now llmq.service ${socket:+llmq.socket} || :
         systemctl --user reset-failed llmq.service 2>/dev/null || : # so that it forgets the unit
     fi
+    [ ! -L "$DESTDIR$library" ] || drop "$library" # the link alone
     drop "$prefix/bin/llmq" "$prefix/bin/llmq-tray" "$library/llmq.py" "$library/__main__.py" \
         "$library/__pycache__" "$library/tray" "$desktop" "$etc/autostart/llmq-tray.desktop" \
         "$agent" "${agent%.plist}-tray.plist" "$HOME/Library/Logs/llmq.log" \
@@ -266,8 +275,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-case $prefix in *[\"\`\$\\]* | *"
-"*) die 2 "no file that is written here could quote the path $prefix" ;; esac
+quotable "$prefix"
 for path in "$HOME" "$prefix" "${DESTDIR:-/}"; do
     case $path in /*) ;; *) die 2 "HOME, DESTDIR and --prefix begin with /, not so: '$path'" ;; esac
 done
@@ -290,7 +298,8 @@ if [ $action = uninstall ]; then uninstall; exit 0; fi
 [ -z "$tray" ] || [ -e "$here/tray/llmq_tray.py" ] || die 1 "tray/ is not beside install.sh"
 scratch=$(mktemp -d) part=''
 trap 'rm -rf "$scratch" "$part"' EXIT && trap 'exit 1' HUP INT TERM
-find_python; read_settings; install_files
+[ ! -L "$DESTDIR$library" ] || die 1 "$library is a link: what is there may be another's"
+find_python; quotable "$python" "$tray_python"; read_settings; install_files
 [ -z "$dry$DESTDIR" ] || exit 0
 if [ "$mac" ]; then [ -z "$start" ] || start_agent; else start_unit; fi
 case :$PATH: in *:"$prefix/bin":*) ;; *) echo "not on your PATH: $prefix/bin" ;; esac

@@ -1207,7 +1207,17 @@ def read_models(payload: Any) -> Rows:
         data = []  # Ollama without a model
     if not isinstance(data, list) or not all(isinstance(row, dict) and "id" in row for row in data):
         raise ValueError("its /v1/models is no list of models")
-    return tuple(data)
+    return tuple(entry if is_sound(entry) else {"id": entry["id"]} for entry in data)
+
+
+def is_sound(entry: dict[str, Any]) -> bool:
+    """Whether what a runner tells of a model can be told on: its numbers and times are such."""
+    created = entry.get("created") or 0
+    try:
+        render_json(entry)
+    except ValueError:
+        return False
+    return isinstance(created, (int, float)) and 0 <= created < 1e10
 
 
 def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, int]:
@@ -5380,7 +5390,9 @@ def since(entry: Facts) -> str:
 
 def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
-    digest = hashlib.sha256(name.encode()).hexdigest()  # Ollama's CLI shows its first 12 digits
+    digest = hashlib.sha256(
+        name.encode("utf-8", "replace")
+    ).hexdigest()  # Ollama's CLI shows its first 12 digits
     facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": digest}
     return {**facts, "details": NO_DETAILS, **more}
 
@@ -6044,12 +6056,12 @@ class Api:
                     return cast(Facts, counted)
         return {"input_tokens": estimate_tokens(values)}
 
-    async def enqueue(self, exchange: Exchange, _: str) -> None:
+    def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
         """A request that waits in the queue; its path may lack the `/v1`."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
         path = request.path.replace("/v2/", "/", 1)
         endpoint = ENDPOINTS.get(path) or ENDPOINTS[f"/v1{path}"]
-        await self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
+        return self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
         return snapshot(self.gateway, everything="all=1" in exchange.request.query.split("&"))

@@ -943,3 +943,20 @@ def test_a_runners_words_forge_no_line_and_are_not_endless(
         assert one.error.isprintable()
         assert len(one.error) <= llmq.ERROR_SHOWN
     assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"created": 10**400},
+        {"created": float("nan")},
+        {"created": -1},
+        {"created": 1_700_000_000_000_000_000},
+        {"created": "yesterday"},
+        {"size": float("inf")},
+    ],
+)
+def test_a_model_whose_numbers_are_none_is_known_by_its_name_only(odd: dict[str, Any]) -> None:
+    good = {"id": "good", "created": 1_700_000_000, "owned_by": "x"}
+    entries = llmq.read_models({"data": [{"id": "m", **odd}, good, {"id": "n", "created": None}]})
+    assert entries == ({"id": "m"}, good, {"id": "n", "created": None})

@@ -805,6 +805,37 @@ def test_uninstall_leaves_alone_what_is_not_its_own(box: Box) -> None:
     assert box.files == sorted(mine)
 
 
+def test_link_in_the_place_of_the_library_leads_to_what_is_anothers(box: Box) -> None:
+    others = box.folder / "other" / "tray"
+    others.mkdir(parents=True)
+    (others / "precious").write_text("")
+    library = box.home / ".local/lib/llmq"
+    library.parent.mkdir(parents=True)
+    library.symlink_to(others.parent)
+    assert "is a link" in box.run(code=1)
+    box.run("--uninstall")
+    assert (others / "precious").exists()
+    assert not library.is_symlink()
+
+
+def test_folder_in_the_place_of_the_command_stays_as_it_is(box: Box) -> None:
+    command = box.home / ".local/bin/llmq"
+    command.mkdir(parents=True)
+    assert "is a folder" in box.run(code=1)
+    assert list(command.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ['a"b', "a$(touch PWNED)", "a`id`"])
+def test_python_in_a_folder_that_cannot_be_quoted_is_refused(box: Box, folder: str) -> None:
+    place = box.folder / folder
+    place.mkdir()
+    shutil.copy(os.path.realpath(sys.executable), place / "python3")
+    said = box.run(code=2, PYTHON=str(place / "python3"), PYTHONHOME=sys.base_prefix)
+    assert "quote the path" in said
+    assert not list(box.folder.rglob("PWNED"))
+    assert box.files == []
+
+
 def test_uninstall_needs_neither_python_nor_a_session(box: Box) -> None:
     box.run()
     (box.bin / "python3").unlink()
@@ -908,6 +939,6 @@ def test_shellcheck_has_nothing_against_it() -> None:
 
 def test_it_is_short_and_fetches_nothing() -> None:
     text = (ROOT / "install.sh").read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 310
     assert max(map(len, text.splitlines())) <= 100
     assert not re.search(r"\b(curl|wget|git|sudo)\b", text)

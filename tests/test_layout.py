@@ -43,7 +43,7 @@ BUDGET = {
     "Settings": 335,
     "Metrics": 120,
     "Identity": 140,
-    "Backends": 400,
+    "Backends": 410,
     "Scheduler": 385,
     "Forecast": 65,
     "Messages": 300,

@@ -693,3 +693,28 @@ def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: p
     assert all(later - sooner >= 0.5 for sooner, later in zip(icons, icons[1:]))
     assert [name for _, name in done].count(("menu",)) == 1  # from idle to working
     assert done[-1] == (clock[0], ())  # a shell that has failed takes its icon away
+
+
+class Endless:
+    """An answer that goes on and on: fast, or a byte at a time."""
+
+    def __init__(self, piece: bytes) -> None:
+        self.piece, self.given = piece, 0
+
+    def read1(self, _: int) -> bytes:
+        self.given += len(self.piece)
+        return self.piece
+
+
+def test_an_answer_that_floods_is_given_up() -> None:
+    answer = Endless(b"x" * 65_536)
+    with pytest.raises(ValueError, match="too long"):
+        tray.read_bounded(answer)
+    assert answer.given < 2 * tray.MOST_BYTES + 65_536
+
+
+def test_an_answer_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(tray.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TimeoutError):
+        tray.read_bounded(Endless(b"x"))

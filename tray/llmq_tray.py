@@ -296,9 +296,21 @@ def ask(url: str, body: Any = None) -> Any:
     request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - see main()
     try:
         with OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
-            return json.load(answer)
+            return json.loads(read_bounded(answer))
     except HTTPError as error:
-        raise ValueError(json.load(error)["error"]["message"]) from None
+        raise ValueError(json.loads(read_bounded(error))["error"]["message"]) from None
+
+
+def read_bounded(answer: Any) -> bytes:
+    """The answer's body; ValueError or TimeoutError where it has no end."""
+    until, data = time.monotonic() + ANSWER_SECONDS, b""
+    while more := answer.read1(1 << 16):
+        data += more
+        if len(data) > MOST_BYTES:
+            raise ValueError("the answer is too long")
+        if time.monotonic() > until:
+            raise TimeoutError("the answer does not end")
+    return data
 
 
 def read_snapshot(data: bytes) -> Event:
