@@ -4223,19 +4223,22 @@ async def connect_within(
 
 async def fetch(
     backend: Backend, path: str, body: bytes | None = None, lines: bytes = b""
-) -> tuple[int, Any]:
-    """Status and JSON (or None) of a GET, or a POST of this body; raises OSError, BackendError."""
+) -> tuple[ResponseHead, bytes]:
+    """What a GET, or a POST of this JSON, is answered with; raises OSError, BackendError."""
     upstream = await dial(backend.url)
     try:
         method = "GET" if body is None else "POST"
-        lines += (
-            FETCH_LINES if body is None else FETCH_LINES + b"Content-Type: application/json\r\n"
-        )
+        lines += FETCH_LINES + (b"" if body is None else b"Content-Type: application/json\r\n")
         upstream.send(render_request(backend, method, path, lines, body))
-        head = await upstream.read_head()
-        return head.status, parse_json(await upstream.read_rest(FETCHED))
+        return await upstream.read_head(), await upstream.read_rest(FETCHED)
     finally:
         await upstream.close()
+
+
+async def fetch_json(backend: Backend, path: str) -> Any:
+    """The JSON that a GET is answered with, None for all else; raises OSError, BackendError."""
+    head, body = await fetch(backend, path)
+    return parse_json(body) if head.status == HTTPStatus.OK else None
 
 
 class Pool:
@@ -4282,6 +4285,7 @@ class Pool:
 # when a request names a model that nobody has.
 
 REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models cause
+BESIDE = 8  # questions to a runner at once that no slot counts
 
 
 class SelfFound(Exception):
@@ -4293,25 +4297,25 @@ async def inspect(backend: Backend, instance: str) -> Report:
     began = time.monotonic()
     version = backend.report.version if backend.report else ""
     if backend.state is not State.UP:
-        _, answer = await fetch(backend, "/api/version")
+        answer = await fetch_json(backend, "/api/version")
         if look_up(answer, "instance") == instance:
             raise SelfFound("this is llmq itself")
         version = str(look_up(answer, "version") or "")
-    status, payload = await fetch(backend, "/v1/models")
+    head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
-    if status != 200:
-        raise read_refusal(ResponseHead(status, 1, {}), render_json(payload))
-    entries = read_models(payload)
+    if head.status != HTTPStatus.OK:
+        raise read_refusal(head, body, with_key=backend.has_key)
+    entries = read_models(parse_json(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
-    shown = (await fetch(backend, path))[1] if path else None
+    shown = await fetch_json(backend, path) if path else None
     loaded = read_loaded(kind, models, shown)
     if path == LMSTUDIO:
         entries = with_details(entries, shown)
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
-    tags = read_rows((await fetch(backend, "/api/tags"))[1])
+    tags = read_rows(await fetch_json(backend, "/api/tags"))
     return Report(kind, entries, models, loaded, latency, tags, read_rows(shown), began, version)
 
 
@@ -4333,13 +4337,10 @@ async def identify_kind(backend: Backend) -> str:
     """The kind of a runner whose list of models does not give it away."""
     for kind in KINDS.values():
         path, member = kind.mark
-        status, payload = await fetch(backend, path) if path else (0, None)
-        if status == 200 and isinstance(payload, dict) and member in payload:
+        payload = await fetch_json(backend, path) if path else None
+        if isinstance(payload, dict) and member in payload:
             return kind.name
     return "openai"
-
-
-BESIDE = 8  # questions to runners at once that no slot counts
 
 
 class Monitor:
@@ -4351,10 +4352,10 @@ class Monitor:
         self.metrics = metrics
         self.instance = instance  # of this llmq
         self.news = asyncio.Event()  # some probe has ended
-        self.beside = asyncio.Semaphore(BESIDE)
         self.refreshed = float("-inf")
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by url
 
     def probe_due(self) -> None:
         """Start a probe of each backend that is due and has none under way."""
@@ -4415,21 +4416,28 @@ class Monitor:
 
     async def ask(
         self, seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
-    ) -> tuple[int, Any]:
-        """Status and JSON (or None) of a POST beside the queue, within a time.
+    ) -> Facts:
+        """The JSON object that a POST beside the queue is answered with; LlmqError for all else.
 
-        Few run at once, so that no crowd of them is a burden to a runner; LlmqError on failure.
+        Few run at once at a runner, so that no crowd of them is a burden to it.
         """
+        turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
 
-        async def take_turn() -> tuple[int, Any]:
-            async with self.beside:
+        async def take_turn() -> tuple[ResponseHead, bytes]:
+            async with turns:
                 return await fetch(backend, path, body, lines)
 
         late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
         try:
-            return await within(seconds, asyncio.ensure_future(take_turn()), late)
+            head, answer = await within(seconds, asyncio.ensure_future(take_turn()), late)
         except OSError as error:
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+        if head.status != HTTPStatus.OK:
+            raise read_refusal(head, answer, with_key=backend.has_key)
+        facts = parse_json(answer)
+        if not isinstance(facts, dict):
+            raise BackendError("the backend's answer is not a JSON object")
+        return facts
 
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
@@ -4999,14 +5007,14 @@ class Admission:
         if key not in longest and backend.usable:
             body = render_json({"model": backend.name_for(model)})
             limit = self.settings.upstream.probe_timeout
-            shown: Any = None
+            facts = None
             with contextlib.suppress(LlmqError):
-                _, shown = await self.monitor.ask(limit, backend, "/api/show", body)
-            facts = look_up(shown, "model_info")
-            for name, tokens in facts.items() if isinstance(facts, dict) else ():
-                longest.setdefault(key, 0)
-                if name.endswith(".context_length") and isinstance(tokens, int):
-                    longest[key] = tokens
+                facts = (await self.monitor.ask(limit, backend, "/api/show", body)).get(
+                    "model_info"
+                )
+            if isinstance(facts, dict):
+                told = [facts[name] for name in facts if name.endswith(".context_length")]
+                longest[key] = max([0, *(one for one in told if type(one) is int)])
         return longest.get(key, 0)
 
     def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
@@ -5089,29 +5097,21 @@ class Gateway:
 
         Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
         """
-        reason = call.question.done_reason
-        serving = self.fleet.serving(Want(call.ticket.model))
+        reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
         natives = [backend for backend in serving if backend.traits.native]
-        if not serving or (natives and reason == "load"):
+        able = [backend for backend in natives if backend.usable]
+        if not serving or (natives and (reason == "load" or not able)):
             return False
         facts: Facts = {"model": call.model, "created_at": rfc3339(time.time()), "done": True}
-        facts["done_reason"] = reason
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
-        status, answer = (
-            200,
-            {**facts, **(empty if call.route == OLLAMA_CHAT else {"response": ""})},
-        )
+        facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
         limit = self.settings.upstream.first_byte_timeout
-        for backend in natives:
+        for backend in able:
             body = call.question.body_for(backend.name_for(call.model))
-            asking = asyncio.ensure_future(fetch(backend, call.endpoint.path, body, call.lines))
-            late = BackendTimeout(f"{backend.name} sent nothing for {limit:g} s")
-            try:
-                status, answer = await within(limit, asking, late)
-            except OSError as error:
-                raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+            lines = self.admission.via_lines
+            facts = await self.monitor.ask(limit, backend, call.route, body, lines)
             self.monitor.probe_now(backend)
-        call.reply.respond(status, render_json(answer))
+        call.reply.respond(200, render_json(facts))
         return True
 
     def enqueue(self, call: Call) -> None:
@@ -6011,13 +6011,9 @@ class Api:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
                 limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
                 try:
-                    status, shown = await monitor.ask(limit, backend, "/api/show", body)
+                    return await monitor.ask(limit, backend, "/api/show", body)
                 except LlmqError as error:
                     failure = error.with_traceback(None)
-                    continue
-                if status == 200 and isinstance(shown, dict):
-                    return shown
-                failure = read_refusal(ResponseHead(status, 1, {}), render_json(shown))
         if failure is not None:
             raise failure
         reports = reports_of(self.gateway.fleet)
@@ -6042,18 +6038,17 @@ class Api:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
         body = await exchange.read_body(self.settings.server.max_body)
         question, values = read_question(body, COUNT_ENDPOINT)
+        monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(question.model)
         key, limit = model_key(model), self.settings.upstream.probe_timeout
         lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
         for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
-                status = 0
                 with contextlib.suppress(LlmqError):
-                    monitor = self.gateway.monitor
-                    status, counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
-                if status == 200 and isinstance(look_up(counted, "input_tokens"), int):
-                    return cast(Facts, counted)
+                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
+                    if isinstance(counted.get("input_tokens"), int):
+                        return counted
         return {"input_tokens": estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.fake_ollama import (
     COUNTS,
     EVENTS,
@@ -893,3 +894,45 @@ async def test_error_after_signs_of_life_is_a_line_of_its_own(path: str) -> None
         assert not answer.clean
         assert json.loads(answer.body) == {"error": "does not support thinking"}
         assert answer.body.endswith(b"}\n")
+
+
+@each_streamed
+@pytest.mark.parametrize(
+    ("status", "told_back", "becomes"),
+    [(404, {"error": "model 'm' not found"}, 404), (200, b"no JSON", 502), (200, b"[]", 502)],
+)
+async def test_unloading_that_failed_never_looks_like_success(
+    path: str, status: int, told_back: Any, becomes: int
+) -> None:
+    async with Runner() as runner, running(runner.url) as q:
+        await told(q)
+        asked = post(q, path, {"model": "m", "keep_alive": 0})
+        request = await arrival(asked, runner)
+        assert "llmq-" in request.headers["via"], "so that a circle is found"
+        await request.status(status, told_back)
+        answer = await asked
+        assert answer.status == becomes
+        assert isinstance(answer.json()["error"], str)
+        (record,) = await ended(q)
+        assert record["outcome"] != "done"
+        assert record["status"] == becomes
+
+
+@each_streamed
+async def test_unloading_is_asked_of_the_ollamas_that_are_up_and_waits_for_one(path: str) -> None:
+    unload = {"model": "m", "keep_alive": 0}
+    unloaded = {**piece(path, ""), "done_reason": "unload", "done": True}
+    async with Runner() as runner, Runner() as other, running(runner.url, other.url) as q:
+        await told(q)
+        first, second = q.gateway.fleet.backends.values()
+        first.state = llmq.State.DOWN
+        _, answer = await exchange(q, other, path, unload, unloaded)
+        assert (answer.status, answer.json()) == (200, unloaded)
+        assert runner.requests == []
+        second.state, second.next_probe = llmq.State.DOWN, float("inf")
+        first.next_probe = float("inf")
+        asked = post(q, path, unload)
+        await waiting(q, 1)
+        q.gateway.monitor.probe_now(second)
+        await whole(await arrival(asked, other), unloaded)
+        assert (await asked).json() == unloaded

@@ -558,3 +558,48 @@ async def test_few_questions_beside_the_queue_run_at_once() -> None:
         assert asked[0] == llmq.BESIDE
         go.set()
         assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 30
+
+
+async def test_runner_that_answers_nothing_beside_the_queue_holds_up_no_other() -> None:
+    asked, go = [0], asyncio.Event()
+
+    async def show(request: Any) -> None:
+        asked[0] += 1
+        await go.wait()
+        await request.status(200, {"capabilities": ["completion"]})
+
+    async with Runner(["slow"]) as fake, Runner(["quick"]) as other:
+        async with running(fake.url, other.url) as q:
+            fake._show = show  # type: ignore[method-assign]
+            asking = [
+                asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": "slow"}))
+                for _ in range(2 * llmq.BESIDE)
+            ]
+            await eventually(lambda: asked[0] == llmq.BESIDE)
+            answer = await ask(q.port, "POST", "/api/show", json={"model": "quick"})
+            assert answer.status == 200
+            go.set()
+            await asyncio.gather(*asking)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_show_that_the_runner_itself_refuses_is_no_matter_of_a_key(status: int) -> None:
+    async def show(request: Any) -> None:
+        await request.status(status, {"error": "unauthorized", "signin_url": "https://x"})
+
+    async with Runner(["m"]) as fake, running(fake.url) as q:
+        fake._show = show  # type: ignore[method-assign]
+        answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+        assert (answer.status, answer.json()["signin_url"]) == (status, "https://x")
+
+
+async def test_length_that_is_none_is_no_context() -> None:
+    async def show(request: Any) -> None:
+        told = {"a.context_length": -5, "b.context_length": True, "c.context_length": "long"}
+        await request.status(200, {"model_info": told})
+
+    async with Runner(["m"]) as fake, running(fake.url) as q:
+        fake._show = show  # type: ignore[method-assign]
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "numCtx": 4096}
+        assert (await ask(q.port, "POST", "/v1/chat/completions", json=body)).status == 200
+        assert fake.requests[-1].json["options"]["num_ctx"] == 4096
