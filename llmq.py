@@ -970,6 +970,7 @@ FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, do
 UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried again there
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
 Rows = tuple[dict[str, Any], ...]  # models as a runner lists them
+NAMES = ("id", "name", "model")  # the members of such a row that name it
 
 
 class State(enum.Enum):
@@ -1069,6 +1070,7 @@ class Backend:
         self.set_key(settings.key)
         self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
+        self.changed = 0.0  # no probe that began before this tells how it is, monotonic
         self.state = State.UNKNOWN
         self.error: str | None = None  # why it is not up, in words
         self.failures = 0  # in a row
@@ -1169,7 +1171,8 @@ class Backend:
         for name in dict.fromkeys(report.models):
             self.models.setdefault(model_key(name), []).append(name)
         self._become(State.UP, None)
-        self.needs_probe, self.next_probe = False, now + interval
+        fresh = report.began >= self.changed  # else it is looked at once more
+        self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
@@ -1207,17 +1210,26 @@ def read_models(payload: Any) -> Rows:
         data = []  # Ollama without a model
     if not isinstance(data, list) or not all(isinstance(row, dict) and "id" in row for row in data):
         raise ValueError("its /v1/models is no list of models")
-    return tuple(entry if is_sound(entry) else {"id": entry["id"]} for entry in data)
+    return sound_rows(data)
 
 
-def is_sound(entry: dict[str, Any]) -> bool:
-    """Whether what a runner tells of a model can be told on: its numbers and times are such."""
-    created = entry.get("created") or 0
+def sound_rows(rows: Any) -> Rows:
+    """The models in a list as a runner tells it; of one that cannot be told on only the names."""
+    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return tuple(
+        row if is_sound(row) else {name: str(row[name]) for name in NAMES if name in row}
+        for row in found
+    )
+
+
+def is_sound(row: dict[str, Any]) -> bool:
+    """Whether its numbers are numbers, and the time that it gives is one."""
+    created = row.get("created")
     try:
-        render_json(entry)
+        render_json(row)
     except ValueError:
         return False
-    return isinstance(created, (int, float)) and 0 <= created < 1e10
+    return not isinstance(created, (int, float)) or 0 <= created < 1e10
 
 
 def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, int]:
@@ -2502,10 +2514,10 @@ def read_refusal(head: ResponseHead, body: bytes, *, with_key: bool = True) -> L
 
 def check_route_known(body: bytes) -> None:
     """RouteUnsupported when an answer of status 200 is one to an unknown path (LM Studio's)."""
-    error = error_of(parse_json(body)) if len(body) < KIB and b"error" in body else None
-    words = error_text(error)
+    document = parse_json(body) if len(body) < KIB and b"error" in body else None
+    words = error_text(error_of(document))
     if words and UNKNOWN_ROUTE.fullmatch(words):
-        raise RouteUnsupported(BackendAnswer(404, words, body, parse_json(body), None))
+        raise RouteUnsupported(BackendAnswer(404, words, body, document, None))
 
 
 def read_usage(document: Any) -> tuple[int | None, int | None]:
@@ -2816,12 +2828,21 @@ ANTHROPIC = Anthropic()
 MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages)
 COUNT_ENDPOINT = Endpoint((COUNT_TOKENS,), ANTHROPIC, check_messages)  # which never waits
 ENDPOINTS = {row.path: row for row in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
+SHORT_PATHS = {  # other paths that clients take to the same
+    **{path[len("/v1") :]: path for path in ENDPOINTS if path.startswith("/v1/")},
+    "/v2/rerank": RERANK,  # Cohere's
+}
+
+
+def endpoint_of(path: str) -> Endpoint | None:
+    return ENDPOINTS.get(SHORT_PATHS.get(path, path))
 
 
 def dialect_of(path: str, headers: Headers) -> Dialect:
     """In which dialect whoever asks for this path is answered."""
-    if path in ENDPOINTS:
-        return ENDPOINTS[path].dialect
+    endpoint = endpoint_of(path)
+    if endpoint is not None:
+        return endpoint.dialect
     if path.startswith("/api/"):
         return OLLAMA
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
@@ -2920,6 +2941,8 @@ def ollama_tool_call(call: Facts, **place: int) -> Facts:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a tool call are not an object")
+    if not isinstance(function["name"], str):
+        raise ValueError("a tool call names no function")
     facts = {**place, "name": function["name"], "arguments": arguments}
     return chosen({"id": call.get("id"), "function": facts})
 
@@ -2928,12 +2951,10 @@ def understood_calls(calls: Iterable[Facts]) -> list[Facts]:
     """The tool calls of an answer for Ollama; one that was cut is lost, not the text beside it."""
     found: list[Facts] = []
     for call in calls:
-        with contextlib.suppress(*MALFORMED):
+        try:
             found.append(ollama_tool_call(call, index=len(found)))
-            continue
-        log.warning(
-            "a tool call of an answer is left out: it was cut, or its arguments are no object"
-        )
+        except MALFORMED:  # noqa: PERF203 - one that is bad costs no other
+            log.warning("a tool call of an answer is left out: it was cut, or is not understood")
     return found
 
 
@@ -3246,8 +3267,11 @@ class OpenCalls:
             self.names[ident] = name
             self.by_name.setdefault(name, deque()).append(ident)
 
-    def take(self, name: Any) -> Any:
-        """The id of the first open call, of that function if one is named; else the name."""
+    def take(self, name: Any, ident: Any = None) -> Any:
+        """The call's id: as told, else of the first open one of that function; else the name."""
+        if ident and isinstance(ident, str):
+            self.names.pop(ident, None)
+            return ident
         if name is None:
             return self.names.popitem(last=False)[0] if self.names else None
         idents = self.by_name.get(name, ()) if isinstance(name, str) else ()
@@ -3271,8 +3295,8 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
             unanswered.add(call["id"], call["function"]["name"])
         facts["tool_calls"] = calls or None
         if facts["role"] == "tool":
-            answered = unanswered.take(message.get("tool_name"))
-            facts["tool_call_id"] = message.get("tool_call_id") or answered
+            told = message.get("tool_name"), message.get("tool_call_id")
+            facts["tool_call_id"] = unanswered.take(*told)
         translated.append(chosen(facts))
     return translated
 
@@ -4304,7 +4328,7 @@ async def inspect(backend: Backend, instance: str) -> Report:
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if head.status != HTTPStatus.OK:
-        raise read_refusal(head, body, with_key=backend.has_key)
+        raise read_refusal(head, body)
     entries = read_models(parse_json(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
@@ -4315,22 +4339,17 @@ async def inspect(backend: Backend, instance: str) -> Report:
         entries = with_details(entries, shown)
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
-    tags = read_rows(await fetch_json(backend, "/api/tags"))
-    return Report(kind, entries, models, loaded, latency, tags, read_rows(shown), began, version)
+    tags, running = (
+        sound_rows(look_up(told, "models"))
+        for told in (await fetch_json(backend, "/api/tags"), shown)
+    )
+    return Report(kind, entries, models, loaded, latency, tags, running, began, version)
 
 
 def with_details(entries: Rows, shown: Any) -> Rows:
     """The entries with what LM Studio tells of its models at its own route only."""
-    rows = look_up(shown, "data")
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    details = {str(row.get("id")): row for row in rows}
+    details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
     return tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
-
-
-def read_rows(payload: Any) -> Rows:
-    """The models in what Ollama's /api/tags or /api/ps tells; none where it makes no sense."""
-    rows = look_up(payload, "models")
-    return tuple(row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -4361,13 +4380,14 @@ class Monitor:
         """Start a probe of each backend that is due and has none under way."""
         now = time.monotonic()
         for backend in list(self.fleet.backends.values()):
-            if now >= backend.next_probe:
+            if now >= backend.next_probe and not self.closed:
                 self.start_probe(backend)
 
     def probe_now(self, backend: Backend) -> None:
+        """What it has, has changed: no look that began before tells of it."""
+        backend.changed = time.monotonic()
         backend.next_probe = 0.0
-        if not self.closed:
-            self.probe_due()
+        self.probe_due()
 
     def start_probe(self, backend: Backend) -> asyncio.Task[None]:
         if backend not in self._flights:
@@ -4387,10 +4407,8 @@ class Monitor:
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
-        limit, interval = (
-            self.settings.upstream.probe_timeout,
-            self.settings.upstream.probe_interval,
-        )
+        limits = self.settings.upstream
+        limit, interval = limits.probe_timeout, limits.probe_interval
         looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
             report = await within(limit, looking, BackendTimeout("does not answer"))
@@ -4446,6 +4464,7 @@ class Monitor:
         elif isinstance(failure, BackendError) and failure.unhealthy:
             if not isinstance(failure, BackendLoading):
                 backend.needs_probe |= isinstance(failure, BackendUnreached)
+                backend.changed = now
             self.record_failure(backend, failure, now)
             self.probe_due()
 
@@ -5041,8 +5060,9 @@ def model_not_found(asked: str) -> LlmqError:
 # ==== 24. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
-# early calls `Gateway.stop` with the reason, and a slot is given back in `give_back` alone, after
-# the connection to the backend is closed or back in the pool, on every way out.
+# early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
+# given back in `give_back` alone, after the connection to the backend is closed or back in the
+# pool, on every way out.
 
 FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
 
@@ -5207,8 +5227,8 @@ class Gateway:
         """The call's turn has come.
 
         On a connection from the pool its request is sent right here, so that no runner idles for a
-        turn of the loop, and the call goes on when the answer comes.  A fresh connection it makes
-        itself.
+        turn of the loop; the call is woken by the first bytes of the answer.  A fresh connection it
+        makes itself.
         """
         call.deadline = now + self.settings.upstream.first_byte_timeout
         upstream = self.pool.take(backend.url, now)
@@ -5241,9 +5261,8 @@ class Gateway:
             ticket.want = ticket.want._replace(routes=left)
         return bool(ticket.want.routes) and bool(self.fleet.serving(ticket.want))
 
-    def expected(self, ticket: Ticket) -> Expected:
-        """What a waiting ticket can expect, as of a pass at most a second old."""
-        now = self.now()
+    def expected(self, ticket: Ticket, now: float) -> Expected:
+        """What a waiting ticket can expect, as of one pass for one `now`, at most a second old."""
         if now - self._forecast_at >= FORECAST_SECONDS:
             self._forecast, self._forecast_at = forecast(self.scheduler, now), now
         newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
@@ -5390,9 +5409,8 @@ def since(entry: Facts) -> str:
 
 def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
     """A model that Ollama does not have, in Ollama's words."""
-    digest = hashlib.sha256(
-        name.encode("utf-8", "replace")
-    ).hexdigest()  # Ollama's CLI shows its first 12 digits
+    # Ollama's CLI shows its first 12 digits.
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
     facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": digest}
     return {**facts, "details": NO_DETAILS, **more}
 
@@ -5597,16 +5615,19 @@ class MemoryKeeper:
 
 
 def send_heartbeats(gateway: Gateway, now: float) -> None:
-    """Keep those patient who wait long, so that their clients do not give up; rarer with time."""
+    """Keep those patient who wait long, so that their clients do not give up.
+
+    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.
+    """
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
         if now >= call.heartbeat_at and call.error is None:
             call.heartbeats += 1
             call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
-            send_heartbeat(gateway, call)
+            send_heartbeat(gateway, call, now)
 
 
-def send_heartbeat(gateway: Gateway, call: Call) -> None:
+def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply, dialect, stream = call.reply, call.endpoint.dialect, call.question.stream
     if call.watch is not None and call.watch.inside:  # of an event too long to be held
         return
@@ -5614,7 +5635,7 @@ def send_heartbeat(gateway: Gateway, call: Call) -> None:
         reply.start(200, dialect.stream_type if stream else "application/json")
     expected = Expected(0, None, "")
     if call.ticket.state is TicketState.WAITING:
-        expected = gateway.expected(call.ticket)
+        expected = gateway.expected(call.ticket, now)
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
@@ -5730,7 +5751,7 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
 def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
     ticket = call.ticket
     waits = ticket.state is TicketState.WAITING
-    expected = gateway.expected(ticket) if waits else Expected(0, 0, "")
+    expected = gateway.expected(ticket, now) if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
     return {
         **members(call, "id", "request_id", "route"),
@@ -6018,9 +6039,8 @@ class Api:
             raise failure
         reports = reports_of(self.gateway.fleet)
         entries = [entry for report in reports for entry in report.entries]
-        return bare_show(
-            model, [one for one in entries if model_key(str(one["id"])) == model_key(model)]
-        )
+        key = model_key(model)
+        return bare_show(model, [one for one in entries if model_key(str(one["id"])) == key])
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
         """Model management: straight to an Ollama and back, beside the queue."""
@@ -6052,10 +6072,10 @@ class Api:
         return {"input_tokens": estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
-        """A request that waits in the queue; its path may lack the `/v1`."""
+        """A request that waits in the queue."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
-        path = request.path.replace("/v2/", "/", 1)
-        endpoint = ENDPOINTS.get(path) or ENDPOINTS[f"/v1{path}"]
+        endpoint = endpoint_of(request.path)
+        assert endpoint is not None  # its route says so
         return self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
@@ -6163,7 +6183,9 @@ def row(access: Access, what: str, summary: str, *handlers: RouteHandler) -> Rou
 
 public, owned, local = (functools.partial(row, access) for access in Access)
 ROUTES = (
-    public(f"POST {CHAT}", "OpenAI chat; this and the next 16 wait in the queue", Api.enqueue),
+    public(f"POST {CHAT}",
+           f"OpenAI chat; this and {len((*ENDPOINTS, *SHORT_PATHS)) - 1} more wait in the queue",
+           Api.enqueue),
     public(f"POST {COMPLETIONS}", "OpenAI completion", Api.enqueue),
     public(f"POST {EMBEDDINGS}", "OpenAI embeddings", Api.enqueue),
     public(f"POST {RESPONSES}", "OpenAI response", Api.enqueue),
@@ -6173,13 +6195,8 @@ ROUTES = (
     public(f"POST {OLLAMA_GENERATE}", "Ollama completion", Api.enqueue),
     public(f"POST {OLLAMA_EMBED}", "Ollama embeddings", Api.enqueue),
     public(f"POST {OLLAMA_EMBEDDINGS}", "the older form", Api.enqueue),
-    public("POST /chat/completions", "the same without `/v1`", Api.enqueue),
-    public("POST /completions", "the same without `/v1`", Api.enqueue),
-    public("POST /embeddings", "the same without `/v1`", Api.enqueue),
-    public("POST /responses", "the same without `/v1`", Api.enqueue),
-    public("POST /messages", "the same without `/v1`", Api.enqueue),
-    public("POST /rerank", "the same without `/v1`", Api.enqueue),
-    public("POST /v2/rerank", "the same, Cohere's newer path", Api.enqueue),
+    *[public(f"POST {path}", f"the same as `{long}`", Api.enqueue)
+      for path, long in SHORT_PATHS.items()],
     public(f"POST {COUNT_TOKENS}", "a message's tokens, counted or estimated", Api.post_count),
     public("GET HEAD /v1/models", "the models of all backends", Api.get_models),
     public("GET HEAD /models", "the same", Api.get_models),

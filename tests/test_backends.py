@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -952,11 +953,24 @@ def test_a_runners_words_forge_no_line_and_are_not_endless(
         {"created": float("nan")},
         {"created": -1},
         {"created": 1_700_000_000_000_000_000},
-        {"created": "yesterday"},
+        {"id": float("nan")},
         {"size": float("inf")},
     ],
 )
 def test_a_model_whose_numbers_are_none_is_known_by_its_name_only(odd: dict[str, Any]) -> None:
     good = {"id": "good", "created": 1_700_000_000, "owned_by": "x"}
-    entries = llmq.read_models({"data": [{"id": "m", **odd}, good, {"id": "n", "created": None}]})
-    assert entries == ({"id": "m"}, good, {"id": "n", "created": None})
+    others = [good, {"id": "n", "created": None}, {"id": "t", "created": "2026-11-30"}]
+    entries = llmq.read_models({"data": [{"id": "m", **odd}, *others]})
+    assert entries == ({"id": str(odd.get("id", "m"))}, *others)
+    assert llmq.render_json(entries)
+
+
+def test_a_look_that_began_before_a_change_tells_nothing_of_it() -> None:
+    one = backend("m")
+    one.needs_probe, one.changed = True, 50.0
+    one.succeeded(60.0, dataclasses.replace(report("m"), began=40.0), 10.0)
+    assert one.needs_probe
+    assert one.next_probe == 60.0, "it is looked at once more"
+    one.succeeded(61.0, dataclasses.replace(report("m"), began=60.0), 10.0)
+    assert not one.needs_probe
+    assert one.next_probe == 71.0

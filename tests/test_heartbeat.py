@@ -385,7 +385,7 @@ def moments(monkeypatch: pytest.MonkeyPatch, interval: float, until: int) -> lis
     settings = SimpleNamespace(server=SimpleNamespace(heartbeat_interval=interval))
     gateway: Any = SimpleNamespace(calls={"1": call}, settings=settings)
     seen: list[int] = []
-    monkeypatch.setattr(llmq, "send_heartbeat", lambda _gateway, _call: seen.append(second))
+    monkeypatch.setattr(llmq, "send_heartbeat", lambda _gateway, _call, _now: seen.append(second))
     for second in range(until):
         llmq.send_heartbeats(gateway, float(second))
     return seen

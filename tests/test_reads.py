@@ -603,3 +603,17 @@ async def test_length_that_is_none_is_no_context() -> None:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "numCtx": 4096}
         assert (await ask(q.port, "POST", "/v1/chat/completions", json=body)).status == 200
         assert fake.requests[-1].json["options"]["num_ctx"] == 4096
+
+
+@pytest.mark.parametrize("route", ["/api/tags", "/api/ps"])
+async def test_rows_with_numbers_that_are_none_break_no_list(route: str) -> None:
+    odd = b'{"models":[{"name":"m","model":"m","size":NaN,"details":{}},{"name":"n","size":1}]}'
+    async with Runner(["m", "n"]) as fake, Runner(["other"]) as other:
+        fake.probe_answers[route] = (200, odd)
+        async with running(fake.url, other.url) as q:
+            await q.gateway.monitor.refresh()
+            answer = await ask(q.port, "GET", route)
+            assert answer.status == 200
+            rows = {row["name"]: row for row in answer.json()["models"]}
+            assert rows["m"] == {"name": "m", "model": "m"}
+            assert rows["n"]["size"] == 1

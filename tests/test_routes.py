@@ -37,7 +37,7 @@ def told_error(path: str, answer: Answer) -> str:
         assert answer.json() == {"error": error}
         assert isinstance(error, str)
         return str(error)
-    if path.startswith("/v1/messages"):
+    if path.startswith(("/v1/messages", "/messages")):
         assert (answer.json()["type"], set(error)) == ("error", {"type", "message"})
         assert answer.json()["request_id"] == answer.headers["request-id"]
     else:

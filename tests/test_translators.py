@@ -413,3 +413,18 @@ def test_results_find_the_first_open_call_of_their_function(seed: int) -> None:
         found = next((call for call in naive if name in (None, call[0])), (name, name))
         naive = [call for call in naive if call is not found]
         assert calls.take(name) == found[1]
+
+
+def test_a_result_that_names_its_call_takes_that_one_out() -> None:
+    calls = llmq.OpenCalls()
+    for ident in "123":
+        calls.add(ident, "f")
+    assert calls.take("f", "2") == "2"
+    assert [calls.take("f"), calls.take("f"), calls.take("f")] == ["1", "3", "f"]
+
+
+def test_a_tool_call_without_a_name_is_left_out() -> None:
+    good = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    bad = {"id": "2", "function": {"name": None, "arguments": "{}"}}
+    (kept,) = llmq.understood_calls([bad, good])
+    assert kept["function"]["name"] == "f"
