@@ -142,11 +142,10 @@ def cut(chance: random.Random, data: bytes) -> list[bytes]:
 # ---- The reading code, without sockets and without turns of the loop -----------------------------
 
 
-class Writer:
-    """All that a connection does to its writer and transport, noted."""
+class Transport:
+    """All that a connection does to its transport, noted."""
 
     def __init__(self) -> None:
-        self.transport = self
         self.sent: list[bytes] = []
         self.handled: list[Any] = []  # by the handler below
         self.closing = False
@@ -179,20 +178,17 @@ class Writer:
     def set_write_buffer_limits(self, high: int = 0) -> None:
         pass
 
-    async def drain(self) -> None:
-        pass
-
-    def get_extra_info(self, _name: str) -> Any:
-        return self
+    def get_extra_info(self, name: str) -> Any:
+        return self if name == "socket" else None
 
     def setsockopt(self, *option: Any) -> None:
         pass
 
 
-class Reader(llmq.Reader):
-    def __init__(self, writer: Writer) -> None:
+class Stream(llmq.Stream):
+    def __init__(self) -> None:
         super().__init__()
-        self.transport = writer
+        self.connection_made(Transport())  # type: ignore[arg-type]
 
     async def linger(self, timeout: float) -> None:
         """Without a clock: the end of the bytes always comes here."""
@@ -209,7 +205,7 @@ def is_over(wait: Any) -> bool:
 
 
 class Driven:
-    """A coroutine that waits for nothing but its reader, run as far as it gets."""
+    """A coroutine that waits for nothing but its stream, run as far as it gets."""
 
     def __init__(self, coroutine: Any) -> None:
         self.coroutine = coroutine
@@ -227,17 +223,17 @@ class Driven:
             self.done = True
             raise
 
-    def feed(self, reader: Reader, pieces: list[bytes]) -> Any:
+    def feed(self, stream: Stream, pieces: list[bytes]) -> Any:
         """Give it these bytes, then the end; it has to be done by then."""
         try:
             self.run()
             for piece in pieces:
                 if not self.done:
-                    assert not reader.transport.paused, "it waits, and does not listen"
-                    reader.feed_data(piece)
+                    assert not stream.transport.paused, "it waits, and does not listen"
+                    stream.data_received(piece)
                     self.run()
             if not self.done:
-                reader.feed_eof()
+                stream.eof_received()
                 self.run()
             assert self.done, "it waits for more than there will ever be"
         finally:
@@ -258,15 +254,15 @@ async def handle(exchange: llmq.Exchange) -> None:
     """What routes do to an exchange, in small; a query asks for the other ends."""
     request = exchange.request
     noted = [request.method, request.target, request.path, request.query, request.minor]
-    writer: Any = exchange.connection.writer
-    writer.handled.append((*noted, request.headers))
+    transport: Any = exchange.connection.stream.transport
+    transport.handled.append((*noted, request.headers))
     try:
         llmq.parse_host(request.headers.get("host", "?"))
         if request.method not in ("POST", "PUT"):
             exchange.respond(200, b"ok", "text/plain")
             return
         await exchange.read_body(BODY_LIMIT)
-        writer.handled.append(request.body)
+        transport.handled.append(request.body)
         endpoint = llmq.ENDPOINTS.get(request.path, llmq.ENDPOINTS[llmq.CHAT])
         question, _ = llmq.read_question(
             request.body, endpoint, request.headers.get("x-queue-priority")
@@ -295,15 +291,14 @@ SERVER.date = "then"
 
 def serve(pieces: list[bytes]) -> tuple[list[Any], bytes]:
     """The requests on one connection, and all that is answered."""
-    writer = Writer()
-    reader = Reader(writer)
-    connection = llmq.Connection(SERVER, reader, writer)  # type: ignore[arg-type]
-    Driven(connection.run()).feed(reader, pieces)
+    stream = Stream()
+    connection = llmq.Connection(SERVER, stream)
+    Driven(connection.run()).feed(stream, pieces)
     given = sum(map(len, pieces))
-    assert 0 <= reader.unread <= reader.received <= given
-    bodies = [one for one in writer.handled if isinstance(one, bytes)]
+    assert 0 <= stream.unread <= stream.received <= given
+    bodies = [one for one in stream.transport.handled if isinstance(one, bytes)]
     assert sum(map(len, bodies)) <= given
-    return writer.handled, b"".join(writer.sent)
+    return stream.transport.handled, b"".join(stream.transport.sent)
 
 
 async def ask(upstream: llmq.Upstream) -> Any:
@@ -312,7 +307,7 @@ async def ask(upstream: llmq.Upstream) -> Any:
         return await read(upstream)
     finally:
         if upstream.reusable:
-            rest = Driven(upstream.reader.more())
+            rest = Driven(upstream.stream.more())
             rest.run()
             rest.coroutine.close()
             assert not rest.done, "a connection with unread bytes is kept for the next request"
@@ -347,13 +342,12 @@ async def read(upstream: llmq.Upstream) -> Any:
 
 def answer(pieces: list[bytes]) -> Any:
     """An answer as read from a backend, or the kind of error that it is."""
-    writer = Writer()
-    reader = Reader(writer)
-    upstream = llmq.Upstream("http://b", reader, writer)  # type: ignore[arg-type]
+    stream = Stream()
+    upstream = llmq.Upstream("http://b", stream)
     upstream.send(b"a request")
     driven = Driven(ask(upstream))
     try:
-        result = driven.feed(reader, pieces)
+        result = driven.feed(stream, pieces)
     except llmq.BackendError as error:
         return type(error)
     return result
@@ -853,9 +847,8 @@ def test_planted_hang_is_found():
         await asyncio.get_running_loop().create_future()
 
     def run() -> None:
-        reader = Reader(Writer())
         with pytest.raises(AssertionError, match="waits"):
-            Driven(waits()).feed(reader, [b"x"])
+            Driven(waits()).feed(Stream(), [b"x"])
 
     raising(run)
 

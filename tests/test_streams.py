@@ -21,14 +21,13 @@ def in_a_callback(work: Callable[[], Any]) -> asyncio.Future[Any]:
     return done
 
 
-async def pair() -> tuple[llmq.Reader, asyncio.StreamWriter, socket.socket]:
+async def pair() -> tuple[llmq.Stream, socket.socket]:
     """One side as llmq reads it, the other as a plain socket."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    loop, reader = asyncio.get_running_loop(), llmq.Reader()
-    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport, _ = await loop.create_connection(lambda: protocol, sock=ours)
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop), theirs
+    loop = asyncio.get_running_loop()
+    _, stream = await loop.create_connection(llmq.Stream, sock=ours)
+    return stream, theirs
 
 
 # ---- Waiter
@@ -96,79 +95,79 @@ async def test_wait_can_be_cancelled_and_the_waiter_used_again(woken: bool) -> N
     await waiter
 
 
-# ---- Reader
+# ---- Stream
 
 
 async def test_all_that_has_come_is_read_at_once_and_the_end_is_empty() -> None:
-    reader, writer, peer = await pair()
+    stream, peer = await pair()
     peer.send(b"one ")
-    assert await reader.more() == b"one "
+    assert await stream.more() == b"one "
     peer.send(b"two ")
-    await eventually(lambda: reader.unread)
-    reader.put_back(b"and ")
-    assert await reader.more() == b"and two "
+    await eventually(lambda: stream.unread)
+    stream.put_back(b"and ")
+    assert await stream.more() == b"and two "
     peer.close()
-    assert await reader.more() == b""
-    assert reader.ended
-    writer.close()
+    assert await stream.more() == b""
+    assert stream.ended
+    stream.close()
 
 
 async def test_error_that_interrupts_a_read_is_met_there_and_before_what_has_come() -> None:
-    reader, writer, peer = await pair()
-    reading = asyncio.ensure_future(reader.more())
+    stream, peer = await pair()
+    reading = asyncio.ensure_future(stream.more())
     await asyncio.wait([reading], timeout=0)
-    reader.interrupt(llmq.RequestTimeout("too late"))
+    stream.interrupt(llmq.RequestTimeout("too late"))
     with pytest.raises(llmq.RequestTimeout):
         await reading
     peer.send(b"more")
     with pytest.raises(llmq.RequestTimeout):
-        await reader.more()
+        await stream.more()
     peer.close()
-    writer.close()
+    stream.close()
 
 
 @pytest.mark.parametrize("pieces", [[b"a: b\r\n\r\nrest"], [b"a: b\r", b"\n\r", b"\nrest"]])
 async def test_head_is_read_to_its_empty_line_and_what_follows_stays(pieces: list[bytes]) -> None:
-    reader, writer, peer = await pair()
+    stream, peer = await pair()
     partly: list[int] = []
-    reading = asyncio.ensure_future(reader.read_head(lambda: partly.append(1)))
+    reading = asyncio.ensure_future(stream.read_head(lambda: partly.append(1)))
     for sent, piece in zip(accumulate(map(len, pieces)), pieces):
         peer.send(piece)
-        await eventually(lambda all_sent=sent: reader.received == all_sent)
+        await eventually(lambda all_sent=sent: stream.received == all_sent)
     assert await reading == b"a: b\r\n\r\n"
     assert partly == [1] * (len(pieces) > 1)
-    assert await reader.more() == b"rest"
+    assert await stream.more() == b"rest"
     peer.close()
-    writer.close()
+    stream.close()
 
 
 async def test_who_sends_more_than_is_read_is_not_listened_to_for_a_while() -> None:
-    reader, writer, peer = await pair()
+    stream, peer = await pair()
     loop, data = asyncio.get_running_loop(), b"x" * (8 * llmq.UNREAD_LIMIT)
     sending = asyncio.ensure_future(loop.sock_sendall(peer, data))
-    await eventually(lambda: reader.unread > llmq.UNREAD_LIMIT)
-    held = reader.unread
+    await eventually(lambda: stream.unread > llmq.UNREAD_LIMIT)
+    held = stream.unread
     assert held < 4 * llmq.UNREAD_LIMIT
     received = 0
     while received < len(data):
-        received += len(await reader.more())
+        received += len(await stream.more())
     await sending
     peer.close()
-    writer.close()
+    stream.close()
 
 
 async def test_what_is_read_ahead_is_bounded_and_the_end_behind_it_still_seen() -> None:
-    reader, writer, peer = await pair()
+    stream, peer = await pair()
     left = asyncio.Event()
-    reader.bound()
-    reader.on_end = left.set
+    stream.bound()
+    stream.on_end = left.set
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(peer, b"x" * (4 * llmq.READ_AHEAD))
     peer.close()
     await left.wait()
-    assert reader.overrun
-    assert reader.unread <= llmq.READ_AHEAD
-    writer.close()
+    assert stream.overrun
+    assert stream.unread <= llmq.READ_AHEAD
+    stream.close()
 
 
 async def test_time_is_up_for_what_does_not_come_and_it_is_cancelled() -> None:
@@ -181,24 +180,59 @@ async def test_time_is_up_for_what_does_not_come_and_it_is_cancelled() -> None:
 
 @pytest.mark.parametrize("end", [b"", llmq.HEAD_END], ids=["cut off", "whole"])
 async def test_head_that_is_too_long_is_given_up_when_it_is_not_when_more_comes(end: bytes) -> None:
-    reader, writer, peer = await pair()
+    stream, peer = await pair()
     loop, head = asyncio.get_running_loop(), b"x" * (llmq.HEAD_LIMIT + 2000) + end
-    reading = asyncio.ensure_future(reader.read_head())
+    reading = asyncio.ensure_future(stream.read_head())
     await loop.sock_sendall(peer, head)
-    await eventually(lambda: reader.received == len(head))
+    await eventually(lambda: stream.received == len(head))
     assert not (await asyncio.wait_for(reading, 1)).endswith(llmq.HEAD_END)
     peer.close()
-    writer.close()
+    stream.close()
 
 
 async def test_what_came_is_read_though_the_transport_is_lost() -> None:
     class Lost:  # a TLS transport of Python 3.9 and 3.10, once its connection is lost
+        def get_extra_info(self, name: str) -> object:
+            return name  # whatever is asked for, TLS included, it has
+
         def resume_reading(self) -> None:
             raise AttributeError("'NoneType' object has no attribute 'resume_reading'")
 
-    reader = llmq.Reader()
-    reader.set_transport(Lost())  # type: ignore[arg-type]
+    stream = llmq.Stream()
+    stream.connection_made(Lost())  # type: ignore[arg-type]
     data = b"x" * (llmq.UNREAD_LIMIT + 1)
-    reader.feed_data(data)
-    reader.feed_eof()
-    assert await reader.more() == data
+    stream.data_received(data)
+    stream.connection_lost(None)
+    assert await stream.more() == data
+
+
+async def test_whoever_writes_waits_until_the_peer_has_taken_it() -> None:
+    stream, peer = await pair()
+    loop, sent = asyncio.get_running_loop(), b"x" * (4 * llmq.MIB)
+    stream.transport.set_write_buffer_limits(high=0)
+    stream.write(sent)
+    draining = asyncio.ensure_future(stream.drain())
+    taken = 0
+    while taken < len(sent):
+        assert not draining.done() or not stream.unsent
+        taken += len(await loop.sock_recv(peer, llmq.MIB))
+    await draining
+    assert stream.unsent == 0
+    peer.close()
+    stream.close()
+
+
+async def test_whoever_writes_and_whoever_reads_learn_that_the_connection_is_lost() -> None:
+    stream, peer = await pair()
+    stream.transport.set_write_buffer_limits(high=0)
+    stream.write(b"x" * (4 * llmq.MIB))
+    draining = asyncio.ensure_future(stream.drain())
+    reading = asyncio.ensure_future(stream.more())
+    await asyncio.sleep(0)
+    stream.abort()
+    with pytest.raises(ConnectionResetError):
+        await draining
+    assert await reading == b""
+    await stream.closed()
+    assert stream.lost
+    peer.close()
