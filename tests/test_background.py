@@ -553,3 +553,18 @@ async def test_watchers_are_told_of_a_request_that_starts_at_once() -> None:
         assert q.gateway.changes > changes, "it runs, and no snapshot is rendered for that"
         await request.answer("served")
         await asking
+
+
+# ---- Memory ----------------------------------------------------------------------------------
+
+
+async def test_memory_is_given_back_once_and_when_the_whole_crowd_has_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway, given_back = gateway_of(), []
+    keeper = llmq.MemoryKeeper(gateway)
+    monkeypatch.setattr(llmq, "release_memory", lambda: given_back.append(len(gateway.calls)))
+    for calls in (20, 20, llmq.CROWD, llmq.CROWD // 2, 20, 5, 5, 5, 0, 0):
+        gateway.calls = dict.fromkeys(range(calls))
+        keeper.step()
+    assert given_back == [5]
