@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7700  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7750  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 115,
@@ -53,16 +53,16 @@ BUDGET = {
     "Ollama": 60,
     "Anthropic": 65,
     "Translation": 515,
-    "Streams": 195,
+    "Streams": 275,
     "Server": 520,
-    "Upstream": 230,
+    "Upstream": 225,
     "Probes": 220,
     "Calls": 255,
     "Records": 140,
     "Admission": 140,
     "Gateway": 305,
     "Models": 190,
-    "Background": 90,
+    "Background": 95,
     "Access": 70,
     "Snapshot": 160,
     "Routes": 395,
