@@ -6697,15 +6697,18 @@ STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
 HANDOVER_SECONDS = 0.5  # for requests to arrive on connections that were just accepted
 FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
+LOG_PIECE = 1024  # characters: a pipe that has room takes 4,096 bytes without waiting
+LOG_PATIENCE = 0.05  # seconds in which the loop may wait for whoever reads the log
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
 class LogHandler(logging.Handler):
-    """Writes to stderr, as text or JSON."""
+    """Writes to stderr, as text or JSON; what nobody takes is lost, counted, never waited for."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form = form
+        self.lost = 0  # lines, since the last one that was written
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is None:  # it was started without one
@@ -6715,10 +6718,34 @@ class LogHandler(logging.Handler):
             rows = record.msg.rows
         else:
             rows = [(record.created, logging.Formatter().format(record))]
-        text = "".join([self.line(when, record.levelname, what) for when, what in rows])
+        lines = [self.line(when, record.levelname, what) for when, what in rows]
+        if self.lost and self.has_room(0):
+            words = f"{self.lost} lines of the log were lost: nobody took them"
+            lines.insert(0, self.line(record.created, "WARNING", words))
+            self.lost = 0
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self.write(lines)
+
+    def write(self, lines: list[str]) -> None:
+        """Write lines while there is room, in all with LOG_PATIENCE: a terminal may be paused."""
+        until = time.monotonic() + (0 if self.lost else LOG_PATIENCE)
+        text, at = "".join(lines), 0
+        while at < len(text):
+            if not self.has_room(max(0.0, until - time.monotonic())):
+                self.lost += text.count("\n", at)
+                return
+            end = at + LOG_PIECE
+            end = text.rfind("\n", at, end) + 1 or end  # whole lines, where they are that short
+            sys.stderr.write(text[at:end])
+            at = end
+        sys.stderr.flush()
+
+    def has_room(self, seconds: float) -> bool:
+        """Whether a piece can be written at once, or within a time."""
+        try:
+            return bool(select.select([], [sys.stderr], [], seconds)[1])
+        except (OSError, ValueError):  # no file of the system, or one that cannot be asked
+            return True
 
     def line(self, when: float, level: str, what: str | Record) -> str:
         if self.form == "json":

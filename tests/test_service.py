@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import resource
 import socket
 import sys
@@ -231,6 +232,32 @@ def test_log_level_is_the_least_that_is_logged(
         log.log(getattr(logging, word.upper()), "said at %s", word)
     said = [line.rsplit(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     assert said == list(llmq.LEVELS[llmq.LEVELS.index(level) :])
+
+
+def test_log_that_nobody_reads_is_lost_and_counted_not_waited_for(
+    log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as reader, open(writing, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        llmq.set_up_log(llmq.LogSettings())
+        os.set_blocking(reading, False)
+        line, number, said = "said ".ljust(1000, "x"), 0, b""
+        while number < 200:  # a pipe holds 64 KiB
+            number += 1
+            log.info("%s %d", line, number)
+        while piece := reader.read(1 << 20):
+            said += piece
+        log.info("heard")
+        said += reader.read(1 << 20)
+        kept = [one for one in said.decode().splitlines() if line in one]
+        assert 20 < len(kept) < number
+        assert [int(one.split()[-1]) for one in kept] == list(range(1, len(kept) + 1))
+        told, last = said.decode().splitlines()[-2:]
+        assert told.endswith(
+            f"WARNING {number - len(kept)} lines of the log were lost: nobody took them"
+        )
+        assert last.endswith("INFO heard")
 
 
 def test_failure_in_the_json_log_is_one_line_with_its_traceback(
