@@ -3626,6 +3626,30 @@ class Stream(asyncio.Protocol):
         self.on_end = None
 
 
+async def in_thread(work: Callable[[], T]) -> T:
+    """What a function gives that would hold the event loop, from a thread of its own.
+
+    Unlike those of asyncio's executor it keeps no other work waiting, nor the end of the program.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(settled: Callable[[], None]) -> None:
+        if not result.cancelled():
+            settled()
+
+    def run() -> None:
+        try:
+            settled = functools.partial(result.set_result, work())
+        except Exception as error:  # noqa: BLE001 - whoever awaits it meets it
+            settled = functools.partial(result.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
+            loop.call_soon_threadsafe(settle, settled)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await result
+
+
 async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
     """What the task gives within a time; else it is cancelled, and `late` is raised."""
     try:
@@ -4287,14 +4311,34 @@ def tls_context() -> Any:
     return ssl.create_default_context()
 
 
+async def addresses(host: str, port: int) -> list[str]:
+    """The addresses of a name: a name that is slow to be found delays nothing else."""
+    if is_address(host):
+        return [host]
+    find = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys([str(found[4][0]) for found in await in_thread(find)]))
+
+
 async def dial(url: str) -> Upstream:
     """A fresh connection to where a url says; OSError when nobody is there, OutOfFiles."""
     parts = urlsplit(url)
     tls = tls_context() if parts.scheme == "https" else None
-    loop = asyncio.get_running_loop()
     host, port = parts.hostname or "", parts.port or (443 if tls else 80)
+    failure = OSError(f"{host} has no address")
+    for address in await addresses(host, port):
+        try:
+            return await dial_address(url, address, port, tls, host)
+        except OSError as error:  # noqa: PERF203 - the next address may do
+            failure = error
+    raise failure
+
+
+async def dial_address(url: str, address: str, port: int, tls: Any, host: str) -> Upstream:
+    loop, name = asyncio.get_running_loop(), host if tls else None
     try:
-        _, stream = await loop.create_connection(Stream, host, port, ssl=tls)
+        _, stream = await loop.create_connection(
+            Stream, address, port, ssl=tls, server_hostname=name
+        )
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise OutOfFiles("llmq has no more open files: raise their limit") from None

@@ -7,8 +7,10 @@ import errno
 import json
 import random
 import socket
+import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -1298,3 +1300,40 @@ async def test_llmqs_own_lack_of_open_files_is_no_fault_of_the_runner(
         assert (backend.state, backend.failures) == (llmq.State.UP, 0)
         monkeypatch.undo()
         assert (await ask(q.port, "POST", "/v1/chat/completions", json=chat("x"))).status == 200
+
+
+async def test_names_that_are_slow_to_be_found_delay_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, look_up = threading.Event(), socket.getaddrinfo
+
+    def slow(host: str, *place: Any, **hints: Any) -> Any:
+        if host == "slow.test":
+            found.wait(10)
+            raise socket.gaierror(-2, "Name or service not known")
+        return look_up("127.0.0.1" if host == "good.test" else host, *place, **hints)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    async with FakeBackend() as fake:
+        names = ["slow.test"] * 40  # more than asyncio's executor has threads
+        dials = [asyncio.ensure_future(llmq.dial(f"http://{name}:80")) for name in names]
+        upstream = await llmq.dial(f"http://good.test:{urlsplit(fake.url).port}")
+        assert not any(one.done() for one in dials)
+        await upstream.close()
+        found.set()
+        ends = await asyncio.gather(*dials, return_exceptions=True)
+        assert {type(end) for end in ends} == {socket.gaierror}
+
+
+async def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(_host: str, port: int, **_: Any) -> Any:
+        return [(2, 1, 6, "", (address, port)) for address in ("127.0.0.7", "127.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    async with FakeBackend() as fake:
+        port = urlsplit(fake.url).port
+        upstream = await llmq.dial(f"http://two.test:{port}")
+        assert upstream.stream.transport.get_extra_info("peername")[0] == "127.0.0.1"
+        await upstream.close()
+    with pytest.raises(ConnectionRefusedError):
+        await llmq.dial(f"http://two.test:{port}")
