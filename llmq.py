@@ -2143,6 +2143,10 @@ MEMBER_HEAD = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 QUOTE = re.compile(r'[ \t\n\r]*"')
 COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 DELIMITER = re.compile(r"[ \t\n\r]*([,}])")
+WHITE = re.compile(r"[ \t\n\r]*")
+PLAIN_ITEMS = re.compile(r'[^\[\]{}"]{1,8192},')
+PART = 500  # numbers that are written at a time
+ITEM_DELIMITER = re.compile(r"[ \t\n\r]*([,\]])")
 WHITE_END = re.compile(r"[ \t\n\r]*\Z")
 
 
@@ -2152,8 +2156,17 @@ def refuse_constant(name: str) -> NoReturn:
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
 # The decoder's own scanners, in C: (text, index) -> (value, index behind it).
-scan_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
+Scan = Callable[[str, int], "tuple[Any, int]"]
+scan_value: Scan = JSON.scan_once  # type: ignore[attr-defined]
 scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+
+
+HEAVY_BODY = MIB  # bytes of JSON that are not read in the event loop
+MANY_VALUES = 50_000  # in a body: more are not looked at, 10 ms of work and 5 MB of memory
+LARGE: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looked at
+SKIPPED = 64 * KIB  # characters that are skipped at a time
+NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+NESTING = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 Place = tuple[int, int, int]  # of a member in the text: where its name, its value begin, its end
@@ -2174,8 +2187,24 @@ def decode_json(body: bytes) -> str:
         raise BadRequest("the body is not UTF-8") from None
 
 
+def count_values(text: str | bytes, start: int = 0, end: int = sys.maxsize) -> int:
+    """At most so many values are in a piece of JSON; what is in its strings counts too."""
+    if isinstance(text, str):
+        return sum([text.count(mark, start, end) for mark in (",", "[", "{")])
+    return sum([text.count(mark, start, end) for mark in (b",", b"[", b"{")])
+
+
+def is_heavy(body: bytes) -> bool:
+    """Whether to read this JSON would hold the event loop for too long."""
+    large = len(body) > MANY_VALUES
+    return large and (len(body) > HEAVY_BODY or count_values(body) > MANY_VALUES)
+
+
 def read_object(text: str) -> JsonObject:
-    """The JSON object that `text` is; BadRequest says where it is none."""
+    """The JSON object that `text` is; BadRequest says where it is none.
+
+    Of more than MANY_VALUES the rest is skipped: whoever gets it reads it.
+    """
     try:
         found = scan_object(text)
     except RecursionError:
@@ -2187,13 +2216,69 @@ def read_object(text: str) -> JsonObject:
     return found
 
 
-def scan_object(text: str) -> JsonObject:
+class Scanner:
+    """Scans the members of a heavy object: MANY_VALUES in all, what holds more is skipped."""
+
+    def __init__(self) -> None:
+        self.left = MANY_VALUES
+
+    def scan(self, text: str, at: int) -> tuple[Any, int]:
+        """A value, or what stands for it, and where it ends."""
+        if text[at : at + 1] not in LARGE:
+            return scan_value(text, at)
+        end = skip_value(text, at)
+        values = count_values(text, at, end)
+        if values > self.left:
+            return LARGE[text[at]], end
+        self.left -= values
+        return scan_value(text, at)
+
+
+def is_large(values: Mapping[str, Any]) -> bool:
+    """Whether some of these members were skipped."""
+    return any(value is large for value in values.values() for large in LARGE.values())
+
+
+def skip_value(text: str, at: int) -> int:
+    """Where the list or object that begins here ends; a piece at a time, for threads take turns.
+
+    Only strings and levels are looked at: ValueError where those are not in order.
+    """
+    level = 0
+    while at < len(text):
+        stop = min(at + SKIPPED, len(text))
+        quote = text.find('"', at, stop)
+        stop = stop if quote < 0 else quote
+        brackets = NO_BRACKETS.sub("", text[at:stop])
+        levels = list(accumulate([NESTING[one] for one in brackets], initial=level))
+        if max(levels) > DEPTH_LIMIT:
+            raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}")
+        if 0 in levels[1:]:
+            return find_bracket(text, at, levels.index(0, 1)) + 1
+        level = levels[-1]
+        at = stop if quote < 0 else scan_string(text, quote + 1)[1]
+    raise ValueError("a list or an object is not closed")
+
+
+def find_bracket(text: str, at: int, number: int) -> int:
+    """Where from here the bracket of this number is, counted from 1."""
+    for found in re.compile(r"[\[\]{}]").finditer(text, at):
+        number -= 1
+        if not number:
+            return found.start()
+    raise ValueError("there are not so many")
+
+
+def scan_object(text: str, scan: Scan | None = None) -> JsonObject:
     """The members as the decoder's own scanners see them; ValueError if it is no object."""
     opening = OPENING.match(text)
     if not opening:
         raise ValueError("it is not an object")
     values: dict[str, Any] = {}
     places: dict[str, Place] = {}
+    if scan is None:
+        heavy = len(text) > MANY_VALUES and count_values(text) > MANY_VALUES
+        scan = Scanner().scan if heavy else scan_value
     at, following = opening.end(), opening[1]
     while following != "}":
         head = MEMBER_HEAD.match(text, at)
@@ -2204,7 +2289,7 @@ def scan_object(text: str) -> JsonObject:
         if len(name) > NAME_LIMIT:
             raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
         try:
-            value, at = scan_value(text, value_at)
+            value, at = scan(text, value_at)
         except StopIteration:
             raise ValueError(f"a value is wanted at character {value_at}") from None
         if name in values or len(values) == MEMBERS_LIMIT:
@@ -2229,6 +2314,68 @@ def scan_name(text: str, at: int) -> tuple[str, int, int]:
         if colon:
             return name, quote.end() - 1, colon.end()
     raise ValueError(f"a name and a colon are wanted at character {at}")
+
+
+def scan_parts(text: str, at: int) -> tuple[Any, int]:
+    """A value as `scan_value` reads it, a part at a time, for threads take turns between them."""
+    if text.startswith("[", at):
+        return scan_list(text, WHITE.match(text, at + 1).end())  # type: ignore[union-attr]
+    if not text.startswith("{", at):
+        return scan_value(text, at)
+    values: dict[str, Any] = {}
+    opening = OPENING.match(text, at)
+    at, following = opening.end(), opening[1]  # type: ignore[union-attr, index]
+    while following != "}":
+        name, _, value_at = scan_name(text, at)
+        values[name], at = scan_parts(text, value_at)
+        delimiter = DELIMITER.match(text, at)
+        if not delimiter:
+            raise ValueError(f"a comma or a brace is wanted at character {at}")
+        at, following = delimiter.end(), delimiter[1]
+    return values, at
+
+
+def scan_list(text: str, at: int) -> tuple[list[Any], int]:
+    """The items from here on, and where their list ends; numbers some hundreds at a time."""
+    items: list[Any] = []
+    if text.startswith("]", at):
+        return items, at + 1
+    while True:
+        run = PLAIN_ITEMS.match(text, at)
+        if run:
+            items += scan_value(f"[{run[0][:-1]}]", 0)[0]
+            at = run.end()
+        item, at = scan_parts(text, WHITE.match(text, at).end())  # type: ignore[union-attr]
+        items.append(item)
+        delimiter = ITEM_DELIMITER.match(text, at)
+        if not delimiter:
+            raise ValueError(f"a comma or a bracket is wanted at character {at}")
+        at = delimiter.end()
+        if delimiter[1] == "]":
+            return items, at
+
+
+def render_parts(value: Any) -> Iterator[bytes]:
+    """JSON as `render_json` makes it, a part at a time, for the same end."""
+    before = b"{" if isinstance(value, dict) else b"["
+    if isinstance(value, dict) and value:
+        for name, one in value.items():
+            yield before + render_json(name) + b":"
+            yield from render_parts(one)
+            before = b","
+        yield b"}"
+    elif isinstance(value, list) and value:
+        nested = isinstance(value[0], (dict, list))
+        for at in range(0, len(value), 1 if nested else PART):
+            yield before
+            if nested:
+                yield from render_parts(value[at])
+            else:
+                yield render_json(value[at : at + PART])[1:-1]
+            before = b","
+        yield b"]"
+    else:
+        yield render_json(value)
 
 
 def check_depth(value: Any) -> None:
@@ -2317,6 +2464,7 @@ class Question(NamedTuple):
     foreign: bool = False  # what it says of a context is cut
     keep_alive: bool = False  # it says how long the model is to stay loaded
     done_reason: str = ""  # "load" or "unload": all that `ollama run` and `ollama stop` ask for
+    large: bool = False  # some of it was not looked at
 
     def body_for(self, model: str, context: int = 0) -> bytes:
         """The body, naming the model as the backend does, with the context that is shared."""
@@ -2653,6 +2801,8 @@ def read_question(
     endpoint.check(values)
     context = parse_context(values.get("numCtx"), "numCtx")
     if endpoint.options and isinstance(options := values.get("options"), dict):
+        if options is LARGE["{"]:
+            raise BadRequest("options holds too many values", param="options")
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         asked = options.get("num_ctx")
         if isinstance(asked, float) and asked.is_integer():
@@ -2672,6 +2822,7 @@ def read_question(
         foreign=foreign,
         keep_alive="keep_alive" in values,
         done_reason=order if empty else "",
+        large=len(body) > MANY_VALUES and is_large(values),
     )
     return question, values
 
@@ -2915,6 +3066,15 @@ class Translator:
 
     def finish(self, data: bytes) -> bytes:
         return b"".join([self.feed(data + b"\n"), self.translate(self.end)])
+
+    def retell(self, body: bytes) -> bytes:
+        """A long whole answer in the caller's dialect; takes its time, and lets others work."""
+
+        def retold() -> bytes:
+            document = scan_object(body.decode(), scan_parts).values
+            return b"".join(list(render_parts(self.whole(document))))
+
+        return cast(bytes, self.translate(retold))
 
     def translate(self, how: Callable[..., Any], *answer: Any) -> Any:
         try:
@@ -3650,6 +3810,19 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await result
 
 
+READING = threading.Lock()  # one at a time: more threads would only wait for each other
+
+
+async def read_beside(read: Callable[[], T]) -> T:
+    """What a function reads that takes long, while the event loop goes on."""
+
+    def read_alone() -> T:
+        with READING:
+            return read()
+
+    return await in_thread(read_alone)
+
+
 async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
     """What the task gives within a time; else it is cancelled, and `late` is raised."""
     try:
@@ -3813,7 +3986,12 @@ class Exchange:
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
         head = self._render_head(status, framing if status != 204 else "", headers)
-        self.connection.write(head + shown)
+        if len(shown) > UNREAD_BODY:  # too much to be copied
+            self.connection.write(head)
+            self.connection.write(shown)
+            self.connection.server.limit_unsent()
+        else:
+            self.connection.write(head + shown)
 
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
@@ -3958,6 +4136,7 @@ class Connection:
             exchange = Exchange(self, request)
             self.enter(Phase.BUSY)
             await self.server.handler(exchange)
+            self.stream.on_end = None  # which may hold the whole answer
             if exchange.blocked:  # who asks on and on, and reads nothing, is not read either
                 await exchange.catch_up()
         except LlmqError as error:  # while it was read: where the next would begin is not known
@@ -4145,6 +4324,25 @@ class HttpServer:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         for connection in list(self.connections):
             connection.reap(now)
+        self.limit_unsent()
+
+    def limit_unsent(self) -> None:
+        """Hang up on those furthest behind when all answers on their way hold more than they may.
+
+        Then a quarter is free again, so that not each answer that follows costs somebody theirs.
+        """
+        most, unsent = self.settings.queue.max_queued_bytes, {}
+        for connection in self.connections:
+            if size := connection.unsent:
+                unsent[connection] = size
+        total = sum(unsent.values())
+        if total <= most:
+            return
+        for connection in sorted(unsent, key=unsent.__getitem__, reverse=True):
+            if total > most - most // 4:
+                total -= unsent[connection]
+                log.warning("hung up on a client that took too little of its answer")
+                connection.abort()
 
     def stop_accepting(self) -> None:
         """Leave who comes now to whoever else holds the sockets; those inside are answered."""
@@ -4665,6 +4863,9 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     return "".join(lines).encode("latin-1")
 
 
+TOO_MANY = "the request holds more values than llmq translates"
+
+
 class Call:
     """One request on its way, and the Reply that it answers."""
 
@@ -4744,6 +4945,8 @@ class Call:
             body, target = question.body_for(name, context), route
             target += f"?{self.query}" if self.query else ""
         else:
+            if question.large:
+                raise Untranslatable(TOO_MANY)
             translator = TRANSLATORS[self.endpoint.path, route]
             self.translator = translator(json.loads(question.body), name, context, time.time)
             body, target = self.translator.body(), route
@@ -4855,7 +5058,7 @@ class Call:
 
     # ---- how it ends
 
-    def deliver(self) -> None:
+    async def deliver(self) -> None:
         """The end of the answer to the client; its slot has been handed on by now."""
         reply, body, kind = self.reply, self.answer or b"", self.answer_type
         if self.watch is not None:
@@ -4865,9 +5068,11 @@ class Call:
         self.tokens, self.tokens_in = read_usage(document)
         translator = self.translator
         if translator is not None:
-            document = document or parse_json(body)  # which is None for a very long one
-            body = translator.translate(lambda told: render_json(translator.whole(told)), document)
             kind = "application/json"
+            if document is None:
+                body = await read_beside(functools.partial(translator.retell, body))
+            else:
+                body = translator.translate(lambda: render_json(translator.whole(document)))
         if not reply.started:
             reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
         elif self.question.stream:
@@ -5094,7 +5299,8 @@ class Admission:
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
         header = request.headers.get("x-queue-priority")
-        question, values = read_question(body, call.endpoint, header, foreign=caller.foreign)
+        read = functools.partial(read_question, body, call.endpoint, header, foreign=caller.foreign)
+        question, values = await read_beside(read) if is_heavy(body) else read()
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         if question.context:
@@ -5168,6 +5374,8 @@ class Admission:
             if route is None or route == want.routes[0]:
                 return
             routes.add(route)
+        if call.question.large:
+            raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
             translator(dict(values), call.model, 0, time.time).body()
@@ -5227,7 +5435,7 @@ class Gateway:
                     if call.reply.gone:
                         self.leave(call)
                 await self.attempt(call)
-            call.deliver()
+            await call.deliver()
             done = True
         except LlmqError as error:
             call.send_error(error)
@@ -5710,14 +5918,26 @@ def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
     send_heartbeats(gateway, now)
 
 
-def release_memory() -> None:
-    """Give the system back what is free: Python and the C library would keep it."""
-    gc.collect()  # connections and their transports are cycles
+def glibc(function: str, *arguments: int) -> None:
+    """Tell the C library about memory, where it is glibc."""
     if sys.platform == "linux":
         import ctypes
 
-        with contextlib.suppress(AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(AttributeError):
+            getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+def keep_memory_small() -> None:
+    """One heap for all threads, and large blocks go back to the system at once, mallopt(3)."""
+    m_mmap_threshold, m_arena_max = -3, -8
+    glibc("mallopt", m_mmap_threshold, MIB)
+    glibc("mallopt", m_arena_max, 1)
+
+
+def release_memory() -> None:
+    """Give the system back what is free: Python and the C library would keep it."""
+    gc.collect()  # connections and their transports are cycles
+    glibc("malloc_trim", 0)
 
 
 class MemoryKeeper:
@@ -6181,7 +6401,8 @@ class Api:
     async def post_count(self, exchange: Exchange, _: str) -> Facts:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
         body = await exchange.read_body(self.settings.server.max_body)
-        question, values = read_question(body, COUNT_ENDPOINT)
+        read = functools.partial(read_question, body, COUNT_ENDPOINT)
+        question, values = await read_beside(read) if is_heavy(body) else read()
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(question.model)
         key, limit = model_key(model), self.settings.upstream.probe_timeout
@@ -6193,7 +6414,7 @@ class Api:
                     counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
                     if isinstance(counted.get("input_tokens"), int):
                         return counted
-        return {"input_tokens": estimate_tokens(values)}
+        return {"input_tokens": len(body) // 4 if question.large else estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
         """A request that waits in the queue."""
@@ -6270,7 +6491,10 @@ class Api:
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
-    return read_object(decode_json(await exchange.read_body(limit))).values
+    body = await exchange.read_body(limit)
+    if is_heavy(body):
+        return (await read_beside(lambda: read_object(decode_json(body)))).values
+    return read_object(decode_json(body)).values
 
 
 async def read_control(exchange: Exchange) -> Facts:
@@ -7138,7 +7362,9 @@ async def serve(options: argparse.Namespace) -> int:
             loop.add_signal_handler(number, service.on_signal)
         loop.add_signal_handler(signal.SIGHUP, service.reload)
     say(banner(service))
+    keep_memory_small()
     release_memory()
+    sys.setswitchinterval(0.001)  # so long the loop waits for a thread that reads a large body
     gc.freeze()  # what is here now stays: later collections need not look at it
     gc.set_threshold(50_000, 20, 20)
     reports = asyncio.ensure_future(keep_informed(service))
