@@ -106,6 +106,7 @@ from collections.abc import (
 from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
+from textwrap import wrap
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
@@ -287,6 +288,10 @@ def render_json(value: object) -> bytes:
 ERROR_SHOWN = 200  # characters of an error's sentence, in the log and to those who watch
 
 
+def plural(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def printable(text: str, limit: int = 128) -> str:
     """What may stand in a log line or a terminal: no control characters, no endless names."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
@@ -347,6 +352,14 @@ RUNNERS = (
     Kind("openai"),  # whatever else has /v1/models
 )
 KINDS = {kind.name: kind for kind in RUNNERS}
+STARTERS = {  # what people call them, and the command that starts each
+    "ollama": ("Ollama", "ollama serve"),
+    "lmstudio": ("LM Studio", "lms server start"),
+    "llamacpp": ("llama.cpp", "llama-server -m MODEL.gguf"),
+    "vllm": ("vLLM", "vllm serve MODEL"),
+}
+HOW_TO_START = ", ".join(f"{title} (`{command}`)" for title, command in STARTERS.values())
+NO_RUNNER = f"no runner answers: start {HOW_TO_START}, or try llmq with `--demo`"
 
 
 def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -591,13 +604,17 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
 
 
 def unknown(source: str, what: str, word: str, known: Iterable[str]) -> ConfigError:
-    """The cure for a misspelt word: the nearest known one, else all of them."""
+    return ConfigError(f"{source}: {misspelt(what, word, known)}")
+
+
+def misspelt(what: str, word: str, known: Iterable[str]) -> str:
+    """The cure for an unknown word: the nearest known one, else all of them."""
     import difflib
 
     choices = sorted(known)
     near = difflib.get_close_matches(word, choices, 1)
     cure = f"did you mean {near[0]}?" if near else "known: " + ", ".join(choices)
-    return ConfigError(f"{source}: unknown {what} {printable(word)}; {cure}")
+    return f"unknown {what} {printable(word)}; {cure}"
 
 
 def file_layer(path: str, document: Any) -> Layer:
@@ -1340,6 +1357,12 @@ class Fleet:
                 return True
         return False
 
+    def trouble(self) -> str | None:
+        """What everybody is told while no runner answers."""
+        answering = (State.UP, State.LOADING, State.UNKNOWN)
+        found = any(backend.state in answering for backend in self.backends.values())
+        return None if found else NO_RUNNER
+
     def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
         serving = self.serving(want)
@@ -1619,9 +1642,8 @@ class Scheduler:
                 elif (
                     since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
                 ):
-                    error = LlmqError(
-                        f"every backend of model {want.model!r} is down", "backend_down"
-                    )
+                    message = f"every backend of model {want.model!r} is down"
+                    error = LlmqError(self.fleet.trouble() or message, "backend_down")
                 if error:
                     ended.append((ticket, error))
                     self.cancel(ticket)
@@ -5002,7 +5024,7 @@ class Admission:
         asked = asked or self.settings.upstream.model or fleet.default_model() or ""
         if not asked:
             message = "no backend has told its models yet; name one in `model`"
-            raise LlmqError(message, "backend_down")
+            raise LlmqError(fleet.trouble() or message, "backend_down")
         if not fleet.knows(asked):
             asked = find_alias(self.settings.aliases, asked) or asked
         if fleet.knows(asked) is False:
@@ -5745,6 +5767,7 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
         "clients": [show_client(client) for client in gateway.clients.known.values()],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
+        "trouble": fleet.trouble(),
     }
 
 
@@ -5753,13 +5776,15 @@ def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
     waits = ticket.state is TicketState.WAITING
     expected = gateway.expected(ticket, now) if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
+    tokens, since = (call.watch.pieces if call.watch else 0), call.first_byte
     return {
         **members(call, "id", "request_id", "route"),
         "client": ticket.client.name,
         "class": ticket.priority.word,
         "model": printable(call.model),
         "state": ticket.state.word,
-        "tokens": call.watch.pieces if call.watch else 0,
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / (now - since), 1) if tokens and since < now else None,
         **members(expected, "position", "reason"),
         "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
@@ -5786,9 +5811,13 @@ def show_contexts(backend: Backend) -> dict[str, int]:
 
 
 def show_backend(backend: Backend) -> Facts:
-    report = backend.report
+    report, error = backend.report, backend.error
+    _, command = STARTERS.get(backend.kind or backend.name, ("", ""))
+    if error and command and error.endswith("refused"):
+        error = f"{error}; start it: {command}"
     return {
-        **members(backend, "name", "url", "busy", "error"),
+        **members(backend, "name", "url", "busy"),
+        "error": error,
         "kind": backend.kind or None,
         "device": backend.device.name,
         "state": "draining" if backend.draining else backend.state.value,
@@ -5843,10 +5872,14 @@ class SnapshotStream:
         gateway = self.gateway
         aged = gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS
         if self.watchers and (aged or self._changes != gateway.changes):
-            self._changes = gateway.changes
-            self.version += 1
-            self._render()
-            self.wake()
+            self.tell()
+
+    def tell(self) -> None:
+        """Let all who watch see how it is now."""
+        self._changes = self.gateway.changes
+        self.version += 1
+        self._render()
+        self.wake()
 
     def first(self) -> bytes:
         """What a new watcher sees; those who come at one time share it, as they do all else."""
@@ -6089,8 +6122,10 @@ class Api:
             exchange.watch(stream.wake)
             exchange.start(200, "text/event-stream")
             newest, seen = stream.first(), stream.version
-            while not exchange.gone and not self.gateway.draining:
+            while not exchange.gone:
                 exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
+                if self.gateway.draining:
+                    break  # which was the last news
                 if exchange.blocked:
                     await exchange.catch_up()
                 if stream.version == seen:
@@ -6329,14 +6364,18 @@ Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
-LOST_SECONDS = 5.0  # without an answer, and it is given up
+EVERYTHING: Order = ("GET", "/llmq/status?all=1", None)
+ODD_JSON = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+LOST_SECONDS = 2.0  # without an answer, and what is shown is old
 KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
 COLOURS = {  # what is not here is bad
     "": "", "up": "", "normal": "", "done": "", "running": "32", "high": "33", "loading": "33",
     "draining": "33", "dim": "2", "unknown": "2", "low": "2", "client_left": "2", "cancelled": "2",
     "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43",
 }  # fmt: skip
-NO_COLOURS = {"bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7"}  # with NO_COLOR
+NO_COLOURS = {  # with NO_COLOR
+    "dim": "2", "bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7",
+}  # fmt: skip
 KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
 KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
     "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
@@ -6354,8 +6393,8 @@ KEY_HELP = """
   < >, F6         sort by another column
   ?, F1           this help
   q, F10          leave; llmq goes on"""
-# Titles, and cells: to the right if negative, 0: a share of what the others leave.
-BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 16, "DEVICE": 10, "PING": -6, " LOADED, URL": 0}
+# Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
+BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
@@ -6393,7 +6432,7 @@ def fit(text: str, width: int) -> str:
 def backend_row(backend: Row) -> tuple[str, list[str]]:
     """The state of a backend, and its cells."""
     state, busy, latency = backend["state"], backend["busy"], backend["latency_ms"]
-    meter = "|" * -(-8 * busy // max(1, backend["slots"]))
+    meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
     ping = "-" if latency is None else f"{latency:.0f}ms"
     words = backend["error"] or ", ".join(backend["loaded"])
@@ -6409,30 +6448,59 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
         kind, number, when = "running", "run", f"ran {brief(request['running_s'])}"
         where = str(request["backend"])
         where += f", {request['tokens']} tokens" if request["tokens"] else ""
+        rate = request.get("tokens_per_s")
+        where += f" at {rate:.0f}/s" if rate else ""
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
     return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(record: Row) -> tuple[str, list[str]]:
-    """How a request ended, and its cells."""
-    names = [record[name] for name in ("outcome", "client", "model")]
+    """How a request ended, and its cells; what failed has its sentence in place of figures."""
+    outcome, error, took = record["outcome"], record.get("error"), brief(record["total_s"])
+    names = [str(record[name]) for name in ("outcome", "client", "model")]
+    if error and outcome not in CANCELS:
+        return outcome, [*names, f" after {took}: {error}"]
     times = [brief(record[name]) for name in ("wait_s", "first_s", "total_s")]
     rate = f"{record['tokens_per_s']:.0f}" if record["tokens_per_s"] else "-"
-    return record["outcome"], [*names, *times, str(record["tokens"] or "-"), f"{rate:>5}"]
+    return outcome, [*names, *times, str(record["tokens"] or "-"), f"{rate:>5}"]
+
+
+def share(needs: Sequence[int], room: int) -> list[int]:
+    """The cells that each gets: what it needs, but where they are too few no more than others."""
+    given = list(needs)
+    for done, place in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
+        given[place] = min(needs[place], max(0, room) // (len(needs) - done))
+        room -= given[place]
+    return given
 
 
 def table(
     columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
 ) -> list[Line]:
     """Titles and rows; the last cell of each is as long as it is."""
-    sizes = list(columns.values())
-    left = max(0, width - sum(1 + abs(size) for size in sizes))
-    share = min(28, left // max(1, sizes.count(0)))
+    sizes, rows = list(columns.values()), [("head", list(columns)), *rows]
+    free = [place for place, size in enumerate(sizes) if not size]
+    whole = [row for _, row in rows if len(row) == len(columns)]  # else the last spans the rest
+    needs = [max(cells(row[place][:1000]) for row in whole) for place in free]
+    left = width - sum(1 + abs(size) for size in sizes)
+    for place, room in zip(free, share(needs, left)):
+        sizes[place] = room
     lines = [("", "")]
-    for kind, (*cells, last) in [("head", list(columns)), *rows]:
-        text = "".join(f" {fit(cell, size or share)}" for cell, size in zip(cells, sizes))
+    for kind, (*texts, last) in rows:
+        text = "".join(f" {fit(text, size)}" for text, size in zip(texts, sizes))
         lines.append((kind, f"{text} {last}"))
     return lines if lines[2:] else [*lines, ("dim", f" {empty}")]
+
+
+def window(
+    rows: Sequence[Row], most: int, index: int = 0, beyond: int = 0
+) -> tuple[Sequence[Row], list[Line]]:
+    """As many rows around the index as there is room for, and a line of how many more there are."""
+    most = max(1, most - (len(rows) > most or beyond > 0))
+    first = max(0, min(index - most // 2, len(rows) - most))
+    more = {"below": max(0, len(rows) - first - most) + beyond, "above": first}
+    words = ", ".join(f"{number:,} more {where}" for where, number in more.items() if number)
+    return rows[first : first + most], [("dim", f" {words}")] * bool(words)
 
 
 class View:
@@ -6444,7 +6512,7 @@ class View:
         self.rows: list[Row] = []
         self.index, self.picked = 0, ""  # of the selected request: its place, its id
         self.sort, self.note = "#", ""
-        self.help = self.over = False
+        self.help = self.over = self.old = False  # old: what is shown, for llmq does not answer
         self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
 
     def update(self, snapshot: Row) -> None:
@@ -6476,11 +6544,11 @@ class View:
 
     def press_on(self, request: Row, key: str) -> Order | None:
         """What a key does to the selected request; what cannot be undone is asked about."""
-        path, classes = f"/llmq/requests/{request['id']}", list(PRIORITY_WORDS)
+        path, classes = f"/llmq/requests/{quote(str(request['id']))}", list(PRIORITY_WORDS)
         if key == "x":
             asked = f"cancel {request['id']} of {request['client']}?"
             self.asking = asked, ("DELETE", path, None)
-        if key not in ("+", "=", "-"):
+        if key not in ("+", "=", "-") or request["class"] not in classes:
             return None
         place = classes.index(request["class"]) + (1 if key == "-" else -1)
         return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
@@ -6489,7 +6557,7 @@ class View:
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(trouble)
+        lines = self.head(width, trouble)
         if self.help:
             lines += [("", text) for text in KEY_HELP.split("\n")]
         else:
@@ -6498,47 +6566,66 @@ class View:
         lines = [*lines, *[("", "")] * height][: height - 1]
         return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, trouble: str = "") -> list[Line]:
+    def head(self, width: int, trouble: str = "") -> list[Line]:
         now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
-        done, mode, error = total.get("done", 0), now["mode"], now["config_error"]
+        done, left, error = total.get("done", 0), total.get("client_left", 0), now["config_error"]
+        mode = "stopping" if now.get("draining") else now["mode"]
         title = f" llmq {now['version']}  {self.url}"
         figures = (
             f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
-            f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
-            f"up {brief(now['uptime_s'])}"
+            f"failed {sum(total.values()) - done - left}   left {left}   "
+            f"oldest {brief(waits['oldest_wait_s'])}   up {brief(now['uptime_s'])}"
         )
         lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
-        wrong = (trouble, error and f"not reloaded: {error}")
-        return lines + [("bad", f" {text}") for text in wrong if text]
+        wrong = (trouble, now.get("trouble"), error and f"not reloaded: {error}")
+        texts = [line for text in wrong if text for line in wrap(text[:1000], max(40, width - 1))]
+        return lines + [("bad", f" {text}") for text in texts]
 
     def tables(self, width: int, room: int) -> list[Line]:
         """Backends, the queue and what has ended, each with its share of the lines."""
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
+        waiting = sum(row["state"] == "waiting" for row in self.rows)
+        beyond = max(0, self.snapshot["queue"]["waiting"] - waiting)  # what the snapshot left out
         few = min(len(backends), max(1, room // 5))
         room -= few + 7  # titles, and lines between
-        most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
-        first = max(0, min(self.index - most // 2, len(self.rows) - most))
-        seen = [request_row(row, self.picked) for row in self.rows[first : first + most]]
+        needed = len(self.rows) + bool(beyond)
+        most = max(1, min(needed, max(room * 2 // 3, room - len(ended))))
+        runners, more_runners = window(backends, few)
+        seen, more = window(self.rows, most, self.index, beyond)
         columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
-        hint = "no backend: start a runner here, or llmq with --backend URL"
+        rows = [request_row(row, self.picked) for row in seen]
         empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
-            *table(BACKENDS, map(backend_row, backends[:few]), width, hint),
-            *table(columns, seen, width, empty),
+            *table(BACKENDS, map(backend_row, runners), width, "none"),
+            *more_runners,
+            *table(columns, rows, width, empty),
+            *more,
             *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
 
     def paint(self, kind: str, text: str, width: int) -> str:
-        code = self.styles.get(kind if kind in COLOURS else "bad")
+        kind = kind if kind in COLOURS else "bad"
+        code = self.styles.get("dim" if self.old and kind not in ("bar", "bad", "title") else kind)
         return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
 
 
 def plain_top(snapshot: Row, url: str, width: int) -> str:
     """The picture once, all of it and without a trace of a terminal."""
     view = View(url, {})
-    view.update(snapshot)
-    lines = [*view.head(), *view.tables(width, 9999)]
-    return "\n".join(printable(text, 1000).rstrip() for _, text in lines)
+    for sort in reversed(SORTS):  # the last is the usual one
+        view.sort = sort
+        view.update(snapshot)
+    lines = [*view.head(width), *view.tables(width, 99999)]
+    return "\n".join(printable(text, 4000).rstrip() for _, text in lines)
+
+
+def understood(snapshot: Row, url: str) -> Row:
+    """The snapshot, if there is nothing in it that cannot be shown; else StartError."""
+    try:
+        plain_top(snapshot, url, 80)
+    except ODD_JSON:
+        raise StartError(f"{url} tells what this llmq does not understand") from None
+    return snapshot
 
 
 @contextlib.contextmanager
@@ -6570,14 +6657,13 @@ def read_keys() -> list[str]:
 
 
 def run_top(ask: Ask, url: str, interval: float) -> None:
-    """Show and obey until `q`, a signal, or nobody answers any more (StartError)."""
+    """Show and obey until `q` or a signal; what is old is dimmed until llmq answers again."""
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-    lost: StartError | None = None
-    snapshot, heard, shown = ask(STATUS), time.monotonic(), ""
+    snapshot, heard, shown = understood(ask(STATUS), url), time.monotonic(), ""
 
     def follow() -> None:
-        nonlocal lost, snapshot, heard
+        nonlocal snapshot, heard
         while True:
             order = STATUS
             with contextlib.suppress(queue.Empty):
@@ -6585,20 +6671,20 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
             try:
                 answer = ask(order)
                 if order is STATUS:
-                    lost, snapshot, heard = None, answer, time.monotonic()
+                    snapshot, heard = understood(answer, url), time.monotonic()
                 else:
                     view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
             except StartError as error:
-                lost, view.note = (error, view.note) if order is STATUS else (lost, str(error))
+                view.note = view.note if order is STATUS else str(error)
 
     threading.Thread(target=follow, daemon=True).start()
     with contextlib.suppress(OSError), own_screen():  # the terminal may go away
         while not view.over:
             silent = time.monotonic() - heard - interval
-            if lost and silent > LOST_SECONDS:
-                raise lost
             view.update(snapshot)
-            trouble = f"no answer for {silent:.0f} s" if silent > 2 else ""
+            view.old = silent > LOST_SECONDS
+            since = f"{silent:.0f} s" if silent < 60 else brief(silent)
+            trouble = f"no answer for {since}: this is how it was; llmq is asked on" * view.old
             lines = view.lines(*os.get_terminal_size(1), trouble)
             picture = "\r\n".join(f"\x1b[K{line}" for line in lines)
             if picture != shown:  # drawn at once, where terminals know how
@@ -6614,6 +6700,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
+LOOK_SECONDS = 1.0  # for the runners to say what they are, before the banner tells it
 HANDOVER_SECONDS = 0.5  # for requests to arrive on connections that were just accepted
 FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
@@ -6717,6 +6804,16 @@ def inherited_sockets() -> list[socket.socket]:
     return found
 
 
+async def who_listens(url: str) -> str:
+    """Who has the port already, and what to do."""
+    there, late = Backend("", BackendSettings(url=url), Device("", 1)), BackendTimeout("silent")
+    with contextlib.suppress(OSError, LlmqError, ValueError):
+        asking = asyncio.ensure_future(fetch_json(there, "/api/version"))
+        if look_up(await within(LOOK_SECONDS, asking, late), "llmq"):
+            return "llmq runs there already: see `llmq status`, stop it, or add --port N"
+    return "another program listens there: add --port N"
+
+
 @dataclass(eq=False)
 class Service:
     """A running llmq."""
@@ -6734,6 +6831,7 @@ class Service:
         self.addresses: list[str] = []
         self.most_connections = 0
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
+        self.has_looked = False  # around this box, for runners
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
         self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
         self.api = Api(self.gateway, self.own_names(), self.reload)
@@ -6770,7 +6868,7 @@ class Service:
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
             (STREAM_SECONDS, self.api.stream.step),
-            (DISCOVERY_SECONDS, self.discovery.step),
+            (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
@@ -6787,12 +6885,28 @@ class Service:
         try:
             self.port = await server.listen(host, port)
         except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            self.gateway.monitor.close()
+            taken = error.errno == errno.EADDRINUSE
+            why = await who_listens(base_url(host, port)) if taken else error.strerror or error
+            raise StartError(f"cannot listen on {host}:{port}: {why}") from None
         self.addresses = [base_url(host, self.port)]
         if not wanted:
             with contextlib.suppress(OSError):  # a box without IPv6
                 await server.listen("::1", self.port)
                 self.addresses.append(base_url("::1", self.port))
+
+    async def look_around(self) -> None:
+        await self.discovery.step()
+        self.has_looked = True
+
+    async def first_look(self) -> None:
+        """Wait a moment for what the runners say first."""
+
+        def told() -> bool:
+            backends = self.gateway.fleet.backends.values()
+            return self.has_looked and all(one.state is not State.UNKNOWN for one in backends)
+
+        await self.until(lambda: told() or self.stopping.is_set(), LOOK_SECONDS)
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
@@ -6835,7 +6949,8 @@ class Service:
         if self.sockets:
             await self.hand_over()
         self.gateway.drain()
-        self.api.stream.wake()
+        self.api.stream.tell()
+        self.tell_what_runs()
         self._servers[0].quiesce()
         await self.until(lambda: not self.gateway.calls, self.settings.server.drain_timeout)
         for call in list(self.gateway.calls.values()):
@@ -6849,6 +6964,18 @@ class Service:
         self.gateway.pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
+
+    def tell_what_runs(self) -> None:
+        """Why the stop takes its time, and how it would not."""
+        running = self.gateway.scheduler.running.values()
+        names = [f"{one.client.name} with {printable(one.want.model)}" for one in running]
+        if names:
+            more = f" and {len(names) - 3} more" * (len(names) > 3)
+            log.warning(
+                "stopping: waits for %s that run%s (%s%s), %g s at most; asked again it stops now",
+                plural(len(names), "request"), "s" * (len(names) == 1), ", ".join(names[:3]), more,
+                self.settings.server.drain_timeout,
+            )  # fmt: skip
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -6878,6 +7005,10 @@ class Service:
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
+
+
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 32 * MIB  # of what it answers: ten thousand that wait are 4 MiB
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -6937,7 +7068,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Without a command it serves; `llmq serve --help` lists every setting.",
     )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command")
     switch: Any = {"action": "store_true"}
     serve = commands.add_parser("serve", help="run the queue (the default)")
     serve.add_argument("--demo", **switch, help="with a built-in model that echoes")
@@ -6958,7 +7089,18 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--json", **switch, help="as a JSON configuration file, keys included")
     add_flags(serve)
     add_flags(config)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
+    """End with what there is in place of a word that is not known, and the nearest of it."""
+    flag = next((word for word in odd if word.startswith("-")), "")
+    if flag:
+        known = re.findall(r"--[\w-]+", options.parser.format_usage())
+        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
+    parser.error(misspelt("command", odd[0], COMMANDS))
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -6986,6 +7128,7 @@ async def serve(options: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.on_signal)
         loop.add_signal_handler(signal.SIGHUP, service.reload)
+    await service.first_look()
     say(banner(service))
     release_memory()
     gc.freeze()  # what is here now stays: later collections need not look at it
@@ -7044,15 +7187,32 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def banner(service: Service) -> str:
+    """What runs where, and the words that point a client here."""
+    at, fleet = service.addresses[0], service.gateway.fleet
+    usual = at == base_url("127.0.0.1", ServerSettings().port)
+    rows = {f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()}
+    rows.update({"page": at, "OpenAI clients": f"OPENAI_BASE_URL={at}/v1"})
+    rows.update({"Ollama clients": f"OLLAMA_HOST={at}"})
+    rows.update({"Anthropic clients": f"ANTHROPIC_BASE_URL={at}"})
+    rows.update({"in a terminal": "llmq top" + f" --url {at}" * (not usual)})
     lines = [f"llmq {__version__} on {' and '.join(service.addresses)}"]
-    lines += [
-        f"  backend {row.name}  {row.url}  device {row.device.name}, slots {row.most}"
-        for row in service.gateway.fleet.backends.values()
-    ]
+    lines += [f"  {name:<17}  {words}" for name, words in rows.items()]
     if service.most_connections < service.settings.queue.max_depth:
         lines.append(f"  open files allow {service.most_connections} connections at once")
-    lines.append(f"  for clients: OPENAI_BASE_URL={service.addresses[0]}/v1")
-    return "\n".join(lines)
+    trouble = fleet.trouble()
+    return "\n".join([*lines, *[f"  {trouble}"] * bool(trouble)])
+
+
+def describe(backend: Backend) -> str:
+    """A backend in the banner."""
+    report, words = backend.report, f"no answer{f': {backend.error}' if backend.error else ''}"
+    if backend.state is State.UP and report:
+        words = f"{report.kind} {report.version}".strip()
+        words += ", " + plural(len(report.models), "model")
+    elif backend.state is State.LOADING:
+        words = "loads its model"
+    shared = f"device {backend.device.name}, {plural(backend.most, 'slot')}"
+    return f"{backend.url}  {words}  ({shared})"
 
 
 def llmq_url(url: str | None) -> str:
@@ -7074,33 +7234,50 @@ def ask_llmq(url: str, order: Order) -> Any:
     headers = {"Content-Type": "application/json"}
     try:
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
-            facts = json.load(answer)
+        with build_opener(ProxyHandler({})).open(request, timeout=ANSWER_SECONDS) as answer:
+            facts = json.loads(read_bounded(answer))
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
     except HTTPError as error:
         if "X-LLMQ-Id" in error.headers:
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                raise StartError(json.load(error)["error"]["message"]) from None
+            with contextlib.suppress(*ODD_JSON, OSError, HTTPException):
+                raise StartError(json.loads(read_bounded(error))["error"]["message"]) from None
         raise StartError(f"{url} answers {error.code}: is that llmq?") from None
-    except (OSError, ValueError, HTTPException) as error:
-        raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
+    except (*ODD_JSON, OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = getattr(reason, "strerror", None) or reason
+        cure = "`llmq` starts one on this box, --url names another"
+        raise StartError(f"no llmq answers at {url}: {why}; {cure}") from None
     return facts
+
+
+def read_bounded(answer: Any) -> bytearray:
+    """The body of an answer; ValueError or TimeoutError where it has no end."""
+    until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
+    while more := answer.read1(64 * KIB):
+        data += more
+        if len(data) > MOST_ANSWERED:
+            raise ValueError("the answer is too long")
+        if time.monotonic() > until:
+            raise TimeoutError("the answer does not end")
+    return data
 
 
 def cmd_mode(options: argparse.Namespace) -> None:
     answer = ask_llmq(llmq_url(options.url), ("POST", "/llmq/mode", {"mode": options.mode}))
-    say("mode is " + answer["mode"])
+    say(f"mode is {printable(str(answer.get('mode')))}")
 
 
 def cmd_top(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
     if plain or not (os.isatty(0) and os.isatty(1)):
-        snapshot = ask_llmq(url, STATUS)
-        width = max(80, shutil.get_terminal_size((140, 0)).columns)
+        seen = os.isatty(1)  # else a program reads it, and gets all of it
+        snapshot = ask_llmq(url, STATUS if seen else EVERYTHING)
+        width = max(80, shutil.get_terminal_size((140, 0)).columns) if seen else 4000
         cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-        say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
+        plain = "" if options.json else plain_top(understood(snapshot, url), url, width)
+        say(plain or json.dumps(snapshot, indent=2))
     else:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
@@ -7136,11 +7313,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*COMMANDS, "--help", "-h", "--version"):
         arguments.insert(0, "serve")
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, odd = parser.parse_known_args(arguments)
+    if odd:
+        refuse(parser, options, odd)
     try:
         return COMMANDS[options.command](options) or 0
     except (ConfigError, StartError) as error:
-        say(f"llmq: {error}", error=True)
+        say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
         return 2 if isinstance(error, ConfigError) else refused
     except BrokenPipeError:  # `| head` has seen enough

@@ -33,26 +33,26 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7700  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7820  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
-    "front page": 115,
+    "front page": 120,
     "Errors": 140,
-    "Tools": 50,
-    "Kinds": 65,
-    "Settings": 335,
+    "Tools": 55,
+    "Kinds": 75,
+    "Settings": 340,
     "Metrics": 120,
     "Identity": 140,
-    "Backends": 420,
+    "Backends": 430,
     "Scheduler": 385,
-    "Forecast": 65,
+    "Forecast": 70,
     "Messages": 300,
     "Bodies": 250,
     "Dialects": 305,
-    "OpenAI": 45,
-    "Ollama": 60,
+    "OpenAI": 50,
+    "Ollama": 65,
     "Anthropic": 65,
-    "Translation": 515,
+    "Translation": 520,
     "Streams": 195,
     "Server": 520,
     "Upstream": 230,
@@ -62,14 +62,14 @@ BUDGET = {
     "Admission": 140,
     "Gateway": 305,
     "Models": 190,
-    "Background": 90,
+    "Background": 95,
     "Access": 70,
-    "Snapshot": 160,
+    "Snapshot": 175,
     "Routes": 395,
     "Demo": 60,
-    "Terminal view": 290,
-    "Service": 265,
-    "Command line": 280,
+    "Terminal view": 345,
+    "Service": 305,
+    "Command line": 335,
     "Web page": 415,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
