@@ -5743,11 +5743,12 @@ def members(source: object, *names: str) -> Facts:
     return {name: getattr(source, name) for name in names}
 
 
-def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
-    """The state of it all."""
+def snapshot(gateway: Gateway, *, everything: bool = False, word: str = "") -> Facts:
+    """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
     waiting, running = scheduler.in_order(), scheduler.running.values()
-    tickets = (*running, *(waiting if everything else waiting[:SHOWN_WAITING]))
+    fitting = [one for one in waiting if has_word(gateway, one, word)] if word else waiting
+    tickets = (*running, *(fitting if everything else fitting[:SHOWN_WAITING]))
     return {
         "version": __version__,
         "mode": scheduler.mode.value,
@@ -5769,6 +5770,13 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
     }
+
+
+def has_word(gateway: Gateway, ticket: Ticket, word: str) -> bool:
+    """Whether a name of a waiting request, its class or why it waits has the word in it."""
+    call, reason = gateway.calls[ticket.id], gateway.expected(ticket, gateway.now()).reason
+    names = (ticket.client.name, call.model, call.request_id, ticket.priority.word, reason)
+    return word in "\n".join(names).lower()
 
 
 def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
@@ -6112,7 +6120,9 @@ class Api:
         return self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
-        return snapshot(self.gateway, everything="all=1" in exchange.request.query.split("&"))
+        query = dict(parse_qsl(exchange.request.query))
+        word = query.get("find", "").lower()
+        return snapshot(self.gateway, everything=query.get("all") == "1", word=word)
 
     async def get_events(self, exchange: Exchange, _: str) -> None:
         """The snapshot as server-sent events: now, then on change, at most four a second."""
@@ -6251,7 +6261,9 @@ ROUTES = (
     public("GET HEAD /llmq", "the page", Api.get_page),
     public("GET HEAD /api/version",
            "a version for clients of Ollama, and llmq's own", Api.get_version),
-    owned("GET HEAD /llmq/status", "the snapshot; `?all=1`: with all that wait", Api.get_status),
+    owned("GET HEAD /llmq/status",
+          "the snapshot; `?all=1`: with all that wait, `?find=WORD`: those that have it",
+          Api.get_status),
     owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
@@ -7370,10 +7382,12 @@ button { cursor: pointer; white-space: nowrap } button:hover { background: var(-
 .danger, .danger:hover { background: var(--red); border-color: var(--red); color: var(--card) }
 svg { fill: none; stroke-width: 1.7; stroke-linecap: round; stroke-linejoin: round }
 h1 svg { width: 22px; height: 22px; border-radius: 6px; background: #2a62d4; stroke: #fff }
-#modes { gap: 0; padding: 3px; border-radius: 9px; background: var(--fill) }
-#modes button { height: 28px; padding: 0 14px; border: 0; color: var(--soft) }
-#modes [aria-pressed=true] { background: var(--card); color: var(--ink); font-weight: 600;
+#modes { gap: 0; padding: 3px; border-radius: 9px; background: var(--fill); position: relative }
+#modes label { line-height: 28px; padding: 0 14px; border-radius: 7px; color: var(--soft);
+  cursor: pointer; text-align: center } #modes input { position: absolute; opacity: 0 }
+#modes :has(:checked) { background: var(--card); color: var(--ink); font-weight: 600;
   box-shadow: 0 1px 2px #0002, 0 0 0 1px var(--line) }
+#modes :has(:focus-visible) { outline: 2px solid var(--blue) } [type=checkbox] { height: auto }
 .note { padding: 8px 14px; margin-bottom: 12px; border-radius: 10px;
   border: 1px solid color-mix(in srgb, var(--tone) 35%, var(--card)) } .note, .high, [aria-current] {
   background: color-mix(in srgb, var(--tone, var(--blue)) 10%, var(--card)) !important }
@@ -7393,7 +7407,7 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed } td :is(b, 
 th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 :is(th, td):first-child { padding-left: 18px } :is(th, td):last-child { padding-right: 14px }
 .n, .acts { text-align: right !important } .n, .acts, figure { white-space: nowrap }
-.runs .pos { color: var(--blue) } [aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
+.runs .pos { color: var(--blue) } tr[aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
 .tag { display: inline-block; padding: 0 8px; border-radius: 6px; font-size: 12px; color: var(--soft);
   line-height: 20px; white-space: nowrap; background: var(--fill) } .tag.high { color: var(--blue) }
 .bar { display: flex; height: 7px; border-radius: 4px; overflow: hidden; background: var(--fill) }
@@ -7407,17 +7421,22 @@ th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 .slots i { width: 14px; height: 8px; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--wait) }
 .slots .on { background: var(--blue); box-shadow: none } .backend { padding-top: 9px }
 .backend > * + * { margin-left: 16px } .backend > :not(.line) { display: block }
-.backend .alarm { color: var(--red); overflow-wrap: anywhere } .backend .tags { margin-block: 4px }
+.alarm.alarm { color: var(--red); white-space: normal } .backend .tags { margin-block: 4px }
 dialog { width: min(430px, 92vw); margin: auto; padding: 20px 22px; border-radius: 14px;
   border: 1px solid var(--line); background: var(--card); color: var(--ink) }
 footer.wide { flex-wrap: wrap; padding-block: 16px 24px } dialog::backdrop { background: #0008 }
 dialog p, dialog table { margin: 8px 0 16px } dialog td { border: 0; padding: 4px 0 !important }
 kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border-radius: 5px }
-#toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg) }
+#toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg);
+  pointer-events: none }
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
-#clients .n { width: 45px; padding-inline: 4px } #clients .acts { width: 44px; padding-left: 0 }
+#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px) 34px;
+  align-items: center; padding: 7px 10px 7px 18px; border-top: 1px solid var(--line) }
+#clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
+#clients b, #clients .bar { grid-column: 1 / -1 } #clients .bar { order: 1; margin-right: 8px }
+#clients thead tr { align-items: baseline }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -7427,7 +7446,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 @media (max-width: 720px) { .wide { padding-inline: 12px } main, aside { gap: 10px }
   main > *, aside > * { grid-column: span 12 !important } .top > :last-child { margin-left: auto }
   main > figure { grid-column: span 6 !important; padding: 12px 14px 8px } #about { width: 100% }
-  #modes { order: 1; width: 100% } #modes button { flex: 1 } .head, .empty, .device {
+  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device {
   padding-inline: 14px } .head input { flex: 1; width: 90px } .empty .line { flex-wrap: wrap }
   #figures { grid-template-columns: repeat(6, 1fr); row-gap: 12px } #figures div {
   grid-column: span 2; padding: 0 14px } #figures div:nth-child(n + 4) { grid-column: span 3 }
@@ -7436,15 +7455,15 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
   #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
-  #clients tr { grid-template-columns: minmax(0, 1fr) repeat(4, 38px) 30px } #clients thead {
-  display: block } #clients th { border: 0; padding: 0 !important } }
+  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px 6px }
+  main [aria-current] { box-shadow: inset 3px 0 var(--blue) } main [aria-current] .pos.pos { box-shadow: none } }
 </style></head>
 <body>
 <header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path
   d="M4 5h8M4 8h8M4 11h4"/></svg>llmq</h1><p class="line" id="state"></p>
-  <div class="line push" id="modes" role="group" aria-label="Mode"></div>
+  <div class="line push" id="modes" role="radiogroup" aria-label="Mode"></div>
   <div class="line"><button id="theme">Theme</button><button id="help">Keys</button></div></header>
-<section class="wide" id="notes" aria-label="Notices"></section>
+<section class="wide" id="notes" aria-label="Notices" aria-live="polite"></section>
 <main class="wide"><dl class="card" id="figures"></dl>
   <figure class="card" id="rate"><figcaption class="line">Requests per minute<b class="push"></b>
     </figcaption><svg viewBox="0 0 100 40" preserveAspectRatio="none"><path class="base"
@@ -7470,6 +7489,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
   class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
+  <label class="line"><input type="checkbox" id="single">Shortcuts of one character</label>
   <button class="push">Close</button></form></dialog>
 <script nonce="NONCE">
 'use strict';
@@ -7477,8 +7497,8 @@ const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelect
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
 const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
-const STARTERS = {ollama: ' (ollama serve)', lmstudio: ' (lms server start)'};
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
+let found = [];  // by the filter, of those that wait beyond what the snapshot shows
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -7497,7 +7517,7 @@ function render(at, kids) {
   if (focus !== document.activeElement && at.contains(focus)) focus.focus();
 }
 const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), dot = h('i', 'dot');
-const two = (first, second) => [h('b', 'clip', first), h('small', 'clip', second)];
+const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
 const act = (sign, title, onclick, off = false) =>
   h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`});
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
@@ -7516,23 +7536,25 @@ function dur(s, fine) {
   return fine && s < 0.95 ? `${Math.round(1000 * s)} ms` : fine && s < 10 ? `${s.toFixed(1)} s` :
     t < 60 ? `${t} s` : m < 60 ? `${m} min ${t % 60} s` : `${hours} h ${m % 60} min`;
 }
-function toast(text) {
-  const made = $('toasts').appendChild(document.createElement('div'));
-  made.append(text), setTimeout(() => made.remove(), 5000);
+function toast(text, kind) {  // the latest of its kind, and of all kinds the latest three
+  const made = Object.assign(document.createElement('div'), {kind, textContent: text});
+  const others = [...$('toasts').children].filter(one => one.kind !== kind);
+  $('toasts').replaceChildren(...others.slice(-2), made), setTimeout(() => made.remove(), 5000);
 }
 async function change(method, path, body, said) {
   const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
   try {
     const answer = await fetch(`/llmq/${path}`, {method, headers, body: sent});
-    toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()));
-  } catch { toast('llmq does not answer: nothing was changed'); }
+    toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()),
+      method);
+  } catch { toast('llmq does not answer: nothing was changed', method); }
 }
 function sure(title, text, path, said) {  // to cancel cannot be undone
   render(q('ask', 'h2'), title), render(q('ask', 'p'), `${text} This cannot be undone.`);
   $('ask').onclose = () => $('ask').returnValue && change('DELETE', path, null, said);
   $('ask').returnValue = '', $('ask').showModal();
 }
-const find = id => snap.requests.find(one => one.id === id);
+const find = id => [...snap.requests, ...found].find(one => one.id === id);
 const setMode = mode => change('POST', 'mode', {mode}, told => `The mode is ${told.mode}`);
 function move(id, by) {
   const one = find(id), priority = one && CLASSES[CLASSES.indexOf(one.class) + by];
@@ -7546,17 +7568,19 @@ const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the que
   'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
   encodeURIComponent(name), told => `Cancelled ${plural(told.cancelled, 'request')}`);
 async function copy(code) {
-  try { await navigator.clipboard.writeText(code.textContent); toast('Copied'); } catch {
+  try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
-    toast('Marked: copy it with Ctrl+C'); }
+    toast('Marked: copy it with Ctrl+C', 'copy'); }
 }
 function draw() {
   if (!snap) return;
-  const {queue, mode, recent, config_error: wrong} = snap, states = snap.backends.map(b => b.state);
-  const ready = states.includes('up'), notes = [  // the first that holds names the state of it all
-    [!live, 'grey', 'reconnecting', 'llmq does not answer; it is asked again each second.'],
-    [snap.draining, 'amber', 'stopping', 'llmq is about to stop: nothing new is let in.'],
-    [!/up|loading|unknown/.test(states), 'red', 'no backend', 'No backend can serve what waits.'],
+  const {queue, mode, recent, trouble, draining, config_error: wrong} = snap;
+  const ready = snap.backends.some(one => one.state === 'up'), notes = [  // the first names it all
+    [draining, 'amber', 'stopping', 'llmq was told to stop: what runs may finish, nothing new is let ' +
+      'in.' + (live ? '' : ' It is asked again each second.')],
+    [!live, 'grey', 'reconnecting', !draining &&
+      'llmq does not answer: this is how it was. It is asked again each second.'],
+    [trouble, 'red', 'no runner', trouble],
     [mode === 'paused', 'amber', mode, 'Paused: nothing starts, what waits is safe.', 'Resume'],
     [mode === 'priority', 'amber', 'priority only', 'Only high starts; the rest is safe.', 'Open'],
     [!ready, 'amber', 'backend starts'], [queue.running, 'blue', 'working'], [true, 'green', 'idle'],
@@ -7565,16 +7589,19 @@ function draw() {
   document.title = `${waiting ? `(${waiting}) ` : ''}llmq — ${word}`;
   document.body.className = live ? '' : 'lost';
   render($('state'), [h('i', `dot ${tone}`), h('b', `word ${tone}`, word)]);
-  render($('modes'), MODES.map(name => h('button', '', name[0].toUpperCase() + name.slice(1),
-    {onclick: () => setMode(name), ariaPressed: `${name === mode}`})));
-  render($('notes'), notes.filter(one => one[3]).map(([, color, key, text, verb]) => h('div',
-    `line note ${color}`, [dot, h('span', '', text), verb && h('button', 'push', verb,
+  render($('modes'), MODES.map(name => h('label', '', [h('input', '', '', {type: 'radio',
+    name: 'mode', checked: name === mode, onchange: () => setMode(name)}),
+    h('span', '', name[0].toUpperCase() + name.slice(1))],  // a click leaves the arrows to the queue
+    {onpointerup: () => setTimeout(() => document.activeElement.blur())})));
+  render($('notes'), notes.filter(one => one[3]).slice(0, 3).map(([, color, key, text, verb]) =>
+    h('div', `line note ${color}`, [dot, h('span', '', text.split('`').map((part, i) => h(i % 2 ?
+      'code' : 'span', '', part))), verb && h('button', 'push', verb,
       {onclick: () => setMode('open')})], {key})));
   drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
-function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
+function drawFigures({queue, devices, requests_total: {done = 0, client_left: left, ...failed}}) {
   const {waiting, running, by_class: {high, low}} = queue, list = counts => Object.entries(counts)
     .filter(one => one[1]).sort((a, b) => b[1] - a[1]).map(([word, n]) => `${num(n)} ${word}`)
     .join(', ').replaceAll('_', ' ');
@@ -7582,27 +7609,32 @@ function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
     ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
     ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
-      `room for ${num(queue.full_at - waiting)}`], ['Done', num(done), 'since the start'],
+      `room for ${num(queue.full_at - waiting)}`], ['Done', num(done),
+      left ? `${plural(left, 'client')} left early` : 'since the start'],
     ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
   ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
     h('dd', 'clip', title, {title})])));
 }
 function drawQueue({requests, queue}) {
-  const want = $('filter').value.trim().toLowerCase(), shown = requests.length - queue.running;
+  const want = wanted(), shown = requests.length - queue.running;
   const base = `${location.origin}/v1`, pastes = [base, `curl ${base}/chat/completions -H 'Content-` +
     `Type: application/json' -d '{"messages": [{"role": "user", "content": "hello"}]}'`];
   const heads = {pos: 'Place', who: 'Client, model', time: 'Waited, starts in', class: 'Class',
-    reason: 'Why', acts: ''}, rows = requests.filter(one => ['client', 'model', 'class',
-    'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
+    reason: 'Why', acts: ''}, known = new Set(requests.map(one => one.id)), all = !want ? requests :
+    [...requests, ...found.filter(one => !known.has(one.id))], rows = all.filter(one => ['client',
+    'model', 'class', 'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
   table('queue', heads, rows.map(one => {
-    const {id, client, model, tokens, reason} = one, runs = one.state === 'running', eta = one.eta_s -
-      age(), held = /pause|priority|down/.test(reason), fresh = one.eta_s == null, here = id === chosen;
-    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : fresh ? '–' : num(one.position)),
+    const {id, client, model, tokens, tokens_per_s: rate, reason} = one, here = id === chosen;
+    const runs = one.state === 'running', eta = one.eta_s - age();
+    const when = /pause|priority|down/.test(reason) ? 'held back' : one.eta_s == null ? '–' :
+      eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`;
+    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : num(one.position)),
       td('who', two(client, model), {title: [client, model, one.route, one.request_id].join('\n')}),
       td('time', two(dur(one.waited_s + (runs ? 0 : age())), runs ? `runs for ${dur(one.running_s +
-        age())}` : fresh ? '–' : held ? 'held back' : eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`)),
+        age())}` : when)),
       td('class', [h('span', `tag ${one.class}`, one.class)]), td('reason', !runs ? reason :
-        `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}`),
+        `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}${rate ? `, ${num(
+          Math.round(rate))}/s` : ''}`),
       td('acts', [!runs && act('↑', `Raise ${client}`, () => move(id, 1), one.class === 'high'),
         !runs && act('↓', `Lower ${client}`, () => move(id, -1), one.class === 'low'),
         act('×', `Cancel ${client}`, () => cancel(one))])], {key: id, role: 'row',
@@ -7614,8 +7646,16 @@ function drawQueue({requests, queue}) {
   const at = rows.findIndex(one => one.id === chosen);
   if (at >= 0) place = at;  // once it has gone, what moved up there is selected
   else if (chosen) choose(rows[Math.min(place, rows.length - 1)]?.id ?? '');
-  render(q('queue', 'small'), shown < queue.waiting ? `the first ${shown} of ${num(queue.waiting)}` : '');
+  render(q('queue', 'small'), want ? `${num(rows.length)} fit` : shown < queue.waiting ?
+    `the first ${shown} of ${num(queue.waiting)}` : '');
   [$('all').hidden, $('filter').hidden] = [!queue.waiting, !requests.length];
+}
+const wanted = () => $('filter').value.trim().toLowerCase();
+async function search() {  // the snapshot shows the first that wait: llmq looks through the rest
+  const want = wanted(), {waiting, running} = snap.queue, url = '/llmq/status?find=';
+  if (!want || snap.requests.length - running >= waiting) return void (found = []);
+  const told = await fetch(url + encodeURIComponent(want)).then(answer => answer.json(), () => {});
+  if (told && want === wanted()) found = told.requests, draw();
 }
 function choose(id) {
   chosen = id, draw();
@@ -7633,8 +7673,8 @@ function drawBackends({devices, backends}) {
       h('span', 'tag clip', m + (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '')))),
     state === 'up' && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
-    error && h('small', 'alarm', state !== 'down' ? error : `${error}. Start it${
-      STARTERS[kind ?? name] ?? ''}; llmq looks again by itself.`)], {key: name});
+    error && h('small', 'alarm', state !== 'down' ? error : `${error}. llmq looks again by itself.`)],
+    {key: name});
   render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [
     h('b', 'clip', name), h('span', 'line slots push', Array.from({length: Math.min(12, slots)},
       (_, at) => h('i', at < busy ? 'on' : ''))), h('small', '', `${busy} of ${slots} busy`)]),
@@ -7645,7 +7685,7 @@ function drawClients(all) {
   const most = Math.max(1e-9, ...all.map(one => one.served_s)), heads = {who: 'Client',
     'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done', 'n failed': 'Failed', acts: ''};
   table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [...two(one.name,
-    `${dur(one.served_s, true)} served`), bar('thin', [one.served_s / most])], {title: one.name}),
+    `${dur(one.served_s, true)} served${one.left ? `, ${num(one.left)} left` : ''}`), bar('thin', [one.served_s / most])], {title: one.name}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
       one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
@@ -7662,7 +7702,8 @@ function drawRecent(recent, count) {
     return h('tr', '', [td('who', two(one.client, one.model || one.route), {title: one.request_id}),
       td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', word)])]),
       td('bars', [bar('', [wait, first - wait, total - first].map(s => s / most)),
-        h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`)]),
+        h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`),
+        tone === 'red' && one.error && h('small', 'alarm', one.error)]),
       td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', speeds[i] ? num(Math.round(
         speeds[i])) : '–'), speeds[i] && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
   }), 'What has ended shows here: how long it waited, and how fast it was.');
@@ -7699,13 +7740,17 @@ const leave = () => { stream = stream?.close(); };
 function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(); }
 function tick() {
   if (!snap || document.hidden) return;
-  draw(), drawPlots();
+  draw(), drawPlots(), search();
   if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
 function theme(name) {
   shade = document.documentElement.dataset.theme = THEMES.includes(name) ? name : 'system';
   render($('theme'), `Theme: ${shade}`);
   try { localStorage.setItem('llmq-theme', shade); } catch { /* it lasts as long as the page */ }
+}
+function shortcuts(on) {  // of one character, which speech input may type by mistake
+  $('single').checked = on;
+  try { localStorage.setItem('llmq-keys', on ? 'on' : 'off'); } catch { /* as above */ }
 }
 const next = (all, one) => all[(all.indexOf(one) + 1) % all.length];
 const owner = () => snap.clients.find(one => one.name === find(chosen)?.client);
@@ -7720,8 +7765,10 @@ const KEYS = {
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
-  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]');
-  const typing = event.target === $('filter') && event.key !== 'Escape';
+  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]') ||
+    (event.key.length === 1 && !$('single').checked);
+  const typing = event.key !== 'Escape' && ['search', 'radio'].includes(event.target.type) &&
+    (event.target === $('filter') || event.key.startsWith('Arrow'));
   const found = Object.entries(KEYS).find(([names]) => names.split(' ').includes(event.key));
   if (!snap || !found || typing || off) return;
   event.preventDefault(), $('filter').blur(), found[1][1]();
@@ -7731,8 +7778,10 @@ render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', 
   names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
-$('filter').oninput = draw, render($('base'), `${location.origin}/v1`);
-try { theme(localStorage.getItem('llmq-theme')); } catch { theme(); }
+$('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}/v1`);
+$('single').onchange = event => shortcuts(event.target.checked);
+try { theme(localStorage.getItem('llmq-theme')), shortcuts(localStorage.getItem('llmq-keys') !== 'off');
+} catch { theme(), shortcuts(true); }
 listen(), setInterval(tick, 1000);
 </script></body></html>
 """  # noqa: E501, RUF001

@@ -33,26 +33,26 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7820  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7815  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
-    "front page": 120,
+    "front page": 115,
     "Errors": 140,
     "Tools": 55,
-    "Kinds": 75,
+    "Kinds": 70,
     "Settings": 340,
     "Metrics": 120,
     "Identity": 140,
-    "Backends": 430,
+    "Backends": 425,
     "Scheduler": 385,
-    "Forecast": 70,
+    "Forecast": 65,
     "Messages": 300,
     "Bodies": 250,
     "Dialects": 305,
-    "OpenAI": 50,
-    "Ollama": 65,
+    "OpenAI": 45,
+    "Ollama": 60,
     "Anthropic": 65,
-    "Translation": 520,
+    "Translation": 515,
     "Streams": 195,
     "Server": 520,
     "Upstream": 230,
@@ -62,15 +62,15 @@ BUDGET = {
     "Admission": 140,
     "Gateway": 305,
     "Models": 190,
-    "Background": 95,
+    "Background": 90,
     "Access": 70,
-    "Snapshot": 175,
-    "Routes": 395,
+    "Snapshot": 180,
+    "Routes": 400,
     "Demo": 60,
-    "Terminal view": 345,
+    "Terminal view": 340,
     "Service": 305,
-    "Command line": 335,
-    "Web page": 415,
+    "Command line": 330,
+    "Web page": 450,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 
