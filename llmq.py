@@ -6383,10 +6383,10 @@ KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
 COLOURS = {  # what is not here is bad
     "": "", "up": "", "normal": "", "done": "", "running": "32", "high": "33", "loading": "33",
     "draining": "33", "dim": "2", "unknown": "2", "low": "2", "client_left": "2", "cancelled": "2",
-    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43",
+    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43", "lost": "30;43",
 }  # fmt: skip
 NO_COLOURS = {  # with NO_COLOR
-    "dim": "2", "bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7",
+    "dim": "2", "bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7", "lost": "7",
 }  # fmt: skip
 KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
 KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
@@ -6458,10 +6458,8 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
         kind, number, when = "running", "run", f"ran {brief(request['running_s'])}"
-        where = str(request["backend"])
-        where += f", {request['tokens']} tokens" if request["tokens"] else ""
-        rate = request.get("tokens_per_s")
-        where += f" at {rate:.0f}/s" if rate else ""
+        rate, tokens = request.get("tokens_per_s") or 0, request["tokens"]
+        where = f"{request['backend']}{f', {rate:.0f}/s, {tokens} tokens' if tokens else ''}"
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
     return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
 
@@ -6492,8 +6490,8 @@ def table(
     """Titles and rows; the last cell of each is as long as it is."""
     sizes, rows = list(columns.values()), [("head", list(columns)), *rows]
     free = [place for place, size in enumerate(sizes) if not size]
-    whole = [row for _, row in rows if len(row) == len(columns)]  # else the last spans the rest
-    needs = [max(cells(row[place][:1000]) for row in whole) for place in free]
+    own = [row if len(row) == len(columns) else row[:-1] for _, row in rows]  # or its last spans
+    needs = [max(cells(row[place][:1000]) for row in own if row[place:]) for place in free]
     left = width - sum(1 + abs(size) for size in sizes)
     for place, room in zip(free, share(needs, left)):
         sizes[place] = room
@@ -6584,12 +6582,13 @@ class View:
         mode = "stopping" if now.get("draining") else now["mode"]
         title = f" llmq {now['version']}  {self.url}"
         figures = (
-            f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
-            f"failed {sum(total.values()) - done - left}   left {left}   "
-            f"oldest {brief(waits['oldest_wait_s'])}   up {brief(now['uptime_s'])}"
+            f" {mode}  waiting {waits['waiting']}  running {waits['running']}  done {done}  "
+            f"failed {sum(total.values()) - done - left}  left {left}  "
+            f"oldest {brief(waits['oldest_wait_s'])}  up {brief(now['uptime_s'])}"
         )
         lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
-        wrong = (trouble, now.get("trouble"), error and f"not reloaded: {error}")
+        lines += [("lost", f" {trouble}")] * bool(trouble)
+        wrong = (now.get("trouble"), error and f"not reloaded: {error}")
         texts = [line for text in wrong if text for line in wrap(text[:1000], max(40, width - 1))]
         return lines + [("bad", f" {text}") for text in texts]
 
@@ -6616,8 +6615,8 @@ class View:
         ]
 
     def paint(self, kind: str, text: str, width: int) -> str:
-        kind = kind if kind in COLOURS else "bad"
-        code = self.styles.get("dim" if self.old and kind not in ("bar", "bad", "title") else kind)
+        kind = "dim" if self.old and kind not in ("bar", "lost") else kind
+        code = self.styles.get(kind if kind in COLOURS else "bad")
         return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
 
 
@@ -6979,15 +6978,12 @@ class Service:
 
     def tell_what_runs(self) -> None:
         """Why the stop takes its time, and how it would not."""
-        running = self.gateway.scheduler.running.values()
-        names = [f"{one.client.name} with {printable(one.want.model)}" for one in running]
-        if names:
-            more = f" and {len(names) - 3} more" * (len(names) > 3)
-            log.warning(
-                "stopping: waits for %s that run%s (%s%s), %g s at most; asked again it stops now",
-                plural(len(names), "request"), "s" * (len(names) == 1), ", ".join(names[:3]), more,
-                self.settings.server.drain_timeout,
-            )  # fmt: skip
+        running = list(self.gateway.scheduler.running.values())
+        names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
+        what = f"{plural(len(running), 'running request')} ({names})"
+        limit = self.settings.server.drain_timeout
+        if running:
+            log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -7202,11 +7198,14 @@ def banner(service: Service) -> str:
     """What runs where, and the words that point a client here."""
     at, fleet = service.addresses[0], service.gateway.fleet
     usual = at == base_url("127.0.0.1", ServerSettings().port)
-    rows = {f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()}
-    rows.update({"page": at, "OpenAI clients": f"OPENAI_BASE_URL={at}/v1"})
-    rows.update({"Ollama clients": f"OLLAMA_HOST={at}"})
-    rows.update({"Anthropic clients": f"ANTHROPIC_BASE_URL={at}"})
-    rows.update({"in a terminal": "llmq top" + f" --url {at}" * (not usual)})
+    rows = {
+        **{f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()},
+        "page": at,
+        "OpenAI clients": f"OPENAI_BASE_URL={at}/v1",
+        "Ollama clients": f"OLLAMA_HOST={at}",
+        "Anthropic clients": f"ANTHROPIC_BASE_URL={at}",
+        "in a terminal": "llmq top" + f" --url {at}" * (not usual),
+    }
     lines = [f"llmq {__version__} on {' and '.join(service.addresses)}"]
     lines += [f"  {name:<17}  {words}" for name, words in rows.items()]
     if service.most_connections < service.settings.queue.max_depth:

@@ -137,7 +137,7 @@ async def test_asked_to_stop_while_idle_it_exits_0_at_once_and_says_no_traceback
         assert (await ask(p.port, "GET", "/health")).status == 200
         assert await p.ended(number) == 0
         assert "Traceback" not in p.output
-        assert "waits for" not in p.output
+        assert "running request" not in p.output
 
 
 async def test_those_who_only_watch_do_not_hold_up_the_stop() -> None:
@@ -156,9 +156,7 @@ async def test_ctrl_c_drains_too() -> None:
         waiter = await begin(p.port, "waiter")
         await waiting(p.port, 1)
         p.signal(signal.SIGINT)
-        said = (
-            "waits for 1 request that runs .anonymous with m., 30 s at most; asked again it stops"
-        )
+        said = "stopping: waits 30 s for 1 running request .anonymous.; asked again it stops now"
         await p.line(said)
         assert_error(await waiter.response(), 503, "shutting_down")
         waiter.close()

@@ -138,9 +138,9 @@ def test_picture_shows_who_waits_for_what() -> None:
     text = "\n".join(shown(snapshot([runs, request(1, priority="low")])).lines(100, 30))
     for words in (
         r"llmq 0\.0  http://box:1 ",
-        r" open +waiting 2 .* done 7 .* failed 1   left 2   oldest 9\.0s .* up 1h 01m",
+        r" open +waiting 2 .* done 7 .* failed 1  left 2  oldest 9\.0s .* up 1h 01m",
         r"box +up +\[\|\|      \] 1/4 +local +3ms +m +http://runner:2",
-        r"run normal +app:c0 +m +0\.0s +ran 3\.0s +box, 12 tokens at 25/s",
+        r"run normal +app:c0 +m +0\.0s +ran 3\.0s +box, 25/s, 12 tokens",
         r" 1 normal +app:c1 +m +1\.0s +~ 2\.0s +local busy \(1/1\)",
         r"done +app:x +m +0\.5s +1\.5s +1m 15s +40 +12",
     ):
@@ -169,8 +169,9 @@ def test_names_have_the_width_there_is() -> None:
     client, model = "app:" + "c" * 60, "registry.example/some/library/" + "m" * 60
     rows = [request(0, client=client, model=model), request(1, client="user:me", model="m")]
     seen = snapshot(rows, recent=[ended(client=client, model=model)], backends=[backend()])
-    for name in (client, model):
-        assert "\n".join(shown(seen).lines(220, 30)).count(f" {name} ") == 2
+    seen["recent"].append(ended(outcome="backend_error", model=model, error="broke"))
+    text = "\n".join(shown(seen).lines(220, 30))
+    assert (text.count(f" {client} "), text.count(f" {model} ")) == (2, 3)
     narrow = shown(seen).lines(100, 30)
     assert all(len(line) == 100 for line in narrow)
     (row,) = [line for line in narrow if " app:ccc" in line and " normal " in line]
@@ -675,6 +676,7 @@ async def test_lost_llmq_is_dimmed_told_and_waited_for() -> None:
                 row for row in seen.raw.rpartition(b"\x1b[H")[2].split(b"\r\n") if b"open" in row
             )
             assert row.startswith(b"\x1b[K\x1b[2m")
+            assert b"\x1b[30;43m no answer" in seen.raw  # which is not dimmed
             async with Process("--demo", "--port", str(first.port)):
                 await eventually(lambda: "no answer" not in seen.text, 8)
                 assert b"\x1b[2m open" not in seen.raw.rpartition(b"\x1b[H")[2]
