@@ -5743,12 +5743,11 @@ def members(source: object, *names: str) -> Facts:
     return {name: getattr(source, name) for name in names}
 
 
-def snapshot(gateway: Gateway, *, everything: bool = False, word: str = "") -> Facts:
+def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
     waiting, running = scheduler.in_order(), scheduler.running.values()
-    fitting = [one for one in waiting if has_word(gateway, one, word)] if word else waiting
-    tickets = (*running, *(fitting if everything else fitting[:SHOWN_WAITING]))
+    tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
         "version": __version__,
         "mode": scheduler.mode.value,
@@ -5772,11 +5771,27 @@ def snapshot(gateway: Gateway, *, everything: bool = False, word: str = "") -> F
     }
 
 
-def has_word(gateway: Gateway, ticket: Ticket, word: str) -> bool:
-    """Whether a name of a waiting request, its class or why it waits has the word in it."""
-    call, reason = gateway.calls[ticket.id], gateway.expected(ticket, gateway.now()).reason
-    names = (ticket.client.name, call.model, call.request_id, ticket.priority.word, reason)
-    return word in "\n".join(names).lower()
+def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[Ticket]:
+    """Those that wait of which a name, the class or why they wait has the word in it."""
+
+    def names(ticket: Ticket) -> str:
+        call, why = gateway.calls[ticket.id], gateway.expected(ticket, now).reason
+        told = (ticket.client.name, call.model, call.request_id, ticket.priority.word, why)
+        return "\n".join(told).lower()
+
+    now = gateway.now()
+    return [one for one in tickets if word in names(one)] if word else tickets
+
+
+async def show_all(gateway: Gateway, word: str) -> list[Facts]:
+    """All that wait and run, some at a time: ten thousand would hold up everybody else."""
+    scheduler, rows = gateway.scheduler, []
+    tickets = [*scheduler.running.values(), *having(gateway, scheduler.in_order(), word)]
+    for first in range(0, len(tickets), SHOWN_WAITING):
+        some = [gateway.calls.get(one.id) for one in tickets[first : first + SHOWN_WAITING]]
+        rows += [show_call(gateway, call, gateway.now()) for call in some if call]
+        await asyncio.sleep(0)
+    return rows
 
 
 def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
@@ -6121,8 +6136,10 @@ class Api:
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
         query = dict(parse_qsl(exchange.request.query))
-        word = query.get("find", "").lower()
-        return snapshot(self.gateway, everything=query.get("all") == "1", word=word)
+        word, facts = query.get("find", "").lower(), {}
+        if query.get("all") == "1":
+            facts["requests"] = await show_all(self.gateway, word)
+        return {**snapshot(self.gateway, word), **facts}
 
     async def get_events(self, exchange: Exchange, _: str) -> None:
         """The snapshot as server-sent events: now, then on change, at most four a second."""

@@ -418,6 +418,29 @@ async def test_filter_looks_through_all_that_wait(browser: Browser) -> None:
         q.gateway.calls.clear()
 
 
+async def test_all_that_wait_are_told_some_at_a_time() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        crowd(q, 1000)
+        loop, turns = asyncio.get_running_loop(), [0]
+
+        def turn() -> None:
+            turns[0] += 1
+            if len(turns) == 1:
+                loop.call_soon(turn)
+
+        turn()
+        gone = q.gateway.scheduler.in_order()[500]
+        loop.call_soon(q.gateway.scheduler.cancel, gone)  # while they are told
+        loop.call_soon(q.gateway.calls.pop, gone.id)
+        rows = await llmq.show_all(q.gateway, "")
+        turns.append(0)
+        assert turns[0] >= 10, "nobody else had a turn"
+        assert len({row["id"] for row in rows}) == 999
+        for ticket in list(q.gateway.scheduler.waiting.values()):
+            q.gateway.scheduler.cancel(ticket)
+        q.gateway.calls.clear()
+
+
 async def test_notices_take_no_clicks_and_a_newer_one_replaces_its_like(browser: Browser) -> None:
     async with queue_of("alice") as q, opened(browser, q) as page:
         texts = "[...document.querySelectorAll('#toasts div')].map(n => n.textContent).join()"
