@@ -6929,12 +6929,13 @@ class Service:
 
     async def first_look(self) -> None:
         """Wait a moment for what the runners say first."""
+        backends = self.gateway.fleet.backends  # which grow while llmq looks around
 
         def told() -> bool:
-            backends = self.gateway.fleet.backends.values()
-            return self.has_looked and all(one.state is not State.UNKNOWN for one in backends)
+            known = all(one.state is not State.UNKNOWN for one in backends.values())
+            return (known and self.has_looked) or self.stopping.is_set()
 
-        await self.until(lambda: told() or self.stopping.is_set(), LOOK_SECONDS)
+        await self.until(told, LOOK_SECONDS)
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
@@ -7451,8 +7452,8 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px) 34px;
   align-items: center; padding: 7px 10px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
-#clients b, #clients .bar { grid-column: 1 / -1 } #clients .bar { order: 1; margin-right: 8px }
-#clients thead tr { align-items: baseline }
+#clients b, #clients .bar { grid-column: 1 / -1 } #clients thead tr { align-items: baseline }
+#clients .bar { order: 1; margin-right: 8px }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -7472,7 +7473,8 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
   #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
   #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px 6px }
-  main [aria-current] { box-shadow: inset 3px 0 var(--blue) } main [aria-current] .pos.pos { box-shadow: none } }
+  main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
+  main [aria-current] .pos.pos { box-shadow: none } }
 </style></head>
 <body>
 <header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path

@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7815  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7835  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 115,
@@ -64,12 +64,12 @@ BUDGET = {
     "Models": 190,
     "Background": 90,
     "Access": 70,
-    "Snapshot": 180,
+    "Snapshot": 195,
     "Routes": 400,
     "Demo": 60,
     "Terminal view": 340,
     "Service": 305,
-    "Command line": 330,
+    "Command line": 335,
     "Web page": 450,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
