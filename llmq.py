@@ -7034,7 +7034,7 @@ EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may la
 
 
 ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
-MOST_ANSWERED = 32 * MIB  # of what it answers: ten thousand that wait are 4 MiB
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
 
 def say(text: str, *, error: bool = False) -> None:
