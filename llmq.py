@@ -106,6 +106,7 @@ from collections.abc import (
 from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
+from textwrap import wrap
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
@@ -287,6 +288,10 @@ def render_json(value: object) -> bytes:
 ERROR_SHOWN = 200  # characters of an error's sentence, in the log and to those who watch
 
 
+def plural(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def printable(text: str, limit: int = 128) -> str:
     """What may stand in a log line or a terminal: no control characters, no endless names."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
@@ -347,6 +352,14 @@ RUNNERS = (
     Kind("openai"),  # whatever else has /v1/models
 )
 KINDS = {kind.name: kind for kind in RUNNERS}
+STARTERS = {  # what people call them, and the command that starts each
+    "ollama": ("Ollama", "ollama serve"),
+    "lmstudio": ("LM Studio", "lms server start"),
+    "llamacpp": ("llama.cpp", "llama-server -m MODEL.gguf"),
+    "vllm": ("vLLM", "vllm serve MODEL"),
+}
+HOW_TO_START = ", ".join(f"{title} (`{command}`)" for title, command in STARTERS.values())
+NO_RUNNER = f"no runner answers: start {HOW_TO_START}, or try llmq with `--demo`"
 
 
 def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -591,13 +604,17 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
 
 
 def unknown(source: str, what: str, word: str, known: Iterable[str]) -> ConfigError:
-    """The cure for a misspelt word: the nearest known one, else all of them."""
+    return ConfigError(f"{source}: {misspelt(what, word, known)}")
+
+
+def misspelt(what: str, word: str, known: Iterable[str]) -> str:
+    """The cure for an unknown word: the nearest known one, else all of them."""
     import difflib
 
     choices = sorted(known)
     near = difflib.get_close_matches(word, choices, 1)
     cure = f"did you mean {near[0]}?" if near else "known: " + ", ".join(choices)
-    return ConfigError(f"{source}: unknown {what} {printable(word)}; {cure}")
+    return f"unknown {what} {printable(word)}; {cure}"
 
 
 def file_layer(path: str, document: Any) -> Layer:
@@ -1340,6 +1357,12 @@ class Fleet:
                 return True
         return False
 
+    def trouble(self) -> str | None:
+        """What everybody is told while no runner answers."""
+        answering = (State.UP, State.LOADING, State.UNKNOWN)
+        found = any(backend.state in answering for backend in self.backends.values())
+        return None if found else NO_RUNNER
+
     def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
         serving = self.serving(want)
@@ -1619,9 +1642,8 @@ class Scheduler:
                 elif (
                     since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
                 ):
-                    error = LlmqError(
-                        f"every backend of model {want.model!r} is down", "backend_down"
-                    )
+                    message = f"every backend of model {want.model!r} is down"
+                    error = LlmqError(self.fleet.trouble() or message, "backend_down")
                 if error:
                     ended.append((ticket, error))
                     self.cancel(ticket)
@@ -5328,7 +5350,7 @@ class Admission:
         asked = asked or self.settings.upstream.model or fleet.default_model() or ""
         if not asked:
             message = "no backend has told its models yet; name one in `model`"
-            raise LlmqError(message, "backend_down")
+            raise LlmqError(fleet.trouble() or message, "backend_down")
         if not fleet.knows(asked):
             asked = find_alias(self.settings.aliases, asked) or asked
         if fleet.knows(asked) is False:
@@ -6065,11 +6087,11 @@ def members(source: object, *names: str) -> Facts:
     return {name: getattr(source, name) for name in names}
 
 
-def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
-    """The state of it all."""
+def snapshot(gateway: Gateway, word: str = "") -> Facts:
+    """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
     waiting, running = scheduler.in_order(), scheduler.running.values()
-    tickets = (*running, *(waiting if everything else waiting[:SHOWN_WAITING]))
+    tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
         "version": __version__,
         "mode": scheduler.mode.value,
@@ -6089,7 +6111,31 @@ def snapshot(gateway: Gateway, *, everything: bool = False) -> Facts:
         "clients": [show_client(client) for client in gateway.clients.known.values()],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
+        "trouble": fleet.trouble(),
     }
+
+
+def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[Ticket]:
+    """Those that wait of which a name, the class or why they wait has the word in it."""
+
+    def names(ticket: Ticket) -> str:
+        call, why = gateway.calls[ticket.id], gateway.expected(ticket, now).reason
+        told = (ticket.client.name, call.model, call.request_id, ticket.priority.word, why)
+        return "\n".join(told).lower()
+
+    now = gateway.now()
+    return [one for one in tickets if word in names(one)] if word else tickets
+
+
+async def show_all(gateway: Gateway, word: str) -> list[Facts]:
+    """All that wait and run, some at a time: ten thousand would hold up everybody else."""
+    scheduler, rows = gateway.scheduler, []
+    tickets = [*scheduler.running.values(), *having(gateway, scheduler.in_order(), word)]
+    for first in range(0, len(tickets), SHOWN_WAITING):
+        some = [gateway.calls.get(one.id) for one in tickets[first : first + SHOWN_WAITING]]
+        rows += [show_call(gateway, call, gateway.now()) for call in some if call]
+        await asyncio.sleep(0)
+    return rows
 
 
 def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
@@ -6097,13 +6143,15 @@ def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
     waits = ticket.state is TicketState.WAITING
     expected = gateway.expected(ticket, now) if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
+    tokens, since = (call.watch.pieces if call.watch else 0), call.first_byte
     return {
         **members(call, "id", "request_id", "route"),
         "client": ticket.client.name,
         "class": ticket.priority.word,
         "model": printable(call.model),
         "state": ticket.state.word,
-        "tokens": call.watch.pieces if call.watch else 0,
+        "tokens": tokens,
+        "tokens_per_s": round(tokens / (now - since), 1) if tokens and since < now else None,
         **members(expected, "position", "reason"),
         "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
@@ -6130,9 +6178,13 @@ def show_contexts(backend: Backend) -> dict[str, int]:
 
 
 def show_backend(backend: Backend) -> Facts:
-    report = backend.report
+    report, error = backend.report, backend.error
+    _, command = STARTERS.get(backend.kind or backend.name, ("", ""))
+    if error and command and error.endswith("refused"):
+        error = f"{error}; start it: {command}"
     return {
-        **members(backend, "name", "url", "busy", "error"),
+        **members(backend, "name", "url", "busy"),
+        "error": error,
         "kind": backend.kind or None,
         "device": backend.device.name,
         "state": "draining" if backend.draining else backend.state.value,
@@ -6187,10 +6239,14 @@ class SnapshotStream:
         gateway = self.gateway
         aged = gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS
         if self.watchers and (aged or self._changes != gateway.changes):
-            self._changes = gateway.changes
-            self.version += 1
-            self._render()
-            self.wake()
+            self.tell()
+
+    def tell(self) -> None:
+        """Let all who watch see how it is now."""
+        self._changes = self.gateway.changes
+        self.version += 1
+        self._render()
+        self.wake()
 
     def first(self) -> bytes:
         """What a new watcher sees; those who come at one time share it, as they do all else."""
@@ -6424,7 +6480,11 @@ class Api:
         return self.gateway.serve(Call(exchange, endpoint, request, exchange.caller, ids))
 
     async def get_status(self, exchange: Exchange, _: str) -> Facts:
-        return snapshot(self.gateway, everything="all=1" in exchange.request.query.split("&"))
+        query = dict(parse_qsl(exchange.request.query))
+        word, facts = query.get("find", "").lower(), {}
+        if query.get("all") == "1":
+            facts["requests"] = await show_all(self.gateway, word)
+        return {**snapshot(self.gateway, word), **facts}
 
     async def get_events(self, exchange: Exchange, _: str) -> None:
         """The snapshot as server-sent events: now, then on change, at most four a second."""
@@ -6434,8 +6494,10 @@ class Api:
             exchange.watch(stream.wake)
             exchange.start(200, "text/event-stream")
             newest, seen = stream.first(), stream.version
-            while not exchange.gone and not self.gateway.draining:
+            while not exchange.gone:
                 exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
+                if self.gateway.draining:
+                    break  # which was the last news
                 if exchange.blocked:
                     await exchange.catch_up()
                 if stream.version == seen:
@@ -6564,7 +6626,9 @@ ROUTES = (
     public("GET HEAD /llmq", "the page", Api.get_page),
     public("GET HEAD /api/version",
            "a version for clients of Ollama, and llmq's own", Api.get_version),
-    owned("GET HEAD /llmq/status", "the snapshot; `?all=1`: with all that wait", Api.get_status),
+    owned("GET HEAD /llmq/status",
+          "the snapshot; `?all=1`: with all that wait, `?find=WORD`: those that have it",
+          Api.get_status),
     owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
@@ -6677,14 +6741,18 @@ Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
-LOST_SECONDS = 5.0  # without an answer, and it is given up
+EVERYTHING: Order = ("GET", "/llmq/status?all=1", None)
+ODD_JSON = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+LOST_SECONDS = 2.0  # without an answer, and what is shown is old
 KEY_SECONDS = 0.1  # to wait for a key before the picture is drawn anew
 COLOURS = {  # what is not here is bad
     "": "", "up": "", "normal": "", "done": "", "running": "32", "high": "33", "loading": "33",
     "draining": "33", "dim": "2", "unknown": "2", "low": "2", "client_left": "2", "cancelled": "2",
-    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43",
+    "bad": "31", "title": "1", "head": "30;42", "bar": "30;46", "alarm": "30;43", "lost": "30;43",
 }  # fmt: skip
-NO_COLOURS = {"bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7"}  # with NO_COLOR
+NO_COLOURS = {  # with NO_COLOR
+    "dim": "2", "bad": "1", "title": "1", "head": "4", "bar": "7", "alarm": "7", "lost": "7",
+}  # fmt: skip
 KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
 KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
     "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
@@ -6702,8 +6770,8 @@ KEY_HELP = """
   < >, F6         sort by another column
   ?, F1           this help
   q, F10          leave; llmq goes on"""
-# Titles, and cells: to the right if negative, 0: a share of what the others leave.
-BACKENDS = {"BACKEND": 14, "STATE": 8, "BUSY": 16, "DEVICE": 10, "PING": -6, " LOADED, URL": 0}
+# Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
+BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -9, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
@@ -6741,7 +6809,7 @@ def fit(text: str, width: int) -> str:
 def backend_row(backend: Row) -> tuple[str, list[str]]:
     """The state of a backend, and its cells."""
     state, busy, latency = backend["state"], backend["busy"], backend["latency_ms"]
-    meter = "|" * -(-8 * busy // max(1, backend["slots"]))
+    meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
     ping = "-" if latency is None else f"{latency:.0f}ms"
     words = backend["error"] or ", ".join(backend["loaded"])
@@ -6755,32 +6823,59 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
         kind, number, when = "running", "run", f"ran {brief(request['running_s'])}"
-        where = str(request["backend"])
-        where += f", {request['tokens']} tokens" if request["tokens"] else ""
+        rate, tokens = request.get("tokens_per_s") or 0, request["tokens"]
+        where = f"{request['backend']}{f', {rate:.0f}/s, {tokens} tokens' if tokens else ''}"
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
     return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(record: Row) -> tuple[str, list[str]]:
-    """How a request ended, and its cells."""
-    names = [record[name] for name in ("outcome", "client", "model")]
+    """How a request ended, and its cells; what failed has its sentence in place of figures."""
+    outcome, error, took = record["outcome"], record.get("error"), brief(record["total_s"])
+    names = [str(record[name]) for name in ("outcome", "client", "model")]
+    if error and outcome not in CANCELS:
+        return outcome, [*names, f" after {took}: {error}"]
     times = [brief(record[name]) for name in ("wait_s", "first_s", "total_s")]
     rate = f"{record['tokens_per_s']:.0f}" if record["tokens_per_s"] else "-"
-    return record["outcome"], [*names, *times, str(record["tokens"] or "-"), f"{rate:>5}"]
+    return outcome, [*names, *times, str(record["tokens"] or "-"), f"{rate:>5}"]
+
+
+def share(needs: Sequence[int], room: int) -> list[int]:
+    """The cells that each gets: what it needs, but where they are too few no more than others."""
+    given = list(needs)
+    for done, place in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
+        given[place] = min(needs[place], max(0, room) // (len(needs) - done))
+        room -= given[place]
+    return given
 
 
 def table(
     columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
 ) -> list[Line]:
     """Titles and rows; the last cell of each is as long as it is."""
-    sizes = list(columns.values())
-    left = max(0, width - sum(1 + abs(size) for size in sizes))
-    share = min(28, left // max(1, sizes.count(0)))
+    sizes, rows = list(columns.values()), [("head", list(columns)), *rows]
+    free = [place for place, size in enumerate(sizes) if not size]
+    own = [row if len(row) == len(columns) else row[:-1] for _, row in rows]  # or its last spans
+    needs = [max(cells(row[place][:1000]) for row in own if row[place:]) for place in free]
+    left = width - sum(1 + abs(size) for size in sizes)
+    for place, room in zip(free, share(needs, left)):
+        sizes[place] = room
     lines = [("", "")]
-    for kind, (*cells, last) in [("head", list(columns)), *rows]:
-        text = "".join(f" {fit(cell, size or share)}" for cell, size in zip(cells, sizes))
+    for kind, (*texts, last) in rows:
+        text = "".join(f" {fit(text, size)}" for text, size in zip(texts, sizes))
         lines.append((kind, f"{text} {last}"))
     return lines if lines[2:] else [*lines, ("dim", f" {empty}")]
+
+
+def window(
+    rows: Sequence[Row], most: int, index: int = 0, beyond: int = 0
+) -> tuple[Sequence[Row], list[Line]]:
+    """As many rows around the index as there is room for, and a line of how many more there are."""
+    most = max(1, most - (len(rows) > most or beyond > 0))
+    first = max(0, min(index - most // 2, len(rows) - most))
+    more = {"below": max(0, len(rows) - first - most) + beyond, "above": first}
+    words = ", ".join(f"{number:,} more {where}" for where, number in more.items() if number)
+    return rows[first : first + most], [("dim", f" {words}")] * bool(words)
 
 
 class View:
@@ -6792,7 +6887,7 @@ class View:
         self.rows: list[Row] = []
         self.index, self.picked = 0, ""  # of the selected request: its place, its id
         self.sort, self.note = "#", ""
-        self.help = self.over = False
+        self.help = self.over = self.old = False  # old: what is shown, for llmq does not answer
         self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
 
     def update(self, snapshot: Row) -> None:
@@ -6824,11 +6919,11 @@ class View:
 
     def press_on(self, request: Row, key: str) -> Order | None:
         """What a key does to the selected request; what cannot be undone is asked about."""
-        path, classes = f"/llmq/requests/{request['id']}", list(PRIORITY_WORDS)
+        path, classes = f"/llmq/requests/{quote(str(request['id']))}", list(PRIORITY_WORDS)
         if key == "x":
             asked = f"cancel {request['id']} of {request['client']}?"
             self.asking = asked, ("DELETE", path, None)
-        if key not in ("+", "=", "-"):
+        if key not in ("+", "=", "-") or request["class"] not in classes:
             return None
         place = classes.index(request["class"]) + (1 if key == "-" else -1)
         return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
@@ -6837,7 +6932,7 @@ class View:
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(trouble)
+        lines = self.head(width, trouble)
         if self.help:
             lines += [("", text) for text in KEY_HELP.split("\n")]
         else:
@@ -6846,37 +6941,46 @@ class View:
         lines = [*lines, *[("", "")] * height][: height - 1]
         return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, trouble: str = "") -> list[Line]:
+    def head(self, width: int, trouble: str = "") -> list[Line]:
         now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
-        done, mode, error = total.get("done", 0), now["mode"], now["config_error"]
+        done, left, error = total.get("done", 0), total.get("client_left", 0), now["config_error"]
+        mode = "stopping" if now.get("draining") else now["mode"]
         title = f" llmq {now['version']}  {self.url}"
         figures = (
-            f" {mode}   waiting {waits['waiting']}   running {waits['running']}   done {done}   "
-            f"failed {sum(total.values()) - done}   oldest {brief(waits['oldest_wait_s'])}   "
-            f"up {brief(now['uptime_s'])}"
+            f" {mode}  waiting {waits['waiting']}  running {waits['running']}  done {done}  "
+            f"failed {sum(total.values()) - done - left}  left {left}  "
+            f"oldest {brief(waits['oldest_wait_s'])}  up {brief(now['uptime_s'])}"
         )
         lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
-        wrong = (trouble, error and f"not reloaded: {error}")
-        return lines + [("bad", f" {text}") for text in wrong if text]
+        lines += [("lost", f" {trouble}")] * bool(trouble)
+        wrong = (now.get("trouble"), error and f"not reloaded: {error}")
+        texts = [line for text in wrong if text for line in wrap(text[:1000], max(40, width - 1))]
+        return lines + [("bad", f" {text}") for text in texts]
 
     def tables(self, width: int, room: int) -> list[Line]:
         """Backends, the queue and what has ended, each with its share of the lines."""
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
+        waiting = sum(row["state"] == "waiting" for row in self.rows)
+        beyond = max(0, self.snapshot["queue"]["waiting"] - waiting)  # what the snapshot left out
         few = min(len(backends), max(1, room // 5))
         room -= few + 7  # titles, and lines between
-        most = max(1, min(len(self.rows), max(room * 2 // 3, room - len(ended))))
-        first = max(0, min(self.index - most // 2, len(self.rows) - most))
-        seen = [request_row(row, self.picked) for row in self.rows[first : first + most]]
+        needed = len(self.rows) + bool(beyond)
+        most = max(1, min(needed, max(room * 2 // 3, room - len(ended))))
+        runners, more_runners = window(backends, few)
+        seen, more = window(self.rows, most, self.index, beyond)
         columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
-        hint = "no backend: start a runner here, or llmq with --backend URL"
+        rows = [request_row(row, self.picked) for row in seen]
         empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
-            *table(BACKENDS, map(backend_row, backends[:few]), width, hint),
-            *table(columns, seen, width, empty),
+            *table(BACKENDS, map(backend_row, runners), width, "none"),
+            *more_runners,
+            *table(columns, rows, width, empty),
+            *more,
             *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
 
     def paint(self, kind: str, text: str, width: int) -> str:
+        kind = "dim" if self.old and kind not in ("bar", "lost") else kind
         code = self.styles.get(kind if kind in COLOURS else "bad")
         return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
 
@@ -6884,9 +6988,20 @@ class View:
 def plain_top(snapshot: Row, url: str, width: int) -> str:
     """The picture once, all of it and without a trace of a terminal."""
     view = View(url, {})
-    view.update(snapshot)
-    lines = [*view.head(), *view.tables(width, 9999)]
-    return "\n".join(printable(text, 1000).rstrip() for _, text in lines)
+    for sort in reversed(SORTS):  # the last is the usual one
+        view.sort = sort
+        view.update(snapshot)
+    lines = [*view.head(width), *view.tables(width, 99999)]
+    return "\n".join(printable(text, 4000).rstrip() for _, text in lines)
+
+
+def understood(snapshot: Row, url: str) -> Row:
+    """The snapshot, if there is nothing in it that cannot be shown; else StartError."""
+    try:
+        plain_top(snapshot, url, 80)
+    except ODD_JSON:
+        raise StartError(f"{url} tells what this llmq does not understand") from None
+    return snapshot
 
 
 @contextlib.contextmanager
@@ -6918,14 +7033,13 @@ def read_keys() -> list[str]:
 
 
 def run_top(ask: Ask, url: str, interval: float) -> None:
-    """Show and obey until `q`, a signal, or nobody answers any more (StartError)."""
+    """Show and obey until `q` or a signal; what is old is dimmed until llmq answers again."""
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-    lost: StartError | None = None
-    snapshot, heard, shown = ask(STATUS), time.monotonic(), ""
+    snapshot, heard, shown = understood(ask(STATUS), url), time.monotonic(), ""
 
     def follow() -> None:
-        nonlocal lost, snapshot, heard
+        nonlocal snapshot, heard
         while True:
             order = STATUS
             with contextlib.suppress(queue.Empty):
@@ -6933,20 +7047,20 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
             try:
                 answer = ask(order)
                 if order is STATUS:
-                    lost, snapshot, heard = None, answer, time.monotonic()
+                    snapshot, heard = understood(answer, url), time.monotonic()
                 else:
                     view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
             except StartError as error:
-                lost, view.note = (error, view.note) if order is STATUS else (lost, str(error))
+                view.note = view.note if order is STATUS else str(error)
 
     threading.Thread(target=follow, daemon=True).start()
     with contextlib.suppress(OSError), own_screen():  # the terminal may go away
         while not view.over:
             silent = time.monotonic() - heard - interval
-            if lost and silent > LOST_SECONDS:
-                raise lost
             view.update(snapshot)
-            trouble = f"no answer for {silent:.0f} s" if silent > 2 else ""
+            view.old = silent > LOST_SECONDS
+            since = f"{silent:.0f} s" if silent < 60 else brief(silent)
+            trouble = f"no answer for {since}: this is how it was; llmq is asked on" * view.old
             lines = view.lines(*os.get_terminal_size(1), trouble)
             picture = "\r\n".join(f"\x1b[K{line}" for line in lines)
             if picture != shown:  # drawn at once, where terminals know how
@@ -6962,6 +7076,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
+LOOK_SECONDS = 1.0  # for the runners to say what they are, before the banner tells it
 HANDOVER_SECONDS = 0.5  # for requests to arrive on connections that were just accepted
 FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
@@ -7092,6 +7207,16 @@ def inherited_sockets() -> list[socket.socket]:
     return found
 
 
+async def who_listens(url: str) -> str:
+    """Who has the port already, and what to do."""
+    there, late = Backend("", BackendSettings(url=url), Device("", 1)), BackendTimeout("silent")
+    with contextlib.suppress(OSError, LlmqError, ValueError):
+        asking = asyncio.ensure_future(fetch_json(there, "/api/version"))
+        if look_up(await within(LOOK_SECONDS, asking, late), "llmq"):
+            return "llmq runs there already: see `llmq status`, stop it, or add --port N"
+    return "another program listens there: add --port N"
+
+
 @dataclass(eq=False)
 class Service:
     """A running llmq."""
@@ -7109,6 +7234,7 @@ class Service:
         self.addresses: list[str] = []
         self.most_connections = 0
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
+        self.has_looked = False  # around this box, for runners
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
         self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
         self.api = Api(self.gateway, self.own_names(), self.reload)
@@ -7145,7 +7271,7 @@ class Service:
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
             (STREAM_SECONDS, self.api.stream.step),
-            (DISCOVERY_SECONDS, self.discovery.step),
+            (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
@@ -7162,12 +7288,29 @@ class Service:
         try:
             self.port = await server.listen(host, port)
         except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+            self.gateway.monitor.close()
+            taken = error.errno == errno.EADDRINUSE
+            why = await who_listens(base_url(host, port)) if taken else error.strerror or error
+            raise StartError(f"cannot listen on {host}:{port}: {why}") from None
         self.addresses = [base_url(host, self.port)]
         if not wanted:
             with contextlib.suppress(OSError):  # a box without IPv6
                 await server.listen("::1", self.port)
                 self.addresses.append(base_url("::1", self.port))
+
+    async def look_around(self) -> None:
+        await self.discovery.step()
+        self.has_looked = True
+
+    async def first_look(self) -> None:
+        """Wait a moment for what the runners say first."""
+        backends = self.gateway.fleet.backends  # which grow while llmq looks around
+
+        def told() -> bool:
+            known = all(one.state is not State.UNKNOWN for one in backends.values())
+            return (known and self.has_looked) or self.stopping.is_set()
+
+        await self.until(told, LOOK_SECONDS)
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
@@ -7210,7 +7353,8 @@ class Service:
         if self.sockets:
             await self.hand_over()
         self.gateway.drain()
-        self.api.stream.wake()
+        self.api.stream.tell()
+        self.tell_what_runs()
         self._servers[0].quiesce()
         await self.until(lambda: not self.gateway.calls, self.settings.server.drain_timeout)
         for call in list(self.gateway.calls.values()):
@@ -7224,6 +7368,15 @@ class Service:
         self.gateway.pool.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
+
+    def tell_what_runs(self) -> None:
+        """Why the stop takes its time, and how it would not."""
+        running = list(self.gateway.scheduler.running.values())
+        names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
+        what = f"{plural(len(running), 'running request')} ({names})"
+        limit = self.settings.server.drain_timeout
+        if running:
+            log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -7253,6 +7406,10 @@ class Service:
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
+
+
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -7312,7 +7469,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Without a command it serves; `llmq serve --help` lists every setting.",
     )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command")
     switch: Any = {"action": "store_true"}
     serve = commands.add_parser("serve", help="run the queue (the default)")
     serve.add_argument("--demo", **switch, help="with a built-in model that echoes")
@@ -7333,7 +7490,18 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--json", **switch, help="as a JSON configuration file, keys included")
     add_flags(serve)
     add_flags(config)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
+    """End with what there is in place of a word that is not known, and the nearest of it."""
+    flag = next((word for word in odd if word.startswith("-")), "")
+    if flag:
+        known = re.findall(r"--[\w-]+", options.parser.format_usage())
+        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
+    parser.error(misspelt("command", odd[0], COMMANDS))
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -7361,6 +7529,7 @@ async def serve(options: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, service.on_signal)
         loop.add_signal_handler(signal.SIGHUP, service.reload)
+    await service.first_look()
     say(banner(service))
     keep_memory_small()
     release_memory()
@@ -7421,15 +7590,35 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def banner(service: Service) -> str:
+    """What runs where, and the words that point a client here."""
+    at, fleet = service.addresses[0], service.gateway.fleet
+    usual = at == base_url("127.0.0.1", ServerSettings().port)
+    rows = {
+        **{f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()},
+        "page": at,
+        "OpenAI clients": f"OPENAI_BASE_URL={at}/v1",
+        "Ollama clients": f"OLLAMA_HOST={at}",
+        "Anthropic clients": f"ANTHROPIC_BASE_URL={at}",
+        "in a terminal": "llmq top" + f" --url {at}" * (not usual),
+    }
     lines = [f"llmq {__version__} on {' and '.join(service.addresses)}"]
-    lines += [
-        f"  backend {row.name}  {row.url}  device {row.device.name}, slots {row.most}"
-        for row in service.gateway.fleet.backends.values()
-    ]
+    lines += [f"  {name:<17}  {words}" for name, words in rows.items()]
     if service.most_connections < service.settings.queue.max_depth:
         lines.append(f"  open files allow {service.most_connections} connections at once")
-    lines.append(f"  for clients: OPENAI_BASE_URL={service.addresses[0]}/v1")
-    return "\n".join(lines)
+    trouble = fleet.trouble()
+    return "\n".join([*lines, *[f"  {trouble}"] * bool(trouble)])
+
+
+def describe(backend: Backend) -> str:
+    """A backend in the banner."""
+    report, words = backend.report, f"no answer{f': {backend.error}' if backend.error else ''}"
+    if backend.state is State.UP and report:
+        words = f"{report.kind} {report.version}".strip()
+        words += ", " + plural(len(report.models), "model")
+    elif backend.state is State.LOADING:
+        words = "loads its model"
+    shared = f"device {backend.device.name}, {plural(backend.most, 'slot')}"
+    return f"{backend.url}  {words}  ({shared})"
 
 
 def llmq_url(url: str | None) -> str:
@@ -7451,33 +7640,50 @@ def ask_llmq(url: str, order: Order) -> Any:
     headers = {"Content-Type": "application/json"}
     try:
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
-            facts = json.load(answer)
+        with build_opener(ProxyHandler({})).open(request, timeout=ANSWER_SECONDS) as answer:
+            facts = json.loads(read_bounded(answer))
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
     except HTTPError as error:
         if "X-LLMQ-Id" in error.headers:
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                raise StartError(json.load(error)["error"]["message"]) from None
+            with contextlib.suppress(*ODD_JSON, OSError, HTTPException):
+                raise StartError(json.loads(read_bounded(error))["error"]["message"]) from None
         raise StartError(f"{url} answers {error.code}: is that llmq?") from None
-    except (OSError, ValueError, HTTPException) as error:
-        raise StartError(f"no llmq answers at {url}: {getattr(error, 'reason', error)}") from None
+    except (*ODD_JSON, OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = getattr(reason, "strerror", None) or reason
+        cure = "`llmq` starts one on this box, --url names another"
+        raise StartError(f"no llmq answers at {url}: {why}; {cure}") from None
     return facts
+
+
+def read_bounded(answer: Any) -> bytearray:
+    """The body of an answer; ValueError or TimeoutError where it has no end."""
+    until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
+    while more := answer.read1(64 * KIB):
+        data += more
+        if len(data) > MOST_ANSWERED:
+            raise ValueError("the answer is too long")
+        if time.monotonic() > until:
+            raise TimeoutError("the answer does not end")
+    return data
 
 
 def cmd_mode(options: argparse.Namespace) -> None:
     answer = ask_llmq(llmq_url(options.url), ("POST", "/llmq/mode", {"mode": options.mode}))
-    say("mode is " + answer["mode"])
+    say(f"mode is {printable(str(answer.get('mode')))}")
 
 
 def cmd_top(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
     if plain or not (os.isatty(0) and os.isatty(1)):
-        snapshot = ask_llmq(url, STATUS)
-        width = max(80, shutil.get_terminal_size((140, 0)).columns)
+        seen = os.isatty(1)  # else a program reads it, and gets all of it
+        snapshot = ask_llmq(url, STATUS if seen else EVERYTHING)
+        width = max(80, shutil.get_terminal_size((140, 0)).columns) if seen else 4000
         cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-        say(json.dumps(snapshot, indent=2) if options.json else plain_top(snapshot, url, width))
+        plain = "" if options.json else plain_top(understood(snapshot, url), url, width)
+        say(plain or json.dumps(snapshot, indent=2))
     else:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
@@ -7513,11 +7719,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*COMMANDS, "--help", "-h", "--version"):
         arguments.insert(0, "serve")
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, odd = parser.parse_known_args(arguments)
+    if odd:
+        refuse(parser, options, odd)
     try:
         return COMMANDS[options.command](options) or 0
     except (ConfigError, StartError) as error:
-        say(f"llmq: {error}", error=True)
+        say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
         return 2 if isinstance(error, ConfigError) else refused
     except BrokenPipeError:  # `| head` has seen enough
@@ -7567,10 +7776,12 @@ button { cursor: pointer; white-space: nowrap } button:hover { background: var(-
 .danger, .danger:hover { background: var(--red); border-color: var(--red); color: var(--card) }
 svg { fill: none; stroke-width: 1.7; stroke-linecap: round; stroke-linejoin: round }
 h1 svg { width: 22px; height: 22px; border-radius: 6px; background: #2a62d4; stroke: #fff }
-#modes { gap: 0; padding: 3px; border-radius: 9px; background: var(--fill) }
-#modes button { height: 28px; padding: 0 14px; border: 0; color: var(--soft) }
-#modes [aria-pressed=true] { background: var(--card); color: var(--ink); font-weight: 600;
+#modes { gap: 0; padding: 3px; border-radius: 9px; background: var(--fill); position: relative }
+#modes label { line-height: 28px; padding: 0 14px; border-radius: 7px; color: var(--soft);
+  cursor: pointer; text-align: center } #modes input { position: absolute; opacity: 0 }
+#modes :has(:checked) { background: var(--card); color: var(--ink); font-weight: 600;
   box-shadow: 0 1px 2px #0002, 0 0 0 1px var(--line) }
+#modes :has(:focus-visible) { outline: 2px solid var(--blue) } [type=checkbox] { height: auto }
 .note { padding: 8px 14px; margin-bottom: 12px; border-radius: 10px;
   border: 1px solid color-mix(in srgb, var(--tone) 35%, var(--card)) } .note, .high, [aria-current] {
   background: color-mix(in srgb, var(--tone, var(--blue)) 10%, var(--card)) !important }
@@ -7590,7 +7801,7 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed } td :is(b, 
 th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 :is(th, td):first-child { padding-left: 18px } :is(th, td):last-child { padding-right: 14px }
 .n, .acts { text-align: right !important } .n, .acts, figure { white-space: nowrap }
-.runs .pos { color: var(--blue) } [aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
+.runs .pos { color: var(--blue) } tr[aria-current] .pos { box-shadow: inset 3px 0 var(--blue) }
 .tag { display: inline-block; padding: 0 8px; border-radius: 6px; font-size: 12px; color: var(--soft);
   line-height: 20px; white-space: nowrap; background: var(--fill) } .tag.high { color: var(--blue) }
 .bar { display: flex; height: 7px; border-radius: 4px; overflow: hidden; background: var(--fill) }
@@ -7604,17 +7815,22 @@ th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 .slots i { width: 14px; height: 8px; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--wait) }
 .slots .on { background: var(--blue); box-shadow: none } .backend { padding-top: 9px }
 .backend > * + * { margin-left: 16px } .backend > :not(.line) { display: block }
-.backend .alarm { color: var(--red); overflow-wrap: anywhere } .backend .tags { margin-block: 4px }
+.alarm.alarm { color: var(--red); white-space: normal } .backend .tags { margin-block: 4px }
 dialog { width: min(430px, 92vw); margin: auto; padding: 20px 22px; border-radius: 14px;
   border: 1px solid var(--line); background: var(--card); color: var(--ink) }
 footer.wide { flex-wrap: wrap; padding-block: 16px 24px } dialog::backdrop { background: #0008 }
 dialog p, dialog table { margin: 8px 0 16px } dialog td { border: 0; padding: 4px 0 !important }
 kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border-radius: 5px }
-#toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg) }
+#toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg);
+  pointer-events: none }
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
-#clients .n { width: 45px; padding-inline: 4px } #clients .acts { width: 44px; padding-left: 0 }
+#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px) 34px;
+  align-items: center; padding: 7px 10px 7px 18px; border-top: 1px solid var(--line) }
+#clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
+#clients b, #clients .bar { grid-column: 1 / -1 } #clients thead tr { align-items: baseline }
+#clients .bar { order: 1; margin-right: 8px }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -7624,7 +7840,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 @media (max-width: 720px) { .wide { padding-inline: 12px } main, aside { gap: 10px }
   main > *, aside > * { grid-column: span 12 !important } .top > :last-child { margin-left: auto }
   main > figure { grid-column: span 6 !important; padding: 12px 14px 8px } #about { width: 100% }
-  #modes { order: 1; width: 100% } #modes button { flex: 1 } .head, .empty, .device {
+  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device {
   padding-inline: 14px } .head input { flex: 1; width: 90px } .empty .line { flex-wrap: wrap }
   #figures { grid-template-columns: repeat(6, 1fr); row-gap: 12px } #figures div {
   grid-column: span 2; padding: 0 14px } #figures div:nth-child(n + 4) { grid-column: span 3 }
@@ -7633,15 +7849,16 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
   #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
-  #clients tr { grid-template-columns: minmax(0, 1fr) repeat(4, 38px) 30px } #clients thead {
-  display: block } #clients th { border: 0; padding: 0 !important } }
+  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px 6px }
+  main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
+  main [aria-current] .pos.pos { box-shadow: none } }
 </style></head>
 <body>
 <header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path
   d="M4 5h8M4 8h8M4 11h4"/></svg>llmq</h1><p class="line" id="state"></p>
-  <div class="line push" id="modes" role="group" aria-label="Mode"></div>
+  <div class="line push" id="modes" role="radiogroup" aria-label="Mode"></div>
   <div class="line"><button id="theme">Theme</button><button id="help">Keys</button></div></header>
-<section class="wide" id="notes" aria-label="Notices"></section>
+<section class="wide" id="notes" aria-label="Notices" aria-live="polite"></section>
 <main class="wide"><dl class="card" id="figures"></dl>
   <figure class="card" id="rate"><figcaption class="line">Requests per minute<b class="push"></b>
     </figcaption><svg viewBox="0 0 100 40" preserveAspectRatio="none"><path class="base"
@@ -7667,6 +7884,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
   class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
+  <label class="line"><input type="checkbox" id="single">Shortcuts of one character</label>
   <button class="push">Close</button></form></dialog>
 <script nonce="NONCE">
 'use strict';
@@ -7674,8 +7892,8 @@ const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelect
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
 const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
-const STARTERS = {ollama: ' (ollama serve)', lmstudio: ' (lms server start)'};
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
+let found = [];  // by the filter, of those that wait beyond what the snapshot shows
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -7694,7 +7912,7 @@ function render(at, kids) {
   if (focus !== document.activeElement && at.contains(focus)) focus.focus();
 }
 const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), dot = h('i', 'dot');
-const two = (first, second) => [h('b', 'clip', first), h('small', 'clip', second)];
+const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
 const act = (sign, title, onclick, off = false) =>
   h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`});
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
@@ -7713,23 +7931,25 @@ function dur(s, fine) {
   return fine && s < 0.95 ? `${Math.round(1000 * s)} ms` : fine && s < 10 ? `${s.toFixed(1)} s` :
     t < 60 ? `${t} s` : m < 60 ? `${m} min ${t % 60} s` : `${hours} h ${m % 60} min`;
 }
-function toast(text) {
-  const made = $('toasts').appendChild(document.createElement('div'));
-  made.append(text), setTimeout(() => made.remove(), 5000);
+function toast(text, kind) {  // the latest of its kind, and of all kinds the latest three
+  const made = Object.assign(document.createElement('div'), {kind, textContent: text});
+  const others = [...$('toasts').children].filter(one => one.kind !== kind);
+  $('toasts').replaceChildren(...others.slice(-2), made), setTimeout(() => made.remove(), 5000);
 }
 async function change(method, path, body, said) {
   const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
   try {
     const answer = await fetch(`/llmq/${path}`, {method, headers, body: sent});
-    toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()));
-  } catch { toast('llmq does not answer: nothing was changed'); }
+    toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()),
+      method);
+  } catch { toast('llmq does not answer: nothing was changed', method); }
 }
 function sure(title, text, path, said) {  // to cancel cannot be undone
   render(q('ask', 'h2'), title), render(q('ask', 'p'), `${text} This cannot be undone.`);
   $('ask').onclose = () => $('ask').returnValue && change('DELETE', path, null, said);
   $('ask').returnValue = '', $('ask').showModal();
 }
-const find = id => snap.requests.find(one => one.id === id);
+const find = id => [...snap.requests, ...found].find(one => one.id === id);
 const setMode = mode => change('POST', 'mode', {mode}, told => `The mode is ${told.mode}`);
 function move(id, by) {
   const one = find(id), priority = one && CLASSES[CLASSES.indexOf(one.class) + by];
@@ -7743,17 +7963,19 @@ const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the que
   'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
   encodeURIComponent(name), told => `Cancelled ${plural(told.cancelled, 'request')}`);
 async function copy(code) {
-  try { await navigator.clipboard.writeText(code.textContent); toast('Copied'); } catch {
+  try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
-    toast('Marked: copy it with Ctrl+C'); }
+    toast('Marked: copy it with Ctrl+C', 'copy'); }
 }
 function draw() {
   if (!snap) return;
-  const {queue, mode, recent, config_error: wrong} = snap, states = snap.backends.map(b => b.state);
-  const ready = states.includes('up'), notes = [  // the first that holds names the state of it all
-    [!live, 'grey', 'reconnecting', 'llmq does not answer; it is asked again each second.'],
-    [snap.draining, 'amber', 'stopping', 'llmq is about to stop: nothing new is let in.'],
-    [!/up|loading|unknown/.test(states), 'red', 'no backend', 'No backend can serve what waits.'],
+  const {queue, mode, recent, trouble, draining, config_error: wrong} = snap;
+  const ready = snap.backends.some(one => one.state === 'up'), notes = [  // the first names it all
+    [draining, 'amber', 'stopping', 'llmq was told to stop: what runs may finish, nothing new is let ' +
+      'in.' + (live ? '' : ' It is asked again each second.')],
+    [!live, 'grey', 'reconnecting', !draining &&
+      'llmq does not answer: this is how it was. It is asked again each second.'],
+    [trouble, 'red', 'no runner', trouble],
     [mode === 'paused', 'amber', mode, 'Paused: nothing starts, what waits is safe.', 'Resume'],
     [mode === 'priority', 'amber', 'priority only', 'Only high starts; the rest is safe.', 'Open'],
     [!ready, 'amber', 'backend starts'], [queue.running, 'blue', 'working'], [true, 'green', 'idle'],
@@ -7762,16 +7984,19 @@ function draw() {
   document.title = `${waiting ? `(${waiting}) ` : ''}llmq — ${word}`;
   document.body.className = live ? '' : 'lost';
   render($('state'), [h('i', `dot ${tone}`), h('b', `word ${tone}`, word)]);
-  render($('modes'), MODES.map(name => h('button', '', name[0].toUpperCase() + name.slice(1),
-    {onclick: () => setMode(name), ariaPressed: `${name === mode}`})));
-  render($('notes'), notes.filter(one => one[3]).map(([, color, key, text, verb]) => h('div',
-    `line note ${color}`, [dot, h('span', '', text), verb && h('button', 'push', verb,
+  render($('modes'), MODES.map(name => h('label', '', [h('input', '', '', {type: 'radio',
+    name: 'mode', checked: name === mode, onchange: () => setMode(name)}),
+    h('span', '', name[0].toUpperCase() + name.slice(1))],  // a click leaves the arrows to the queue
+    {onpointerup: () => setTimeout(() => document.activeElement.blur())})));
+  render($('notes'), notes.filter(one => one[3]).slice(0, 3).map(([, color, key, text, verb]) =>
+    h('div', `line note ${color}`, [dot, h('span', '', text.split('`').map((part, i) => h(i % 2 ?
+      'code' : 'span', '', part))), verb && h('button', 'push', verb,
       {onclick: () => setMode('open')})], {key})));
   drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
-function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
+function drawFigures({queue, devices, requests_total: {done = 0, client_left: left, ...failed}}) {
   const {waiting, running, by_class: {high, low}} = queue, list = counts => Object.entries(counts)
     .filter(one => one[1]).sort((a, b) => b[1] - a[1]).map(([word, n]) => `${num(n)} ${word}`)
     .join(', ').replaceAll('_', ' ');
@@ -7779,27 +8004,32 @@ function drawFigures({queue, devices, requests_total: {done = 0, ...failed}}) {
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
     ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
     ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
-      `room for ${num(queue.full_at - waiting)}`], ['Done', num(done), 'since the start'],
+      `room for ${num(queue.full_at - waiting)}`], ['Done', num(done),
+      left ? `${plural(left, 'client')} left early` : 'since the start'],
     ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
   ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
     h('dd', 'clip', title, {title})])));
 }
 function drawQueue({requests, queue}) {
-  const want = $('filter').value.trim().toLowerCase(), shown = requests.length - queue.running;
+  const want = wanted(), shown = requests.length - queue.running;
   const base = `${location.origin}/v1`, pastes = [base, `curl ${base}/chat/completions -H 'Content-` +
     `Type: application/json' -d '{"messages": [{"role": "user", "content": "hello"}]}'`];
   const heads = {pos: 'Place', who: 'Client, model', time: 'Waited, starts in', class: 'Class',
-    reason: 'Why', acts: ''}, rows = requests.filter(one => ['client', 'model', 'class',
-    'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
+    reason: 'Why', acts: ''}, known = new Set(requests.map(one => one.id)), all = !want ? requests :
+    [...requests, ...found.filter(one => !known.has(one.id))], rows = all.filter(one => ['client',
+    'model', 'class', 'request_id', 'reason'].some(name => one[name].toLowerCase().includes(want)));
   table('queue', heads, rows.map(one => {
-    const {id, client, model, tokens, reason} = one, runs = one.state === 'running', eta = one.eta_s -
-      age(), held = /pause|priority|down/.test(reason), fresh = one.eta_s == null, here = id === chosen;
-    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : fresh ? '–' : num(one.position)),
+    const {id, client, model, tokens, tokens_per_s: rate, reason} = one, here = id === chosen;
+    const runs = one.state === 'running', eta = one.eta_s - age();
+    const when = /pause|priority|down/.test(reason) ? 'held back' : one.eta_s == null ? '–' :
+      eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`;
+    return h('tr', runs ? 'runs' : '', [td('pos', runs ? 'runs' : num(one.position)),
       td('who', two(client, model), {title: [client, model, one.route, one.request_id].join('\n')}),
       td('time', two(dur(one.waited_s + (runs ? 0 : age())), runs ? `runs for ${dur(one.running_s +
-        age())}` : fresh ? '–' : held ? 'held back' : eta < 1 ? 'starts soon' : `in ~ ${dur(eta)}`)),
+        age())}` : when)),
       td('class', [h('span', `tag ${one.class}`, one.class)]), td('reason', !runs ? reason :
-        `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}`),
+        `on ${one.backend}${tokens ? `, ${plural(tokens, 'token')}` : ''}${rate ? `, ${num(
+          Math.round(rate))}/s` : ''}`),
       td('acts', [!runs && act('↑', `Raise ${client}`, () => move(id, 1), one.class === 'high'),
         !runs && act('↓', `Lower ${client}`, () => move(id, -1), one.class === 'low'),
         act('×', `Cancel ${client}`, () => cancel(one))])], {key: id, role: 'row',
@@ -7811,8 +8041,16 @@ function drawQueue({requests, queue}) {
   const at = rows.findIndex(one => one.id === chosen);
   if (at >= 0) place = at;  // once it has gone, what moved up there is selected
   else if (chosen) choose(rows[Math.min(place, rows.length - 1)]?.id ?? '');
-  render(q('queue', 'small'), shown < queue.waiting ? `the first ${shown} of ${num(queue.waiting)}` : '');
+  render(q('queue', 'small'), want ? `${num(rows.length)} fit` : shown < queue.waiting ?
+    `the first ${shown} of ${num(queue.waiting)}` : '');
   [$('all').hidden, $('filter').hidden] = [!queue.waiting, !requests.length];
+}
+const wanted = () => $('filter').value.trim().toLowerCase();
+async function search() {  // the snapshot shows the first that wait: llmq looks through the rest
+  const want = wanted(), {waiting, running} = snap.queue, url = '/llmq/status?find=';
+  if (!want || snap.requests.length - running >= waiting) return void (found = []);
+  const told = await fetch(url + encodeURIComponent(want)).then(answer => answer.json(), () => {});
+  if (told && want === wanted()) found = told.requests, draw();
 }
 function choose(id) {
   chosen = id, draw();
@@ -7830,8 +8068,8 @@ function drawBackends({devices, backends}) {
       h('span', 'tag clip', m + (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '')))),
     state === 'up' && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
-    error && h('small', 'alarm', state !== 'down' ? error : `${error}. Start it${
-      STARTERS[kind ?? name] ?? ''}; llmq looks again by itself.`)], {key: name});
+    error && h('small', 'alarm', state !== 'down' ? error : `${error}. llmq looks again by itself.`)],
+    {key: name});
   render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [
     h('b', 'clip', name), h('span', 'line slots push', Array.from({length: Math.min(12, slots)},
       (_, at) => h('i', at < busy ? 'on' : ''))), h('small', '', `${busy} of ${slots} busy`)]),
@@ -7842,7 +8080,7 @@ function drawClients(all) {
   const most = Math.max(1e-9, ...all.map(one => one.served_s)), heads = {who: 'Client',
     'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done', 'n failed': 'Failed', acts: ''};
   table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [...two(one.name,
-    `${dur(one.served_s, true)} served`), bar('thin', [one.served_s / most])], {title: one.name}),
+    `${dur(one.served_s, true)} served${one.left ? `, ${num(one.left)} left` : ''}`), bar('thin', [one.served_s / most])], {title: one.name}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
       one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
@@ -7859,7 +8097,8 @@ function drawRecent(recent, count) {
     return h('tr', '', [td('who', two(one.client, one.model || one.route), {title: one.request_id}),
       td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', word)])]),
       td('bars', [bar('', [wait, first - wait, total - first].map(s => s / most)),
-        h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`)]),
+        h('small', 'clip', `${dur(wait, true)} waited, ${dur(total, true)} in all`),
+        tone === 'red' && one.error && h('small', 'alarm', one.error)]),
       td('n', tokens == null ? '–' : num(tokens)), td('n', [h('span', '', speeds[i] ? num(Math.round(
         speeds[i])) : '–'), speeds[i] && bar('thin', [speeds[i] / fastest])])], {key: one.id, role: 'row'});
   }), 'What has ended shows here: how long it waited, and how fast it was.');
@@ -7896,13 +8135,17 @@ const leave = () => { stream = stream?.close(); };
 function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(); }
 function tick() {
   if (!snap || document.hidden) return;
-  draw(), drawPlots();
+  draw(), drawPlots(), search();
   if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
 function theme(name) {
   shade = document.documentElement.dataset.theme = THEMES.includes(name) ? name : 'system';
   render($('theme'), `Theme: ${shade}`);
   try { localStorage.setItem('llmq-theme', shade); } catch { /* it lasts as long as the page */ }
+}
+function shortcuts(on) {  // of one character, which speech input may type by mistake
+  $('single').checked = on;
+  try { localStorage.setItem('llmq-keys', on ? 'on' : 'off'); } catch { /* as above */ }
 }
 const next = (all, one) => all[(all.indexOf(one) + 1) % all.length];
 const owner = () => snap.clients.find(one => one.name === find(chosen)?.client);
@@ -7917,8 +8160,10 @@ const KEYS = {
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
-  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]');
-  const typing = event.target === $('filter') && event.key !== 'Escape';
+  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]') ||
+    (event.key.length === 1 && !$('single').checked);
+  const typing = event.key !== 'Escape' && ['search', 'radio'].includes(event.target.type) &&
+    (event.target === $('filter') || event.key.startsWith('Arrow'));
   const found = Object.entries(KEYS).find(([names]) => names.split(' ').includes(event.key));
   if (!snap || !found || typing || off) return;
   event.preventDefault(), $('filter').blur(), found[1][1]();
@@ -7928,8 +8173,10 @@ render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', 
   names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
-$('filter').oninput = draw, render($('base'), `${location.origin}/v1`);
-try { theme(localStorage.getItem('llmq-theme')); } catch { theme(); }
+$('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}/v1`);
+$('single').onchange = event => shortcuts(event.target.checked);
+try { theme(localStorage.getItem('llmq-theme')), shortcuts(localStorage.getItem('llmq-keys') !== 'off');
+} catch { theme(), shortcuts(true); }
 listen(), setInterval(tick, 1000);
 </script></body></html>
 """  # noqa: E501, RUF001

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -92,6 +95,26 @@ def test_odd_arguments_end_with_2_and_the_usage(
     said = capsys.readouterr()
     assert not said.out
     assert said.err.startswith("usage: llmq")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed", "cure"),
+    [
+        (("statsu",), "status", "unknown command statsu; did you mean status?"),
+        (("dance",), "config", "unknown command dance; known: config, mode, serve, status, top"),
+        (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
+        (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
+        (("top", "--intervl=3"), "--once", "unknown flag --intervl; did you mean --interval?"),
+        (("status", "--\x1b[2J"), "--url", "unknown flag --?[2J; known: --json, --url"),
+    ],
+)
+def test_what_is_not_known_is_answered_with_the_list_and_the_nearest(
+    arguments: tuple[str, ...], listed: str, cure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave(*arguments) == 2
+    *usage, last = capsys.readouterr().err.splitlines()
+    assert listed in "\n".join(usage)
+    assert last.endswith(f"error: {cure}")
 
 
 def test_program_says_its_version() -> None:
@@ -182,6 +205,8 @@ def test_nobody_there_is_said_in_one_plain_line(
     (line,) = said.err.splitlines()
     assert line.startswith("llmq: ")
     assert url in line
+    assert "`llmq` starts one on this box, --url names another" in line
+    assert "rrno" not in line
 
 
 @pytest.mark.parametrize("answer", [(404, {}), (200, {}), (200, []), (200, b"<html>"), (500, b"")])
@@ -195,6 +220,69 @@ async def test_somebody_else_there_is_said_in_one_plain_line(
         (line,) = said.err.splitlines()
         assert fake.url in line
         assert not said.out
+
+
+LLMQ = {"X-LLMQ-Id": "x"}
+DEEP = b"[" * 100_000
+ODD: list[tuple[int, dict[str, str], bytes]] = [
+    (200, LLMQ, b"{}"),
+    (200, LLMQ, b'{"mode":["open"]}'),
+    (200, LLMQ, DEEP),
+    (200, LLMQ, b"\xff\xfe"),
+    (400, LLMQ, DEEP),
+    (400, LLMQ, b"[1]"),
+    (400, LLMQ, b'{"error":{"message":"\\u001b[2Jowned"}}'),
+    (400, LLMQ, b'{"error":{"message":[1]}}'),
+    (200, {}, b'{"mode":"open"}'),
+]
+
+
+@pytest.mark.parametrize("arguments", [*ASKING[:1], ("top", "--once"), ASKING[2]], ids=" ".join)
+@pytest.mark.parametrize(("status", "headers", "body"), ODD)
+async def test_odd_answers_are_said_without_traceback_or_escape(
+    arguments: tuple[str, ...],
+    status: int,
+    headers: dict[str, str],
+    body: bytes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with scripted(status, headers, body) as url:
+        code = await command(*arguments, "--url", url)
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert (code, said.out) == (1, "") or (arguments[0] == "mode" and status == 200)
+    assert len((said.err + said.out).splitlines()) == 1
+
+
+async def test_answer_without_end_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llmq, "MOST_ANSWERED", 1 << 20)
+    async with scripted(200, LLMQ, b" " * (2 << 20)) as url:
+        assert await command("status", "--url", url) == 1
+        assert "the answer is too long" in capsys.readouterr().err
+        monkeypatch.setattr(llmq, "ANSWER_SECONDS", -1.0)  # it has taken too long already
+        monkeypatch.setattr(llmq, "MOST_ANSWERED", 1 << 30)
+        with pytest.raises(TimeoutError, match="does not end"):
+            llmq.read_bounded(SimpleNamespace(read1=lambda _most: b" "))
+
+
+@contextlib.asynccontextmanager
+async def scripted(status: int, headers: dict[str, str], body: bytes) -> AsyncIterator[str]:
+    """A server that answers everything so."""
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+            await writer.drain()
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 async def test_setting_the_mode_where_it_is_refused_is_said(

@@ -17,10 +17,10 @@ SECOND = 1.0
 
 SNAPSHOT = {
     "": "version mode uptime_s draining queue requests requests_total devices backends clients "
-    "recent config_error",
+    "recent config_error trouble",
     "queue": "waiting running oldest_wait_s by_class full_at",
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
-    "reason backend tokens",
+    "reason backend tokens tokens_per_s",
     "devices": "name slots busy",
     "backends": "name url kind device state slots busy models loaded context latency_ms error",
     "clients": "name waiting running served_s done failed left",
@@ -112,7 +112,10 @@ async def test_rows_say_who_waits_for_what_and_where_it_runs() -> None:
         await request.piece("one ")
         await request.piece("two ")
         await clients[0].until(b"two")
-        assert (await q.status())["requests"][0]["tokens"] >= 2
+        runs = (await q.status())["requests"][0]
+        assert runs["tokens"] >= 2
+        assert runs["tokens_per_s"] >= runs["tokens"] / (runs["running_s"] + 0.01)
+        assert waits[0]["tokens_per_s"] is None
         for client in clients:
             client.close()
 
@@ -153,6 +156,31 @@ async def test_row_says_that_its_backend_loads_or_is_down() -> None:
             assert row["state"] == "down"
             assert "connect" in row["error"].lower()
             client.close()
+
+
+async def test_no_runner_is_said_in_the_same_words_everywhere() -> None:
+    async with running(f"ollama={NOBODY}", queue__down_wait=0) as q:
+        snapshot = await settled(q, lambda seen: seen["trouble"])
+        assert snapshot["trouble"] == llmq.NO_RUNNER
+        for _, command in llmq.STARTERS.values():
+            assert command in llmq.NO_RUNNER
+        assert "--demo" in llmq.NO_RUNNER
+        assert snapshot["backends"][0]["error"] == "connection refused; start it: ollama serve"
+        for model in ("m", None):
+            answer = await q.chat("x", model=model)
+            assert (answer.status, answer.code) == (503, "backend_down")
+            assert answer.json()["error"]["message"] == llmq.NO_RUNNER
+        assert llmq.NO_RUNNER in llmq.banner(q.service)
+
+
+async def test_one_runner_that_answers_is_no_trouble() -> None:
+    async with FakeBackend(models=["m"]) as fake:
+        async with running(f"box={fake.url}", f"away={NOBODY}", queue__down_wait=0) as q:
+            snapshot = await settled(
+                q, lambda seen: [row["state"] for row in seen["backends"]] == ["up", "down"]
+            )
+            assert snapshot["trouble"] is None
+            assert llmq.NO_RUNNER not in llmq.banner(q.service)
 
 
 async def test_row_says_that_it_is_next() -> None:

@@ -171,7 +171,7 @@ def test_page_is_one_piece_without_a_foot_in_the_door() -> None:
     assert not re.findall(r"""\son\w+=["']|\sstyle=["']|javascript:""", llmq.PAGE)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", llmq.PAGE)
     assert set(re.findall(r"https?://[\w./]+", llmq.PAGE)) == {"http://www.w3.org/2000/svg"}
-    assert llmq.PAGE.count("\n") <= 400
+    assert llmq.PAGE.count("\n") <= 440
 
 
 # ---- What it shows ---------------------------------------------------------------------------
@@ -205,7 +205,7 @@ async def test_each_change_is_on_the_page_within_a_second(browser: Browser) -> N
             await request.start_stream()
             for _ in range(3):
                 await request.piece("word ")
-            await page.until(f"{row('alice')}.innerText.includes('3 tokens')")
+            await page.until(f"/on box, 3 tokens, \\d+[/]s/.test({row('alice')}.innerText)")
             began = time.monotonic()
             await request.finish_stream()
             await shows("document.querySelector('#recent tbody').innerText.includes('done')", began)
@@ -216,7 +216,7 @@ async def test_each_change_is_on_the_page_within_a_second(browser: Browser) -> N
             await fake.stop_listening()
             await q.gateway.monitor.refresh()
             await shows("document.querySelector('#devices').innerText.includes('refused')", began)
-            assert await page.js("document.title") == "llmq — no backend"
+            assert await page.js("document.title") == "llmq — no runner"
 
 
 async def test_plots_and_figures_count_what_ends(browser: Browser) -> None:
@@ -246,8 +246,85 @@ async def test_what_a_backend_and_the_configuration_lack_is_said(browser: Browse
             q.service.reload()
             await page.until("document.querySelector('#notes').innerText.includes('no such key')")
             text = await page.js("document.querySelector('#devices').innerText")
-            assert "connection refused. Start it (ollama serve)" in text
-            assert await page.js("document.title") == "llmq — no backend"
+            assert "connection refused; start it: ollama serve. llmq looks again by itself." in text
+            assert await page.js("document.title") == "llmq — no runner"
+            shown = await page.js("document.querySelector('#notes').innerText")
+            assert llmq.NO_RUNNER.replace("`", "") in shown
+            commands = await page.js(
+                "[...document.querySelectorAll('#notes code')].map(n => n.innerText)"
+            )
+            assert commands == [*(command for _, command in llmq.STARTERS.values()), "--demo"]
+
+
+async def test_failures_say_why_and_those_who_left_are_counted_apart(browser: Browser) -> None:
+    async with queue_of() as q, opened(browser, q) as page:
+        left = await begin(q, "hasty")
+        await waiting(q, 1)
+        left.close()
+        await waiting(q, 0)
+        cancelled = await begin(q, "bob")
+        await waiting(q, 1)
+        (ticket,) = q.gateway.scheduler.waiting.values()
+        await ask(q.port, "DELETE", f"/llmq/requests/{ticket.id}")
+        cancelled.close()
+        await page.until("document.querySelectorAll('#recent tbody tr').length === 2")
+        rows = await page.js(
+            "[...document.querySelectorAll('#recent tbody tr')].map(n => n.innerText)"
+        )
+        assert "cancelled" in rows[0]
+        assert "client left" in rows[1]
+        figures = await page.js(
+            "[...document.querySelectorAll('#figures dd')].map(n => n.innerText)"
+        )
+        assert figures[6:] == ["0", "1 client left early", "1", "1 cancelled"]
+        clients = "document.querySelector('#clients tbody').innerText"
+        assert re.search(
+            r"user:hasty\s+0 ms served, 1 left\s+0\s+0\s+0\s+0", await page.js(clients)
+        )
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        async with opened(browser, q) as page:
+            failed = await begin(q, "alice")
+            request = await fake.arrived()
+            await request.status(500, {"error": {"message": "CUDA <b>out</b> of memory"}})
+            await failed.response()
+            why = "document.querySelector('#recent .alarm')"
+            assert await page.until(f"{why}.innerText") == "CUDA <b>out</b> of memory"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+async def test_names_of_clients_are_readable_at_every_width(browser: Browser, width: int) -> None:
+    name = "report-of-the-whole-department/with.a-long-name@example-com"
+    async with queue_of(name) as q, opened(browser, q) as page:
+        await page.look(width, 900)
+        done = await begin(q, name)
+        await waiting(q, 2)
+        done.close()
+        await page.until("document.querySelectorAll('#recent tbody tr').length === 1")
+        for place in ("#queue", "#clients", "#recent"):
+            room_of = "getComputedStyle(n).textOverflow, n.clientWidth"
+            cut = await page.until(
+                f"[...document.querySelectorAll('{place} .who b')].filter(n => n.textContent ==="
+                f" {json.dumps('user:' + name)}).map(n => [n.scrollWidth - n.clientWidth,"
+                f" n.scrollHeight - n.clientHeight, {room_of}])"
+            )
+            for wide, high, overflow, room in cut:
+                assert (wide, high, overflow) == (0, 0, "clip")
+                assert room >= 130, "a word of it has no room"
+            assert cut
+
+
+@pytest.mark.deadline(20)
+async def test_last_snapshot_says_that_llmq_stops(browser: Browser) -> None:
+    async with FakeBackend() as fake, contextlib.AsyncExitStack() as stack:
+        async with running(fake.url) as q:
+            feed = await Raw.open(q.port)
+            await feed.send(http("GET", "/llmq/events"))
+            await feed.until(b'"draining":false')
+            page = await stack.enter_async_context(opened(browser, q, bears=REFUSED))
+        told = await feed.until(b"0\r\n\r\n")
+        assert b'"draining":true' in told.rpartition(b"data: ")[2]
+        await page.until("document.title === 'llmq — stopping'")
+        await page.until("document.querySelector('#notes').innerText.includes('told to stop')")
 
 
 @pytest.mark.deadline(20)
@@ -309,6 +386,86 @@ async def test_what_waits_is_filtered_and_the_rest_is_counted(browser: Browser) 
         assert (await q.status())["mode"] == "open", "a letter that was typed changed something"
 
 
+@pytest.mark.deadline(20)
+async def test_filter_looks_through_all_that_wait(browser: Browser) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        crowd(q, 300)  # of which the snapshot shows 100, the low none
+        async with opened(browser, q) as page:
+            await page.until("document.querySelector('#queue small').innerText.includes('of 300')")
+            assert not await page.js("snap.requests.some(one => one.class === 'low')")
+            await page.key("/")
+            for letter in "LOW":
+                await page.key(letter)
+            shown = "document.querySelectorAll('#queue tbody tr').length"
+            await page.until(f"{shown} === 100")
+            assert await page.js("document.querySelector('#queue small').innerText") == "100 fit"
+            low = [one for one in q.gateway.scheduler.in_order() if one.priority.word == "low"]
+            await press(page, low[0].client.name.removeprefix("user:"), "↑")
+            await eventually(lambda: low[0].priority is llmq.Priority.NORMAL)
+            await page.until(f"{shown} === 99")
+            await page.key("Escape")
+            await page.until(f"{shown} === 100")
+        found = (await ask(q.port, "GET", "/llmq/status?find=X-7")).json()["requests"]
+        assert [one["request_id"] for one in found][:2] == ["x-72", "x-75"]
+        assert all("x-7" in one["request_id"] for one in found)
+        assert len(found) == 11
+        everything = await ask(q.port, "GET", "/llmq/status?find=user:3&all=1")
+        names = [one["client"] for one in everything.json()["requests"]]
+        assert set(names) == {f"user:{number}" for number in (3, *range(30, 40))}
+        assert len(names) == 66
+        for ticket in list(q.gateway.scheduler.waiting.values()):
+            q.gateway.scheduler.cancel(ticket)
+        q.gateway.calls.clear()
+
+
+async def test_all_that_wait_are_told_some_at_a_time() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        crowd(q, 1000)
+        loop, turns = asyncio.get_running_loop(), [0]
+
+        def turn() -> None:
+            turns[0] += 1
+            if len(turns) == 1:
+                loop.call_soon(turn)
+
+        turn()
+        gone = q.gateway.scheduler.in_order()[500]
+        loop.call_soon(q.gateway.scheduler.cancel, gone)  # while they are told
+        loop.call_soon(q.gateway.calls.pop, gone.id)
+        rows = await llmq.show_all(q.gateway, "")
+        turns.append(0)
+        assert turns[0] >= 10, "nobody else had a turn"
+        assert len({row["id"] for row in rows}) == 999
+        for ticket in list(q.gateway.scheduler.waiting.values()):
+            q.gateway.scheduler.cancel(ticket)
+        q.gateway.calls.clear()
+
+
+async def test_notices_take_no_clicks_and_a_newer_one_replaces_its_like(browser: Browser) -> None:
+    async with queue_of("alice") as q, opened(browser, q) as page:
+        texts = "[...document.querySelectorAll('#toasts div')].map(n => n.textContent).join()"
+        await page.js("'abcde'.split('').forEach(kind => toast(kind, kind))")
+        assert await page.js(texts) == "c,d,e"
+        await page.js("toast('D', 'd')")
+        assert await page.js(texts) == "c,e,D"
+        await page.js("document.querySelector('#toasts').style.inset = 0")  # over everything
+        await page.click("#all")
+        await page.until("document.querySelector('#ask[open]')")
+        for _ in range(2):
+            await page.js("change('POST', 'mode', {mode: 'paused'}, () => 'like')")
+        await page.until(f"{texts} === 'e,D,like'")
+
+
+async def test_selection_on_a_phone_covers_nothing(browser: Browser) -> None:
+    async with queue_of("alice") as q, opened(browser, q) as page:
+        await page.look(390, 844)
+        await select(page, "alice")
+        shadow = "getComputedStyle(document.querySelector('#queue [aria-current] .pos')).boxShadow"
+        assert await page.js(shadow) == "none"
+        shadow = f"getComputedStyle({row('alice')}).boxShadow"
+        assert "inset" in await page.js(shadow)
+
+
 # ---- What it changes -------------------------------------------------------------------------
 
 
@@ -318,13 +475,14 @@ async def test_modes_are_changed(browser: Browser, by: str) -> None:
         mode = lambda: q.gateway.scheduler.mode.value  # noqa: E731
         if by == "click":
             for place, name in ((2, "priority"), (3, "paused"), (1, "open")):
-                await page.click(f"#modes button:nth-child({place})")
+                await page.click(f"#modes label:nth-child({place})")
                 await eventually(lambda: mode() == name)  # noqa: B023
                 await page.until(
-                    f"document.querySelector('#modes [aria-pressed=true]')"
+                    f"document.querySelector('#modes :has(:checked)')"
                     f".textContent.toLowerCase() === '{name}'"
                 )
-            await page.click("#modes button:nth-child(3)")
+                await page.until("document.activeElement === document.body")
+            await page.click("#modes label:nth-child(3)")
             await page.click("#notes button")
             await eventually(lambda: mode() == "open")
         for key, name in (("p", "paused"), ("p", "open"), ("m", "priority"), ("m", "paused")):
@@ -332,6 +490,68 @@ async def test_modes_are_changed(browser: Browser, by: str) -> None:
                 await page.key(key)
                 await eventually(lambda: mode() == name)  # noqa: B023
                 await page.until(f"snap.mode === '{name}'")
+
+
+async def test_modes_are_a_radio_group_that_arrows_walk(browser: Browser) -> None:
+    async with queue_of("alice") as q, opened(browser, q) as page:
+        mode = lambda: q.gateway.scheduler.mode.value  # noqa: E731
+        await page.js("document.querySelector('#modes input').focus()")
+        for name in ("priority", "paused", "open"):
+            await page.key("ArrowDown")
+            await eventually(lambda name=name: mode() == name)
+            await page.until(f"snap.mode === '{name}'")
+        assert not await page.js("chosen"), "the arrows moved the selection, too"
+        tree = (await page.call("Accessibility.getFullAXTree"))["nodes"]
+        roles = [(one["role"]["value"], one.get("name", {}).get("value")) for one in tree]
+        assert ("radiogroup", "Mode") in roles
+        radios = [
+            (one["name"]["value"], one["properties"])
+            for one in tree
+            if one["role"]["value"] == "radio"
+        ]
+        checked = [
+            name
+            for name, facts in radios
+            for fact in facts
+            if fact["name"] == "checked" and fact["value"]["value"] == "true"
+        ]
+        assert [name for name, _ in radios] == ["Open", "Priority", "Paused"]
+        assert checked == ["Open"]
+        for place in ("#notes", "#toasts"):
+            live = [one["name"] for one in await live_facts(page, place)]
+            assert "live" in live, place
+
+
+async def live_facts(page: Page, place: str) -> list[dict[str, Any]]:
+    """What assistive technology is told of this place."""
+    root = (await page.call("DOM.getDocument"))["root"]["nodeId"]
+    node = (await page.call("DOM.querySelector", nodeId=root, selector=place))["nodeId"]
+    tree = await page.call("Accessibility.getPartialAXTree", nodeId=node, fetchRelatives=False)
+    return list(tree["nodes"][0]["properties"])
+
+
+async def test_shortcuts_of_one_character_can_be_turned_off(browser: Browser) -> None:
+    async with queue_of("alice") as q, opened(browser, q) as page:
+        await page.key("?")
+        await page.click("#single")
+        await page.until("!document.querySelector('#single').checked")
+        await page.click("#map button")
+        for again in (False, True):
+            if again:  # it is remembered
+                await page.goto(q.base + "/llmq")
+                await page.until(f"{LIVE} && {row('alice')}")
+            for key in "pmx?t/":
+                await page.key(key)
+            await page.key("ArrowDown")
+            await page.until("chosen")  # which came after them
+            assert not await page.js("document.querySelector('[open]')")
+            assert await page.js("shade") == "system"
+            assert q.gateway.scheduler.mode is llmq.Mode.OPEN
+        await page.click("#help")
+        await page.click("#single")
+        await page.click("#map button")
+        await page.key("p")
+        await eventually(lambda: q.gateway.scheduler.mode is llmq.Mode.PAUSED)
 
 
 @pytest.mark.parametrize("by", ["click", "key"])
@@ -452,8 +672,8 @@ async def test_page_is_back_after_a_restart(browser: Browser) -> None:
     async with FakeBackend() as fake, contextlib.AsyncExitStack() as stack:
         async with running(fake.url) as q:
             page = await stack.enter_async_context(opened(browser, q, bears=REFUSED))
-        await page.until("document.title.includes('reconnecting')")
-        await page.until("document.querySelector('#notes').innerText.includes('does not answer')")
+        await page.until("document.body.className === 'lost'")
+        await page.until("document.querySelector('#notes').innerText.includes('asked again')")
         await page.key("p")
         await page.until("document.querySelector('#toasts').innerText.includes('nothing was')")
         async with running(fake.url, server__port=q.port) as again:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -136,6 +137,7 @@ async def test_asked_to_stop_while_idle_it_exits_0_at_once_and_says_no_traceback
         assert (await ask(p.port, "GET", "/health")).status == 200
         assert await p.ended(number) == 0
         assert "Traceback" not in p.output
+        assert "running request" not in p.output
 
 
 async def test_those_who_only_watch_do_not_hold_up_the_stop() -> None:
@@ -154,6 +156,8 @@ async def test_ctrl_c_drains_too() -> None:
         waiter = await begin(p.port, "waiter")
         await waiting(p.port, 1)
         p.signal(signal.SIGINT)
+        said = "stopping: waits 30 s for 1 running request .anonymous.; asked again it stops now"
+        await p.line(said)
         assert_error(await waiter.response(), 503, "shutting_down")
         waiter.close()
         await request.finish_stream()
@@ -223,6 +227,17 @@ def test_a_port_that_is_taken_is_said_in_one_line_and_exits_78() -> None:
         assert ended.returncode == 78
         (line,) = ended.stderr.splitlines()
         assert port in line
+        assert "another program listens there: add --port N" in line
+
+
+async def test_a_port_that_llmq_has_already_is_said_with_what_to_do() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        loop = asyncio.get_running_loop()
+        ended = await loop.run_in_executor(None, run_llmq, "--port", str(q.port), "--demo")
+        assert ended.returncode == 78
+        (line,) = ended.stderr.splitlines()
+        assert f"127.0.0.1:{q.port}: llmq runs there already: see `llmq status`" in line
+        assert "--port N" in line
 
 
 async def test_an_exception_nobody_foresaw_is_a_500_and_the_rest_goes_on(

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -412,12 +413,54 @@ async def test_banner_says_address_backends_and_what_a_client_needs(
     monkeypatch.setattr(llmq, "raise_file_limit", lambda wanted: wanted)
     backends = {"box": {"url": NOBODY, "device": "gpu"}}
     async with running(backends=backends, devices={"gpu": {"slots": 2}}) as q:
+        await q.service.first_look()
         said = llmq.banner(q.service)
         assert f"http://127.0.0.1:{q.port}" in said.splitlines()[0]
         assert llmq.__version__ in said.splitlines()[0]
-        assert f"backend box  {NOBODY}  device gpu, slots 2" in said
-        assert f"OPENAI_BASE_URL=http://127.0.0.1:{q.port}/v1" in said
+        assert re.search(
+            rf"backend box +{NOBODY}  no answer: connection refused  \(device gpu, 2 slots\)", said
+        )
+        for words in (
+            f"page +{q.base}$",
+            f"OPENAI_BASE_URL={q.base}/v1$",
+            f"OLLAMA_HOST={q.base}$",
+            f"ANTHROPIC_BASE_URL={q.base}$",
+            f"llmq top --url {q.base}$",
+        ):
+            assert re.search(words, said, re.MULTILINE), (words, said)
         assert "open files" not in said
+
+
+async def test_banner_says_what_each_backend_is_and_has() -> None:
+    async with FakeBackend(models=["a", "b"], kind="ollama") as fake, FakeBackend(["c"]) as other:
+        async with running(f"box={fake.url}", f"more={other.url}") as q:
+            await q.service.first_look()
+            (box, _) = q.gateway.fleet.backends.values()
+            lines = llmq.banner(q.service).splitlines()
+            assert box.report.version
+            assert f"{fake.url}  ollama {box.report.version}, 2 models  (" in lines[1]
+            assert f"{other.url}  {llmq.KINDS['openai'].name}, 1 model  (" in lines[2]
+            box.loads(0.0, "loading")
+            assert f"{fake.url}  loads its model" in llmq.banner(q.service)
+
+
+async def test_banner_of_the_usual_address_needs_no_url() -> None:
+    service = llmq.Service(build_settings({}))
+    service.addresses = ["http://127.0.0.1:11500"]
+    assert re.search("  llmq top$", llmq.banner(service), re.MULTILINE)
+
+
+async def test_first_look_waits_for_what_answers_but_never_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with FakeBackend() as fake, running(f"box={fake.url}") as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await q.service.first_look()
+        assert backend.state is llmq.State.UP
+        backend.state = llmq.State.UNKNOWN  # as if it never told
+        monkeypatch.setattr(llmq, "LOOK_SECONDS", 0.0)
+        await q.service.first_look()
+        assert backend.state is llmq.State.UNKNOWN
 
 
 async def test_banner_says_when_open_files_limit_the_connections(

@@ -447,14 +447,15 @@ class Enough(Exception):
     """Ends a loop that has no end."""
 
 
-def pauses(monkeypatch: pytest.MonkeyPatch, lives: list[float], woken: list[bool]) -> list[float]:
-    """The pauses between links that lived so long, where nothing spreads them."""
-    clock, waited = [0.0], []
+def pauses(monkeypatch: pytest.MonkeyPatch, links: str, woken: list[bool]) -> list[float]:
+    """The pauses between links, of which those marked + were good, where nothing spreads them."""
+    left, waited = list(links), []
 
-    def live(_url: str, _tell: Any) -> Event:
-        if not lives:
+    def live(_url: str, tell: Any) -> Event:
+        if not left:
             raise Enough
-        clock[0] += lives.pop(0)
+        if left.pop(0) == "+":
+            tell(snapshot())
         return GONE
 
     def wait(seconds: float) -> bool:
@@ -462,7 +463,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch, lives: list[float], woken: list[bool
         return woken.pop(0)
 
     monkeypatch.setattr(tray, "watch", live)
-    monkeypatch.setattr(tray.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(tray.random, "uniform", lambda low, high: (low + high) / 2)
     with contextlib.suppress(Enough):
         retry: Any = SimpleNamespace(wait=wait, clear=lambda: None)
@@ -470,11 +470,40 @@ def pauses(monkeypatch: pytest.MonkeyPatch, lives: list[float], woken: list[bool
     return waited
 
 
-def test_attempts_grow_rarer_until_a_link_lives_or_a_click_asks(monkeypatch: pytest.MonkeyPatch):
-    lives = [0.0] * 7
-    assert pauses(monkeypatch, lives, [False] * 7) == [0.5, 1, 2, 4, 8, 10, 10]
-    assert pauses(monkeypatch, [0, 0, 6, 0], [False] * 4) == [0.5, 1, 0.5, 1]
-    assert pauses(monkeypatch, [0, 0, 0], [False, True, False]) == [0.5, 1, 0.5]
+def test_attempts_grow_rarer_until_a_link_is_good_or_a_click_asks(monkeypatch: pytest.MonkeyPatch):
+    assert pauses(monkeypatch, "-" * 7, [False] * 7) == [0.5, 1, 2, 4, 8, 10, 10]
+    assert pauses(monkeypatch, "--+-", [False] * 4) == [0.5, 1, 0.5, 1]
+    assert pauses(monkeypatch, "---", [False, True, False]) == [0.5, 1, 0.5]
+
+
+async def test_only_the_newest_snapshot_is_told_and_none_twice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tray, "SILENCE_SECONDS", 1.0)
+    facts = b'data: {"mode": "open", "queue": {"waiting": %d, "running": 1}, "backends": [],'
+    facts += b' "requests_total": {}}\n\n'
+    burst = b"".join(facts % number for number in range(1000))
+    events, _ = await stream([(0.0, burst + (facts % 999) * 1000), (0.1, facts % 999)])
+    waiting = [event.what["waiting"] for event in events]
+    assert waiting[-1] == 999
+    assert waiting == sorted(set(waiting))
+    assert len(waiting) < 100  # the reads that they came in, at most
+
+
+def test_snapshots_that_nobody_looked_at_give_way_to_newer_ones():
+    events = tray.Events()
+    for number in range(1000):
+        events.put(snapshot(waiting=number))
+    events.put(GONE)
+    events.put(snapshot(waiting=7))
+    events.put(TICK)
+    events.put(snapshot(waiting=8))
+    told = [events.get_nowait() for _ in range(events.qsize())]
+    assert told == [
+        snapshot(waiting=999),
+        GONE,
+        snapshot(waiting=7),
+        TICK,
+        snapshot(waiting=8),
+    ]
 
 
 # ---- this box

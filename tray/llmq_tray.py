@@ -285,7 +285,6 @@ def draw(face: Face, number: int, pixels: int) -> Any:
 
 ANSWER_SECONDS, SILENCE_SECONDS = 3.0, 20.0  # llmq pings every 10 s
 FIRST_DELAY, LAST_DELAY = 0.5, 10.0  # between two attempts
-WELL_SECONDS = 5.0  # a link that lived so long was a good one
 MOST_BYTES = 1 << 24  # of one snapshot
 OPENER = build_opener(ProxyHandler({}))  # no proxy, whatever the environment says
 
@@ -323,8 +322,8 @@ def read_snapshot(data: bytes) -> Event:
 
 
 def watch(url: str, tell: Callable[[Event], None]) -> Event:
-    """Tell each snapshot that comes, until the link ends; how it ended."""
-    heard = False
+    """Tell the newest snapshot whenever it is another, until the link ends; how it ended."""
+    heard, told = False, None
     try:
         with OPENER.open(url + "/llmq/events", timeout=SILENCE_SECONDS) as answer:
             heard = answer.headers.get_content_type() == "text/event-stream"
@@ -332,9 +331,9 @@ def watch(url: str, tell: Callable[[Event], None]) -> Event:
             # Not readline(), which takes a broken stream for one that has ended well.
             while heard and len(buffer) < MOST_BYTES and (data := answer.read1(1 << 16)):
                 *lines, buffer = (buffer + data).split(b"\n")
-                for line in lines:
-                    if line.startswith(b"data: "):
-                        tell(read_snapshot(line[6:]))
+                newest = next((one for one in reversed(lines) if one.startswith(b"data: ")), None)
+                if newest and (event := read_snapshot(newest[6:])) != told:
+                    tell(told := event)
         return Event("lost", "down" if heard else "foreign", goodbye=heard)
     except Exception as error:  # noqa: BLE001 - who knows what another program answers
         cause = getattr(error, "reason", error)  # urllib wraps what comes before the answer
@@ -347,12 +346,16 @@ def watch(url: str, tell: Callable[[Event], None]) -> Event:
 
 
 def keep_watching(url: str, tell: Callable[[Event], None], retry: threading.Event) -> None:
-    """For ever, with growing pauses between attempts; `retry` ends a pause."""
+    """For ever, with pauses that grow until a link is good; `retry` ends a pause."""
     delay = FIRST_DELAY
+
+    def hear(event: Event) -> None:
+        nonlocal delay
+        delay = FIRST_DELAY  # llmq itself was there
+        tell(event)
+
     while True:
-        began = time.monotonic()
-        tell(watch(url, tell))
-        delay = FIRST_DELAY if time.monotonic() - began > WELL_SECONDS else delay
+        tell(watch(url, hear))
         early = retry.wait(delay * random.uniform(0.8, 1.2))  # noqa: S311 - it only spreads
         retry.clear()
         delay = FIRST_DELAY if early else min(2 * delay, LAST_DELAY)
@@ -515,12 +518,21 @@ def gi(name: str) -> Any:
     return importlib.import_module(f"gi.repository.{name}")
 
 
+class Events(queue.Queue[Event]):
+    """What happens, in turn; of snapshots in a row that nobody has looked at only the latest."""
+
+    def _put(self, item: Event) -> None:
+        if item.kind == "seen" and self.queue and self.queue[-1].kind == "seen":
+            self.queue.pop()
+        self.queue.append(item)
+
+
 class Shell:
     """pystray's loop is the main thread; `think` owns the state; `keep_watching` the link."""
 
     def __init__(self, pystray: Any, state: State, box: Box) -> None:
         self.pystray, self.state, self.box = pystray, state, box
-        self.events: queue.Queue[Event] = queue.Queue()
+        self.events = Events()
         self.retry = threading.Event()
         self.quitting = False
         first = view(state)
