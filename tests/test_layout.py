@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 8200  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 8250  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 120,
