@@ -2051,6 +2051,9 @@ def too_large(limit: int) -> LlmqError:
     return LlmqError(f"a request body has at most {limit} bytes here", "body_too_large")
 
 
+PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+
+
 class ChunkedBody:
     """A chunked body (RFC 9112 s.7.1); the same payload, or mistake, however the bytes are cut."""
 
@@ -2084,12 +2087,24 @@ class ChunkedBody:
                     raise ValueError("a chunk is not followed by CRLF")
                 at += len(end)
                 self.wants -= len(end)
-            else:
+            elif (at := self._take_whole(data, at, pieces)) < len(data):
                 line = data[at : data.find(b"\n", at) + 1 or None]
                 at += len(line)
                 self._take_line(line)
         self.surplus = data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take_whole(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        """The chunks that are here whole, as most are; where the first that is not begins."""
+        while not self._in_trailers and (chunk := PLAIN_CHUNK.match(data, at)):
+            start = chunk.end()
+            end = start + int(chunk[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            self._count(end - start)
+            pieces.append(data[start:end])
+            at = end + 2
+        return at
 
     def _take_line(self, line: bytes) -> None:
         """A chunk's first line, or one of the trailers, which are read and dropped."""
@@ -2113,13 +2128,16 @@ class ChunkedBody:
             if self._extensions > EXTENSIONS_LIMIT:
                 raise ValueError("a line of the chunked body is too long")
         size = parse_chunk_line(line[:-2])
-        self._size += size
-        if self.most is not None and self._size > self.most:
-            raise too_large(self.most)
+        self._count(size)
         if size:
             self.wants = size + 2
         else:
             self._in_trailers, self._line_limit = True, TRAILER_LIMIT
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        if self.most is not None and self._size > self.most:
+            raise too_large(self.most)
 
 
 Body = Union[LengthBody, CloseBody, ChunkedBody]
@@ -2188,6 +2206,8 @@ MANY_VALUES = 50_000  # in a body: more are not looked at, 10 ms of work and 5 M
 LARGE: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looked at
 SKIPPED = 64 * KIB  # characters that are skipped at a time
 NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+PLAIN_STRING = re.compile(r'"[^"\\]*"')
+BRACKET = re.compile(PLAIN_STRING.pattern + r"|[\[\]{}]")
 NESTING = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -2248,8 +2268,7 @@ class Scanner:
         """A value, or what stands for it, and where it ends."""
         if text[at : at + 1] not in LARGE:
             return scan_value(text, at)
-        end = skip_value(text, at)
-        values = count_values(text, at, end)
+        end, values = skip_value(text, at)
         if values > self.left:
             return LARGE[text[at]], end
         self.left -= values
@@ -2261,31 +2280,44 @@ def is_large(values: Mapping[str, Any]) -> bool:
     return any(value is large for value in values.values() for large in LARGE.values())
 
 
-def skip_value(text: str, at: int) -> int:
-    """Where the list or object that begins here ends; a piece at a time, for threads take turns.
+def skip_value(text: str, at: int) -> tuple[int, int]:
+    """Where the list or object that begins here ends, and how many values it holds at most.
 
-    Only strings and levels are looked at: ValueError where those are not in order.
+    It goes a piece at a time, for threads take turns between them, and looks at strings and levels
+    only: ValueError where those are not in order.
     """
-    level = 0
+    level = values = 0
     while at < len(text):
-        stop = min(at + SKIPPED, len(text))
-        quote = text.find('"', at, stop)
-        stop = stop if quote < 0 else quote
-        brackets = NO_BRACKETS.sub("", text[at:stop])
-        levels = list(accumulate([NESTING[one] for one in brackets], initial=level))
+        if text[at] == '"':
+            at = scan_string(text, at + 1)[1]
+            continue
+        piece, stop = without_strings(text, at)
+        levels = list(
+            accumulate([NESTING[one] for one in NO_BRACKETS.sub("", piece)], initial=level)
+        )
         if max(levels) > DEPTH_LIMIT:
             raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}")
+        values += count_values(piece)
         if 0 in levels[1:]:
-            return find_bracket(text, at, levels.index(0, 1)) + 1
-        level = levels[-1]
-        at = stop if quote < 0 else scan_string(text, quote + 1)[1]
+            return find_bracket(text, at, levels.index(0, 1)) + 1, values
+        level, at = levels[-1], stop
     raise ValueError("a list or an object is not closed")
 
 
+def without_strings(text: str, at: int) -> tuple[str, int]:
+    """The next piece of JSON without its strings, and where in the text it ends."""
+    piece = text[at : at + SKIPPED]
+    first, last = piece.find('"'), piece.rfind('"')
+    if first >= 0 and "\\" in piece:  # a string with escapes is left to the decoder's scanner
+        return piece[:first], at + first
+    rest, quote, _ = PLAIN_STRING.sub("", piece).partition('"')
+    return rest, at + (last if quote else len(piece))
+
+
 def find_bracket(text: str, at: int, number: int) -> int:
-    """Where from here the bracket of this number is, counted from 1."""
-    for found in re.compile(r"[\[\]{}]").finditer(text, at):
-        number -= 1
+    """Where from here the bracket of this number is, counted from 1, strings left out."""
+    for found in BRACKET.finditer(text, at):
+        number -= found[0] in NESTING
         if not number:
             return found.start()
     raise ValueError("there are not so many")
@@ -4405,6 +4437,7 @@ class HttpServer:
 # runner, llmq's own included, is rendered in one place.
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
+BLANK_LIMIT = MIB  # bytes of white space in front of an answer
 FETCHED = 8 * MIB  # of an answer that llmq itself asked for
 FETCH_LINES = b"Accept: application/json\r\nConnection: close\r\n"
 
@@ -4500,14 +4533,17 @@ class Upstream:
     async def read_rest(self, limit: int, received: Callable[[], None] | None = None) -> bytes:
         """The rest of the body, at once; `received` is called for each piece."""
         pieces: list[bytes] = []
-        size = 0
+        size, blank = 0, True
         while not self.body.done:
             piece = await self.read_piece()
             size += len(piece)
+            blank = blank and (not piece or piece.isspace())
             if received is not None:
                 received()
             if size > limit:
                 raise BackendError(f"the backend's answer is larger than {limit} bytes")
+            if blank and size > BLANK_LIMIT:
+                raise BackendError("the backend's answer is nothing but white space")
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -552,7 +552,7 @@ async def test_backend_that_stays_down_is_told_after_the_wait(
             pass
         raw = await dialect.begin(q.port, "one", stream)
         await signs(raw, dialect, stream, 1)
-        assert_failed(await rest(raw), dialect, stream, "down")
+        assert_failed(await rest(raw), dialect, stream, "no runner answers")
 
 
 @each_shape

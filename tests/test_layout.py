@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 8250  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 8300  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 120,
@@ -46,8 +46,8 @@ BUDGET = {
     "Backends": 425,
     "Scheduler": 380,
     "Forecast": 65,
-    "Messages": 300,
-    "Bodies": 395,
+    "Messages": 315,
+    "Bodies": 410,
     "Dialects": 310,
     "OpenAI": 45,
     "Ollama": 60,
@@ -55,7 +55,7 @@ BUDGET = {
     "Translation": 525,
     "Streams": 310,
     "Server": 545,
-    "Upstream": 245,
+    "Upstream": 250,
     "Probes": 220,
     "Calls": 265,
     "Records": 140,
