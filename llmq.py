@@ -3098,6 +3098,7 @@ class Translator:
         self.id = f"{int(self.began * 1e6):x}"
         self.wants_usage = look_up(question, "stream_options", "include_usage") is True
         self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
+        self.gathered = 0  # characters of their arguments
         self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
         self._line = b""  # the incomplete last line of a stream
 
@@ -3454,18 +3455,25 @@ class ChatToOpenAi(ToOpenAi):
         again = call is not None and index is None and function.get("name")
         if call is None or again or (ident and call.get("id") not in (None, ident)):
             place = len(self.calls)
-            call = {"index": place if index is None else index, "function": {"arguments": ""}}
+            call = {"index": place if index is None else index, "function": {"arguments": []}}
             self.calls[place] = call
         self.places[index] = place
         call["id"] = ident or call.get("id")
         whole, more = call["function"], function.get("arguments")
         whole["name"] = function.get("name") or whole.get("name")
-        if more:
-            bits = isinstance(more, str) and isinstance(whole["arguments"], str)
-            whole["arguments"] = whole["arguments"] + more if bits else more
+        if isinstance(more, str) and isinstance(whole["arguments"], list):
+            self.gathered += len(more)
+            if self.gathered > PARSED_LINE:
+                raise BackendError("the tool calls of the backend's answer are too long")
+            whole["arguments"].append(more)  # bits of a text
+        elif more:
+            whole["arguments"] = more if isinstance(more, dict) else json.dumps(more)
 
     def end(self) -> bytes:
         calls = sorted(self.calls.values(), key=lambda call: call["index"])
+        for function in [call["function"] for call in calls]:
+            if isinstance(function["arguments"], list):
+                function["arguments"] = "".join(function["arguments"])
         return (self.line(self.said({}, {"tool_calls": calls})) if calls else b"") + super().end()
 
 

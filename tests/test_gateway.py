@@ -508,6 +508,25 @@ async def test_answer_beyond_the_largest_is_a_502(framing: str) -> None:
         assert not q.gateway.scheduler.running
 
 
+async def test_answer_of_nothing_but_white_space_is_given_up_and_some_of_it_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "BLANK_LIMIT", 2000)
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "a")
+        body = b" " * 1900 + b'{"x":"' + b" " * 2000 + b'"}'
+        await (await fake.arrived()).status(200, body, [("Content-Type", "application/json")])
+        assert (await client.response()).body == body
+        client = await begin(q, "b")
+        request = await fake.arrived()
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + b" " * 2100
+        )
+        answer = await client.response()
+        assert (answer.status, answer.code) == (502, "backend_error")
+        await request.left()
+
+
 async def test_answer_of_just_the_largest_size_passes() -> None:
     body = b'{"x":"' + b"x" * 4992 + b'"}'
     async with FakeBackend(auto=False) as fake, running(fake.url, upstream__max_answer=5000) as q:

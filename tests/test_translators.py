@@ -201,6 +201,15 @@ def test_tool_calls_without_ids_and_indices_are_told_apart_by_a_new_name() -> No
     ]
 
 
+def test_tool_calls_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "PARSED_LINE", 200)
+    bits = [shred(index=0, name="f", arguments='{"x":"'), *[shred(index=0, arguments="a" * 50)] * 3]
+    with pytest.raises(BackendError, match="too long"):
+        retold(("/api/chat", "/v1/chat/completions"), [*bits, *bits])
+    told = retold(("/api/chat", "/v1/chat/completions"), [*bits, shred(arguments='"}')])
+    assert b'"x":"' + b"a" * 150 + b'"' in told
+
+
 @pytest.mark.parametrize("name", ["chat-stream", "chat-stream-usage", "completion-stream"])
 @pytest.mark.parametrize("runner", ["llama-server", "vllm", "ollama", "llama-cpp-python"])
 def test_recorded_stream_of_openai_is_retold_the_same_however_it_is_cut(
