@@ -287,6 +287,13 @@ def render_json(value: object) -> bytes:
 ERROR_SHOWN = 200  # characters of an error's sentence, in the log and to those who watch
 
 
+def whole_number(value: object) -> int | None:
+    """The integer that a number of JSON is, also when it is written 128.0; None for all else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
 def printable(text: str, limit: int = 128) -> str:
     """What may stand in a log line or a terminal: no control characters, no endless names."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
@@ -319,6 +326,10 @@ NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDING
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
 
+def same_names(*same: str, **others: str) -> Mapping[str, str]:
+    return {**dict(zip(same, same)), **others}
+
+
 class Kind(NamedTuple):
     name: str
     routes: frozenset[str] = EVERY
@@ -328,6 +339,8 @@ class Kind(NamedTuple):
     loaded_path: str = ""  # what tells the loaded models; none: all it has are loaded
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
+    # What it has of Ollama's options on its /v1, beyond OpenAI's: Ollama's name, and its own.
+    options: Mapping[str, str] = same_names("top_k", "min_p", "typical_p", "repeat_penalty")
 
 
 RUNNERS = (
@@ -340,10 +353,27 @@ RUNNERS = (
         native=True,
     ),
     Kind(
-        "lmstudio", COMMON, "http://127.0.0.1:1234", mark=(LMSTUDIO, "data"), loaded_path=LMSTUDIO
+        "lmstudio",
+        COMMON,
+        "http://127.0.0.1:1234",
+        mark=(LMSTUDIO, "data"),
+        loaded_path=LMSTUDIO,
+        options=same_names("top_k", "repeat_penalty"),
     ),
-    Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
-    Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
+    Kind(
+        "llamacpp",
+        url="http://127.0.0.1:8080",
+        owner="llamacpp",
+        counts_tokens=True,
+        options=same_names(*Kind("").options, "repeat_last_n", num_keep="n_keep"),
+    ),
+    Kind(
+        "vllm",
+        url="http://127.0.0.1:8000",
+        owner="vllm",
+        counts_tokens=True,
+        options=same_names("top_k", "min_p", repeat_penalty="repetition_penalty"),
+    ),
     Kind("openai"),  # whatever else has /v1/models
 )
 KINDS = {kind.name: kind for kind in RUNNERS}
@@ -1121,9 +1151,9 @@ class Backend:
         return key in self.models or not self.models_known
 
     def name_for(self, asked: str) -> str:
-        """The model's name as this backend spells it."""
+        """What to call the model here: as the client does, where this backend takes that."""
         names = self.models.get(model_key(asked), [asked])
-        return asked if asked in names else names[0]
+        return asked if asked in names or self.traits.native else names[0]
 
     def is_loaded(self, key: str) -> bool:
         return self.report is not None and key in map(model_key, self.report.loaded)
@@ -2364,11 +2394,10 @@ def check_messages(values: Mapping[str, Any]) -> None:
 
 def parse_context(value: Any, param: str) -> int:
     """Tokens of context; 0 where none is asked for, as by 0 or less in Ollama."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int):
+    tokens = 0 if value is None else whole_number(value)
+    if tokens is None:
         raise BadRequest(f"{param} is a whole number", param=param)
-    return max(0, value)
+    return max(0, tokens)
 
 
 # ==== 12. Dialects ================================================================================
@@ -2554,6 +2583,17 @@ def read_whole(body: bytes) -> dict[str, Any] | None:
     return document
 
 
+def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
+    """Puts the model that was asked for in place of the backend's name, once in a line.
+
+    Texts have their quotes escaped; what a tool's arguments say of a model comes behind it.
+    """
+    name = re.escape(json.dumps(told, ensure_ascii=False).encode())
+    place = re.compile(rb'^([^\n]*?"model" ?: ?)' + name, re.MULTILINE)
+    shown = json.dumps(asked).encode()
+    return functools.partial(place.sub, lambda found: found[1] + shown)
+
+
 class StreamWatch:
     """Looks through a stream that passes by, byte for byte, and shows the client whole events.
 
@@ -2625,6 +2665,67 @@ class StreamWatch:
         return self.ended
 
 
+Facts = dict[str, Any]
+Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
+
+
+def chosen(facts: Facts, *names: str) -> Facts:
+    """These members, or all where none is named, without those that are null."""
+    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
+
+
+def is_one_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in types
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def shapes(*rows: tuple[str, Callable[[Any], bool], str]) -> Shapes:
+    """What members must be, by their names: in words, and as a test of what is not null."""
+    return {name: (words, fits) for words, fits, names in rows for name in names.split()}
+
+
+WHOLE = ("a whole number", lambda value: whole_number(value) is not None)
+TEXT, OBJECT = ("a text", is_one_of(str)), ("an object", is_one_of(dict))
+LIST, TEXTS = ("a list", is_one_of(list)), ("a list of texts", are_texts)
+MEMBERS = shapes(
+    (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
+    (*WHOLE, "top_k repeat_last_n"),
+    ("a number", is_one_of(int, float), "temperature top_p frequency_penalty presence_penalty"),
+    ("a number", is_one_of(int, float), "min_p typical_p repeat_penalty"),
+    ("true or false", is_one_of(bool), "logprobs"),
+    ("true, false or an effort", is_one_of(bool, str), "think"),
+    ("a text or a number", is_one_of(str, int, float), "keep_alive"),
+    ("a text or a list of texts", lambda stop: type(stop) is str or are_texts(stop), "stop"),
+    ('"json" or an object', lambda form: form in ("", "json") or type(form) is dict, "format"),
+    ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
+    (*TEXT, "reasoning_effort effort prompt suffix"),
+    (*OBJECT, "response_format reasoning stream_options"),
+    (*LIST, "tools"),
+)
+MESSAGE_MEMBERS = shapes(
+    (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
+    (*LIST, "tool_calls"),
+    (*TEXTS, "images"),
+)
+
+
+def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
+    """These members without those that are null; BadRequest names one that is not what it must be.
+
+    `at` is where they stand in the request.
+    """
+    found = chosen(facts, *names)
+    for name, value in found.items():
+        words, fits = members[name]
+        if not fits(value):
+            raise BadRequest(f"{at}{name} is {words}", param=at + name)
+        found[name] = whole_number(value) if words == WHOLE[0] else value
+    return found
+
+
 class Endpoint(NamedTuple):
     """An inference route: who speaks it, and what a body sent there must hold."""
 
@@ -2654,10 +2755,7 @@ def read_question(
     context = parse_context(values.get("numCtx"), "numCtx")
     if endpoint.options and isinstance(options := values.get("options"), dict):
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
-        asked = options.get("num_ctx")
-        if isinstance(asked, float) and asked.is_integer():
-            asked = int(asked)  # Ollama takes 4096.0
-        context = max(context, parse_context(asked, "options.num_ctx"))
+        context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
     empty = endpoint.content != "" and not values.get(endpoint.content)
     order = "unload" if values.get("keep_alive") in UNLOADS else "load"
@@ -2856,10 +2954,10 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
 IMAGE_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp|gif))?;base64,(.*)", re.DOTALL)
 IMAGE_TYPES = {"/9j/": "jpeg", "iVBOR": "png", "UklGR": "webp", "R0lGOD": "gif"}  # base64's start
 EFFORTS = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}
-# The same names on both sides; the last four runners take on /v1 too, Ollama does not.
+# OpenAI's and Ollama's names alike.
 SAMPLING = ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
-LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")
-Facts = dict[str, Any]
+# What Go's encoder escapes; Ollama's /v1 shows it in the arguments of a tool call.
+GO_ESCAPES = str.maketrans({each: f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"})
 # What a translator raises where a document is not what it must be.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
@@ -2867,11 +2965,6 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError,
 def rfc3339(seconds: float) -> str:
     """A time in UTC, as Ollama writes it."""
     return time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1e6):06}Z", time.gmtime(seconds))
-
-
-def chosen(facts: Facts, *names: str) -> Facts:
-    """These members, or all where none is named, without those that are null."""
-    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
 class Translator:
@@ -2884,10 +2977,19 @@ class Translator:
     piece: Callable[[Facts], bytes]  # one event of a stream
     end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
 
-    def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        question: Facts,
+        model: str,
+        context: int,
+        now: Callable[[], float],
+        runner: Kind = KINDS["openai"],
+    ) -> None:
         self.question = question
         self.model = model  # as the backend calls it
+        self.told = question.get("model") or model  # as the client does
         self.context = context  # tokens, 0: the backend's own
+        self.runner = runner
         self.now = now  # the wall clock
         self.began = now()
         self.id = f"{int(self.began * 1e6):x}"
@@ -2895,6 +2997,9 @@ class Translator:
         self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
         self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
         self._line = b""  # the incomplete last line of a stream
+
+    def taken(self, *names: str) -> Facts:
+        return taken(self.question, MEMBERS, *names)
 
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
@@ -2923,17 +3028,17 @@ class Translator:
             raise BackendError("the backend's answer is not what its dialect has") from None
 
 
-def openai_tool_call(ident: str, call: Facts) -> Facts:
+def openai_tool_call(call: Facts, place: int, among: str) -> Facts:
     """A tool call of Ollama's; OpenAI has its arguments as a text."""
     function = call["function"]
     text = function.get("arguments") or {}
     if not isinstance(text, str):
         text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
-    facts = {"name": function["name"], "arguments": text}
-    return {"id": call.get("id") or ident, "type": "function", "function": facts}
+    facts = {"name": called(function), "arguments": text}
+    return {"id": call.get("id") or f"call_{among}_{place}", "type": "function", "function": facts}
 
 
-def ollama_tool_call(call: Facts, **place: int) -> Facts:
+def ollama_tool_call(call: Facts, place: int | None = None) -> Facts:
     """The reverse; ValueError where its arguments are no object, however they are written."""
     function = call["function"]
     arguments = function.get("arguments") or {}
@@ -2941,19 +3046,30 @@ def ollama_tool_call(call: Facts, **place: int) -> Facts:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a tool call are not an object")
-    if not isinstance(function["name"], str):
-        raise ValueError("a tool call names no function")
-    facts = {**place, "name": function["name"], "arguments": arguments}
+    facts = chosen({"index": place, "name": called(function), "arguments": arguments})
     return chosen({"id": call.get("id"), "function": facts})
 
 
-def understood_calls(calls: Iterable[Facts]) -> list[Facts]:
-    """The tool calls of an answer for Ollama; one that was cut is lost, not the text beside it."""
+def called(function: Facts) -> str:
+    if not isinstance(function["name"], str):
+        raise ValueError("a tool call names no function")
+    return function["name"]
+
+
+def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> list[Facts]:
+    """Tool calls in the other words, `tell` for each.
+
+    One that is not understood is refused where it stands `at` this place of a request; in an answer
+    it is lost, not the text beside it.
+    """
     found: list[Facts] = []
-    for call in calls:
+    for place, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else ()):
         try:
-            found.append(ollama_tool_call(call, index=len(found)))
+            found.append(tell(call, len(found)))
         except MALFORMED:  # noqa: PERF203 - one that is bad costs no other
+            if at:
+                words = f"{at}tool_calls[{place}] has no name, or its arguments are no object"
+                raise BadRequest(words, param=f"{at}tool_calls") from None
             log.warning("a tool call of an answer is left out: it was cut, or is not understood")
     return found
 
@@ -2969,19 +3085,20 @@ class ToOllama(Translator):
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
-        asked = self.question
-        stop, limit = asked.get("stop"), asked.get("max_tokens")
-        options: Facts = {"temperature": 1.0, "top_p": 1.0, **chosen(asked, *SAMPLING)}
+        self.taken("stream_options")
+        stop = self.taken("stop").get("stop")
+        limits = self.taken("max_completion_tokens", "max_tokens")
+        options: Facts = {"temperature": 1.0, "top_p": 1.0, **self.taken(*SAMPLING)}
         options["stop"] = [stop] if isinstance(stop, str) else stop
-        options["num_predict"] = asked.get("max_completion_tokens") if limit is None else limit
+        options["num_predict"] = limits.get("max_tokens", limits.get("max_completion_tokens"))
         options["num_ctx"] = self.context or None
-        facts = {"model": self.model, "options": chosen(options), **chosen(asked, "keep_alive")}
-        return {**facts, "stream": bool(asked.get("stream"))}
+        facts = {"model": self.model, "options": chosen(options), **self.taken("keep_alive")}
+        return {**facts, "stream": bool(self.question.get("stream"))}
 
     def frame(self, kind: str, choices: list[Facts], counts: Facts | None) -> Facts:
         """An answer or a chunk of one; `counts` is what Ollama says with the usage in it."""
         facts: Facts = {"id": f"{self.prefix}-{self.id}", "object": kind}
-        facts.update(created=int(self.began), model=self.model)
+        facts.update(created=int(self.began), model=self.told)
         facts.update(system_fingerprint="fp_ollama", choices=choices)
         return facts if counts is None else {**facts, "usage": self.usage(counts)}
 
@@ -3011,84 +3128,104 @@ class ChatToOllama(ToOllama):
     _first = True  # no delta sent yet
 
     def request(self) -> Facts:
-        asked, form = self.question, self.question.get("response_format")
-        effort = look_up(asked, "reasoning", "effort")
-        effort = asked.get("reasoning_effort") if effort is None else effort
-        schema = look_up(form, "json_schema", "schema")
+        asked = self.taken("response_format", "reasoning", "reasoning_effort")
+        form = look_up(asked, "response_format", "type")
+        effort = asked.get("reasoning_effort")
+        if "reasoning" in asked:
+            effort = taken(asked["reasoning"], MEMBERS, "effort", at="reasoning.").get("effort")
+        schema = look_up(asked, "response_format", "json_schema", "schema")
         return {
             **self.common(),
-            **chosen(asked, "tools", "logprobs", "top_logprobs"),
-            "messages": ollama_messages(asked["messages"]),
-            "format": "json" if look_up(form, "type") == "json_object" else schema,
-            "think": EFFORTS.get(effort, effort) if effort and isinstance(effort, str) else None,
+            **self.taken("tools", "logprobs", "top_logprobs"),
+            "messages": ollama_messages(self.question["messages"]),
+            "format": {"json_object": "json", "json_schema": schema}.get(str(form)),
+            "think": EFFORTS.get(effort, effort) if effort else None,
         }
 
     def choices(self, answer: Facts, whole: bool) -> Iterator[Facts]:
-        """Ollama streams reasoning, the rest and the end as a delta each."""
-        message = answer["message"]
-        calls = [self.tool_call(call) for call in message.get("tool_calls") or ()]
+        """Of a stream, a delta for each event, two where reasoning stands beside the rest, an end.
+
+        What has nothing but the counts is no delta, unless it is all that comes.
+        """
+        done = answer.get("done") is True
+        message = answer.get("message") or {} if done else answer["message"]
+        calls = retold(message.get("tool_calls"), self.tool_call)
         reasoning = chosen({"reasoning": message.get("thinking") or None})
-        content = chosen({"content": message.get("content") or None, "tool_calls": calls or None})
+        told = {"content": message.get("content") or "", **chosen({"tool_calls": calls or None})}
         if whole:
-            facts = {"role": message["role"], "content": "", **reasoning, **content}
+            facts = {"role": message.get("role", "assistant"), **reasoning, **told}
             yield self.wrap("message", facts, answer, ends=True)
             return
-        for delta in filter(None, (reasoning, content)):
-            role = {"role": "assistant", "content": ""} if self._first else {}
-            self._first = False
-            yield self.wrap("delta", {**role, **delta}, answer)
-        if answer.get("done") is True:
+        heard = bool(told["content"] or calls)
+        if heard or reasoning or answer.get("logprobs") or self._first or not done:
+            deltas = [reasoning, told] if reasoning and heard else [{**reasoning, **told}]
+            for place, delta in enumerate(deltas):
+                role = {"role": "assistant"} if self._first else {}
+                self._first = False
+                yield self.wrap("delta", {**role, **delta}, {} if place else answer)
+        if done:
             yield self.wrap("delta", {}, answer, ends=True)
 
     def wrap(self, name: str, message: Facts, answer: Facts, *, ends: bool = False) -> Facts:
         reason = answer.get("done_reason") or "stop"
-        reason = "tool_calls" if self.calls and reason != "length" else reason
+        reason = "tool_calls" if self.calls and reason == "stop" else reason
         choice: Facts = {"index": 0, name: message, "finish_reason": reason if ends else None}
         if message and answer.get("logprobs"):
             choice["logprobs"] = {"content": answer["logprobs"]}
         return choice
 
-    def tool_call(self, call: Facts) -> Facts:
+    def tool_call(self, call: Facts, _: int) -> Facts:
         place = len(self.calls)
-        facts = self.calls[place] = openai_tool_call(f"call_{self.id}_{place}", call)
+        facts = self.calls[place] = openai_tool_call(call, place, self.id)
+        facts["function"]["arguments"] = facts["function"]["arguments"].translate(GO_ESCAPES)
         return {**facts, "index": call["function"].get("index", place)}
 
 
 def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     translated: list[Facts] = []
+    places = [f"messages[{index}]." for index in range(len(messages))]
+    told = [
+        taken(message, MESSAGE_MEMBERS, "role", "name", "reasoning", "tool_calls", at=place)
+        for message, place in zip(messages, places)
+    ]
     names = {  # of the functions called; of two calls with one id the last counts
-        call["id"]: look_up(call, "function", "name")
-        for message in messages
-        for call in message.get("tool_calls") or ()
-        if call.get("id")
+        call.get("id"): look_up(call, "function", "name")
+        for facts in told
+        for call in facts.get("tool_calls", ())
+        if isinstance(call, dict)
     }
-    for message in messages:
-        role, content, calls = map(message.get, ("role", "content", "tool_calls"))
-        facts = {"thinking": message.get("reasoning") or None}
-        facts["tool_calls"] = [ollama_tool_call(call) for call in calls] if calls else None
+    for message, facts, place in zip(messages, told, places):
+        role, content, calls = facts.get("role"), message.get("content"), facts.get("tool_calls")
+        more = {"thinking": facts.get("reasoning") or None}
+        more["tool_calls"] = retold(calls, lambda call, _: ollama_tool_call(call), place) or None
         if role == "tool":
-            facts["tool_call_id"] = message.get("tool_call_id")
-            facts["tool_name"] = message.get("name") or names.get(facts["tool_call_id"])
-        if calls is None and not isinstance(content, (str, list)):
-            raise BadRequest("content is a text or a list of parts", param="messages")
+            more.update(taken(message, MESSAGE_MEMBERS, "tool_call_id", at=place))
+            more["tool_name"] = facts.get("name") or names.get(message.get("tool_call_id"))
+        if not isinstance(content, (str, list)) and (calls is None or content is not None):
+            raise BadRequest(f"{place}content is a text or a list", param=f"{place}content")
         if not content or not isinstance(content, list):
             content = [{"type": "text", "text": content or ""}]
-        translated += [{"role": role, **ollama_part(part)} for part in content]
-        translated[-1].update(chosen(facts))
+        translated += [{"role": role, **ollama_part(part, place)} for part in content]
+        translated[-1].update(chosen(more))
     return translated
 
 
-def ollama_part(part: Any) -> Facts:
-    kind, text, url = (look_up(part, name) for name in ("type", "text", "image_url"))
+def ollama_part(part: Any, at: str) -> Facts:
+    """A part of a content; Ollama has sounds among the images."""
+    kind, text = look_up(part, "type"), look_up(part, "text")
+    url, sound = look_up(part, "image_url"), look_up(part, "input_audio", "data")
     if kind == "text" and isinstance(text, str):
         return {"content": text}
+    if kind == "input_audio" and isinstance(sound, str):
+        return {"content": "", "images": [sound]}
     if kind != "image_url":
-        raise BadRequest("a part of a content is a text or an image_url", param="messages")
+        words = "a part of a content is a text, an image_url or an input_audio with its data"
+        raise BadRequest(words, param=f"{at}content")
     url = url.get("url") if isinstance(url, dict) else url
     match = IMAGE_URL.fullmatch(url) if isinstance(url, str) else None
     if not match:
-        raise BadRequest("an image is a data: url; llmq fetches nothing", param="messages")
+        raise BadRequest("an image is a data: url; llmq fetches nothing", param=f"{at}content")
     return {"content": "", "images": [match[1]]}
 
 
@@ -3097,15 +3234,16 @@ class CompletionToOllama(ToOllama):
     blank_usage = True
 
     def request(self) -> Facts:
-        prompt, probs = self.question["prompt"], self.question.get("logprobs") or None
+        prompt = self.question.get("prompt")
+        probs = taken(self.question, {"logprobs": WHOLE}, "logprobs").get("logprobs") or None
         if not isinstance(prompt, str):
             raise Untranslatable("Ollama takes one prompt, a text", param="prompt")
-        facts = {**self.common(), **chosen(self.question, "suffix"), "prompt": prompt}
+        facts = {**self.common(), **self.taken("suffix"), "prompt": prompt}
         facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
         return {**facts, "logprobs": probs and True, "top_logprobs": probs}
 
     def choices(self, answer: Facts, _whole: bool) -> list[Facts]:
-        reason = answer.get("done_reason") or None
+        reason = answer.get("done_reason") or ("stop" if answer.get("done") is True else None)
         return [{"text": answer["response"], "index": 0, "finish_reason": reason}]
 
 
@@ -3114,11 +3252,12 @@ class EmbeddingsToOllama(Translator):
     source = OLLAMA
 
     def request(self) -> Facts:
-        texts = self.question["input"]
-        if isinstance(texts, list) and not all(isinstance(text, str) for text in texts):
+        texts = self.question.get("input")
+        if not isinstance(texts, str) and not are_texts(texts):
             raise Untranslatable("Ollama embeds texts, not tokens", param="input")
+        self.taken("encoding_format")
         options = {"num_ctx": self.context} if self.context else None
-        facts = chosen(self.question, "input", "dimensions", "keep_alive")
+        facts = {**self.taken("dimensions", "keep_alive"), "input": texts or [""]}
         return {**facts, "model": self.model, "options": options}
 
     def whole(self, answer: Facts) -> Facts:
@@ -3130,7 +3269,7 @@ class EmbeddingsToOllama(Translator):
         ]
         tokens = answer.get("prompt_eval_count", 0)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+        return {"object": "list", "data": data, "model": self.told, "usage": usage}
 
 
 def pack_floats(numbers: Sequence[float]) -> str:
@@ -3146,6 +3285,7 @@ class ToOpenAi(Translator):
     said: Callable[[Facts, Any], Facts]  # a choice and its content in Ollama's words
     finish_reason: str | None = None  # once it has come
     usage: Mapping[str, Any] = {}  # likewise
+    timings: Mapping[str, Any] = {}  # likewise, llama.cpp's
 
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
@@ -3154,25 +3294,29 @@ class ToOpenAi(Translator):
         return self.question[name]
 
     def common(self) -> Facts:
-        options = self.question.get("options") or {}
-        limit, stream = options.get("num_predict"), self.question.get("stream", True) is not False
+        options, names = self.question.get("options") or {}, self.runner.options
+        told = taken(options, MEMBERS, "num_predict", "stop", *SAMPLING, *names, at="options.")
+        limit, stream = told.pop("num_predict", -1), self.question.get("stream", True) is not False
         return {
             "model": self.model,
             "stream": stream,
             "stream_options": {"include_usage": True} if stream else None,
-            "max_tokens": limit if isinstance(limit, int) and limit >= 0 else None,
-            **chosen(options, "stop", *SAMPLING, *LOCAL_SAMPLING),
+            "max_tokens": limit if limit >= 0 else None,
+            **{names.get(name, name): value for name, value in told.items()},
         }
 
     def head(self) -> Facts:
-        return {"model": self.model, "created_at": rfc3339(self.now())}
+        return {"model": self.told, "created_at": rfc3339(self.now())}
 
     def tail(self) -> Facts:
-        """How it ended; what a part of it took is not known."""
+        """How it ended, and what its parts took where the runner tells it."""
         reason = "length" if self.finish_reason == "length" else "stop"
         facts = {"done": True, "done_reason": reason, "total_duration": self.spent()}
         facts["prompt_eval_count"] = self.usage.get("prompt_tokens", 0)
-        return {**facts, "eval_count": self.usage.get("completion_tokens", 0)}
+        facts["eval_count"] = self.usage.get("completion_tokens", 0)
+        took = {"prompt_eval_duration": "prompt_ms", "eval_duration": "predicted_ms"}
+        told = {name: self.timings.get(milliseconds) for name, milliseconds in took.items()}
+        return {**facts, **{name: int(spent * 1e6) for name, spent in told.items() if spent}}
 
     def spent(self) -> int:
         return int((self.now() - self.began) * 1e9)  # nanoseconds, as all durations of Ollama
@@ -3184,6 +3328,7 @@ class ToOpenAi(Translator):
         """The choice that it carries; how that ended and what it cost is noted."""
         choice = cast(Facts, (answer.get("choices") or [None])[0] or {})
         self.usage = answer.get("usage") or self.usage
+        self.timings = answer.get("timings") or self.timings
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return choice
 
@@ -3200,14 +3345,14 @@ class ChatToOpenAi(ToOpenAi):
     content = ("message", {})
 
     def request(self) -> Facts:
-        asked = self.question
+        asked = self.taken("think", "format")
         think, form = asked.get("think"), asked.get("format")
         switch = {"enable_thinking": think} if isinstance(think, bool) else None
         schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
         free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
-            **chosen(asked, "tools", "logprobs", "top_logprobs"),
+            **self.taken("tools", "logprobs", "top_logprobs"),
             "messages": openai_messages(self.need("messages")),
             "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
@@ -3216,7 +3361,7 @@ class ChatToOpenAi(ToOpenAi):
 
     def said(self, choice: Facts, content: Facts) -> Facts:
         thinking = content.get("reasoning_content") or content.get("reasoning") or None
-        calls = understood_calls(content.get("tool_calls") or ()) or None
+        calls = retold(content.get("tool_calls"), ollama_tool_call) or None
         message: Facts = {"role": "assistant", "content": content.get("content") or ""}
         message = chosen({**message, "thinking": thinking, "tool_calls": calls})
         logprobs = choice.get("logprobs") and choice["logprobs"].get("content")
@@ -3228,7 +3373,8 @@ class ChatToOpenAi(ToOpenAi):
         for part in delta.get("tool_calls") or ():
             self.gather(part)
         facts = self.said(choice, {**delta, "tool_calls": None})
-        heard = facts["message"]["content"] or "thinking" in facts["message"]
+        told = facts["message"]
+        heard = told["content"] or "thinking" in told or "logprobs" in facts
         return self.line(facts) if heard else b""
 
     def gather(self, part: Facts) -> None:
@@ -3287,16 +3433,17 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     translated: list[Facts] = []
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
-        facts = {"role": message.get("role"), "content": openai_content(message)}
-        facts["reasoning_content"] = message.get("thinking") or None
-        numbered = enumerate(message.get("tool_calls") or ())
-        calls = [openai_tool_call(f"call_{index}_{place}", call) for place, call in numbered]
+        at = f"messages[{index}]."
+        told = taken(message, MESSAGE_MEMBERS, *MESSAGE_MEMBERS, "content", at=at)
+        facts = {"role": told.get("role"), "content": openai_content(told)}
+        facts["reasoning_content"] = told.get("thinking") or None
+        tell = functools.partial(openai_tool_call, among=str(index))
+        calls = retold(told.get("tool_calls"), tell, at)
         for call in calls:
             unanswered.add(call["id"], call["function"]["name"])
         facts["tool_calls"] = calls or None
         if facts["role"] == "tool":
-            told = message.get("tool_name"), message.get("tool_call_id")
-            facts["tool_call_id"] = unanswered.take(*told)
+            facts["tool_call_id"] = unanswered.take(told.get("tool_name"), told.get("tool_call_id"))
         translated.append(chosen(facts))
     return translated
 
@@ -3307,7 +3454,7 @@ def openai_content(message: Facts) -> Any:
         return text
     parts: list[Facts] = [{"type": "text", "text": text}] if text else []
     for image in images:
-        kinds = (kind for start, kind in IMAGE_TYPES.items() if str(image).startswith(start))
+        kinds = (kind for start, kind in IMAGE_TYPES.items() if image.startswith(start))
         url = f"data:image/{next(kinds, 'png')};base64,{image}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     return parts
@@ -3318,8 +3465,17 @@ class GenerateToOpenAi(ToOpenAi):
     content = ("text", "")
 
     def request(self) -> Facts:
-        prompt = self.need("prompt")
-        for name in ("system", "template", "context", "images", "format", "suffix", "think"):
+        prompt = taken({"prompt": self.need("prompt")}, MEMBERS, "prompt")["prompt"]
+        for name in (
+            "system",
+            "template",
+            "context",
+            "images",
+            "format",
+            "suffix",
+            "think",
+            "logprobs",
+        ):
             if self.question.get(name):
                 raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
         return {**self.common(), "prompt": prompt}
@@ -3338,12 +3494,12 @@ class EmbedToOpenAi(ToOpenAi):
 
     def request(self) -> Facts:
         facts = {"model": self.model, "input": self.need(self.texts), "encoding_format": "float"}
-        return {**facts, **chosen(self.question, "dimensions")}
+        return {**facts, **self.taken("dimensions")}
 
     def whole(self, answer: Facts) -> Facts:
         rows = sorted(answer["data"], key=lambda row: row.get("index", 0))
         return {
-            "model": self.model,
+            "model": self.told,
             "embeddings": [row["embedding"] for row in rows],
             "total_duration": self.spent(),
             "load_duration": 0,
@@ -4560,6 +4716,7 @@ class Call:
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
+    echo: Callable[[bytes], bytes] | None = None  # if it is, and knows the model by another name
     upstream: Upstream | None = None
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
@@ -4620,12 +4777,14 @@ class Call:
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
         if route == self.endpoint.path:
-            self.translator = None
+            self.translator, other = None, name != question.model and question.model
+            self.echo = model_echo(name, question.model) if other else None
             body, target = question.body_for(name, context), route
             target += f"?{self.query}" if self.query else ""
         else:
             translator = TRANSLATORS[self.endpoint.path, route]
-            self.translator = translator(json.loads(question.body), name, context, time.time)
+            asked = json.loads(question.body)
+            self.translator = translator(asked, name, context, time.time, backend.traits)
             body, target = self.translator.body(), route
         return render_request(backend, "POST", target, self.lines, body)
 
@@ -4708,13 +4867,15 @@ class Call:
     ) -> bytes:
         """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
         reply, translator = self.reply, self.translator
+        change = translator.feed if translator else self.echo
+        finish = translator.finish if translator else self.echo
         while piece := await upstream.read_piece():
             shown = watch.feed(piece)
             received()
             if upstream.body.done and watch.ended and watch.failure is None:
                 rest = shown + watch.finish()
-                return translator.finish(rest) if translator else rest
-            shown = translator.feed(shown) if translator else shown
+                return finish(rest) if finish else rest
+            shown = change(shown) if change else shown
             if shown:
                 reply.send(shown)
             if watch.failure is not None:
@@ -4724,7 +4885,7 @@ class Call:
                 await reply.catch_up()
                 received()
         rest = watch.finish()  # or it says what is wrong
-        return translator.finish(rest) if translator else rest
+        return finish(rest) if finish else rest
 
     def received(self, backend: Backend, limits: UpstreamSettings) -> None:
         """A piece of the answer's body has come."""
@@ -4748,6 +4909,8 @@ class Call:
             document = document or parse_json(body)  # which is None for a very long one
             body = translator.translate(lambda told: render_json(translator.whole(told)), document)
             kind = "application/json"
+        elif self.echo is not None:  # in the first part of a very long one
+            body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
         if not reply.started:
             reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
         elif self.question.stream:

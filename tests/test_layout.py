@@ -33,13 +33,13 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 7700  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 7950  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 115,
     "Errors": 140,
-    "Tools": 50,
-    "Kinds": 65,
+    "Tools": 55,
+    "Kinds": 85,
     "Settings": 335,
     "Metrics": 120,
     "Identity": 140,
@@ -48,16 +48,16 @@ BUDGET = {
     "Forecast": 65,
     "Messages": 300,
     "Bodies": 250,
-    "Dialects": 305,
+    "Dialects": 380,
     "OpenAI": 45,
     "Ollama": 60,
     "Anthropic": 65,
-    "Translation": 515,
+    "Translation": 575,
     "Streams": 195,
     "Server": 520,
     "Upstream": 230,
     "Probes": 220,
-    "Calls": 255,
+    "Calls": 260,
     "Records": 140,
     "Admission": 140,
     "Gateway": 305,

@@ -363,9 +363,9 @@ async def test_exact_name_then_latest_and_case_then_alias() -> None:
     async with Runner(models=models) as fake, running(fake.url, aliases=aliases) as q:
         for asked, model in (
             ("exact", "exact"),
-            ("Cased", "cased"),
-            ("tagged", "tagged:latest"),
-            ("EXACT:latest", "exact"),
+            ("Cased", "Cased"),
+            ("tagged", "tagged"),
+            ("EXACT:latest", "EXACT:latest"),
             ("whatever", "other"),
             ("exact:7b", "other"),
         ):
@@ -427,7 +427,7 @@ async def test_alias_may_lead_to_a_name_in_another_case() -> None:
     aliases = {"a": "M"}
     async with Runner(models=["m:latest"]) as fake, running(fake.url, aliases=aliases) as q:
         assert (await asks(q, CHAT, "a")).status == 200
-        assert fake.requests[-1].json["model"] == "m:latest"
+        assert fake.requests[-1].json["model"] == "M", "which Ollama takes"
 
 
 @each_dialect
