@@ -316,11 +316,11 @@ class Average:
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
-COUNT_TOKENS = "/v1/messages/count_tokens"
+COUNT_TOKENS, TRANSCRIPTIONS = "/v1/messages/count_tokens", "/v1/audio/transcriptions"
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
 LMSTUDIO = "/api/v0/models"
-COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
+COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, TRANSCRIPTIONS})
 EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context only if they ask
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
@@ -336,7 +336,7 @@ class Kind(NamedTuple):
     url: str = ""  # where it listens by default
     owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
     mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
-    loaded_path: str = ""  # what tells the loaded models; none: all it has are loaded
+    loaded_path: str = ""  # what tells the loaded models; none: its list of models does
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
     # What it has of Ollama's options on its /v1, beyond OpenAI's: Ollama's name, and its own.
@@ -385,14 +385,22 @@ def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
     return next((kind.name for kind in KINDS.values() if kind.owner and kind.owner in owners), "")
 
 
-def read_loaded(kind: str, models: tuple[str, ...], payload: Any) -> tuple[str, ...]:
-    """The loaded models, as the runner's answer at its `loaded_path` tells."""
-    if not KINDS[kind].loaded_path:
-        return models
+def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
+    """The loaded models, as the runner's answer at its `loaded_path`, or its list of them, tells.
+
+    A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
+    mode says it of each.
+    """
     try:
         if KINDS[kind].native:
             return tuple(str(row["name"]) for row in payload["models"])
-        return tuple(str(row["id"]) for row in payload["data"] if row.get("state") == "loaded")
+        rows = payload["data"]
+        if KINDS[kind].loaded_path:
+            return tuple(str(row["id"]) for row in rows if row.get("state") == "loaded")
+        unsaid = {"value": "loaded"}
+        return tuple(
+            str(row["id"]) for row in rows if row.get("status", unsaid)["value"] == "loaded"
+        )
     except (TypeError, KeyError, AttributeError):
         return ()
 
@@ -1001,6 +1009,8 @@ UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried ag
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
 Rows = tuple[dict[str, Any], ...]  # models as a runner lists them
 NAMES = ("id", "name", "model")  # the members of such a row that name it
+REGISTRY = "registry.ollama.ai/"  # Ollama's default, as are `library/` and `:latest`
+CLOUD = (":cloud", "-cloud")  # how names end that Ollama sends on, whether it lists them or not
 
 
 class State(enum.Enum):
@@ -1038,8 +1048,9 @@ class Report:
 
 
 def model_key(name: str) -> str:
-    """Names that differ only in case or in a `:latest` tail mean the same model."""
-    return name.lower().removesuffix(":latest")
+    """Names mean the same model in any case, with or without what Ollama takes for granted."""
+    bare = name.lower().removeprefix(REGISTRY).removeprefix("library/")
+    return bare.removesuffix(":latest")
 
 
 class Want(NamedTuple):
@@ -1146,9 +1157,12 @@ class Backend:
     def usable(self) -> bool:
         return self.state is State.UP and not self.draining and not self.needs_probe
 
+    def has(self, key: str) -> bool:
+        return key in self.models or (key.endswith(CLOUD) and self.traits.native)
+
     def may_have(self, key: str) -> bool:
         """Whether it has the model, or has never told which it has."""
-        return key in self.models or not self.models_known
+        return not self.models_known or self.has(key)
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -1351,7 +1365,7 @@ class Fleet:
         able = [
             backend
             for backend in self.backends.values()
-            if key in backend.models
+            if backend.has(key)
             and backend.usable
             and (not routes or backend.route_for(routes, key))
         ]
@@ -1359,10 +1373,12 @@ class Fleet:
             able = [backend for backend in able if backend is not avoid] or able
         return [backend for backend in able if backend.room > 0]
 
-    def startable_models(self) -> set[str]:
-        """Keys of the models that a request could start for now, as far as slots go."""
-        free = [each.models for each in self.backends.values() if each.usable and each.room > 0]
-        return {key for models in free for key in models}
+    def startable_models(self, waiting: Iterable[str]) -> set[str]:
+        """Of these keys of models those that a request could start for, as far as slots go."""
+        free = [each for each in self.backends.values() if each.usable and each.room > 0]
+        listed = {key for each in free for key in each.models}
+        cloud = any(each.traits.native for each in free)
+        return {key for key in waiting if key in listed or (cloud and key.endswith(CLOUD))}
 
     def has_room(self) -> bool:
         for device in self.devices.values():  # noqa: SIM110 - at half the cost
@@ -1376,11 +1392,16 @@ class Fleet:
         down = all(backend.state is State.DOWN for backend in serving)
         return max([self.shrunk, *(backend.since for backend in serving)]) if down else None
 
+    def lists(self, asked: str) -> bool:
+        """Whether some backend has told that it has the model."""
+        key = model_key(asked)
+        return any(key in backend.models for backend in self.backends.values())
+
     def knows(self, asked: str) -> bool | None:
         """True: some backend has the model.  False: all have told and none has.  None: not sure."""
         key = model_key(asked)
         enabled = [each for each in self.backends.values() if each.state is not State.REFUSED]
-        if any(key in backend.models for backend in enabled):
+        if any(backend.has(key) for backend in enabled):
             return True
         return False if enabled and all(each.models_known for each in enabled) else None
 
@@ -1559,7 +1580,7 @@ class Scheduler:
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
-        self.services: dict[str, Average] = {}  # the same by model key
+        self.services: dict[tuple[str, str], Average] = {}  # the same by model key and device
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
@@ -1683,7 +1704,7 @@ class Scheduler:
             if not models:
                 continue
             best: tuple[Ticket, Backend] | None = None
-            names = models if len(models) < FEW else models.keys() & self.fleet.startable_models()
+            names = models if len(models) < FEW else self.fleet.startable_models(models)
             for want, group in [item for name in names for item in models[name].items()]:
                 head = group.head()
                 if best is not None and best[0].number < head.number:
@@ -1726,15 +1747,15 @@ class Scheduler:
         error.retry_after = self.predicted_wait()
         raise error
 
-    def note_service(self, key: str, seconds: float) -> None:
-        """A request for this model has run so long."""
+    def note_service(self, key: str, seconds: float, device: str) -> None:
+        """A request for this model has run so long there."""
         self.service.add(seconds)
-        if len(self.services) < MODELS_MEASURED or key in self.services:
-            self.services.setdefault(key, Average()).add(seconds)
+        if len(self.services) < MODELS_MEASURED or (key, device) in self.services:
+            self.services.setdefault((key, device), Average()).add(seconds)
 
-    def service_of(self, key: str) -> float | None:
-        """Seconds that requests for this model run; None before the first has ended."""
-        return self.services[key].value if key in self.services else None
+    def service_of(self, key: str, device: str) -> float | None:
+        """Seconds that requests for this model run there; None before the first has ended."""
+        return self.services.get((key, device), Average()).value
 
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
@@ -1814,7 +1835,8 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
     ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
     for ticket in scheduler.running.values():
         if ticket.backend is not None:
-            took, device = scheduler.service_of(ticket.model), ticket.backend.device.name
+            device = ticket.backend.device.name
+            took = scheduler.service_of(ticket.model, device)
             left = None if took is None else max(0.0, took - (now - ticket.started))
             ahead[device] = add_known(ahead.get(device, 0.0), left)
     # What all of one class share that want the same is found once.
@@ -1830,7 +1852,7 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
         before = ahead.get(name, 0.0)
         eta = None if before is None or reason in HELD else before / slots
         result[ticket.id] = Expected(position, eta, reason)
-        ahead[name] = add_known(before, scheduler.service_of(ticket.model))
+        ahead[name] = add_known(before, scheduler.service_of(ticket.model, name))
     return result
 
 
@@ -2414,6 +2436,10 @@ USAGE = (  # where an answer may tell its tokens: a member, and the names for an
     ("timings", "predicted_n", "prompt_n"),  # llama.cpp's, where there is no usage
     ("", "eval_count", "prompt_eval_count"),
 )
+RATES = (  # where it may tell what they took: a member, the count, the time and its unit
+    ("timings", "predicted_n", "predicted_ms", 1e3),
+    ("", "eval_count", "eval_duration", 1e9),
+)
 UNKNOWN_ROUTE = re.compile(  # what runners answer to a path that they do not have
     r"(404 )?((page|file|path|route|url|endpoint) )?not found\.?|unexpected endpoint.*"
     r"|cannot post .*|(no such|unknown|unsupported|invalid) (page|path|route|url|endpoint).*|",
@@ -2560,12 +2586,22 @@ def read_usage(document: Any) -> tuple[int | None, int | None]:
     for member, *names in USAGE:
         place = document.get(member) if member else document
         for at, name in enumerate(names) if isinstance(place, dict) else ():
-            tokens = place.get(name)
-            if counts[at] is None and type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
+            tokens = whole_number(place.get(name))
+            if counts[at] is None and tokens is not None and 0 <= tokens <= MOST_TOKENS:
                 counts[at] = tokens
         if None not in counts:
             break
     return counts[0], counts[1]
+
+
+def read_rate(document: Any) -> float | None:
+    """Tokens per second of an answer, where its runner tells what it took."""
+    for member, counted, spent, per_second in RATES:
+        place = look_up(document, member) if member else document
+        tokens, took = look_up(place, counted), look_up(place, spent)
+        if is_number(tokens) and is_number(took) and 0 < tokens < MOST_TOKENS and took > 0:
+            return cast(float, tokens / took * per_second)
+    return None
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2606,6 +2642,7 @@ class StreamWatch:
         self.pieces = 0
         self.tokens: int | None = None
         self.tokens_in: int | None = None  # of the prompt
+        self.rate: float | None = None  # tokens per second, as the runner tells
         self.ended = b""  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
         self.inside = False  # what was shown ends inside an event, too long to be held
@@ -2650,6 +2687,7 @@ class StreamWatch:
                 return event
             tokens, tokens_in = read_usage(document)
             self.tokens, self.tokens_in = tokens or self.tokens, tokens_in or self.tokens_in
+            self.rate = read_rate(document) or self.rate
             at += len(line)
             event = at if self.dialect.line_events or not line.strip() else event
         return at
@@ -2674,8 +2712,15 @@ def chosen(facts: Facts, *names: str) -> Facts:
     return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
+FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
+
+
 def is_one_of(*types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types
+
+
+is_number = is_one_of(int, float)
 
 
 def are_texts(value: Any) -> bool:
@@ -2693,8 +2738,8 @@ LIST, TEXTS = ("a list", is_one_of(list)), ("a list of texts", are_texts)
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
-    ("a number", is_one_of(int, float), "temperature top_p frequency_penalty presence_penalty"),
-    ("a number", is_one_of(int, float), "min_p typical_p repeat_penalty"),
+    ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
+    ("a number", is_number, "min_p typical_p repeat_penalty"),
     ("true or false", is_one_of(bool), "logprobs"),
     ("true, false or an effort", is_one_of(bool, str), "think"),
     ("a text or a number", is_one_of(str, int, float), "keep_alive"),
@@ -2774,6 +2819,31 @@ def read_question(
     return question, values
 
 
+class FormQuestion(Question):
+    """What comes as a form, files and all: it is passed on as it is."""
+
+    def body_for(self, model: str, context: int = 0) -> bytes:  # noqa: ARG002 - as of the others
+        return self.body
+
+
+def read_form(body: bytes, content_type: str, priority_header: str | None) -> FormQuestion:
+    """A request in a form (RFC 7578), of which only the short members are looked at."""
+    media, _, told = content_type.partition("boundary=")
+    boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
+    if not media.lower().startswith("multipart/form-data") or not boundary:
+        raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    values: dict[str, str] = {}
+    for head, value in re.findall(FORM_PART % (boundary, boundary), body):
+        for name in FORM_NAME.findall(head):
+            values[name.decode("latin-1")] = value.decode("utf-8", "replace")
+    check_common({"model": values.get("model")})
+    stream, priority = (
+        values.get("stream", "").lower() == "true",
+        asked_priority({}, priority_header),
+    )
+    return FormQuestion(values.get("model", "").strip(), stream, priority, body, NO_EDITS)
+
+
 # ==== 13. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
@@ -2805,18 +2875,29 @@ class OpenAiResponses(OpenAi):
         return {**facts, "type": "error", "sequence_number": 0, "error": facts}
 
 
-def check_texts(name: str, values: Mapping[str, Any]) -> None:
-    if not isinstance(values.get(name), (str, list)):
+def check_texts(name: str, other: str, values: Mapping[str, Any]) -> None:
+    """`other` may stand for it, as vLLM has it."""
+    if not isinstance(values.get(name), (str, list)) and not values.get(other):
         raise BadRequest(f"{name} is a text or a list", param=name)
 
 
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, functools.partial(check_texts, "prompt")),
-    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, functools.partial(check_texts, "input"), None),
+    Endpoint(
+        (COMPLETIONS, OLLAMA_GENERATE),
+        OPENAI,
+        functools.partial(check_texts, "prompt", "prompt_embeds"),
+    ),
+    Endpoint(
+        (EMBEDDINGS, OLLAMA_EMBED),
+        OPENAI,
+        functools.partial(check_texts, "input", "messages"),
+        None,
+    ),
     Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
     Endpoint((RERANK,), OPENAI, lambda _: None),
+    Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
 )
 
 
@@ -2987,7 +3068,7 @@ class Translator:
     ) -> None:
         self.question = question
         self.model = model  # as the backend calls it
-        self.told = question.get("model") or model  # as the client does
+        self.told = look_up(question, "model") or model  # as the client does
         self.context = context  # tokens, 0: the backend's own
         self.runner = runner
         self.now = now  # the wall clock
@@ -4489,10 +4570,13 @@ async def inspect(backend: Backend, instance: str) -> Report:
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
-    shown = await fetch_json(backend, path) if path else None
-    loaded = read_loaded(kind, models, shown)
+    shown = await fetch_json(backend, path) if path else {"data": entries}
+    loaded = read_loaded(kind, shown)
     if path == LMSTUDIO:
         entries = with_details(entries, shown)
+    if kind == "llamacpp" and len(entries) == 1:  # in router mode that would tell of the router
+        told = read_props(await fetch_json(backend, "/props"))
+        entries = ({"capabilities": told, **entries[0]},) if told else entries
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
     tags, running = (
@@ -4506,6 +4590,18 @@ def with_details(entries: Rows, shown: Any) -> Rows:
     """The entries with what LM Studio tells of its models at its own route only."""
     details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
     return tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
+
+
+def read_props(props: Any) -> list[str]:
+    """What llama.cpp's model can, in Ollama's words."""
+    caps, template = look_up(props, "chat_template_caps"), look_up(props, "chat_template")
+    thinks = isinstance(template, str) and "enable_thinking" in template
+    told = {
+        "tools": look_up(caps, "supports_tools"),
+        "vision": look_up(props, "modalities", "vision"),
+        "thinking": look_up(caps, "supports_preserve_reasoning") or thinks,
+    }
+    return [word for word, can in told.items() if can is True]
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -4560,6 +4656,18 @@ class Monitor:
         flights = {flight for flight in due if flight is not None}
         if flights:
             await asyncio.wait(flights)
+        await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """A look at each backend that has changed what it has since it was last looked at."""
+        for _ in range(2):  # one may be under way that began before
+            changed = [
+                self.start_probe(each)
+                for each in self.fleet.backends.values()
+                if each.usable and each.report and each.report.began < each.changed
+            ]
+            if changed:
+                await asyncio.wait(changed)
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
@@ -4727,6 +4835,7 @@ class Call:
     first_byte = 0.0  # monotonic
     tokens: int | None = None
     tokens_in: int | None = None  # of its prompt
+    rate: float | None = None  # tokens per second, as the runner tells
 
     def __init__(
         self,
@@ -4902,8 +5011,10 @@ class Call:
         if self.watch is not None:
             reply.finish(body)
             return
-        document = read_whole(body)  # BackendError if it is not what it must be
+        plain = isinstance(self.question, FormQuestion) and kind.startswith("text/plain")
+        document = None if plain else read_whole(body)  # BackendError if it is not what it must be
         self.tokens, self.tokens_in = read_usage(document)
+        self.rate = read_rate(document)
         translator = self.translator
         if translator is not None:
             document = document or parse_json(body)  # which is None for a very long one
@@ -5014,8 +5125,31 @@ def record_of(call: Call, now: float) -> Record:
         outcome=error.code if error else "done",
         error=error_in_sight(error),
         tokens_in=source.tokens_in,
-        # Of a stream while it came, of a whole answer since its start.
-        tokens_per_s=tokens / (now - since) if tokens and since and now > since else None,
+        # The runner's own word; else of a stream while it came, of a whole answer since its start.
+        tokens_per_s=source.rate
+        or (tokens / (now - since) if tokens and since and now > since else None),
+    )
+
+
+def order_record(
+    exchange: Exchange, model: str, backend: str, seconds: float, error: LlmqError | None
+) -> Record:
+    """The record of an order that went to a backend beside the queue."""
+    return Record(
+        id=exchange.id,
+        request_id=exchange.request_id,
+        client=exchange.caller.client,
+        priority="-",
+        model=printable(model),
+        route=exchange.request.path,
+        backend=backend,
+        wait_s=0.0,
+        first_s=None,
+        total_s=seconds,
+        tokens=None,
+        status=exchange.status or (error.status if error else 200),
+        outcome=error.code if error else "done",
+        error=error_in_sight(error),
     )
 
 
@@ -5035,6 +5169,8 @@ def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
     for (route, model, client, status, outcome, priority), group in alike.items():
         add, number = metrics.add, len(group)
         add("llmq_requests_total", route, model, client, str(status), outcome, amount=number)
+        if priority == "-" and client != "-":  # an order, which neither waited nor told anything
+            continue
         if outcome in CANCELS:
             add("llmq_cancels_total", CANCELS[outcome], amount=number)
         if outcome == "queue_full" or (client == "-" and outcome != "client_left"):
@@ -5137,7 +5273,11 @@ class Admission:
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
         header = request.headers.get("x-queue-priority")
-        question, values = read_question(body, call.endpoint, header, foreign=caller.foreign)
+        values: Mapping[str, Any] = {}
+        if call.endpoint.path == TRANSCRIPTIONS:
+            question: Question = read_form(body, request.headers.get("content-type", ""), header)
+        else:
+            question, values = read_question(body, call.endpoint, header, foreign=caller.foreign)
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         if question.context:
@@ -5157,7 +5297,7 @@ class Admission:
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
         fleet = self.fleet
-        if asked and fleet.knows(asked):
+        if asked and fleet.lists(asked):
             fleet.check_spelling(asked)
             return asked
         if any(one.state is State.UNKNOWN for one in fleet.backends.values()):
@@ -5166,7 +5306,7 @@ class Admission:
         if not asked:
             message = "no backend has told its models yet; name one in `model`"
             raise LlmqError(message, "backend_down")
-        if not fleet.knows(asked):
+        if not fleet.lists(asked):
             asked = find_alias(self.settings.aliases, asked) or asked
         if fleet.knows(asked) is False:
             await self.monitor.refresh()
@@ -5357,7 +5497,8 @@ class Gateway:
             self.metrics.add("llmq_retries_total", backend.name)
         else:
             if failure is None:
-                self.scheduler.note_service(ticket.model, now - ticket.started)
+                device = backend.device.name
+                self.scheduler.note_service(ticket.model, now - ticket.started, device)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
@@ -5531,8 +5672,12 @@ NO_DETAILS = {
     "quantization_level": "",
 }  # fmt: skip
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-# The member that names the model, where only an Ollama that has it can do what is asked.
-MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
+# The member that names the model; only an Ollama that has it can do the first three.
+MANAGED_BY = {
+    "/api/push": "model", "/api/copy": "source", "/api/delete": "model", "/api/pull": "model",
+    "/api/create": "model",
+}  # fmt: skip
+HAVING = tuple(MANAGED_BY)[:3]
 Lister = Callable[[Report], Sequence[Facts]]
 
 
@@ -5586,7 +5731,9 @@ def bare_show(model: str, entries: Sequence[Facts]) -> Facts:
         told = entry.get("capabilities")
         words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
         capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
-        capabilities += ["vision"] if entry.get("type") == "vlm" else []
+        seen = look_up(entry, "architecture", "input_modalities")
+        sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
+        capabilities += ["vision"] if sees else []
         lengths = (
             entry.get("max_model_len"),
             entry.get("max_context_length"),
@@ -5620,7 +5767,7 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
     able = [backend for backend in ollamas if backend.usable]
     if not able:
         raise LlmqError("every Ollama is down", "backend_down")
-    if path in MANAGED_BY and not named:
+    if path in HAVING and not named:
         model = read_name(values, MANAGED_BY[path])
         able = [backend for backend in able if model_key(model) in backend.models]
         if not able:
@@ -5645,6 +5792,7 @@ class Passthrough:
     path: str
     settings: Settings
     instance: str  # of this llmq
+    ended: Callable[[], None]  # called as soon as it has ended, well or not
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
@@ -5659,6 +5807,7 @@ class Passthrough:
                 raise
             exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
         finally:
+            self.ended()
             await upstream.close()
 
     async def ask(self, upstream: Upstream) -> ResponseHead:
@@ -6165,22 +6314,40 @@ class Api:
         version = versions[0] if versions else OLLAMA_VERSION
         return {"version": version, "llmq": __version__, "instance": self.gateway.instance}
 
+    async def fresh(self, look: Callable[[], T]) -> T:
+        """What a look finds; for a model that it does not find the backends are asked once more."""
+        await self.gateway.monitor.catch_up()
+        try:
+            return look()
+        except LlmqError as error:
+            if error.code != "model_not_found":
+                raise
+        await self.gateway.monitor.refresh()
+        return look()
+
     async def get_models(self, exchange: Exchange, _: str) -> Facts:
+        await self.gateway.monitor.catch_up()
         entries = list(merge_rows(self.gateway.fleet).values())
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
 
     async def get_model(self, exchange: Exchange, name: str) -> Facts:
-        entries = merge_rows(self.gateway.fleet)
         alias = find_alias(self.settings.aliases, name)
-        entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
-        if entry is None:
-            raise model_not_found(name)
+
+        def look() -> Facts:
+            entries = merge_rows(self.gateway.fleet)
+            entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
+            if entry is None:
+                raise model_not_found(name)
+            return entry
+
+        entry = await self.fresh(look)
         return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
     async def get_rows(self, exchange: Exchange, _: str) -> Facts:
         """Models as Ollama lists them: those that are loaded, or all."""
+        await self.gateway.monitor.catch_up()
         rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
         return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
 
@@ -6206,16 +6373,30 @@ class Api:
         return bare_show(model, [one for one in entries if model_key(str(one["id"])) == key])
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
-        """Model management: straight to an Ollama and back, beside the queue."""
+        """Straight to an Ollama and back, beside the queue; what changes something is recorded."""
         request, gateway = exchange.request, self.gateway
         check_way(request, gateway.instance)
-        values = {} if digest else await read_values(exchange, self.settings.server.max_body)
         named, path = request.headers.get("x-llmq-backend"), quote(request.path, safe="/:")
-        backend = pick_manager(gateway.fleet, path, values, named)
+        values: Facts = {}
+        if path in MANAGED_BY:
+            values = await read_values(exchange, self.settings.server.max_body)
+        model = values.get(MANAGED_BY.get(path, "")) or values.get("name") or digest
+        name, began = "", gateway.now()
+
+        def keep(error: LlmqError | None = None) -> None:
+            if request.method not in ("GET", "HEAD"):
+                took = gateway.now() - began
+                gateway.journal.keep(order_record(exchange, str(model), name, took, error))
+
         try:
-            await Passthrough(exchange, backend, path, self.settings, gateway.instance).run()
-        finally:
-            gateway.monitor.probe_now(backend)
+            backend = await self.fresh(lambda: pick_manager(gateway.fleet, path, values, named))
+            name, look = backend.name, functools.partial(gateway.monitor.probe_now, backend)
+            way = Passthrough(exchange, backend, path, self.settings, gateway.instance, look)
+            await way.run()
+        except LlmqError as error:
+            keep(error)
+            raise
+        keep()
 
     async def post_count(self, exchange: Exchange, _: str) -> Facts:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
@@ -6353,6 +6534,7 @@ ROUTES = (
     public(f"POST {EMBEDDINGS}", "OpenAI embeddings", Api.enqueue),
     public(f"POST {RESPONSES}", "OpenAI response", Api.enqueue),
     public(f"POST {RERANK}", "reranking, where a backend can", Api.enqueue),
+    public(f"POST {TRANSCRIPTIONS}", "speech to text, where a backend can", Api.enqueue),
     public(f"POST {MESSAGES}", "Anthropic message", Api.enqueue),
     public(f"POST {OLLAMA_CHAT}", "Ollama chat", Api.enqueue),
     public(f"POST {OLLAMA_GENERATE}", "Ollama completion", Api.enqueue),
@@ -6369,10 +6551,13 @@ ROUTES = (
     public("POST /api/show", "one model, as its Ollama shows it", Api.post_show),
     local("POST /api/pull", "to the first Ollama, straight through", Api.manage),
     local("POST /api/create", "the same", Api.manage),
-    local("HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
+    local("GET HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
     local("POST /api/push", "to the Ollama that has the model", Api.manage),
     local("POST /api/copy", "the same", Api.manage),
     local("DELETE /api/delete", "the same", Api.manage),
+    local("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
+    local("POST /api/signout", "ends that", Api.manage),
+    public("GET /api/status", "what the first Ollama says of its cloud", Api.manage),
     public("GET HEAD /health", "`ok` while serving", Api.get_health),
     public("GET HEAD /",
            "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
@@ -6400,7 +6585,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     """The row of a path, and what fills its {...}.
 
     Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
-    ones match nothing.
+    ones match nothing.  A model's name may be a path itself, with its first slash encoded.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -6409,7 +6594,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         decoded = unquote_to_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         return None, ""
-    dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
+    dotted = any(segment in (".", "..") for segment in decoded.split("/"))
+    dotted = dotted or "" in path.split("/")[1:]
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""
