@@ -4659,15 +4659,16 @@ class Monitor:
         await self.catch_up()
 
     async def catch_up(self) -> None:
-        """A look at each backend that has changed what it has since it was last looked at."""
+        """A look at each backend that was never looked at, or not since what it has was changed."""
         for _ in range(2):  # one may be under way that began before
-            changed = [
+            behind = [
                 self.start_probe(each)
                 for each in self.fleet.backends.values()
-                if each.usable and each.report and each.report.began < each.changed
+                if (each.state is State.UNKNOWN and not each.failures)
+                or (each.usable and each.report and each.report.began < each.changed)
             ]
-            if changed:
-                await asyncio.wait(changed)
+            if behind:
+                await asyncio.wait(behind)
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
@@ -5425,7 +5426,8 @@ class Gateway:
         able = [backend for backend in natives if backend.usable]
         if not serving or (natives and (reason == "load" or not able)):
             return False
-        facts: Facts = {"model": call.model, "created_at": rfc3339(time.time()), "done": True}
+        named = call.question.model or call.model
+        facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
         facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
         limit = self.settings.upstream.first_byte_timeout
@@ -5434,7 +5436,7 @@ class Gateway:
             lines = self.admission.via_lines
             facts = await self.monitor.ask(limit, backend, call.route, body, lines)
             self.monitor.probe_now(backend)
-        call.reply.respond(200, render_json(facts))
+        call.reply.respond(200, render_json({**facts, "model": named}))
         return True
 
     def enqueue(self, call: Call) -> None:

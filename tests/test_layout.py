@@ -56,7 +56,7 @@ BUDGET = {
     "Streams": 195,
     "Server": 520,
     "Upstream": 230,
-    "Probes": 245,
+    "Probes": 250,
     "Calls": 265,
     "Records": 165,
     "Admission": 145,

@@ -936,3 +936,16 @@ async def test_unloading_is_asked_of_the_ollamas_that_are_up_and_waits_for_one(p
         q.gateway.monitor.probe_now(second)
         await whole(await arrival(asked, other), unloaded)
         assert (await asked).json() == unloaded
+
+
+@pytest.mark.parametrize("kind", ["ollama", "vllm"])
+async def test_order_to_unload_is_answered_in_the_name_that_was_asked_for(kind: str) -> None:
+    async with Runner(["m"], kind) as runner, running(runner.url, aliases={"fast": "m"}) as q:
+        await told(q)
+        asked = post(q, "/api/chat", {"model": "fast", "messages": [], "keep_alive": 0})
+        if kind == "ollama":
+            request = await arrival(asked, runner)
+            assert request.json["model"] == "m"
+            await whole(request, chat_end("unload", model="m"))
+        answer = (await asked).json()
+        assert (answer["model"], answer["done_reason"]) == ("fast", "unload")
