@@ -326,8 +326,11 @@ NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDING
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
 
-def same_names(*same: str, **others: str) -> Mapping[str, str]:
-    return {**dict(zip(same, same)), **others}
+# What runners have of Ollama's options on /v1, beyond OpenAI's: Ollama's name, and their own.
+USUAL_OPTIONS = {name: name for name in ("top_k", "min_p", "typical_p", "repeat_penalty")}
+LLAMACPP_OPTIONS = {**USUAL_OPTIONS, "repeat_last_n": "repeat_last_n", "num_keep": "n_keep"}
+VLLM_OPTIONS = {"top_k": "top_k", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
+LMSTUDIO_OPTIONS = {"top_k": "top_k", "repeat_penalty": "repeat_penalty"}
 
 
 class Kind(NamedTuple):
@@ -339,8 +342,7 @@ class Kind(NamedTuple):
     loaded_path: str = ""  # what tells the loaded models; none: its list of models does
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
-    # What it has of Ollama's options on its /v1, beyond OpenAI's: Ollama's name, and its own.
-    options: Mapping[str, str] = same_names("top_k", "min_p", "typical_p", "repeat_penalty")
+    options: Mapping[str, str] = USUAL_OPTIONS
 
 
 RUNNERS = (
@@ -358,22 +360,16 @@ RUNNERS = (
         "http://127.0.0.1:1234",
         mark=(LMSTUDIO, "data"),
         loaded_path=LMSTUDIO,
-        options=same_names("top_k", "repeat_penalty"),
+        options=LMSTUDIO_OPTIONS,
     ),
     Kind(
         "llamacpp",
         url="http://127.0.0.1:8080",
         owner="llamacpp",
         counts_tokens=True,
-        options=same_names(*Kind("").options, "repeat_last_n", num_keep="n_keep"),
+        options=LLAMACPP_OPTIONS,
     ),
-    Kind(
-        "vllm",
-        url="http://127.0.0.1:8000",
-        owner="vllm",
-        counts_tokens=True,
-        options=same_names("top_k", "min_p", repeat_penalty="repetition_penalty"),
-    ),
+    Kind("vllm", EVERY, "http://127.0.0.1:8000", "vllm", counts_tokens=True, options=VLLM_OPTIONS),
     Kind("openai"),  # whatever else has /v1/models
 )
 KINDS = {kind.name: kind for kind in RUNNERS}
@@ -2598,10 +2594,15 @@ def read_rate(document: Any) -> float | None:
     """Tokens per second of an answer, where its runner tells what it took."""
     for member, counted, spent, per_second in RATES:
         place = look_up(document, member) if member else document
-        tokens, took = look_up(place, counted), look_up(place, spent)
-        if is_number(tokens) and is_number(took) and 0 < tokens < MOST_TOKENS and took > 0:
-            return cast(float, tokens / took * per_second)
+        tokens, took = measured(look_up(place, counted)), measured(look_up(place, spent))
+        if tokens and took:
+            return measured(tokens / took * per_second)
     return None
+
+
+def measured(value: Any) -> float | None:
+    """What a runner says that it has counted or timed; None where that cannot be."""
+    return value if type(value) in (int, float) and 0 < value < MOST_TOKENS else None
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2832,16 +2833,14 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
     if not media.lower().startswith("multipart/form-data") or not boundary:
         raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
-    values: dict[str, str] = {}
-    for head, value in re.findall(FORM_PART % (boundary, boundary), body):
-        for name in FORM_NAME.findall(head):
-            values[name.decode("latin-1")] = value.decode("utf-8", "replace")
-    check_common({"model": values.get("model")})
-    stream, priority = (
-        values.get("stream", "").lower() == "true",
-        asked_priority({}, priority_header),
-    )
-    return FormQuestion(values.get("model", "").strip(), stream, priority, body, NO_EDITS)
+    values = {
+        name: value.decode("utf-8", "replace").strip()
+        for head, value in re.findall(FORM_PART % (boundary, boundary), body)
+        for name in FORM_NAME.findall(head)
+    }
+    model, stream = values.get(b"model", ""), values.get(b"stream", "").lower() == "true"
+    check_common({"model": model})
+    return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
 # ==== 13. OpenAI ==================================================================================
@@ -2875,26 +2874,21 @@ class OpenAiResponses(OpenAi):
         return {**facts, "type": "error", "sequence_number": 0, "error": facts}
 
 
-def check_texts(name: str, other: str, values: Mapping[str, Any]) -> None:
-    """`other` may stand for it, as vLLM has it."""
-    if not isinstance(values.get(name), (str, list)) and not values.get(other):
-        raise BadRequest(f"{name} is a text or a list", param=name)
+def needs(name: str, other: str) -> Callable[[Mapping[str, Any]], None]:
+    """A check that there is a text or a list, or else what vLLM takes in its place."""
+
+    def check(values: Mapping[str, Any]) -> None:
+        if not isinstance(values.get(name), (str, list)) and not values.get(other):
+            raise BadRequest(f"{name} is a text or a list", param=name)
+
+    return check
 
 
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint(
-        (COMPLETIONS, OLLAMA_GENERATE),
-        OPENAI,
-        functools.partial(check_texts, "prompt", "prompt_embeds"),
-    ),
-    Endpoint(
-        (EMBEDDINGS, OLLAMA_EMBED),
-        OPENAI,
-        functools.partial(check_texts, "input", "messages"),
-        None,
-    ),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, needs("prompt", "prompt_embeds")),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
     Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
     Endpoint((RERANK,), OPENAI, lambda _: None),
     Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
@@ -3057,20 +3051,13 @@ class Translator:
     whole: Callable[[Facts], Facts]  # a whole answer
     piece: Callable[[Facts], bytes]  # one event of a stream
     end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
+    runner: Kind = KINDS["openai"]  # what is asked
 
-    def __init__(
-        self,
-        question: Facts,
-        model: str,
-        context: int,
-        now: Callable[[], float],
-        runner: Kind = KINDS["openai"],
-    ) -> None:
+    def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
         self.question = question
         self.model = model  # as the backend calls it
         self.told = look_up(question, "model") or model  # as the client does
         self.context = context  # tokens, 0: the backend's own
-        self.runner = runner
         self.now = now  # the wall clock
         self.began = now()
         self.id = f"{int(self.began * 1e6):x}"
@@ -3396,7 +3383,7 @@ class ToOpenAi(Translator):
         facts["prompt_eval_count"] = self.usage.get("prompt_tokens", 0)
         facts["eval_count"] = self.usage.get("completion_tokens", 0)
         took = {"prompt_eval_duration": "prompt_ms", "eval_duration": "predicted_ms"}
-        told = {name: self.timings.get(milliseconds) for name, milliseconds in took.items()}
+        told = {name: measured(look_up(self.timings, spent)) for name, spent in took.items()}
         return {**facts, **{name: int(spent * 1e6) for name, spent in told.items() if spent}}
 
     def spent(self) -> int:
@@ -3541,22 +3528,18 @@ def openai_content(message: Facts) -> Any:
     return parts
 
 
+BESIDE_A_PROMPT = (
+    "system", "template", "context", "images", "format", "suffix", "think", "logprobs",
+)  # fmt: skip
+
+
 class GenerateToOpenAi(ToOpenAi):
     routes = (OLLAMA_GENERATE, COMPLETIONS)  # for a plain prompt
     content = ("text", "")
 
     def request(self) -> Facts:
         prompt = taken({"prompt": self.need("prompt")}, MEMBERS, "prompt")["prompt"]
-        for name in (
-            "system",
-            "template",
-            "context",
-            "images",
-            "format",
-            "suffix",
-            "think",
-            "logprobs",
-        ):
+        for name in BESIDE_A_PROMPT:
             if self.question.get(name):
                 raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
         return {**self.common(), "prompt": prompt}
@@ -4887,14 +4870,16 @@ class Call:
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
         if route == self.endpoint.path:
-            self.translator, other = None, name != question.model and question.model
-            self.echo = model_echo(name, question.model) if other else None
+            self.translator = self.echo = None
+            if question.model not in ("", name):
+                self.echo = model_echo(name, question.model)
             body, target = question.body_for(name, context), route
             target += f"?{self.query}" if self.query else ""
         else:
             translator = TRANSLATORS[self.endpoint.path, route]
             asked = json.loads(question.body)
-            self.translator = translator(asked, name, context, time.time, backend.traits)
+            self.translator = translator(asked, name, context, time.time)
+            self.translator.runner = backend.traits
             body, target = self.translator.body(), route
         return render_request(backend, "POST", target, self.lines, body)
 
@@ -5674,12 +5659,12 @@ NO_DETAILS = {
     "quantization_level": "",
 }  # fmt: skip
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-# The member that names the model; only an Ollama that has it can do the first three.
+# What there must be a model for, and the member that names it, here and elsewhere.
+HAVING = ("/api/push", "/api/copy", "/api/delete")
 MANAGED_BY = {
-    "/api/push": "model", "/api/copy": "source", "/api/delete": "model", "/api/pull": "model",
-    "/api/create": "model",
-}  # fmt: skip
-HAVING = tuple(MANAGED_BY)[:3]
+    **dict.fromkeys((*HAVING, "/api/pull", "/api/create"), "model"),
+    "/api/copy": "source",
+}
 Lister = Callable[[Report], Sequence[Facts]]
 
 

@@ -1283,6 +1283,9 @@ async def test_what_the_runner_says_it_took_is_told() -> None:
     assert answer.json()["eval_duration"] == 2_000_000
     answer = await native("/api/chat", {**SAY, "stream": False}, GOOD)
     assert not answer.json().keys() & {"eval_duration", "prompt_eval_duration"}, "not known"
+    for odd in ([], "x", {"prompt_ms": "x", "predicted_ms": -1}, {"prompt_ms": 10**400}):
+        answer = await native("/api/chat", {**SAY, "stream": False}, {**GOOD, "timings": odd})
+        assert answer.json()["message"]["content"], "an odd number costs no answer"
 
 
 async def test_logprobs_of_a_plain_prompt_are_501_not_dropped() -> None:
