@@ -1751,7 +1751,8 @@ class Scheduler:
 
     def service_of(self, key: str, device: str) -> float | None:
         """Seconds that requests for this model run there; None before the first has ended."""
-        return self.services.get((key, device), Average()).value
+        average = self.services.get((key, device))
+        return None if average is None else average.value
 
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
@@ -2714,6 +2715,7 @@ def chosen(facts: Facts, *names: str) -> Facts:
 
 
 FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
 FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
 
 
@@ -2828,14 +2830,15 @@ class FormQuestion(Question):
 
 
 def read_form(body: bytes, content_type: str, priority_header: str | None) -> FormQuestion:
-    """A request in a form (RFC 7578), of which only the short members are looked at."""
+    """A request in a form (RFC 7578): its short members, which stand before or behind the file."""
     media, _, told = content_type.partition("boundary=")
     boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
     if not media.lower().startswith("multipart/form-data") or not boundary:
         raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    ends = body if len(body) <= 2 * FORM_END else body[:FORM_END] + body[-FORM_END:]
     values = {
         name: value.decode("utf-8", "replace").strip()
-        for head, value in re.findall(FORM_PART % (boundary, boundary), body)
+        for head, value in re.findall(FORM_PART % (boundary, boundary), ends)
         for name in FORM_NAME.findall(head)
     }
     model, stream = values.get(b"model", ""), values.get(b"stream", "").lower() == "true"
