@@ -2761,16 +2761,18 @@ MESSAGE_MEMBERS = shapes(
 
 
 def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
-    """These members without those that are null; BadRequest names one that is not what it must be.
+    """These members, or all, without those that are null; BadRequest for one that is wrong.
 
     `at` is where they stand in the request.
     """
-    found = chosen(facts, *names)
-    for name, value in found.items():
-        words, fits = members[name]
-        if not fits(value):
-            raise BadRequest(f"{at}{name} is {words}", param=at + name)
-        found[name] = whole_number(value) if words == WHOLE[0] else value
+    found = {}
+    for name in names or members:
+        value = facts.get(name)
+        if value is not None:
+            words, fits = members[name]
+            if not fits(value):
+                raise BadRequest(f"{at}{name} is {words}", param=at + name)
+            found[name] = whole_number(value) if words is WHOLE[0] else value
     return found
 
 
@@ -3269,7 +3271,8 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     for message, facts, place in zip(messages, told, places):
         role, content, calls = facts.get("role"), message.get("content"), facts.get("tool_calls")
         more = {"thinking": facts.get("reasoning") or None}
-        more["tool_calls"] = retold(calls, lambda call, _: ollama_tool_call(call), place) or None
+        if calls:
+            more["tool_calls"] = retold(calls, lambda call, _: ollama_tool_call(call), place)
         if role == "tool":
             more.update(taken(message, MESSAGE_MEMBERS, "tool_call_id", at=place))
             more["tool_name"] = facts.get("name") or names.get(message.get("tool_call_id"))
@@ -3505,14 +3508,14 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
         at = f"messages[{index}]."
-        told = taken(message, MESSAGE_MEMBERS, *MESSAGE_MEMBERS, "content", at=at)
+        told = taken(message, MESSAGE_MEMBERS, at=at)
         facts = {"role": told.get("role"), "content": openai_content(told)}
         facts["reasoning_content"] = told.get("thinking") or None
-        tell = functools.partial(openai_tool_call, among=str(index))
-        calls = retold(told.get("tool_calls"), tell, at)
-        for call in calls:
-            unanswered.add(call["id"], call["function"]["name"])
-        facts["tool_calls"] = calls or None
+        if "tool_calls" in told:
+            tell = functools.partial(openai_tool_call, among=str(index))
+            facts["tool_calls"] = retold(told["tool_calls"], tell, at) or None
+            for call in facts["tool_calls"] or ():
+                unanswered.add(call["id"], call["function"]["name"])
         if facts["role"] == "tool":
             facts["tool_call_id"] = unanswered.take(told.get("tool_name"), told.get("tool_call_id"))
         translated.append(chosen(facts))

@@ -48,7 +48,7 @@ BUDGET = {
     "Forecast": 65,
     "Messages": 300,
     "Bodies": 250,
-    "Dialects": 425,
+    "Dialects": 430,
     "OpenAI": 55,
     "Ollama": 60,
     "Anthropic": 65,
