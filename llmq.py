@@ -292,6 +292,13 @@ def plural(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
+def whole_number(value: object) -> int | None:
+    """The integer that a number of JSON is, also when it is written 128.0; None for all else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
 def printable(text: str, limit: int = 128) -> str:
     """What may stand in a log line or a terminal: no control characters, no endless names."""
     short = text if len(text) <= limit else text[: limit - 1] + "…"
@@ -314,14 +321,21 @@ class Average:
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 RESPONSES, RERANK, MESSAGES = "/v1/responses", "/v1/rerank", "/v1/messages"
-COUNT_TOKENS = "/v1/messages/count_tokens"
+COUNT_TOKENS, TRANSCRIPTIONS = "/v1/messages/count_tokens", "/v1/audio/transcriptions"
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
 LMSTUDIO = "/api/v0/models"
-COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES})
+COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, TRANSCRIPTIONS})
 EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context only if they ask
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
+
+
+# What runners have of Ollama's options on /v1, beyond OpenAI's: Ollama's name, and their own.
+USUAL_OPTIONS = {name: name for name in ("top_k", "min_p", "typical_p", "repeat_penalty")}
+LLAMACPP_OPTIONS = {**USUAL_OPTIONS, "repeat_last_n": "repeat_last_n", "num_keep": "n_keep"}
+VLLM_OPTIONS = {"top_k": "top_k", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
+LMSTUDIO_OPTIONS = {"top_k": "top_k", "repeat_penalty": "repeat_penalty"}
 
 
 class Kind(NamedTuple):
@@ -330,9 +344,10 @@ class Kind(NamedTuple):
     url: str = ""  # where it listens by default
     owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
     mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
-    loaded_path: str = ""  # what tells the loaded models; none: all it has are loaded
+    loaded_path: str = ""  # what tells the loaded models; none: its list of models does
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
+    options: Mapping[str, str] = USUAL_OPTIONS
 
 
 RUNNERS = (
@@ -345,10 +360,21 @@ RUNNERS = (
         native=True,
     ),
     Kind(
-        "lmstudio", COMMON, "http://127.0.0.1:1234", mark=(LMSTUDIO, "data"), loaded_path=LMSTUDIO
+        "lmstudio",
+        COMMON,
+        "http://127.0.0.1:1234",
+        mark=(LMSTUDIO, "data"),
+        loaded_path=LMSTUDIO,
+        options=LMSTUDIO_OPTIONS,
     ),
-    Kind("llamacpp", url="http://127.0.0.1:8080", owner="llamacpp", counts_tokens=True),
-    Kind("vllm", url="http://127.0.0.1:8000", owner="vllm", counts_tokens=True),
+    Kind(
+        "llamacpp",
+        url="http://127.0.0.1:8080",
+        owner="llamacpp",
+        counts_tokens=True,
+        options=LLAMACPP_OPTIONS,
+    ),
+    Kind("vllm", EVERY, "http://127.0.0.1:8000", "vllm", counts_tokens=True, options=VLLM_OPTIONS),
     Kind("openai"),  # whatever else has /v1/models
 )
 KINDS = {kind.name: kind for kind in RUNNERS}
@@ -368,14 +394,22 @@ def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
     return next((kind.name for kind in KINDS.values() if kind.owner and kind.owner in owners), "")
 
 
-def read_loaded(kind: str, models: tuple[str, ...], payload: Any) -> tuple[str, ...]:
-    """The loaded models, as the runner's answer at its `loaded_path` tells."""
-    if not KINDS[kind].loaded_path:
-        return models
+def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
+    """The loaded models, as the runner's answer at its `loaded_path`, or its list of them, tells.
+
+    A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
+    mode says it of each.
+    """
     try:
         if KINDS[kind].native:
             return tuple(str(row["name"]) for row in payload["models"])
-        return tuple(str(row["id"]) for row in payload["data"] if row.get("state") == "loaded")
+        rows = payload["data"]
+        if KINDS[kind].loaded_path:
+            return tuple(str(row["id"]) for row in rows if row.get("state") == "loaded")
+        unsaid = {"value": "loaded"}
+        return tuple(
+            str(row["id"]) for row in rows if row.get("status", unsaid)["value"] == "loaded"
+        )
     except (TypeError, KeyError, AttributeError):
         return ()
 
@@ -988,6 +1022,8 @@ UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried ag
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
 Rows = tuple[dict[str, Any], ...]  # models as a runner lists them
 NAMES = ("id", "name", "model")  # the members of such a row that name it
+REGISTRY = "registry.ollama.ai/"  # Ollama's default, as are `library/` and `:latest`
+CLOUD = (":cloud", "-cloud")  # how names end that Ollama sends on, whether it lists them or not
 
 
 class State(enum.Enum):
@@ -1025,8 +1061,9 @@ class Report:
 
 
 def model_key(name: str) -> str:
-    """Names that differ only in case or in a `:latest` tail mean the same model."""
-    return name.lower().removesuffix(":latest")
+    """Names mean the same model in any case, with or without what Ollama takes for granted."""
+    bare = name.lower().removeprefix(REGISTRY).removeprefix("library/")
+    return bare.removesuffix(":latest")
 
 
 class Want(NamedTuple):
@@ -1133,14 +1170,17 @@ class Backend:
     def usable(self) -> bool:
         return self.state is State.UP and not self.draining and not self.needs_probe
 
+    def has(self, key: str) -> bool:
+        return key in self.models or (key.endswith(CLOUD) and self.traits.native)
+
     def may_have(self, key: str) -> bool:
         """Whether it has the model, or has never told which it has."""
-        return key in self.models or not self.models_known
+        return not self.models_known or self.has(key)
 
     def name_for(self, asked: str) -> str:
-        """The model's name as this backend spells it."""
+        """What to call the model here: as the client does, where this backend takes that."""
         names = self.models.get(model_key(asked), [asked])
-        return asked if asked in names else names[0]
+        return asked if asked in names or self.traits.native else names[0]
 
     def is_loaded(self, key: str) -> bool:
         return self.report is not None and key in map(model_key, self.report.loaded)
@@ -1338,7 +1378,7 @@ class Fleet:
         able = [
             backend
             for backend in self.backends.values()
-            if key in backend.models
+            if backend.has(key)
             and backend.usable
             and (not routes or backend.route_for(routes, key))
         ]
@@ -1346,10 +1386,12 @@ class Fleet:
             able = [backend for backend in able if backend is not avoid] or able
         return [backend for backend in able if backend.room > 0]
 
-    def startable_models(self) -> set[str]:
-        """Keys of the models that a request could start for now, as far as slots go."""
-        free = [each.models for each in self.backends.values() if each.usable and each.room > 0]
-        return {key for models in free for key in models}
+    def startable_models(self, waiting: Iterable[str]) -> set[str]:
+        """Of these keys of models those that a request could start for, as far as slots go."""
+        free = [each for each in self.backends.values() if each.usable and each.room > 0]
+        listed = {key for each in free for key in each.models}
+        cloud = any(each.traits.native for each in free)
+        return {key for key in waiting if key in listed or (cloud and key.endswith(CLOUD))}
 
     def has_room(self) -> bool:
         for device in self.devices.values():  # noqa: SIM110 - at half the cost
@@ -1369,11 +1411,16 @@ class Fleet:
         down = all(backend.state is State.DOWN for backend in serving)
         return max([self.shrunk, *(backend.since for backend in serving)]) if down else None
 
+    def lists(self, asked: str) -> bool:
+        """Whether some backend has told that it has the model."""
+        key = model_key(asked)
+        return any(key in backend.models for backend in self.backends.values())
+
     def knows(self, asked: str) -> bool | None:
         """True: some backend has the model.  False: all have told and none has.  None: not sure."""
         key = model_key(asked)
         enabled = [each for each in self.backends.values() if each.state is not State.REFUSED]
-        if any(key in backend.models for backend in enabled):
+        if any(backend.has(key) for backend in enabled):
             return True
         return False if enabled and all(each.models_known for each in enabled) else None
 
@@ -1552,7 +1599,7 @@ class Scheduler:
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
-        self.services: dict[str, Average] = {}  # the same by model key
+        self.services: dict[tuple[str, str], Average] = {}  # the same by model key and device
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
@@ -1675,7 +1722,7 @@ class Scheduler:
             if not models:
                 continue
             best: tuple[Ticket, Backend] | None = None
-            names = models if len(models) < FEW else models.keys() & self.fleet.startable_models()
+            names = models if len(models) < FEW else self.fleet.startable_models(models)
             for want, group in [item for name in names for item in models[name].items()]:
                 head = group.head()
                 if best is not None and best[0].number < head.number:
@@ -1718,15 +1765,16 @@ class Scheduler:
         error.retry_after = self.predicted_wait()
         raise error
 
-    def note_service(self, key: str, seconds: float) -> None:
-        """A request for this model has run so long."""
+    def note_service(self, key: str, seconds: float, device: str) -> None:
+        """A request for this model has run so long there."""
         self.service.add(seconds)
-        if len(self.services) < MODELS_MEASURED or key in self.services:
-            self.services.setdefault(key, Average()).add(seconds)
+        if len(self.services) < MODELS_MEASURED or (key, device) in self.services:
+            self.services.setdefault((key, device), Average()).add(seconds)
 
-    def service_of(self, key: str) -> float | None:
-        """Seconds that requests for this model run; None before the first has ended."""
-        return self.services[key].value if key in self.services else None
+    def service_of(self, key: str, device: str) -> float | None:
+        """Seconds that requests for this model run there; None before the first has ended."""
+        average = self.services.get((key, device))
+        return None if average is None else average.value
 
     def predicted_wait(self) -> int:
         """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
@@ -1806,7 +1854,8 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
     ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
     for ticket in scheduler.running.values():
         if ticket.backend is not None:
-            took, device = scheduler.service_of(ticket.model), ticket.backend.device.name
+            device = ticket.backend.device.name
+            took = scheduler.service_of(ticket.model, device)
             left = None if took is None else max(0.0, took - (now - ticket.started))
             ahead[device] = add_known(ahead.get(device, 0.0), left)
     # What all of one class share that want the same is found once.
@@ -1822,7 +1871,7 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
         before = ahead.get(name, 0.0)
         eta = None if before is None or reason in HELD else before / slots
         result[ticket.id] = Expected(position, eta, reason)
-        ahead[name] = add_known(before, scheduler.service_of(ticket.model))
+        ahead[name] = add_known(before, scheduler.service_of(ticket.model, name))
     return result
 
 
@@ -2566,11 +2615,10 @@ def check_messages(values: Mapping[str, Any]) -> None:
 
 def parse_context(value: Any, param: str) -> int:
     """Tokens of context; 0 where none is asked for, as by 0 or less in Ollama."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int):
+    tokens = 0 if value is None else whole_number(value)
+    if tokens is None:
         raise BadRequest(f"{param} is a whole number", param=param)
-    return max(0, value)
+    return max(0, tokens)
 
 
 # ==== 12. Dialects ================================================================================
@@ -2586,6 +2634,10 @@ USAGE = (  # where an answer may tell its tokens: a member, and the names for an
     ("usage", "output_tokens", "input_tokens"),
     ("timings", "predicted_n", "prompt_n"),  # llama.cpp's, where there is no usage
     ("", "eval_count", "prompt_eval_count"),
+)
+RATES = (  # where it may tell what they took: a member, the count, the time and its unit
+    ("timings", "predicted_n", "predicted_ms", 1e3),
+    ("", "eval_count", "eval_duration", 1e9),
 )
 UNKNOWN_ROUTE = re.compile(  # what runners answer to a path that they do not have
     r"(404 )?((page|file|path|route|url|endpoint) )?not found\.?|unexpected endpoint.*"
@@ -2733,12 +2785,27 @@ def read_usage(document: Any) -> tuple[int | None, int | None]:
     for member, *names in USAGE:
         place = document.get(member) if member else document
         for at, name in enumerate(names) if isinstance(place, dict) else ():
-            tokens = place.get(name)
-            if counts[at] is None and type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
+            tokens = whole_number(place.get(name))
+            if counts[at] is None and tokens is not None and 0 <= tokens <= MOST_TOKENS:
                 counts[at] = tokens
         if None not in counts:
             break
     return counts[0], counts[1]
+
+
+def read_rate(document: Any) -> float | None:
+    """Tokens per second of an answer, where its runner tells what it took."""
+    for member, counted, spent, per_second in RATES:
+        place = look_up(document, member) if member else document
+        tokens, took = measured(look_up(place, counted)), measured(look_up(place, spent))
+        if tokens and took:
+            return measured(tokens / took * per_second)
+    return None
+
+
+def measured(value: Any) -> float | None:
+    """What a runner says that it has counted or timed; None where that cannot be."""
+    return value if type(value) in (int, float) and 0 < value < MOST_TOKENS else None
 
 
 def read_whole(body: bytes) -> dict[str, Any] | None:
@@ -2756,6 +2823,17 @@ def read_whole(body: bytes) -> dict[str, Any] | None:
     return document
 
 
+def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
+    """Puts the model that was asked for in place of the backend's name, once in a line.
+
+    Texts have their quotes escaped; what a tool's arguments say of a model comes behind it.
+    """
+    name = re.escape(json.dumps(told, ensure_ascii=False).encode())
+    place = re.compile(rb'^([^\n]*?"model" ?: ?)' + name, re.MULTILINE)
+    shown = json.dumps(asked).encode()
+    return functools.partial(place.sub, lambda found: found[1] + shown)
+
+
 class StreamWatch:
     """Looks through a stream that passes by, byte for byte, and shows the client whole events.
 
@@ -2768,6 +2846,7 @@ class StreamWatch:
         self.pieces = 0
         self.tokens: int | None = None
         self.tokens_in: int | None = None  # of the prompt
+        self.rate: float | None = None  # tokens per second, as the runner tells
         self.ended = b""  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
         self.inside = False  # what was shown ends inside an event, too long to be held
@@ -2812,6 +2891,7 @@ class StreamWatch:
                 return event
             tokens, tokens_in = read_usage(document)
             self.tokens, self.tokens_in = tokens or self.tokens, tokens_in or self.tokens_in
+            self.rate = read_rate(document) or self.rate
             at += len(line)
             event = at if self.dialect.line_events or not line.strip() else event
         return at
@@ -2825,6 +2905,77 @@ class StreamWatch:
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
         return self.ended
+
+
+Facts = dict[str, Any]
+Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
+
+
+def chosen(facts: Facts, *names: str) -> Facts:
+    """These members, or all where none is named, without those that are null."""
+    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
+
+
+FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
+FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
+
+
+def is_one_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in types
+
+
+is_number = is_one_of(int, float)
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def shapes(*rows: tuple[str, Callable[[Any], bool], str]) -> Shapes:
+    """What members must be, by their names: in words, and as a test of what is not null."""
+    return {name: (words, fits) for words, fits, names in rows for name in names.split()}
+
+
+WHOLE = ("a whole number", lambda value: whole_number(value) is not None)
+TEXT, OBJECT = ("a text", is_one_of(str)), ("an object", is_one_of(dict))
+LIST, TEXTS = ("a list", is_one_of(list)), ("a list of texts", are_texts)
+MEMBERS = shapes(
+    (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
+    (*WHOLE, "top_k repeat_last_n"),
+    ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
+    ("a number", is_number, "min_p typical_p repeat_penalty"),
+    ("true or false", is_one_of(bool), "logprobs"),
+    ("true, false or an effort", is_one_of(bool, str), "think"),
+    ("a text or a number", is_one_of(str, int, float), "keep_alive"),
+    ("a text or a list of texts", lambda stop: type(stop) is str or are_texts(stop), "stop"),
+    ('"json" or an object', lambda form: form in ("", "json") or type(form) is dict, "format"),
+    ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
+    (*TEXT, "reasoning_effort effort prompt suffix"),
+    (*OBJECT, "response_format reasoning stream_options"),
+    (*LIST, "tools"),
+)
+MESSAGE_MEMBERS = shapes(
+    (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
+    (*LIST, "tool_calls"),
+    (*TEXTS, "images"),
+)
+
+
+def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
+    """These members, or all, without those that are null; BadRequest for one that is wrong.
+
+    `at` is where they stand in the request.
+    """
+    found = {}
+    for name in names or members:
+        value = facts.get(name)
+        if value is not None:
+            words, fits = members[name]
+            if not fits(value):
+                raise BadRequest(f"{at}{name} is {words}", param=at + name)
+            found[name] = whole_number(value) if words is WHOLE[0] else value
+    return found
 
 
 class Endpoint(NamedTuple):
@@ -2858,10 +3009,7 @@ def read_question(
         if options is LARGE["{"]:
             raise BadRequest("options holds too many values", param="options")
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
-        asked = options.get("num_ctx")
-        if isinstance(asked, float) and asked.is_integer():
-            asked = int(asked)  # Ollama takes 4096.0
-        context = max(context, parse_context(asked, "options.num_ctx"))
+        context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
     empty = endpoint.content != "" and not values.get(endpoint.content)
     order = "unload" if values.get("keep_alive") in UNLOADS else "load"
@@ -2879,6 +3027,30 @@ def read_question(
         large=len(body) > MANY_VALUES and is_large(values),
     )
     return question, values
+
+
+class FormQuestion(Question):
+    """What comes as a form, files and all: it is passed on as it is."""
+
+    def body_for(self, model: str, context: int = 0) -> bytes:  # noqa: ARG002 - as of the others
+        return self.body
+
+
+def read_form(body: bytes, content_type: str, priority_header: str | None) -> FormQuestion:
+    """A request in a form (RFC 7578): its short members, which stand before or behind the file."""
+    media, _, told = content_type.partition("boundary=")
+    boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
+    if not media.lower().startswith("multipart/form-data") or not boundary:
+        raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    ends = body if len(body) <= 2 * FORM_END else body[:FORM_END] + body[-FORM_END:]
+    values = {
+        name: value.decode("utf-8", "replace").strip()
+        for head, value in re.findall(FORM_PART % (boundary, boundary), ends)
+        for name in FORM_NAME.findall(head)
+    }
+    model, stream = values.get(b"model", ""), values.get(b"stream", "").lower() == "true"
+    check_common({"model": model})
+    return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
 # ==== 13. OpenAI ==================================================================================
@@ -2912,18 +3084,24 @@ class OpenAiResponses(OpenAi):
         return {**facts, "type": "error", "sequence_number": 0, "error": facts}
 
 
-def check_texts(name: str, values: Mapping[str, Any]) -> None:
-    if not isinstance(values.get(name), (str, list)):
-        raise BadRequest(f"{name} is a text or a list", param=name)
+def needs(name: str, other: str) -> Callable[[Mapping[str, Any]], None]:
+    """A check that there is a text or a list, or else what vLLM takes in its place."""
+
+    def check(values: Mapping[str, Any]) -> None:
+        if not isinstance(values.get(name), (str, list)) and not values.get(other):
+            raise BadRequest(f"{name} is a text or a list", param=name)
+
+    return check
 
 
 OPENAI = OpenAi()
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, functools.partial(check_texts, "prompt")),
-    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, functools.partial(check_texts, "input"), None),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, needs("prompt", "prompt_embeds")),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
     Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
     Endpoint((RERANK,), OPENAI, lambda _: None),
+    Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
 )
 
 
@@ -3061,10 +3239,10 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
 IMAGE_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp|gif))?;base64,(.*)", re.DOTALL)
 IMAGE_TYPES = {"/9j/": "jpeg", "iVBOR": "png", "UklGR": "webp", "R0lGOD": "gif"}  # base64's start
 EFFORTS = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}
-# The same names on both sides; the last four runners take on /v1 too, Ollama does not.
+# OpenAI's and Ollama's names alike.
 SAMPLING = ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty")
-LOCAL_SAMPLING = ("top_k", "min_p", "typical_p", "repeat_penalty")
-Facts = dict[str, Any]
+# What Go's encoder escapes; Ollama's /v1 shows it in the arguments of a tool call.
+GO_ESCAPES = str.maketrans({each: f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"})
 # What a translator raises where a document is not what it must be.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
@@ -3072,11 +3250,6 @@ MALFORMED = (LookupError, TypeError, ValueError, AttributeError, RecursionError,
 def rfc3339(seconds: float) -> str:
     """A time in UTC, as Ollama writes it."""
     return time.strftime(f"%Y-%m-%dT%H:%M:%S.{int(seconds % 1 * 1e6):06}Z", time.gmtime(seconds))
-
-
-def chosen(facts: Facts, *names: str) -> Facts:
-    """These members, or all where none is named, without those that are null."""
-    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
 class Translator:
@@ -3088,10 +3261,12 @@ class Translator:
     whole: Callable[[Facts], Facts]  # a whole answer
     piece: Callable[[Facts], bytes]  # one event of a stream
     end: Callable[[], bytes]  # what follows the last event, once the stream has ended well
+    runner: Kind = KINDS["openai"]  # what is asked
 
     def __init__(self, question: Facts, model: str, context: int, now: Callable[[], float]) -> None:
         self.question = question
         self.model = model  # as the backend calls it
+        self.told = look_up(question, "model") or model  # as the client does
         self.context = context  # tokens, 0: the backend's own
         self.now = now  # the wall clock
         self.began = now()
@@ -3101,6 +3276,9 @@ class Translator:
         self.gathered = 0  # characters of their arguments
         self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
         self._line = b""  # the incomplete last line of a stream
+
+    def taken(self, *names: str) -> Facts:
+        return taken(self.question, MEMBERS, *names)
 
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
@@ -3138,17 +3316,17 @@ class Translator:
             raise BackendError("the backend's answer is not what its dialect has") from None
 
 
-def openai_tool_call(ident: str, call: Facts) -> Facts:
+def openai_tool_call(call: Facts, place: int, among: str) -> Facts:
     """A tool call of Ollama's; OpenAI has its arguments as a text."""
     function = call["function"]
     text = function.get("arguments") or {}
     if not isinstance(text, str):
         text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
-    facts = {"name": function["name"], "arguments": text}
-    return {"id": call.get("id") or ident, "type": "function", "function": facts}
+    facts = {"name": called(function), "arguments": text}
+    return {"id": call.get("id") or f"call_{among}_{place}", "type": "function", "function": facts}
 
 
-def ollama_tool_call(call: Facts, **place: int) -> Facts:
+def ollama_tool_call(call: Facts, place: int | None = None) -> Facts:
     """The reverse; ValueError where its arguments are no object, however they are written."""
     function = call["function"]
     arguments = function.get("arguments") or {}
@@ -3156,19 +3334,30 @@ def ollama_tool_call(call: Facts, **place: int) -> Facts:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a tool call are not an object")
-    if not isinstance(function["name"], str):
-        raise ValueError("a tool call names no function")
-    facts = {**place, "name": function["name"], "arguments": arguments}
+    facts = chosen({"index": place, "name": called(function), "arguments": arguments})
     return chosen({"id": call.get("id"), "function": facts})
 
 
-def understood_calls(calls: Iterable[Facts]) -> list[Facts]:
-    """The tool calls of an answer for Ollama; one that was cut is lost, not the text beside it."""
+def called(function: Facts) -> str:
+    if not isinstance(function["name"], str):
+        raise ValueError("a tool call names no function")
+    return function["name"]
+
+
+def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> list[Facts]:
+    """Tool calls in the other words, `tell` for each.
+
+    One that is not understood is refused where it stands `at` this place of a request; in an answer
+    it is lost, not the text beside it.
+    """
     found: list[Facts] = []
-    for call in calls:
+    for place, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else ()):
         try:
-            found.append(ollama_tool_call(call, index=len(found)))
+            found.append(tell(call, len(found)))
         except MALFORMED:  # noqa: PERF203 - one that is bad costs no other
+            if at:
+                words = f"{at}tool_calls[{place}] has no name, or its arguments are no object"
+                raise BadRequest(words, param=f"{at}tool_calls") from None
             log.warning("a tool call of an answer is left out: it was cut, or is not understood")
     return found
 
@@ -3184,19 +3373,20 @@ class ToOllama(Translator):
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
-        asked = self.question
-        stop, limit = asked.get("stop"), asked.get("max_tokens")
-        options: Facts = {"temperature": 1.0, "top_p": 1.0, **chosen(asked, *SAMPLING)}
+        self.taken("stream_options")
+        stop = self.taken("stop").get("stop")
+        limits = self.taken("max_completion_tokens", "max_tokens")
+        options: Facts = {"temperature": 1.0, "top_p": 1.0, **self.taken(*SAMPLING)}
         options["stop"] = [stop] if isinstance(stop, str) else stop
-        options["num_predict"] = asked.get("max_completion_tokens") if limit is None else limit
+        options["num_predict"] = limits.get("max_tokens", limits.get("max_completion_tokens"))
         options["num_ctx"] = self.context or None
-        facts = {"model": self.model, "options": chosen(options), **chosen(asked, "keep_alive")}
-        return {**facts, "stream": bool(asked.get("stream"))}
+        facts = {"model": self.model, "options": chosen(options), **self.taken("keep_alive")}
+        return {**facts, "stream": bool(self.question.get("stream"))}
 
     def frame(self, kind: str, choices: list[Facts], counts: Facts | None) -> Facts:
         """An answer or a chunk of one; `counts` is what Ollama says with the usage in it."""
         facts: Facts = {"id": f"{self.prefix}-{self.id}", "object": kind}
-        facts.update(created=int(self.began), model=self.model)
+        facts.update(created=int(self.began), model=self.told)
         facts.update(system_fingerprint="fp_ollama", choices=choices)
         return facts if counts is None else {**facts, "usage": self.usage(counts)}
 
@@ -3226,84 +3416,105 @@ class ChatToOllama(ToOllama):
     _first = True  # no delta sent yet
 
     def request(self) -> Facts:
-        asked, form = self.question, self.question.get("response_format")
-        effort = look_up(asked, "reasoning", "effort")
-        effort = asked.get("reasoning_effort") if effort is None else effort
-        schema = look_up(form, "json_schema", "schema")
+        asked = self.taken("response_format", "reasoning", "reasoning_effort")
+        form = look_up(asked, "response_format", "type")
+        effort = asked.get("reasoning_effort")
+        if "reasoning" in asked:
+            effort = taken(asked["reasoning"], MEMBERS, "effort", at="reasoning.").get("effort")
+        schema = look_up(asked, "response_format", "json_schema", "schema")
         return {
             **self.common(),
-            **chosen(asked, "tools", "logprobs", "top_logprobs"),
-            "messages": ollama_messages(asked["messages"]),
-            "format": "json" if look_up(form, "type") == "json_object" else schema,
-            "think": EFFORTS.get(effort, effort) if effort and isinstance(effort, str) else None,
+            **self.taken("tools", "logprobs", "top_logprobs"),
+            "messages": ollama_messages(self.question["messages"]),
+            "format": {"json_object": "json", "json_schema": schema}.get(str(form)),
+            "think": EFFORTS.get(effort, effort) if effort else None,
         }
 
     def choices(self, answer: Facts, whole: bool) -> Iterator[Facts]:
-        """Ollama streams reasoning, the rest and the end as a delta each."""
-        message = answer["message"]
-        calls = [self.tool_call(call) for call in message.get("tool_calls") or ()]
+        """Of a stream, a delta for each event, two where reasoning stands beside the rest, an end.
+
+        What has nothing but the counts is no delta, unless it is all that comes.
+        """
+        done = answer.get("done") is True
+        message = answer.get("message") or {} if done else answer["message"]
+        calls = retold(message.get("tool_calls"), self.tool_call)
         reasoning = chosen({"reasoning": message.get("thinking") or None})
-        content = chosen({"content": message.get("content") or None, "tool_calls": calls or None})
+        told = {"content": message.get("content") or "", **chosen({"tool_calls": calls or None})}
         if whole:
-            facts = {"role": message["role"], "content": "", **reasoning, **content}
+            facts = {"role": message.get("role", "assistant"), **reasoning, **told}
             yield self.wrap("message", facts, answer, ends=True)
             return
-        for delta in filter(None, (reasoning, content)):
-            role = {"role": "assistant", "content": ""} if self._first else {}
-            self._first = False
-            yield self.wrap("delta", {**role, **delta}, answer)
-        if answer.get("done") is True:
+        heard = bool(told["content"] or calls)
+        if heard or reasoning or answer.get("logprobs") or self._first or not done:
+            deltas = [reasoning, told] if reasoning and heard else [{**reasoning, **told}]
+            for place, delta in enumerate(deltas):
+                role = {"role": "assistant"} if self._first else {}
+                self._first = False
+                yield self.wrap("delta", {**role, **delta}, {} if place else answer)
+        if done:
             yield self.wrap("delta", {}, answer, ends=True)
 
     def wrap(self, name: str, message: Facts, answer: Facts, *, ends: bool = False) -> Facts:
         reason = answer.get("done_reason") or "stop"
-        reason = "tool_calls" if self.calls and reason != "length" else reason
+        reason = "tool_calls" if self.calls and reason == "stop" else reason
         choice: Facts = {"index": 0, name: message, "finish_reason": reason if ends else None}
         if message and answer.get("logprobs"):
             choice["logprobs"] = {"content": answer["logprobs"]}
         return choice
 
-    def tool_call(self, call: Facts) -> Facts:
+    def tool_call(self, call: Facts, _: int) -> Facts:
         place = len(self.calls)
-        facts = self.calls[place] = openai_tool_call(f"call_{self.id}_{place}", call)
+        facts = self.calls[place] = openai_tool_call(call, place, self.id)
+        facts["function"]["arguments"] = facts["function"]["arguments"].translate(GO_ESCAPES)
         return {**facts, "index": call["function"].get("index", place)}
 
 
 def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     translated: list[Facts] = []
+    places = [f"messages[{index}]." for index in range(len(messages))]
+    told = [
+        taken(message, MESSAGE_MEMBERS, "role", "name", "reasoning", "tool_calls", at=place)
+        for message, place in zip(messages, places)
+    ]
     names = {  # of the functions called; of two calls with one id the last counts
-        call["id"]: look_up(call, "function", "name")
-        for message in messages
-        for call in message.get("tool_calls") or ()
-        if call.get("id")
+        call.get("id"): look_up(call, "function", "name")
+        for facts in told
+        for call in facts.get("tool_calls", ())
+        if isinstance(call, dict)
     }
-    for message in messages:
-        role, content, calls = map(message.get, ("role", "content", "tool_calls"))
-        facts = {"thinking": message.get("reasoning") or None}
-        facts["tool_calls"] = [ollama_tool_call(call) for call in calls] if calls else None
+    for message, facts, place in zip(messages, told, places):
+        role, content, calls = facts.get("role"), message.get("content"), facts.get("tool_calls")
+        more = {"thinking": facts.get("reasoning") or None}
+        if calls:
+            more["tool_calls"] = retold(calls, lambda call, _: ollama_tool_call(call), place)
         if role == "tool":
-            facts["tool_call_id"] = message.get("tool_call_id")
-            facts["tool_name"] = message.get("name") or names.get(facts["tool_call_id"])
-        if calls is None and not isinstance(content, (str, list)):
-            raise BadRequest("content is a text or a list of parts", param="messages")
+            more.update(taken(message, MESSAGE_MEMBERS, "tool_call_id", at=place))
+            more["tool_name"] = facts.get("name") or names.get(message.get("tool_call_id"))
+        if not isinstance(content, (str, list)) and (calls is None or content is not None):
+            raise BadRequest(f"{place}content is a text or a list", param=f"{place}content")
         if not content or not isinstance(content, list):
             content = [{"type": "text", "text": content or ""}]
-        translated += [{"role": role, **ollama_part(part)} for part in content]
-        translated[-1].update(chosen(facts))
+        translated += [{"role": role, **ollama_part(part, place)} for part in content]
+        translated[-1].update(chosen(more))
     return translated
 
 
-def ollama_part(part: Any) -> Facts:
-    kind, text, url = (look_up(part, name) for name in ("type", "text", "image_url"))
+def ollama_part(part: Any, at: str) -> Facts:
+    """A part of a content; Ollama has sounds among the images."""
+    kind, text = look_up(part, "type"), look_up(part, "text")
+    url, sound = look_up(part, "image_url"), look_up(part, "input_audio", "data")
     if kind == "text" and isinstance(text, str):
         return {"content": text}
+    if kind == "input_audio" and isinstance(sound, str):
+        return {"content": "", "images": [sound]}
     if kind != "image_url":
-        raise BadRequest("a part of a content is a text or an image_url", param="messages")
+        words = "a part of a content is a text, an image_url or an input_audio with its data"
+        raise BadRequest(words, param=f"{at}content")
     url = url.get("url") if isinstance(url, dict) else url
     match = IMAGE_URL.fullmatch(url) if isinstance(url, str) else None
     if not match:
-        raise BadRequest("an image is a data: url; llmq fetches nothing", param="messages")
+        raise BadRequest("an image is a data: url; llmq fetches nothing", param=f"{at}content")
     return {"content": "", "images": [match[1]]}
 
 
@@ -3312,15 +3523,16 @@ class CompletionToOllama(ToOllama):
     blank_usage = True
 
     def request(self) -> Facts:
-        prompt, probs = self.question["prompt"], self.question.get("logprobs") or None
+        prompt = self.question.get("prompt")
+        probs = taken(self.question, {"logprobs": WHOLE}, "logprobs").get("logprobs") or None
         if not isinstance(prompt, str):
             raise Untranslatable("Ollama takes one prompt, a text", param="prompt")
-        facts = {**self.common(), **chosen(self.question, "suffix"), "prompt": prompt}
+        facts = {**self.common(), **self.taken("suffix"), "prompt": prompt}
         facts["options"] = {"frequency_penalty": 0, "presence_penalty": 0, **facts["options"]}
         return {**facts, "logprobs": probs and True, "top_logprobs": probs}
 
     def choices(self, answer: Facts, _whole: bool) -> list[Facts]:
-        reason = answer.get("done_reason") or None
+        reason = answer.get("done_reason") or ("stop" if answer.get("done") is True else None)
         return [{"text": answer["response"], "index": 0, "finish_reason": reason}]
 
 
@@ -3329,11 +3541,12 @@ class EmbeddingsToOllama(Translator):
     source = OLLAMA
 
     def request(self) -> Facts:
-        texts = self.question["input"]
-        if isinstance(texts, list) and not all(isinstance(text, str) for text in texts):
+        texts = self.question.get("input")
+        if not isinstance(texts, str) and not are_texts(texts):
             raise Untranslatable("Ollama embeds texts, not tokens", param="input")
+        self.taken("encoding_format")
         options = {"num_ctx": self.context} if self.context else None
-        facts = chosen(self.question, "input", "dimensions", "keep_alive")
+        facts = {**self.taken("dimensions", "keep_alive"), "input": texts or [""]}
         return {**facts, "model": self.model, "options": options}
 
     def whole(self, answer: Facts) -> Facts:
@@ -3345,7 +3558,7 @@ class EmbeddingsToOllama(Translator):
         ]
         tokens = answer.get("prompt_eval_count", 0)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+        return {"object": "list", "data": data, "model": self.told, "usage": usage}
 
 
 def pack_floats(numbers: Sequence[float]) -> str:
@@ -3361,6 +3574,7 @@ class ToOpenAi(Translator):
     said: Callable[[Facts, Any], Facts]  # a choice and its content in Ollama's words
     finish_reason: str | None = None  # once it has come
     usage: Mapping[str, Any] = {}  # likewise
+    timings: Mapping[str, Any] = {}  # likewise, llama.cpp's
 
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
@@ -3369,25 +3583,29 @@ class ToOpenAi(Translator):
         return self.question[name]
 
     def common(self) -> Facts:
-        options = self.question.get("options") or {}
-        limit, stream = options.get("num_predict"), self.question.get("stream", True) is not False
+        options, names = self.question.get("options") or {}, self.runner.options
+        told = taken(options, MEMBERS, "num_predict", "stop", *SAMPLING, *names, at="options.")
+        limit, stream = told.pop("num_predict", -1), self.question.get("stream", True) is not False
         return {
             "model": self.model,
             "stream": stream,
             "stream_options": {"include_usage": True} if stream else None,
-            "max_tokens": limit if isinstance(limit, int) and limit >= 0 else None,
-            **chosen(options, "stop", *SAMPLING, *LOCAL_SAMPLING),
+            "max_tokens": limit if limit >= 0 else None,
+            **{names.get(name, name): value for name, value in told.items()},
         }
 
     def head(self) -> Facts:
-        return {"model": self.model, "created_at": rfc3339(self.now())}
+        return {"model": self.told, "created_at": rfc3339(self.now())}
 
     def tail(self) -> Facts:
-        """How it ended; what a part of it took is not known."""
+        """How it ended, and what its parts took where the runner tells it."""
         reason = "length" if self.finish_reason == "length" else "stop"
         facts = {"done": True, "done_reason": reason, "total_duration": self.spent()}
         facts["prompt_eval_count"] = self.usage.get("prompt_tokens", 0)
-        return {**facts, "eval_count": self.usage.get("completion_tokens", 0)}
+        facts["eval_count"] = self.usage.get("completion_tokens", 0)
+        took = {"prompt_eval_duration": "prompt_ms", "eval_duration": "predicted_ms"}
+        told = {name: measured(look_up(self.timings, spent)) for name, spent in took.items()}
+        return {**facts, **{name: int(spent * 1e6) for name, spent in told.items() if spent}}
 
     def spent(self) -> int:
         return int((self.now() - self.began) * 1e9)  # nanoseconds, as all durations of Ollama
@@ -3399,6 +3617,7 @@ class ToOpenAi(Translator):
         """The choice that it carries; how that ended and what it cost is noted."""
         choice = cast(Facts, (answer.get("choices") or [None])[0] or {})
         self.usage = answer.get("usage") or self.usage
+        self.timings = answer.get("timings") or self.timings
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return choice
 
@@ -3415,14 +3634,14 @@ class ChatToOpenAi(ToOpenAi):
     content = ("message", {})
 
     def request(self) -> Facts:
-        asked = self.question
+        asked = self.taken("think", "format")
         think, form = asked.get("think"), asked.get("format")
         switch = {"enable_thinking": think} if isinstance(think, bool) else None
         schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
         free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
-            **chosen(asked, "tools", "logprobs", "top_logprobs"),
+            **self.taken("tools", "logprobs", "top_logprobs"),
             "messages": openai_messages(self.need("messages")),
             "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
@@ -3431,7 +3650,7 @@ class ChatToOpenAi(ToOpenAi):
 
     def said(self, choice: Facts, content: Facts) -> Facts:
         thinking = content.get("reasoning_content") or content.get("reasoning") or None
-        calls = understood_calls(content.get("tool_calls") or ()) or None
+        calls = retold(content.get("tool_calls"), ollama_tool_call) or None
         message: Facts = {"role": "assistant", "content": content.get("content") or ""}
         message = chosen({**message, "thinking": thinking, "tool_calls": calls})
         logprobs = choice.get("logprobs") and choice["logprobs"].get("content")
@@ -3443,7 +3662,8 @@ class ChatToOpenAi(ToOpenAi):
         for part in delta.get("tool_calls") or ():
             self.gather(part)
         facts = self.said(choice, {**delta, "tool_calls": None})
-        heard = facts["message"]["content"] or "thinking" in facts["message"]
+        told = facts["message"]
+        heard = told["content"] or "thinking" in told or "logprobs" in facts
         return self.line(facts) if heard else b""
 
     def gather(self, part: Facts) -> None:
@@ -3509,16 +3729,17 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     translated: list[Facts] = []
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
-        facts = {"role": message.get("role"), "content": openai_content(message)}
-        facts["reasoning_content"] = message.get("thinking") or None
-        numbered = enumerate(message.get("tool_calls") or ())
-        calls = [openai_tool_call(f"call_{index}_{place}", call) for place, call in numbered]
-        for call in calls:
-            unanswered.add(call["id"], call["function"]["name"])
-        facts["tool_calls"] = calls or None
+        at = f"messages[{index}]."
+        told = taken(message, MESSAGE_MEMBERS, at=at)
+        facts = {"role": told.get("role"), "content": openai_content(told)}
+        facts["reasoning_content"] = told.get("thinking") or None
+        if "tool_calls" in told:
+            tell = functools.partial(openai_tool_call, among=str(index))
+            facts["tool_calls"] = retold(told["tool_calls"], tell, at) or None
+            for call in facts["tool_calls"] or ():
+                unanswered.add(call["id"], call["function"]["name"])
         if facts["role"] == "tool":
-            told = message.get("tool_name"), message.get("tool_call_id")
-            facts["tool_call_id"] = unanswered.take(*told)
+            facts["tool_call_id"] = unanswered.take(told.get("tool_name"), told.get("tool_call_id"))
         translated.append(chosen(facts))
     return translated
 
@@ -3529,10 +3750,15 @@ def openai_content(message: Facts) -> Any:
         return text
     parts: list[Facts] = [{"type": "text", "text": text}] if text else []
     for image in images:
-        kinds = (kind for start, kind in IMAGE_TYPES.items() if str(image).startswith(start))
+        kinds = (kind for start, kind in IMAGE_TYPES.items() if image.startswith(start))
         url = f"data:image/{next(kinds, 'png')};base64,{image}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     return parts
+
+
+BESIDE_A_PROMPT = (
+    "system", "template", "context", "images", "format", "suffix", "think", "logprobs",
+)  # fmt: skip
 
 
 class GenerateToOpenAi(ToOpenAi):
@@ -3540,8 +3766,8 @@ class GenerateToOpenAi(ToOpenAi):
     content = ("text", "")
 
     def request(self) -> Facts:
-        prompt = self.need("prompt")
-        for name in ("system", "template", "context", "images", "format", "suffix", "think"):
+        prompt = taken({"prompt": self.need("prompt")}, MEMBERS, "prompt")["prompt"]
+        for name in BESIDE_A_PROMPT:
             if self.question.get(name):
                 raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
         return {**self.common(), "prompt": prompt}
@@ -3560,12 +3786,12 @@ class EmbedToOpenAi(ToOpenAi):
 
     def request(self) -> Facts:
         facts = {"model": self.model, "input": self.need(self.texts), "encoding_format": "float"}
-        return {**facts, **chosen(self.question, "dimensions")}
+        return {**facts, **self.taken("dimensions")}
 
     def whole(self, answer: Facts) -> Facts:
         rows = sorted(answer["data"], key=lambda row: row.get("index", 0))
         return {
-            "model": self.model,
+            "model": self.told,
             "embeddings": [row["embedding"] for row in rows],
             "total_duration": self.spent(),
             "load_duration": 0,
@@ -4717,10 +4943,13 @@ async def inspect(backend: Backend, instance: str) -> Report:
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
-    shown = await fetch_json(backend, path) if path else None
-    loaded = read_loaded(kind, models, shown)
+    shown = await fetch_json(backend, path) if path else {"data": entries}
+    loaded = read_loaded(kind, shown)
     if path == LMSTUDIO:
         entries = with_details(entries, shown)
+    if kind == "llamacpp" and len(entries) == 1:  # in router mode that would tell of the router
+        told = read_props(await fetch_json(backend, "/props"))
+        entries = ({"capabilities": told, **entries[0]},) if told else entries
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
     tags, running = (
@@ -4734,6 +4963,18 @@ def with_details(entries: Rows, shown: Any) -> Rows:
     """The entries with what LM Studio tells of its models at its own route only."""
     details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
     return tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
+
+
+def read_props(props: Any) -> list[str]:
+    """What llama.cpp's model can, in Ollama's words."""
+    caps, template = look_up(props, "chat_template_caps"), look_up(props, "chat_template")
+    thinks = isinstance(template, str) and "enable_thinking" in template
+    told = {
+        "tools": look_up(caps, "supports_tools"),
+        "vision": look_up(props, "modalities", "vision"),
+        "thinking": look_up(caps, "supports_preserve_reasoning") or thinks,
+    }
+    return [word for word, can in told.items() if can is True]
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -4788,6 +5029,19 @@ class Monitor:
         flights = {flight for flight in due if flight is not None}
         if flights:
             await asyncio.wait(flights)
+        await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """A look at each backend that was never looked at, or not since what it has was changed."""
+        for _ in range(2):  # one may be under way that began before
+            behind = [
+                self.start_probe(each)
+                for each in self.fleet.backends.values()
+                if (each.state is State.UNKNOWN and not each.failures)
+                or (each.usable and each.report and each.report.began < each.changed)
+            ]
+            if behind:
+                await asyncio.wait(behind)
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
@@ -4947,6 +5201,7 @@ class Call:
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
+    echo: Callable[[bytes], bytes] | None = None  # if it is, and knows the model by another name
     upstream: Upstream | None = None
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
@@ -4957,6 +5212,7 @@ class Call:
     first_byte = 0.0  # monotonic
     tokens: int | None = None
     tokens_in: int | None = None  # of its prompt
+    rate: float | None = None  # tokens per second, as the runner tells
 
     def __init__(
         self,
@@ -5007,14 +5263,18 @@ class Call:
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
         if route == self.endpoint.path:
-            self.translator = None
+            self.translator = self.echo = None
+            if question.model not in ("", name):
+                self.echo = model_echo(name, question.model)
             body, target = question.body_for(name, context), route
             target += f"?{self.query}" if self.query else ""
         else:
             if question.large:
                 raise Untranslatable(TOO_MANY)
             translator = TRANSLATORS[self.endpoint.path, route]
-            self.translator = translator(json.loads(question.body), name, context, time.time)
+            asked = json.loads(question.body)
+            self.translator = translator(asked, name, context, time.time)
+            self.translator.runner = backend.traits
             body, target = self.translator.body(), route
         return render_request(backend, "POST", target, self.lines, body)
 
@@ -5097,13 +5357,15 @@ class Call:
     ) -> bytes:
         """Pass a stream on, piece by piece; its last bytes are returned, not sent."""
         reply, translator = self.reply, self.translator
+        change = translator.feed if translator else self.echo
+        finish = translator.finish if translator else self.echo
         while piece := await upstream.read_piece():
             shown = watch.feed(piece)
             received()
             if upstream.body.done and watch.ended and watch.failure is None:
                 rest = shown + watch.finish()
-                return translator.finish(rest) if translator else rest
-            shown = translator.feed(shown) if translator else shown
+                return finish(rest) if finish else rest
+            shown = change(shown) if change else shown
             if shown:
                 reply.send(shown)
             if watch.failure is not None:
@@ -5113,7 +5375,7 @@ class Call:
                 await reply.catch_up()
                 received()
         rest = watch.finish()  # or it says what is wrong
-        return translator.finish(rest) if translator else rest
+        return finish(rest) if finish else rest
 
     def received(self, backend: Backend, limits: UpstreamSettings) -> None:
         """A piece of the answer's body has come."""
@@ -5130,8 +5392,10 @@ class Call:
         if self.watch is not None:
             reply.finish(body)
             return
-        document = read_whole(body)  # BackendError if it is not what it must be
+        plain = isinstance(self.question, FormQuestion) and kind.startswith("text/plain")
+        document = None if plain else read_whole(body)  # BackendError if it is not what it must be
         self.tokens, self.tokens_in = read_usage(document)
+        self.rate = read_rate(document)
         translator = self.translator
         if translator is not None:
             kind = "application/json"
@@ -5139,6 +5403,8 @@ class Call:
                 body = await read_beside(functools.partial(translator.retell, body))
             else:
                 body = translator.translate(lambda: render_json(translator.whole(document)))
+        elif self.echo is not None:  # in the first part of a very long one
+            body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
         if not reply.started:
             reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
         elif self.question.stream:
@@ -5242,8 +5508,31 @@ def record_of(call: Call, now: float) -> Record:
         outcome=error.code if error else "done",
         error=error_in_sight(error),
         tokens_in=source.tokens_in,
-        # Of a stream while it came, of a whole answer since its start.
-        tokens_per_s=tokens / (now - since) if tokens and since and now > since else None,
+        # The runner's own word; else of a stream while it came, of a whole answer since its start.
+        tokens_per_s=source.rate
+        or (tokens / (now - since) if tokens and since and now > since else None),
+    )
+
+
+def order_record(
+    exchange: Exchange, model: str, backend: str, seconds: float, error: LlmqError | None
+) -> Record:
+    """The record of an order that went to a backend beside the queue."""
+    return Record(
+        id=exchange.id,
+        request_id=exchange.request_id,
+        client=exchange.caller.client,
+        priority="-",
+        model=printable(model),
+        route=exchange.request.path,
+        backend=backend,
+        wait_s=0.0,
+        first_s=None,
+        total_s=seconds,
+        tokens=None,
+        status=exchange.status or (error.status if error else 200),
+        outcome=error.code if error else "done",
+        error=error_in_sight(error),
     )
 
 
@@ -5263,6 +5552,8 @@ def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
     for (route, model, client, status, outcome, priority), group in alike.items():
         add, number = metrics.add, len(group)
         add("llmq_requests_total", route, model, client, str(status), outcome, amount=number)
+        if priority == "-" and client != "-":  # an order, which neither waited nor told anything
+            continue
         if outcome in CANCELS:
             add("llmq_cancels_total", CANCELS[outcome], amount=number)
         if outcome == "queue_full" or (client == "-" and outcome != "client_left"):
@@ -5365,8 +5656,14 @@ class Admission:
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
         header = request.headers.get("x-queue-priority")
-        read = functools.partial(read_question, body, call.endpoint, header, foreign=caller.foreign)
-        question, values = await read_beside(read) if is_heavy(body) else read()
+        values: Mapping[str, Any] = {}
+        if call.endpoint.path == TRANSCRIPTIONS:
+            question: Question = read_form(body, request.headers.get("content-type", ""), header)
+        else:
+            read = functools.partial(
+                read_question, body, call.endpoint, header, foreign=caller.foreign
+            )
+            question, values = await read_beside(read) if is_heavy(body) else read()
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         if question.context:
@@ -5386,7 +5683,7 @@ class Admission:
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
         fleet = self.fleet
-        if asked and fleet.knows(asked):
+        if asked and fleet.lists(asked):
             fleet.check_spelling(asked)
             return asked
         if any(one.state is State.UNKNOWN for one in fleet.backends.values()):
@@ -5395,7 +5692,7 @@ class Admission:
         if not asked:
             message = "no backend has told its models yet; name one in `model`"
             raise LlmqError(fleet.trouble() or message, "backend_down")
-        if not fleet.knows(asked):
+        if not fleet.lists(asked):
             asked = find_alias(self.settings.aliases, asked) or asked
         if fleet.knows(asked) is False:
             await self.monitor.refresh()
@@ -5518,7 +5815,8 @@ class Gateway:
         able = [backend for backend in natives if backend.usable]
         if not serving or (natives and (reason == "load" or not able)):
             return False
-        facts: Facts = {"model": call.model, "created_at": rfc3339(time.time()), "done": True}
+        named = call.question.model or call.model
+        facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
         facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
         limit = self.settings.upstream.first_byte_timeout
@@ -5527,7 +5825,7 @@ class Gateway:
             lines = self.admission.via_lines
             facts = await self.monitor.ask(limit, backend, call.route, body, lines)
             self.monitor.probe_now(backend)
-        call.reply.respond(200, render_json(facts))
+        call.reply.respond(200, render_json({**facts, "model": named}))
         return True
 
     def enqueue(self, call: Call) -> None:
@@ -5591,7 +5889,8 @@ class Gateway:
             self.metrics.add("llmq_retries_total", backend.name)
         else:
             if failure is None:
-                self.scheduler.note_service(ticket.model, now - ticket.started)
+                device = backend.device.name
+                self.scheduler.note_service(ticket.model, now - ticket.started, device)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
@@ -5765,8 +6064,12 @@ NO_DETAILS = {
     "quantization_level": "",
 }  # fmt: skip
 LONG_AGO, LONG_AFTER = "1970-01-01T00:00:00Z", "2318-01-01T00:00:00Z"
-# The member that names the model, where only an Ollama that has it can do what is asked.
-MANAGED_BY = {"/api/push": "model", "/api/copy": "source", "/api/delete": "model"}
+# What there must be a model for, and the member that names it, here and elsewhere.
+HAVING = ("/api/push", "/api/copy", "/api/delete")
+MANAGED_BY = {
+    **dict.fromkeys((*HAVING, "/api/pull", "/api/create"), "model"),
+    "/api/copy": "source",
+}
 Lister = Callable[[Report], Sequence[Facts]]
 
 
@@ -5820,7 +6123,9 @@ def bare_show(model: str, entries: Sequence[Facts]) -> Facts:
         told = entry.get("capabilities")
         words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
         capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
-        capabilities += ["vision"] if entry.get("type") == "vlm" else []
+        seen = look_up(entry, "architecture", "input_modalities")
+        sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
+        capabilities += ["vision"] if sees else []
         lengths = (
             entry.get("max_model_len"),
             entry.get("max_context_length"),
@@ -5854,7 +6159,7 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
     able = [backend for backend in ollamas if backend.usable]
     if not able:
         raise LlmqError("every Ollama is down", "backend_down")
-    if path in MANAGED_BY and not named:
+    if path in HAVING and not named:
         model = read_name(values, MANAGED_BY[path])
         able = [backend for backend in able if model_key(model) in backend.models]
         if not able:
@@ -5879,6 +6184,7 @@ class Passthrough:
     path: str
     settings: Settings
     instance: str  # of this llmq
+    ended: Callable[[], None]  # called as soon as it has ended, well or not
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
@@ -5893,6 +6199,7 @@ class Passthrough:
                 raise
             exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
         finally:
+            self.ended()
             await upstream.close()
 
     async def ask(self, upstream: Upstream) -> ResponseHead:
@@ -6446,22 +6753,40 @@ class Api:
         version = versions[0] if versions else OLLAMA_VERSION
         return {"version": version, "llmq": __version__, "instance": self.gateway.instance}
 
+    async def fresh(self, look: Callable[[], T]) -> T:
+        """What a look finds; for a model that it does not find the backends are asked once more."""
+        await self.gateway.monitor.catch_up()
+        try:
+            return look()
+        except LlmqError as error:
+            if error.code != "model_not_found":
+                raise
+        await self.gateway.monitor.refresh()
+        return look()
+
     async def get_models(self, exchange: Exchange, _: str) -> Facts:
+        await self.gateway.monitor.catch_up()
         entries = list(merge_rows(self.gateway.fleet).values())
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
 
     async def get_model(self, exchange: Exchange, name: str) -> Facts:
-        entries = merge_rows(self.gateway.fleet)
         alias = find_alias(self.settings.aliases, name)
-        entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
-        if entry is None:
-            raise model_not_found(name)
+
+        def look() -> Facts:
+            entries = merge_rows(self.gateway.fleet)
+            entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
+            if entry is None:
+                raise model_not_found(name)
+            return entry
+
+        entry = await self.fresh(look)
         return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
     async def get_rows(self, exchange: Exchange, _: str) -> Facts:
         """Models as Ollama lists them: those that are loaded, or all."""
+        await self.gateway.monitor.catch_up()
         rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
         return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
 
@@ -6487,16 +6812,30 @@ class Api:
         return bare_show(model, [one for one in entries if model_key(str(one["id"])) == key])
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
-        """Model management: straight to an Ollama and back, beside the queue."""
+        """Straight to an Ollama and back, beside the queue; what changes something is recorded."""
         request, gateway = exchange.request, self.gateway
         check_way(request, gateway.instance)
-        values = {} if digest else await read_values(exchange, self.settings.server.max_body)
         named, path = request.headers.get("x-llmq-backend"), quote(request.path, safe="/:")
-        backend = pick_manager(gateway.fleet, path, values, named)
+        values: Facts = {}
+        if path in MANAGED_BY:
+            values = await read_values(exchange, self.settings.server.max_body)
+        model = values.get(MANAGED_BY.get(path, "")) or values.get("name") or digest
+        name, began = "", gateway.now()
+
+        def keep(error: LlmqError | None = None) -> None:
+            if request.method not in ("GET", "HEAD"):
+                took = gateway.now() - began
+                gateway.journal.keep(order_record(exchange, str(model), name, took, error))
+
         try:
-            await Passthrough(exchange, backend, path, self.settings, gateway.instance).run()
-        finally:
-            gateway.monitor.probe_now(backend)
+            backend = await self.fresh(lambda: pick_manager(gateway.fleet, path, values, named))
+            name, look = backend.name, functools.partial(gateway.monitor.probe_now, backend)
+            way = Passthrough(exchange, backend, path, self.settings, gateway.instance, look)
+            await way.run()
+        except LlmqError as error:
+            keep(error)
+            raise
+        keep()
 
     async def post_count(self, exchange: Exchange, _: str) -> Facts:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
@@ -6644,6 +6983,7 @@ ROUTES = (
     public(f"POST {EMBEDDINGS}", "OpenAI embeddings", Api.enqueue),
     public(f"POST {RESPONSES}", "OpenAI response", Api.enqueue),
     public(f"POST {RERANK}", "reranking, where a backend can", Api.enqueue),
+    public(f"POST {TRANSCRIPTIONS}", "speech to text, where a backend can", Api.enqueue),
     public(f"POST {MESSAGES}", "Anthropic message", Api.enqueue),
     public(f"POST {OLLAMA_CHAT}", "Ollama chat", Api.enqueue),
     public(f"POST {OLLAMA_GENERATE}", "Ollama completion", Api.enqueue),
@@ -6660,10 +7000,13 @@ ROUTES = (
     public("POST /api/show", "one model, as its Ollama shows it", Api.post_show),
     local("POST /api/pull", "to the first Ollama, straight through", Api.manage),
     local("POST /api/create", "the same", Api.manage),
-    local("HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
+    local("GET HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
     local("POST /api/push", "to the Ollama that has the model", Api.manage),
     local("POST /api/copy", "the same", Api.manage),
     local("DELETE /api/delete", "the same", Api.manage),
+    local("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
+    local("POST /api/signout", "ends that", Api.manage),
+    public("GET /api/status", "what the first Ollama says of its cloud", Api.manage),
     public("GET HEAD /health", "`ok` while serving", Api.get_health),
     public("GET HEAD /",
            "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
@@ -6693,7 +7036,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     """The row of a path, and what fills its {...}.
 
     Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
-    ones match nothing.
+    ones match nothing.  A model's name may be a path itself, with its first slash encoded.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -6702,7 +7045,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         decoded = unquote_to_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         return None, ""
-    dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
+    dotted = any(segment in (".", "..") for segment in decoded.split("/"))
+    dotted = dotted or "" in path.split("/")[1:]
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""

@@ -16,6 +16,7 @@ import signal
 from pathlib import Path
 from typing import Any, Callable
 
+from tests import ollama_v1
 from tests.fakes import (
     Answer,
     FakeBackend,
@@ -122,6 +123,112 @@ class Runner(FakeBackend):
 
     def _row(self, name: str) -> dict[str, Any]:
         return {"name": name, "model": name, "size": 1, "digest": "d", "details": {}}
+
+
+class Ollama(Runner):
+    """As the real one behaves by its source, as far as a queue in front of it could tell.
+
+    Names by its rule and echoed as asked; a context that nobody asked for is its own choice, and
+    stays; one that is asked for is clamped; another one loads anew, for embeddings also another
+    batch; requests without content load and unload; what was created is there at once.
+    """
+
+    def __init__(self, models: Any = ("m",), longest: int = 8192) -> None:
+        super().__init__([full_name(name) for name in models], context=longest, reply=self.serve)
+        self.launched: dict[str, tuple[int, int]] = {}  # asked-for context (0: its own), batch
+        self.loads: list[tuple[str, int]] = []  # each load so far
+
+    def _take(self, request: FakeRequest) -> None:
+        if request.method == "DELETE" or request.path == "/api/show":
+            self.requests.append(request)
+            self._start(self._answer(request))
+        else:
+            super()._take(request)
+
+    async def serve(self, request: FakeRequest) -> None:
+        asked, path = request.json or {}, request.path
+        named = str(asked.get("model") or asked.get("source") or asked.get("name"))
+        name = full_name(named)
+        known = name in self.models or path in ("/api/create", "/api/pull")
+        kind = WHOLE
+        if not known:
+            text = f"model '{named}' not found"
+            v1 = {"message": text, "type": "not_found_error", "param": None, "code": None}
+            await request.status(404, {"error": v1 if path.startswith("/v1/") else text})
+            return
+        if path in ("/v1/chat/completions", "/api/chat", "/api/generate"):
+            document: Any = self.generate(path, asked, name)
+        elif "embed" in path:
+            document = self.embed(path, asked, name)
+        elif path == "/api/show":
+            info = {"general.architecture": "llama", "llama.context_length": self.context}
+            document = {"details": {}, "model_info": info, "capabilities": ["completion"]}
+        else:
+            document, kind = self.manage(path, asked, name), NDJSON
+        data = document if isinstance(document, bytes) else line(document)
+        await request.status(200, data, [("Content-Type", EVENTS if b"data: " in data else kind)])
+
+    def manage(self, path: str, asked: Any, name: str) -> bytes:
+        if path == "/api/delete":
+            self.models.remove(name)
+            self.contexts.pop(name, None)
+            return b""
+        new = full_name(asked["destination"]) if path == "/api/copy" else name
+        if new not in self.models:
+            self.models.insert(0, new)
+        return b"" if path == "/api/copy" else line({"status": "x"}) + line({"status": "success"})
+
+    def load(self, name: str, options: Any, *, embeds: bool = False) -> None:
+        """Load it where what it is launched with differs from what is wanted."""
+        wanted = max(4, int(options["num_ctx"])) if "num_ctx" in options else 0
+        batch = (wanted or 4096) if embeds else 0  # of the context as asked for, not as clamped
+        wanted = min(wanted, self.context)
+        if self.launched.get(name) != (wanted, batch) or name not in self.contexts:
+            self.launched[name] = (wanted, batch)
+            self.contexts[name] = wanted or min(4096, self.context)
+            self.loads.append((name, self.contexts[name]))
+
+    def generate(self, path: str, asked: Any, name: str) -> Any:
+        native = ollama_v1.native_request(asked) if path.startswith("/v1/") else asked
+        content = native.get("prompt") or (native.get("messages") or [{}])[-1].get("content", "")
+        empty = not native.get("prompt") and not native.get("messages")
+        unloads = empty and native.get("keep_alive") == 0
+        if unloads:
+            self.contexts.pop(name, None)
+        else:
+            self.load(name, native.get("options") or {})
+        said = {"role": "assistant", "content": content} if path != "/api/generate" else content
+        end = {"done": True, "done_reason": "unload" if unloads else "load" if empty else "stop"}
+        member = "response" if path == "/api/generate" else "message"
+        facts = {"model": asked["model"], "created_at": "2026-11-21T08:50:35.4Z", member: said}
+        told = {**facts, **end, **({} if empty else COUNTS)}
+        if path.startswith("/v1/"):
+            if native["stream"]:
+                usage = (asked.get("stream_options") or {}).get("include_usage") is True
+                return b"".join(map(sse, ollama_v1.stream([told], usage)))
+            return ollama_v1.whole(told)
+        if empty or native.get("stream") is False:
+            return told
+        nothing = {"role": "assistant", "content": ""} if member == "message" else ""
+        return line({**facts, "done": False}) + line({**told, member: nothing})
+
+    def embed(self, path: str, asked: Any, name: str) -> Any:
+        self.load(name, asked.get("options") or {}, embeds=True)
+        if path == "/api/embeddings":
+            return {"embedding": [0.5]}
+        if path == "/api/embed":
+            return {"model": asked["model"], "embeddings": [[0.5]], "prompt_eval_count": 1}
+        row = {"object": "embedding", "embedding": [0.5], "index": 0}
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        return {"object": "list", "data": [row], "model": asked["model"], "usage": usage}
+
+
+def full_name(name: str) -> str:
+    """As Ollama lists it: what it takes for granted left out, the tag always there."""
+    bare = name.lower()
+    for part in ("registry.ollama.ai/", "library/"):
+        bare = bare[len(part) :] if bare.startswith(part) else bare
+    return bare if ":" in bare.rpartition("/")[2] else bare + ":latest"
 
 
 # ---- Both ends of one exchange ---------------------------------------------------------------

@@ -29,7 +29,10 @@ from tests.fakes import (
 )
 
 DEFAULT_CONTEXT = 4096  # what this runner loads a model with when it is told nothing
-MANAGEMENT = ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/")
+MANAGEMENT = (
+    *("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/"),
+    *("/api/me", "/api/signout"),
+)
 JSON = {"Content-Type": "application/json"}
 WHEN = "2026-11-21T08:50:35.466200792Z"
 NO_ROUTE = b"404 page not found"  # what Ollama says where it has no route
@@ -593,6 +596,8 @@ class Runner(FakeBackend):
             known = path.rpartition("/")[2] in self.blobs
             request.finished()
             await request.send(render_head(200 if known else 404, [("Content-Length", "0")]))
+        elif request.method == "GET":
+            await request.status(200, {"read": path})
         elif path.startswith("/api/blobs/"):
             await self._take_blob(request)
         else:

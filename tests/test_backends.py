@@ -896,18 +896,55 @@ def test_an_odd_owner_gives_no_kind_away(owner: object) -> None:
 
 
 def test_the_loaded_models_of_a_real_ollama_are_read() -> None:
-    models = ("counter:latest", "slow:latest")
-    assert llmq.read_loaded("ollama", models, recorded("ollama.api-ps")) == ("counter:latest",)
+    assert llmq.read_loaded("ollama", recorded("ollama.api-ps")) == ("counter:latest",)
 
 
 def test_lm_studio_tells_the_state_of_each_model() -> None:
     payload = {"data": [{"id": "a", "state": "loaded"}, {"id": "b", "state": "not-loaded"}]}
-    assert llmq.read_loaded("lmstudio", ("a", "b"), payload) == ("a",)
+    assert llmq.read_loaded("lmstudio", payload) == ("a",)
 
 
 @pytest.mark.parametrize("kind", ["llamacpp", "vllm", "openai"])
 def test_other_runners_have_loaded_what_they_list(kind: str) -> None:
-    assert llmq.read_loaded(kind, ("a", "b"), None) == ("a", "b")
+    assert llmq.read_loaded(kind, {"data": [{"id": "a"}, {"id": "b"}]}) == ("a", "b")
+
+
+def test_router_mode_tells_of_each_model_whether_it_is_loaded() -> None:
+    states = ("unloaded", "loaded", "loading", "failed")
+    rows = [{"id": state, "status": {"value": state, "args": []}} for state in states]
+    assert llmq.read_loaded("llamacpp", {"data": rows}) == ("loaded",)
+
+
+@pytest.mark.parametrize("name", ["x", "X:latest", "library/x", "registry.ollama.ai/library/x"])
+def test_names_mean_the_same_model_as_ollama_has_it(name: str) -> None:
+    assert llmq.model_key(name) == "x"
+
+
+@pytest.mark.parametrize("name", ["x:7b", "me/x", "hf.co/library/x", "/models/x.gguf", "x/library"])
+def test_names_of_other_models_mean_others(name: str) -> None:
+    assert llmq.model_key(name) == name
+
+
+@pytest.mark.parametrize("name", ["x:cloud", "x:120b-cloud", "x-cloud"])
+def test_cloud_models_are_an_ollamas_though_it_lists_them_not(name: str) -> None:
+    box = fleet_of("ollama", "vllm")
+    assert box.knows(name) is True
+    assert not box.lists(name)
+    want = Want(llmq.model_key(name))
+    assert [one.kind for one in box.serving(want)] == ["ollama"]
+    assert [one.kind for one in box.candidates(want)] == ["ollama"]
+    assert box.startable_models([want.model, "other"]) == {want.model}
+    assert fleet_of("vllm").knows(name) is False
+
+
+def fleet_of(*kinds: str) -> Fleet:
+    """A backend of each of these kinds, with no models."""
+    fleet = Fleet()
+    for kind in kinds:
+        settings = llmq.BackendSettings(url=f"http://{kind}:1", kind=kind)
+        report = llmq.Report(kind, (), (), (), 0.0)
+        fleet.add(kind, settings, kind, 1).succeeded(0.0, report, 10.0)
+    return fleet
 
 
 @pytest.mark.parametrize("kind", ["ollama", "lmstudio"])
@@ -929,7 +966,7 @@ def test_other_runners_have_loaded_what_they_list(kind: str) -> None:
     ],
 )
 def test_odd_news_of_loaded_models_is_no_news(kind: str, payload: object) -> None:
-    assert llmq.read_loaded(kind, ("m",), payload) == ()
+    assert llmq.read_loaded(kind, payload) == ()
 
 
 def test_a_runners_words_forge_no_line_and_are_not_endless(

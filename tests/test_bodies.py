@@ -218,7 +218,8 @@ LEAST = {  # the least that each route takes, but for the model
     "/api/embeddings": '"prompt":"hi"',
 }
 CARRIERS = [path for path, endpoint in ENDPOINTS.items() if endpoint.options]
-each_route = pytest.mark.parametrize("path", ENDPOINTS)
+FORMS = {"/v1/audio/transcriptions"}  # what comes there is no JSON
+each_route = pytest.mark.parametrize("path", [path for path in ENDPOINTS if path not in FORMS])
 each_carrier = pytest.mark.parametrize("path", CARRIERS)
 
 
@@ -236,7 +237,7 @@ def requests(path, seed, *fixed):
 
 
 def test_every_inference_route_is_tried_here():
-    assert set(LEAST) == set(ENDPOINTS)
+    assert set(LEAST) | FORMS == set(ENDPOINTS)
     assert [path for path in ENDPOINTS if path.startswith("/api/")] == CARRIERS
 
 
@@ -722,7 +723,7 @@ def test_priority_is_read_and_the_field_is_cut(members, header, expected):
         (chat('"numCtx":true'), "numCtx"),
         (chat('"numCtx":false'), "numCtx"),
         (chat('"numCtx":-1.5'), "numCtx"),
-        (chat('"numCtx":4096.0'), "numCtx"),
+        (chat('"numCtx":4096.5'), "numCtx"),
         (chat('"numCtx":1e999'), "numCtx"),
         (chat('"numCtx":"4096"'), "numCtx"),
     ],

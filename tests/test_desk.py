@@ -267,7 +267,7 @@ async def test_time_until_a_start_is_told_when_it_is_known_and_none_when_it_is_n
         await waiting(q, 3)
         snapshot = await settled(q, lambda seen: seen["requests"][-1]["reason"] != "just arrived")
         assert [row["eta_s"] for row in snapshot["requests"][1:]] == [None] * 3
-        q.gateway.scheduler.note_service("m", 30.0)
+        q.gateway.scheduler.note_service("m", 30.0, "local")
         snapshot = await settled(q, lambda seen: seen["requests"][-1]["eta_s"] is not None)
         etas = [row["eta_s"] for row in snapshot["requests"][1:]]
         assert 0 < etas[0] <= 30

@@ -18,6 +18,7 @@ from tests.fake_ollama import (
     Runner,
     arrival,
     ended,
+    exchange,
     least,
     line,
     named_event,
@@ -137,10 +138,10 @@ class Document:
     def body(self) -> bytes:
         return b"".join(self.split(0))
 
-    def pattern(self, model: str) -> bytes:
-        """What a backend that knows the model by this name may get: only commas are open."""
+    def pattern(self, model: str | None) -> bytes:
+        """What a backend that must be told this model's name may get: only commas are open."""
         kept = [
-            self.member(place, json.dumps(model) if name == "model" else None)
+            self.member(place, json.dumps(model) if model and name == "model" else None)
             for place, name in enumerate(self.names)
             if name not in OWN
         ]
@@ -248,13 +249,66 @@ async def test_body_that_needs_no_change_arrives_as_the_same_bytes(path: str) ->
                 assert (answer.status, answer.body) == (200, sent), document.body
 
 
+ALIASES = {"friend-*": "räuber/🦙:7b"}
+ARGUMENTS = json.dumps({"model": "räuber/🦙:7b"})
+
+
+@each_route
+@pytest.mark.parametrize("spaced", [True, False])
+async def test_answer_names_the_model_that_was_asked_for(path: str, spaced: bool) -> None:
+    """Where the runner had to be told another name; each other byte of the answer stays."""
+    kind = "ollama" if path.startswith("/api/") else "vllm"
+    name = ALIASES["friend-*"]
+    marks = (", ", ": ") if spaced else (",", ":")
+    facts = {"id": "1", "model": name, "text": ARGUMENTS, "choices": []}
+    sent = json.dumps(facts, ensure_ascii=False, separators=marks).encode()
+    told_name = json.dumps(name, ensure_ascii=False).encode()
+    async with Runner([name], kind) as runner, running(runner.url, aliases=ALIASES) as q:
+        body = least(path, model="friend-1", stream=False)
+        request, answer = await exchange(q, runner, path, body, sent)
+        assert request.json["model"] == name
+        assert answer.body == sent.replace(told_name, b'"friend-1"', 1)
+
+
+STREAMS_OF = {  # events that name the model, each as its dialect has them
+    "/v1/chat/completions": (
+        b'data: {"id":"1","choices":[],"model":@}\n\n' * 2,
+        b"data: [DONE]\n\n",
+    ),
+    "/v1/messages": (
+        b'event: message_start\ndata: {"type":"message_start","message":{"model": @}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    ),
+    "/api/chat": (
+        b'{"model":@,"message":{"tool_calls":[{"function":{"arguments":{"model":#}}}]}}\n',
+        b'{"model":@,"done":true}\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("path", STREAMS_OF)
+async def test_stream_names_the_model_that_was_asked_for(path: str) -> None:
+    def named(pieces: Any, name: bytes) -> bytes:
+        return b"".join(pieces).replace(b"@", name).replace(b"#", b'"small"')
+
+    kind = "application/x-ndjson" if path == "/api/chat" else "text/event-stream"
+    async with Runner(["small"]) as runner, running(runner.url, aliases={"fast": "small"}) as q:
+        body = least(path, model="fast", stream=True)
+        sent = named(STREAMS_OF[path], b'"small"')
+        reply = [sent[:30], sent[30:90], sent[90:]]
+        _, answer = await exchange(q, runner, path, body, reply, content_type=kind)
+        assert answer.body == named(STREAMS_OF[path], b'"fast"')
+
+
 @each_route
 @pytest.mark.deadline(60)
 async def test_only_own_fields_and_the_models_name_are_touched(path: str) -> None:
     """Each member keeps its bytes and its place; only the commas around a cut are llmq's."""
     chance = random.Random(f"cut {path}")
     name = "Räuber/🦙\\Model:7B"
-    async with Runner([name], kind=kind_for(path, chance), reply=nothing) as runner:
+    kind = kind_for(path, chance)
+    renamed = name if kind != "ollama" else None  # which takes it as it comes
+    async with Runner([name], kind=kind, reply=nothing) as runner:
         async with running(runner.url) as q, await Raw.open(q.port) as raw:
             await told(q)
             talk = Talk(q, runner, raw)
@@ -266,10 +320,10 @@ async def test_only_own_fields_and_the_models_name_are_touched(path: str) -> Non
 
                     request, answer = await talk.ask(path, document.body, reply)
                     assert answer.status == 200, (answer, document.body)
-                    assert_only_cut(document, request.body, name)
+                    assert_only_cut(document, request.body, renamed)
 
 
-def assert_only_cut(document: Document, got: bytes, model: str) -> None:
+def assert_only_cut(document: Document, got: bytes, model: str | None) -> None:
     """`model` may be written with or without escapes; all else is the document's."""
     for ascii_only in (True, False):
         name = json.dumps(model, ensure_ascii=ascii_only).encode()
@@ -361,7 +415,7 @@ async def test_page_of_another_origin_loses_its_num_ctx_and_nothing_else(path: s
 @pytest.mark.parametrize("path", ROUTES["ollama"])
 @pytest.mark.deadline(60)
 async def test_all_changes_at_once_touch_nothing_else(path: str) -> None:
-    """Fields cut, the model named anew, a context put in: all else keeps its bytes."""
+    """Fields cut, a context put in: all else keeps its bytes, the model's spelling too."""
     chance = random.Random(f"all {path}")
     async with Runner(["Räuber:7B"], reply=nothing) as runner:
         async with running(runner.url) as q, await Raw.open(q.port) as raw:
@@ -382,7 +436,6 @@ async def test_all_changes_at_once_touch_nothing_else(path: str) -> None:
                 meant = json.loads(document.body)
                 wanted = {name: one for name, one in meant.items() if name not in OWN}
                 wanted["options"] = {**(meant.get("options") or {}), "num_ctx": 8192}
-                wanted["model"] = "Räuber:7B"
                 assert json.loads(request.body) == wanted, document.body
                 at = 0
                 for number, name in enumerate(document.names):

@@ -51,6 +51,12 @@ BLOBS: dict[str, tuple[str, str, Any]] = {
 }
 each_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
 ALL = {**ORDERS, **BLOBS}
+OTHERS: dict[str, tuple[str, str, Any]] = {  # what only an Ollama knows of itself
+    "me": ("POST", "/api/me", None),
+    "signout": ("POST", "/api/signout", None),
+    "status": ("GET", "/api/status", None),
+    "blob read": ("GET", BLOB, None),
+}
 each_route = pytest.mark.parametrize("order", ALL.values(), ids=ALL.keys())
 GROWTH = 48 * MIB  # far below the blobs here, far above what passing one on takes
 FOREIGN: list[dict[str, str]] = [
@@ -365,6 +371,63 @@ async def test_ollama_that_is_down_is_told_at_once(order: Any) -> None:
         answer = await raw.response()
         assert answer.status in (502, 503)
         assert order[0] == "HEAD" or NATIVE_CHAT.whole_error(answer)
+
+
+@pytest.mark.parametrize("order", OTHERS.values(), ids=OTHERS.keys())
+async def test_what_only_an_ollama_knows_comes_from_the_first(order: Any) -> None:
+    method, path, _ = order
+    async with Runner(kind="vllm") as vllm, Runner() as one, Runner() as two:
+        one.probe_answers[path] = (200, {"read": path})
+        async with running(backends=boxes(v=vllm, one=one, two=two)) as q:
+            await up(q)
+            raw = await Raw.open(q.port)
+            await raw.send(http(method, path, JSON))
+            if method == "POST":
+                await (await one.management()).status(200, {"read": path})
+            answer = await raw.response()
+            assert (answer.status, answer.json()) == (200, {"read": path})
+            assert answer.headers["x-llmq-backend"] == "one"
+
+
+# ---- What is told of it ----------------------------------------------------------------------
+
+
+@each_order
+async def test_order_has_its_line_in_the_log_and_its_row(
+    order: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="llmq")
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        await ordered(q.port, fake, order, user_agent="ollama/0.30")
+        await eventually(lambda: len(q.gateway.journal.recent) == 1)
+        (record,) = (await q.status())["recent"]
+        model = order[2].get("model") or order[2]["source"]
+        told = (record["route"], record["model"], record["status"], record["outcome"])
+        assert told == (order[1], model, 200, "done")
+        assert (record["client"], record["backend"]) == ("app:ollama", fake.url[len("http://") :])
+        await eventually(lambda: any(order[1] in text for text in map(str, caplog.messages)))
+        figures = (await ask(q.port, "GET", "/metrics")).body.decode()
+        assert "llmq_wait_seconds_count" not in figures, "it never waited"
+
+
+async def test_order_that_fails_has_its_line_too() -> None:
+    async with Runner(models=["a"]) as fake, running(fake.url) as q:
+        await up(q)
+        raw = await begin(q.port, ORDERS["delete"])
+        assert (await raw.response()).status == 404
+        (record,) = (await q.status())["recent"]
+        assert (record["status"], record["outcome"]) == (404, "model_not_found")
+        assert "not found" in record["error"]
+
+
+@pytest.mark.parametrize("name", ["push", "copy", "delete"])
+async def test_model_that_came_just_now_is_looked_for_before_a_404(name: str) -> None:
+    async with Runner(models=["a"]) as fake, running(fake.url, upstream__probe_interval=60) as q:
+        await up(q)
+        fake.models.append("m")
+        answer = await ordered(q.port, fake, ORDERS[name])
+        assert answer.status == 200
 
 
 # ---- Blobs -----------------------------------------------------------------------------------
@@ -798,8 +861,7 @@ async def test_client_of_this_box_may_use_any_of_its_addresses() -> None:
         "/x/../api/pull",
         "/API/pull",
         "/api/pull%00",
-        "/api/me",
-        "/api/signout",
+        "/api/user/keys/x",
         "/api/generate/../delete",
     ],
 )

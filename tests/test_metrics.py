@@ -15,6 +15,7 @@ import pytest
 import llmq
 from llmq import BUCKETS, LABEL_BYTES, LABEL_VALUES, METRICS, MOST_SERIES, Metrics, Record
 from tests.derived import build_settings, metrics_markdown
+from tests.fake_runner import NATIVE_CHAT, Runner
 from tests.fakes import (
     Answer,
     FakeBackend,
@@ -491,3 +492,34 @@ async def test_answer_without_usage_has_no_speed() -> None:
 )
 def test_tokens_of_the_prompt_are_a_number_or_nothing(document: Any, tokens: int | None) -> None:
     assert llmq.read_usage(document)[1] == tokens
+
+
+@pytest.mark.parametrize(
+    ("document", "rate"),
+    [
+        ({"eval_count": 6, "eval_duration": 2_000_000_000}, 3.0),
+        ({"timings": {"predicted_n": 10, "predicted_ms": 2000.0}}, 5.0),
+        ({"usage": {"completion_tokens": 10}}, None),
+        ({"eval_count": 6, "eval_duration": 0}, None),
+        ({"eval_count": True, "eval_duration": "1"}, None),
+        ({"eval_count": 10**400, "eval_duration": 1}, None),
+        ({"timings": {"predicted_n": -1, "predicted_ms": 2}}, None),
+        ({"timings": []}, None),
+        ({"eval_count": 2.0**52, "eval_duration": 5e-324}, None),
+        ({"eval_count": 5.0, "eval_duration": 10**400}, None),
+        ({"eval_count": float("nan"), "eval_duration": float("inf")}, None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_rate_is_the_runners_own_where_it_tells_what_it_took(document: Any, rate: Any) -> None:
+    assert llmq.read_rate(document) == rate
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_record_has_the_rate_that_the_runner_tells(stream: bool) -> None:
+    """Not what a proxy can measure: here the whole answer comes in one piece."""
+    async with Runner() as fake, running(fake.url) as q:
+        await NATIVE_CHAT.ask(q.port, "hi", stream=stream)
+        (record,) = (await q.status())["recent"]
+        assert record["tokens_per_s"] == 5e8, "one token in two nanoseconds"

@@ -279,14 +279,14 @@ async def test_stream_is_kept_back_by_no_proxy_and_taken_for_no_other_type(path:
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_only_own_fields_are_cut_and_only_the_models_name_is_replaced() -> None:
+async def test_only_own_fields_are_cut_and_the_model_keeps_its_spelling() -> None:
     body = (
         b'{"priority":"high", "messages" : [{"role":"user","content":"\\u0041"}],'
         b' "model":"COUNTER" , "options":{"seed":1.0,"priority":"x"}}'
     )
     wanted = (
         b'{"messages" : [{"role":"user","content":"\\u0041"}],'
-        b' "model":"counter:latest" , "options":{"seed":1.0,"priority":"x"}}'
+        b' "model":"COUNTER" , "options":{"seed":1.0,"priority":"x"}}'
     )
     async with Runner(["counter:latest"]) as runner, running(runner.url) as q:
         request, answer = await exchange(q, runner, "/api/chat", body, [line(chat_end())])
@@ -304,7 +304,7 @@ async def test_model_is_found_with_and_without_latest_and_in_any_case(
         reply = answered or [line(end(path))]
         request, answer = await exchange(q, runner, path, least(path, model=asked), reply)
         assert answer.status == 200
-        assert request.json == least(path, model="counter:latest")
+        assert request.json == least(path, model=asked), "Ollama takes each of these spellings"
 
 
 @each_route
@@ -936,3 +936,16 @@ async def test_unloading_is_asked_of_the_ollamas_that_are_up_and_waits_for_one(p
         q.gateway.monitor.probe_now(second)
         await whole(await arrival(asked, other), unloaded)
         assert (await asked).json() == unloaded
+
+
+@pytest.mark.parametrize("kind", ["ollama", "vllm"])
+async def test_order_to_unload_is_answered_in_the_name_that_was_asked_for(kind: str) -> None:
+    async with Runner(["m"], kind) as runner, running(runner.url, aliases={"fast": "m"}) as q:
+        await told(q)
+        asked = post(q, "/api/chat", {"model": "fast", "messages": [], "keep_alive": 0})
+        if kind == "ollama":
+            request = await arrival(asked, runner)
+            assert request.json["model"] == "m"
+            await whole(request, chat_end("unload", model="m"))
+        answer = (await asked).json()
+        assert (answer["model"], answer["done_reason"]) == ("fast", "unload")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.fake_ollama import (
     EVENTS,
     ROUTES,
@@ -25,7 +26,7 @@ from tests.fake_ollama import (
     waiting,
     whole,
 )
-from tests.fakes import Answer, FakeRequest, Raw, ask, chunk, http, running, sse
+from tests.fakes import Answer, FakeRequest, Raw, ask, chunk, completion, http, running, sse
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
@@ -582,3 +583,118 @@ async def test_comments_while_waiting_and_a_whole_stream_after_them(path: str) -
         comments, _, rest = answer.body.partition(sent[0])
         assert rest == b"".join(sent[1:])
         assert all(one.startswith(b": position=") for one in comments.split(b"\n\n") if one)
+
+
+# ---- What vLLM takes beside OpenAI's members -----------------------------------------------------
+
+SPOKEN = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/embeddings", {"messages": SPOKEN}),
+        ("/v1/completions", {"prompt_embeds": "AAAA"}),
+        ("/v1/completions", {"prompt": None, "prompt_embeds": ["AAAA"]}),
+    ],
+)
+async def test_what_vllm_takes_in_place_of_a_text_is_not_refused(path: str, more: Any) -> None:
+    body = {"model": "m", "max_tokens": 1, **more}
+    async with Runner(kind="vllm") as runner, running(runner.url) as q:
+        request, answer = await exchange(q, runner, path, body, {"object": "x", "data": []})
+        assert (request.path, request.json, answer.status) == (path, body, 200)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/completions"])
+async def test_neither_of_them_is_400_with_the_name(path: str) -> None:
+    async with Runner(kind="vllm") as runner, running(runner.url) as q:
+        answer = await post(q, path, {"model": "m"})
+        assert answer.status == 400
+        assert answer.json()["error"]["param"] == ASKS[path]
+        assert runner.requests == []
+
+
+ASKS = {"/v1/embeddings": "input", "/v1/completions": "prompt"}
+
+# ---- Speech to text, which comes as a form -------------------------------------------------------
+
+SPEECH = "/v1/audio/transcriptions"
+FORM = {"Content-Type": "multipart/form-data; boundary=----a+b(c"}
+DECOY = b'\r\nContent-Disposition: form-data; name="model"\r\n\r\nother\r\n'  # in the sound
+
+
+def form(*, model: str | None = "m", sound: bytes = DECOY) -> bytes:
+    """A form as browsers and SDKs write it."""
+    file = b'Content-Disposition: form-data; name="file"; filename="model"\r\nContent-Type: a/b'
+    parts = [(file, sound)]
+    if model is not None:
+        parts.append((b'Content-Disposition: form-data; name="model"', model.encode()))
+    parts.append((b'Content-Disposition: form-data; name="language"', b"en"))
+    told = b"".join(
+        b"------a+b(c\r\n" + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts
+    )
+    return told + b"------a+b(c--\r\n"
+
+
+@pytest.mark.parametrize("kind", ["ollama", "vllm"])
+@pytest.mark.parametrize("path", [SPEECH, SPEECH.removeprefix("/v1")])
+async def test_speech_goes_byte_for_byte_to_the_runner_of_its_model(kind: str, path: str) -> None:
+    async with Runner(["x"]) as other, Runner(["m"], kind) as runner:
+        async with running(backends={"x": {"url": other.url}, "y": {"url": runner.url}}) as q:
+            await told(q)
+            asked = post(q, path, form(), FORM)
+            request = await arrival(asked, runner)
+            assert (request.path, request.body) == (SPEECH, form())
+            assert request.headers["content-type"] == FORM["Content-Type"]
+            await whole(request, {"text": "hello"})
+            assert (await asked).json() == {"text": "hello"}
+            (record,) = (await q.status())["recent"]
+            assert (record["model"], record["outcome"]) == ("m", "done")
+
+
+async def test_speech_may_be_answered_in_plain_text() -> None:
+    async with Runner() as runner, running(runner.url) as q:
+        asked = post(q, SPEECH, form(sound=bytes(range(256)) * 999), FORM)
+        await whole(await arrival(asked, runner), b"hello\n", "text/plain; charset=utf-8")
+        answer = await asked
+        assert (answer.status, answer.body) == (200, b"hello\n")
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+async def test_speech_waits_in_the_queue_as_all_that_needs_the_runner() -> None:
+    async with Runner() as runner, running(runner.url) as q:
+        first = post(q, "/v1/chat/completions", least("/v1/chat/completions"))
+        request = await arrival(first, runner)
+        second = post(q, SPEECH, form(), FORM)
+        await waiting(q, 1)
+        await whole(request, completion("m", "x"))
+        await whole(await arrival(second, runner), {"text": "hello"})
+        assert [(await one).status for one in (first, second)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (form(model="nobody"), FORM["Content-Type"], 404),
+        (form(), "multipart/form-data", 400),
+        (form(), "application/json", 400),
+        (form(model="m" * 600), FORM["Content-Type"], 400),
+    ],
+    ids=["unknown", "no boundary", "no form", "long"],
+)
+async def test_speech_that_cannot_be_sent_on_is_refused(
+    body: bytes, kind: str, status: int
+) -> None:
+    async with Runner() as runner, running(runner.url) as q:
+        answer = await post(q, SPEECH, body, {"Content-Type": kind})
+        assert answer.status == status
+        assert answer.json()["error"]["message"]
+        assert runner.requests == []
+
+
+@pytest.mark.deadline(20)
+@pytest.mark.parametrize("piece", [b"------a+b(c\r\n", b"A: b\r\n", b'name="model"', b"\r\n\r\n"])
+def test_forms_are_read_in_linear_time(piece: bytes) -> None:
+    """Work that grows with the square of 8 MB would not end within the deadline."""
+    body = form(sound=piece * ((8 << 20) // len(piece)))
+    assert llmq.read_form(body, FORM["Content-Type"], None).model == "m"

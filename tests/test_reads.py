@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -268,6 +269,57 @@ async def test_show_tells_the_context_length_that_a_runner_tells(
             assert info[f"{info['general.architecture']}.context_length"] == 32768
 
 
+PROPS = {
+    "modalities": {"vision": True, "audio": False},
+    "chat_template_caps": {"supports_tools": True},
+    "chat_template": "{% if enable_thinking %}",
+}
+
+
+async def test_show_tells_what_llama_cpp_tells_of_its_model() -> None:
+    async with Runner(models=["m"], kind="llamacpp") as fake:
+        fake.probe_answers["/props"] = (200, PROPS)
+        async with running(fake.url) as q:
+            await up(q)
+            shown = (await ask(q.port, "POST", "/api/show", json={"model": "m"})).json()
+            assert shown["capabilities"] == ["completion", "tools", "vision", "thinking"]
+        fake.probe_answers["/props"] = (200, {**PROPS, "modalities": None, "chat_template": 7})
+        async with running(fake.url) as q:
+            await up(q)
+            shown = (await ask(q.port, "POST", "/api/show", json={"model": "m"})).json()
+            assert shown["capabilities"] == ["completion", "tools"]
+
+
+def router(loaded: str) -> dict[str, Any]:
+    """The models of llama.cpp in router mode."""
+    rows = [
+        {
+            "id": name,
+            "owned_by": "llamacpp",
+            "architecture": {"input_modalities": ["text", "image"]},
+            "status": {"value": "loaded" if name == loaded else "unloaded"},
+        }
+        for name in ("a", "b")
+    ]
+    return {"object": "list", "data": rows}
+
+
+async def test_models_of_router_mode_are_not_loaded_by_looks() -> None:
+    async with Runner(models=["a", "b"], kind="llamacpp") as fake:
+        fake.probe_answers["/v1/models"] = (200, router("a"))
+        async with running(fake.url) as q:
+            await up(q)
+            rows = (await ask(q.port, "GET", "/api/ps")).json()["models"]
+            assert [row["name"] for row in rows] == ["a"]
+            shown = (await ask(q.port, "POST", "/api/show", json={"model": "b"})).json()
+            assert shown["capabilities"] == ["completion", "vision"]
+            body = {"model": "b", "messages": [{"role": "user", "content": "hi"}]}
+            answer = await ask(q.port, "POST", "/v1/messages/count_tokens", json=body)
+            assert answer.json()["input_tokens"] >= 1
+            assert fake.requests == [], "only asked what it has"
+            assert "/props" not in fake.probe_paths, "which are the router's, not a model's"
+
+
 async def test_show_waits_for_the_ollama_longer_than_a_look() -> None:
     async with Runner() as fake:
         gate = asyncio.Event()
@@ -363,9 +415,9 @@ async def test_exact_name_then_latest_and_case_then_alias() -> None:
     async with Runner(models=models) as fake, running(fake.url, aliases=aliases) as q:
         for asked, model in (
             ("exact", "exact"),
-            ("Cased", "cased"),
-            ("tagged", "tagged:latest"),
-            ("EXACT:latest", "exact"),
+            ("Cased", "Cased"),
+            ("tagged", "tagged"),
+            ("EXACT:latest", "EXACT:latest"),
             ("whatever", "other"),
             ("exact:7b", "other"),
         ):
@@ -427,7 +479,7 @@ async def test_alias_may_lead_to_a_name_in_another_case() -> None:
     aliases = {"a": "M"}
     async with Runner(models=["m:latest"]) as fake, running(fake.url, aliases=aliases) as q:
         assert (await asks(q, CHAT, "a")).status == 200
-        assert fake.requests[-1].json["model"] == "m:latest"
+        assert fake.requests[-1].json["model"] == "M", "which Ollama takes"
 
 
 @each_dialect
@@ -460,6 +512,50 @@ async def test_alias_is_one_with_its_model_for_context_and_books() -> None:
         assert (await CHAT.ask(q.port, "a", model="fast", numCtx=8192)).status == 200
         assert (await NATIVE_CHAT.ask(q.port, "a", model="small")).status == 200
         assert fake.loads == [("small", 8192)]
+
+
+PATHS = ["/models/x.gguf", "org/model-GGUF/q4.gguf", "C:\\models\\x.gguf", "a b/ü"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+async def test_model_whose_name_is_a_path_is_known_on_every_route(name: str) -> None:
+    async with Runner(models=[name], kind="llamacpp") as fake, running(fake.url) as q:
+        await up(q)
+        answer = await ask(q.port, "GET", f"/v1/models/{quote(name, safe='')}")
+        assert (answer.status, answer.json()["id"]) == (200, name)
+        if not name.startswith("/"):  # an empty segment is none
+            answer = await ask(q.port, "GET", f"/v1/models/{quote(name)}")
+            assert (answer.status, answer.json()["id"]) == (200, name)
+        answer = await ask(q.port, "POST", "/api/show", json={"model": name})
+        assert answer.status == 200
+        for dialect in (CHAT, NATIVE_CHAT, MESSAGES):
+            assert dialect.text(await dialect.ask(q.port, "hi", model=name)) == "hi"
+
+
+@pytest.mark.parametrize("asked", ["library/m", "registry.ollama.ai/library/m", "Library/M:latest"])
+async def test_model_may_be_named_in_full_as_at_ollama(asked: str) -> None:
+    async with Runner(models=["m:latest"]) as fake, running(fake.url) as q:
+        answer = await NATIVE_CHAT.ask(q.port, "hi", model=asked)
+        assert NATIVE_CHAT.text(answer) == "hi"
+        assert fake.requests[-1].json["model"] == asked == answer.json()["model"]
+    async with Runner(models=["m"], kind="vllm") as fake, running(fake.url) as q:
+        answer = await CHAT.ask(q.port, "hi", model=asked)
+        assert fake.requests[-1].json["model"] == "m", "vLLM knows it by this name alone"
+        assert answer.json()["model"] == asked
+
+
+@pytest.mark.parametrize("asked", ["qwen3:cloud", "gpt-oss:120b-cloud"])
+async def test_cloud_model_goes_to_the_ollama_that_does_not_list_it(asked: str) -> None:
+    async with Runner(models=["m"], kind="vllm") as vllm, Runner(models=["n"]) as fake:
+        async with running(backends={"v": {"url": vllm.url}, "o": {"url": fake.url}}) as q:
+            await up(q)
+            answer = await CHAT.ask(q.port, "hi", model=asked)
+            assert CHAT.text(answer) == "hi"
+            assert fake.requests[-1].json["model"] == asked
+            assert vllm.requests == []
+    async with Runner(models=["n"]) as fake, running(fake.url, aliases={"qwen*": "n"}) as q:
+        await CHAT.ask(q.port, "hi", model="qwen3:cloud")
+        assert fake.requests[-1].json["model"] == "n", "an alias goes first"
 
 
 # ---- Unknown or down -------------------------------------------------------------------------

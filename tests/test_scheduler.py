@@ -746,8 +746,8 @@ def test_expected_waits_follow_the_slots_of_the_device() -> None:
     box = Box()
     box.add("a", "m", shared=2)
     box.add("b", "n")
-    box.queue.note_service("m", 10.0)
-    box.queue.note_service("n", 4.0)
+    box.queue.note_service("m", 10.0, "a")
+    box.queue.note_service("n", 4.0, "b")
     tickets = [box.submit(model=model) for model in "mnmnm"]
     assert [eta_of(box, one) for one in tickets] == [0.0, 0.0, 5.0, 4.0, 10.0]
 
@@ -759,8 +759,8 @@ def eta_of(box: Box, ticket: Ticket, now: float = 0.0) -> float | None:
 def test_expected_waits_are_by_model_and_less_what_runs_has_run_already() -> None:
     box = Box()
     box.add("a", "m", "n")
-    box.queue.note_service("m", 10.0)
-    box.queue.note_service("n", 3.0)
+    box.queue.note_service("m", 10.0, "a")
+    box.queue.note_service("n", 3.0, "a")
     box.submit(model="m")
     box.started(0.0)
     second, third = box.submit(model="n"), box.submit(model="m")
@@ -772,16 +772,18 @@ def test_expected_wait_is_not_known_behind_a_model_that_was_never_measured() -> 
     box = Box()
     box.add("a", "m", "n")
     box.add("b", "o")
-    box.queue.note_service("m", 10.0)
-    box.queue.note_service("o", 2.0)
+    box.queue.note_service("m", 10.0, "a")
+    box.queue.note_service("o", 2.0, "b")
     tickets = [box.submit(model=model) for model in "mnmoo"]
     assert [eta_of(box, one) for one in tickets] == [0.0, 10.0, None, 0.0, 2.0]
     box.started()
     assert [eta_of(box, one) for one in tickets[1:3]] == [10.0, None]
-    box.queue.note_service("n", 1.0)
+    box.queue.note_service("n", 1.0, "b")
+    assert eta_of(box, tickets[2]) is None, "it was measured elsewhere"
+    box.queue.note_service("n", 1.0, "a")
     assert [eta_of(box, one) for one in tickets[1:3]] == [10.0, 11.0]
-    assert box.queue.service_of("n") == 1.0
-    assert box.queue.service_of("never") is None
+    assert box.queue.service_of("n", "a") == 1.0
+    assert box.queue.service_of("never", "a") is None
 
 
 def test_expected_wait_is_not_known_behind_one_that_runs_and_was_never_measured() -> None:
@@ -796,8 +798,8 @@ def test_who_is_held_back_is_told_no_time() -> None:
     box = Box()
     box.add("a", "m")
     down, loading = box.add("b", "n"), box.add("c", "o")
-    for model in "mno":
-        box.queue.note_service(model, 5.0)
+    for model, device in zip("mno", "abc"):
+        box.queue.note_service(model, 5.0, device)
     box.down(down, 0.0)
     loading.loads(0.0, "loading")
     tickets = [box.submit(model=model) for model in "mno"]
@@ -812,10 +814,10 @@ def test_who_is_held_back_is_told_no_time() -> None:
 def test_times_of_a_thousand_models_are_remembered_and_no_more() -> None:
     box = one_slot()
     for number in range(1100):
-        box.queue.note_service(f"m{number}", 1.0)
+        box.queue.note_service(f"m{number}", 1.0, "a")
     assert len(box.queue.services) == 1000
-    assert box.queue.service_of("m999") == 1.0
-    assert box.queue.service_of("m1000") is None
+    assert box.queue.service_of("m999", "a") == 1.0
+    assert box.queue.service_of("m1000", "a") is None
 
 
 def reason_of(box: Box, ticket: Ticket) -> str:
@@ -1251,7 +1253,8 @@ class Account:
     waiting: list[Entry] = field(default_factory=list)
     running: list[Entry] = field(default_factory=list)
     removed: float = 0.0  # when a backend was last taken out
-    measured: dict[str, float] = field(default_factory=dict)  # seconds that a model's requests run
+    # Seconds that a model's requests run, by the model and the device.
+    measured: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def busy(self, device: str) -> int:
         return sum(self.devices[one.backend] == device for one in self.running if one.backend)
@@ -1289,7 +1292,7 @@ class Account:
         works: dict[str, list[float | None]] = {}  # what each device has before it
         for one in self.running:
             if one.backend is not None:
-                took = self.measured.get(one.model)
+                took = self.measured.get((one.model, self.devices[one.backend]))
                 left = None if took is None else max(0.0, took - (now - one.began))
                 works.setdefault(self.devices[one.backend], []).append(left)
         for one in order:
@@ -1303,7 +1306,7 @@ class Account:
             known = [each for each in before if each is not None]
             lost = held or not able or len(known) < len(before)
             found.append(None if lost else sum(known) / self.slots[able[0].device])
-            before.append(self.measured.get(one.model))
+            before.append(self.measured.get((one.model, able[0].device if able else "")))
         return found
 
     def fits(self, entry: Entry, limits: llmq.QueueSettings) -> bool:
@@ -1434,8 +1437,9 @@ class World(Box):
         if self.account.running:
             entry = self.rng.choice(self.account.running)
             if entry.model in SECONDS:
-                self.queue.note_service(entry.model, SECONDS[entry.model])
-                self.account.measured[entry.model] = SECONDS[entry.model]
+                device = self.account.devices[entry.backend]
+                self.queue.note_service(entry.model, SECONDS[entry.model], device)
+                self.account.measured[entry.model, device] = SECONDS[entry.model]
             self.queue.finish(entry.ticket, self.now)
             self.account.running.remove(entry)
             self.end(entry, "finished")

@@ -227,7 +227,10 @@ async def test_image_that_is_no_data_url_is_refused_and_never_fetched(url: str) 
     assert_error(answer, 400, "image")
 
 
-@pytest.mark.parametrize("part", [{"type": "input_audio"}, {"type": "file"}, "text", {}, None])
+NO_SOUND = {"type": "input_audio", "input_audio": {"format": "wav"}}
+
+
+@pytest.mark.parametrize("part", [NO_SOUND, {"type": "file"}, "text", {}, None])
 async def test_part_that_ollama_has_no_word_for_is_refused(part: Any) -> None:
     answer = await refused(asked_chat({"role": "user", "content": [part]}))
     assert answer.status in (400, 501)
@@ -304,6 +307,79 @@ async def test_tool_arguments_that_are_no_json_are_400(arguments: Any) -> None:
 async def test_content_that_is_missing_without_tool_calls_is_400() -> None:
     assert_error(await refused(asked_chat({"role": "user", "content": None})), 400, "content")
     assert_error(await refused(asked_chat({"role": "user", "content": 7})), 400, "content")
+
+
+@pytest.mark.parametrize("calls", [[], CALLS], ids=["none", "some"])
+async def test_content_may_be_null_beside_tool_calls_even_none(calls: list[Any]) -> None:
+    """SDKs write an answer back as it came: `content: null, tool_calls: []`."""
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    document = await seen(asked_chat({"role": "user", "content": "hi"}, said))
+    assert document["messages"][1]["content"] == ""
+    assert len(document["messages"][1].get("tool_calls", [])) == len(calls)
+
+
+async def test_sound_goes_where_ollamas_v1_puts_it() -> None:
+    sound = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+    document = await seen(asked_chat({"role": "user", "content": [sound]}))
+    assert document["messages"] == [{"role": "user", "content": "", "images": ["UklGRg=="]}]
+
+
+async def test_number_may_be_written_with_a_point_where_a_whole_one_is_meant() -> None:
+    document = await seen(asked_chat(max_tokens=128.0, seed=7.0, numCtx=4096.0))
+    told = document["options"]
+    assert [type(told[name]) for name in ("num_predict", "seed", "num_ctx")] == [int] * 3
+    assert (told["num_predict"], told["num_ctx"]) == (128, 4096)
+
+
+HELD = {"role": "assistant", "content": "x"}
+WRONG: list[tuple[dict[str, Any], str]] = [  # with the name that is told
+    ({"max_tokens": "many"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"seed": True}, "seed"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"stop": [1]}, "stop"),
+    ({"tools": {}}, "tools"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"reasoning_effort": 3}, "reasoning_effort"),
+    ({"reasoning": {"effort": []}}, "reasoning.effort"),
+    ({"reasoning": "high"}, "reasoning"),
+    ({"response_format": "json"}, "response_format"),
+    ({"stream_options": True, "stream": True}, "stream_options"),
+    ({"keep_alive": []}, "keep_alive"),
+    ({"messages": [{"role": 7, "content": "x"}]}, "messages[0].role"),
+    ({"messages": [HELD, {"role": "user", "content": 7}]}, "messages[1].content"),
+    ({"messages": [{**HELD, "tool_calls": "f"}]}, "messages[0].tool_calls"),
+    ({"messages": [{**HELD, "tool_calls": [7]}]}, "messages[0].tool_calls"),
+    (
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": 7}]},
+        "messages[0].tool_call_id",
+    ),
+]
+WRONG_NATIVE: list[tuple[dict[str, Any], str]] = [
+    ({"options": {"temperature": "hot"}}, "options.temperature"),
+    ({"options": {"num_predict": [1]}}, "options.num_predict"),
+    ({"options": {"top_k": True}}, "options.top_k"),
+    ({"think": 3}, "think"),
+    ({"format": "xml"}, "format"),
+    ({"tools": "f"}, "tools"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "x", "images": [7]}]}, "messages[0].images"),
+    ({"messages": [{**HELD, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "name"), WRONG, ids=str)
+async def test_wrong_type_is_400_with_the_members_name(wrong: dict[str, Any], name: str) -> None:
+    answer = await refused({**asked_chat(), **wrong})
+    assert_error(answer, 400, name)
+    assert answer.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize(("wrong", "name"), WRONG_NATIVE, ids=str)
+async def test_wrong_type_is_400_for_ollamas_clients_too(wrong: dict[str, Any], name: str) -> None:
+    answer = await refused({"model": "m", **SAY, **wrong}, "/api/chat", kind="llamacpp")
+    assert_error(answer, 400, name)
+    assert list(answer.json()) == ["error"]
 
 
 async def test_reasoning_in_the_history_becomes_thinking() -> None:
@@ -627,6 +703,47 @@ async def test_reason_that_is_missing_is_a_stop() -> None:
     assert answer.json()["choices"][0]["finish_reason"] in ("stop", None)
 
 
+async def test_end_without_a_message_is_an_end() -> None:
+    reply = [line(chat_line("x")), line({"model": "m", "done": True})]
+    answer = await counter(CHAT, {**ASK, "stream": True}, reply)
+    assert (answer.status, answer.clean) == (200, True), answer
+    assert answer.events()[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_completion_whose_reason_is_missing_is_a_stop() -> None:
+    native = generate_end(text="x")
+    del native["done_reason"]
+    answer = await counter("/v1/completions", {"prompt": "hi"}, native)
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("reason", ["length", "load"])
+async def test_only_a_stop_becomes_tool_calls(reason: str) -> None:
+    call = {"id": "a", "function": {"index": 0, "name": "f", "arguments": {}}}
+    answer = await counter(CHAT, ASK, chat_end(reason, message={"tool_calls": [call]}))
+    assert answer.json()["choices"][0]["finish_reason"] == reason
+    reply = [line(chat_line("", message={"tool_calls": [call]})), line(chat_end(reason))]
+    answer = await counter(CHAT, {**ASK, "stream": True}, reply)
+    assert answer.events()[-2]["choices"][0]["finish_reason"] == reason
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("bad", ["f", {}, {"function": {"name": 7}}, {"function": None}])
+async def test_tool_call_of_ollama_that_is_not_understood_costs_no_text(
+    bad: Any, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = {"tool_calls": [bad]}
+    pieces = [line(chat_line("one", message=message)), line(chat_end())]
+    reply: Any = pieces if streamed else chat_end(content="one", message=message)
+    answer = await counter(CHAT, {**ASK, "stream": streamed}, reply)
+    assert (answer.status, answer.clean) == (200, True), answer
+    choices = [one["choices"][0] for one in (answer.events()[:-1] if streamed else [answer.json()])]
+    messages = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    assert "".join(message.get("content", "") for message in messages) == "one"
+    assert choices[-1]["finish_reason"] == "stop"
+    assert any("tool call" in text for text in caplog.messages)
+
+
 async def test_answer_without_counts_has_zeros() -> None:
     """Ollama leaves a count of zero out: a cached prompt has no prompt_eval_count."""
     native = {name: value for name, value in chat_end(content="x").items() if "count" not in name}
@@ -642,6 +759,17 @@ async def test_logprobs_of_the_runner_come_through() -> None:
     reply = [line(chat_line("x", logprobs=probs)), line(chat_end())]
     answer = await counter(CHAT, {**ASK, "stream": True}, reply)
     assert answer.events()[0]["choices"][0]["logprobs"] == {"content": probs}
+
+
+async def test_logprobs_without_a_text_are_no_less_an_answer() -> None:
+    probs = [{"token": "", "logprob": -0.5}]
+    reply = [line(chat_line("x")), line(chat_line("", logprobs=probs)), line(chat_end())]
+    answer = await counter(CHAT, {**ASK, "stream": True}, reply)
+    told_probs = [event["choices"][0].get("logprobs") for event in answer.events()[:-1]]
+    assert told_probs == [None, {"content": probs}, None]
+    reply = [said({"content": "x"}), said({}), sse(EMPTY_WITH_PROBS), said({}, "stop"), DONE]
+    answer = await native("/api/chat", {**SAY, "logprobs": True}, reply)
+    assert [one.get("logprobs") for one in lines(answer)] == [None, [{"token": ""}], None]
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
@@ -1040,6 +1168,9 @@ def said(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes
     return sse({"object": "chat.completion.chunk", "model": "m", "choices": [choice], **more})
 
 
+EMPTY_WITH_PROBS = {
+    "choices": [{"index": 0, "delta": {"content": ""}, "logprobs": {"content": [{"token": ""}]}}]
+}
 GOOD_STREAM = [
     said({"role": "assistant", "content": None}),
     said({"content": "hello"}),
@@ -1108,6 +1239,58 @@ async def test_native_stream_is_asked_for_as_a_stream_with_its_usage(asked: Any)
         assert request.json["stream"] is True
         assert request.json["stream_options"]["include_usage"] is True
         assert answer.headers["content-type"] == NDJSON
+
+
+OPTIONS = {
+    "num_predict": 5.0,
+    "top_k": 40,
+    "min_p": 0.1,
+    "typical_p": 0.9,
+    "repeat_penalty": 1.1,
+    "repeat_last_n": 64,
+    "num_keep": 4,
+    "num_gpu": 99,
+}
+OPTIONS_OF = {  # what each kind of runner has of them, by its own name
+    "llamacpp": {
+        "top_k": 40,
+        "min_p": 0.1,
+        "typical_p": 0.9,
+        "repeat_penalty": 1.1,
+        "repeat_last_n": 64,
+        "n_keep": 4,
+    },
+    "vllm": {"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1},
+    "lmstudio": {"top_k": 40, "repeat_penalty": 1.1},
+    "openai": {"top_k": 40, "min_p": 0.1, "typical_p": 0.9, "repeat_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS_OF)
+async def test_options_have_the_names_that_the_runner_has(kind: str) -> None:
+    async with Runner(kind=kind) as runner, running(runner.url) as q:
+        body = {"model": "m", **SAY, "stream": False, "options": OPTIONS}
+        request, _ = await exchange(q, runner, "/api/chat", body, GOOD)
+    wanted = {"model": "m", **SAY, "stream": False, "max_tokens": 5, **OPTIONS_OF[kind]}
+    assert request.json == wanted
+    assert type(request.json["max_tokens"]) is int
+
+
+async def test_what_the_runner_says_it_took_is_told() -> None:
+    timings = {"prompt_n": 3, "prompt_ms": 1.5, "predicted_n": 4, "predicted_ms": 2.0}
+    answer = await native("/api/chat", {**SAY, "stream": False}, {**GOOD, "timings": timings})
+    assert answer.json()["prompt_eval_duration"] == 1_500_000
+    assert answer.json()["eval_duration"] == 2_000_000
+    answer = await native("/api/chat", {**SAY, "stream": False}, GOOD)
+    assert not answer.json().keys() & {"eval_duration", "prompt_eval_duration"}, "not known"
+    for odd in ([], "x", {"prompt_ms": "x", "predicted_ms": -1}, {"prompt_ms": 10**400}):
+        answer = await native("/api/chat", {**SAY, "stream": False}, {**GOOD, "timings": odd})
+        assert answer.json()["message"]["content"], "an odd number costs no answer"
+
+
+async def test_logprobs_of_a_plain_prompt_are_501_not_dropped() -> None:
+    asked = {"model": "m", "prompt": "hi", "logprobs": True}
+    assert_error(await refused(asked, "/api/generate", kind="llamacpp"), 501, "logprobs")
 
 
 @pytest.mark.parametrize("number", [-1, -2])

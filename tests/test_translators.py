@@ -435,5 +435,5 @@ def test_a_result_that_names_its_call_takes_that_one_out() -> None:
 def test_a_tool_call_without_a_name_is_left_out() -> None:
     good = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
     bad = {"id": "2", "function": {"name": None, "arguments": "{}"}}
-    (kept,) = llmq.understood_calls([bad, good])
+    (kept,) = llmq.retold([bad, good], llmq.ollama_tool_call)
     assert kept["function"]["name"] == "f"

@@ -1148,7 +1148,7 @@ async def test_llmqs_own_fields_are_cut_and_every_other_byte_stays(body: bytes) 
 
 
 async def test_only_the_name_of_the_model_is_replaced_where_the_backend_knows_another() -> None:
-    async with FakeBackend(models=["M:latest"], kind="ollama") as fake, running(fake.url) as q:
+    async with FakeBackend(models=["M:latest"], kind="vllm") as fake, running(fake.url) as q:
         body = b'{ "model" : "m", "messages":[{"role":"user","content":"m"}], "t" : 1.50 }'
         answer = await ask(q.port, "POST", "/v1/chat/completions", body=body, headers=dict(JSON))
         assert answer.status == 200, answer
