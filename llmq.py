@@ -5863,6 +5863,7 @@ class Gateway:
             failure = None
         except LlmqError as error:
             failure = call.error or error
+            error.__traceback__ = None  # its frames hold the error, and the call
         finally:
             again = await self.give_back(call, backend, failure)
         if failure is not None and not again:

@@ -21,6 +21,7 @@ from tests.fakes import (
     FakeBackend,
     Raw,
     ask,
+    black_hole,
     chat,
     chunk,
     eventually,
@@ -789,6 +790,20 @@ async def test_call_that_was_tried_again_is_free_when_it_ends(ending: str) -> No
         assert ((await asking).status == 200) is (ending == "served")
         await eventually(lambda: not q.service._servers[0].connections)
         assert len(alive(llmq.Call)) == 0
+
+
+@pytest.mark.usefixtures("_no_collector")
+async def test_call_is_free_when_its_client_leaves_while_llmq_dials() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await eventually(lambda: all(each.usable for each in q.gateway.fleet.backends.values()))
+        await fake.stop_listening()
+        q.gateway.pool.close()
+        with black_hole(fake.port):
+            client = await begin(q, "a")
+            await eventually(lambda: any(call.connecting for call in q.gateway.calls.values()))
+            client.close()
+            await eventually(lambda: not q.service._servers[0].connections)
+            await eventually(lambda: not alive(llmq.Call))
 
 
 @pytest.mark.usefixtures("_no_collector")
