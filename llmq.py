@@ -1849,14 +1849,16 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
     """What every waiting ticket can expect, in one pass.
 
     The time is the sum of what its device has before it, by the averages of their models: of those
-    that run what is left.  None when it is not known: held back, or a model never measured.
+    that run what is left.  None when it is not known: held back, a model never measured, or one
+    that runs for longer than it mostly does.
     """
     ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
     for ticket in scheduler.running.values():
         if ticket.backend is not None:
             device = ticket.backend.device.name
             took = scheduler.service_of(ticket.model, device)
-            left = None if took is None else max(0.0, took - (now - ticket.started))
+            left = None if took is None else took - (now - ticket.started)
+            left = None if left is None or left < 0 else left
             ahead[device] = add_known(ahead.get(device, 0.0), left)
     # What all of one class share that want the same is found once.
     alike: dict[tuple[Want, Priority], tuple[str, int, str]] = {}

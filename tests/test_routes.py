@@ -518,11 +518,17 @@ async def test_request_whose_reader_is_stuck_can_be_cancelled(
         request = await fake.arrived()
         await request.start_stream()
         (call,) = q.gateway.calls.values()
-        while not call.reply.blocked:
-            await request.piece("x" * 65536)
+
+        async def flood() -> None:
+            while True:
+                await request.piece("x" * 65536)
+
+        flooding = asyncio.ensure_future(flood())
+        await eventually(lambda: call.reply.blocked)
         await ask(q.port, "DELETE", f"/llmq/requests/{(await ids(q))['a']}")
         await request.left()
         await eventually(lambda: not q.gateway.calls)
+        flooding.cancel()
         client.close()
 
 

@@ -765,7 +765,18 @@ def test_expected_waits_are_by_model_and_less_what_runs_has_run_already() -> Non
     box.started(0.0)
     second, third = box.submit(model="n"), box.submit(model="m")
     assert (eta_of(box, second, 4.0), eta_of(box, third, 4.0)) == (6.0, 9.0)
-    assert (eta_of(box, second, 99.0), eta_of(box, third, 99.0)) == (0.0, 3.0)
+    assert (eta_of(box, second, 10.0), eta_of(box, third, 10.0)) == (0.0, 3.0)
+
+
+def test_expected_wait_is_not_known_once_what_runs_takes_longer_than_it_mostly_does() -> None:
+    box = Box()
+    box.add("a", "m", "n")
+    box.queue.note_service("m", 10.0, "a")
+    box.queue.note_service("n", 3.0, "a")
+    box.submit(model="m")
+    box.started(0.0)
+    second, third = box.submit(model="n"), box.submit(model="m")
+    assert (eta_of(box, second, 10.5), eta_of(box, third, 10.5)) == (None, None)
 
 
 def test_expected_wait_is_not_known_behind_a_model_that_was_never_measured() -> None:
@@ -1293,7 +1304,7 @@ class Account:
         for one in self.running:
             if one.backend is not None:
                 took = self.measured.get((one.model, self.devices[one.backend]))
-                left = None if took is None else max(0.0, took - (now - one.began))
+                left = None if took is None or took < now - one.began else took - (now - one.began)
                 works.setdefault(self.devices[one.backend], []).append(left)
         for one in order:
             able = [
