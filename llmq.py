@@ -4016,7 +4016,7 @@ class Stream(asyncio.Protocol):
         self.error = error
         self.waiter.wake()
 
-    async def arrive(self, beyond: int = 0) -> bool:
+    async def arrive(self, beyond: int) -> bool:
         """Wait until more than so many bytes are unread; False when no more will come."""
         while len(self._data) <= beyond and not self.ended and self.error is None:
             await self.waiter
@@ -4026,8 +4026,10 @@ class Stream(asyncio.Protocol):
 
     async def more(self) -> bytes:
         """What has come, waiting until there is something; b"" once the peer has ended."""
-        if not self._data or self.error is not None:
-            await self.arrive()
+        while not self._data and not self.ended and self.error is None:
+            await self.waiter
+        if self.error is not None:
+            raise self.error
         return self.take(len(self._data))
 
     def take(self, size: int) -> bytes:
