@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import termios
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -845,3 +847,48 @@ async def test_control_routes_stay_as_they_are_for_it() -> None:
         method, path, _ = view.press("y")
         assert (await ask(q.port, method, path)).status == 200
         assert (await clients[2].response()).code == "cancelled"
+
+
+# ---- The README's picture --------------------------------------------------------------------
+
+PAPER, INK = (24, 26, 32), (222, 224, 228)
+INKS = {"green": (90, 190, 120), "red": (235, 110, 110), "cyan": (95, 180, 215),
+        "brown": (225, 175, 75), "black": (16, 18, 22), "default": INK}  # fmt: skip
+
+
+def draw(screen: Any, font: Any) -> Any:
+    """A screen as a person sees it."""
+    image, paper = require("PIL.Image"), require("PIL.ImageDraw")
+    box = font.getbbox("M")
+    wide, high = box[2], int(font.size * 1.3)
+    picture = image.new("RGB", (wide * screen.columns, high * screen.lines), PAPER)
+    pen = paper.Draw(picture)
+    for line, column in itertools.product(range(screen.lines), range(screen.columns)):
+        cell = screen.buffer[line][column]
+        ink, ground = INKS.get(cell.fg, INK), INKS.get(cell.bg, PAPER)
+        ground = PAPER if cell.bg == "default" else ground
+        ink, ground = (ground, ink) if cell.reverse else (ink, ground)
+        place = (column * wide, line * high)
+        pen.rectangle([place, (place[0] + wide - 1, place[1] + high - 1)], fill=ground)
+        pen.text(place, cell.data, fill=ink, font=font, stroke_width=0)
+    return picture
+
+
+async def take_picture() -> None:
+    """A busy minute: the same as the page's."""
+    from tests.test_page import finish, state
+
+    font = require("PIL.ImageFont").truetype("DejaVuSansMono.ttf", 15)
+    people = ("open-webui", "editor", "cron", "alice", "nightly-report")
+    async with state("busy") as (q, vllm):
+        for at in range(26):
+            pieces = (37 * at) % 90 + 12
+            await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
+        async with top(q.base, (110, 30)) as seen:
+            await seen.shows("waiting 7")
+            picture = draw(seen.screen, font)
+    picture.quantize(64).save(Path(__file__).parent / "pictures" / "top.png", optimize=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(take_picture())
