@@ -756,7 +756,14 @@ def eta_of(box: Box, ticket: Ticket, now: float = 0.0) -> float | None:
     return llmq.forecast(box.queue, now)[ticket.id][1]
 
 
-def test_expected_waits_are_by_model_and_less_what_runs_has_run_already() -> None:
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [(4.0, (6.0, 9.0)), (10.0, (0.0, 3.0)), (10.5, (None, None))],
+    ids=["it has run for a while", "it should end", "it takes longer than it mostly does"],
+)
+def test_expected_waits_are_by_model_and_less_what_runs_has_run_already(
+    now: float, expected: tuple[float | None, float | None]
+) -> None:
     box = Box()
     box.add("a", "m", "n")
     box.queue.note_service("m", 10.0, "a")
@@ -764,19 +771,7 @@ def test_expected_waits_are_by_model_and_less_what_runs_has_run_already() -> Non
     box.submit(model="m")
     box.started(0.0)
     second, third = box.submit(model="n"), box.submit(model="m")
-    assert (eta_of(box, second, 4.0), eta_of(box, third, 4.0)) == (6.0, 9.0)
-    assert (eta_of(box, second, 10.0), eta_of(box, third, 10.0)) == (0.0, 3.0)
-
-
-def test_expected_wait_is_not_known_once_what_runs_takes_longer_than_it_mostly_does() -> None:
-    box = Box()
-    box.add("a", "m", "n")
-    box.queue.note_service("m", 10.0, "a")
-    box.queue.note_service("n", 3.0, "a")
-    box.submit(model="m")
-    box.started(0.0)
-    second, third = box.submit(model="n"), box.submit(model="m")
-    assert (eta_of(box, second, 10.5), eta_of(box, third, 10.5)) == (None, None)
+    assert (eta_of(box, second, now), eta_of(box, third, now)) == expected
 
 
 def test_expected_wait_is_not_known_behind_a_model_that_was_never_measured() -> None:
