@@ -448,7 +448,8 @@ async def test_notices_take_no_clicks_and_a_newer_one_replaces_its_like(browser:
         assert await page.js(texts) == "c,d,e"
         await page.js("toast('D', 'd')")
         assert await page.js(texts) == "c,e,D"
-        await page.js("document.querySelector('#toasts').style.inset = 0")  # over everything
+        style = "Object.assign(document.querySelector('#toasts').style, %s)"
+        await page.js(style % "{inset: 0, maxWidth: 'none'}")  # over everything
         await page.click("#all")
         await page.until("document.querySelector('#ask[open]')")
         for _ in range(2):
