@@ -174,6 +174,36 @@ async def test_backend_that_does_not_answer_a_look_in_time_is_down() -> None:
         fake.release_probes()
 
 
+async def test_list_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "FETCHED", 10_000)
+    async with FakeBackend([f"model{number}" for number in range(1000)]) as fake:
+        backend = await probe(gateway_of(), fake)
+        assert backend.state is State.DOWN
+        assert "larger than 10000 bytes" in backend.error
+        assert backend.models == {}
+
+
+async def test_slow_list_delays_no_request_and_no_list() -> None:
+    async with FakeBackend(["m"]) as quick, FakeBackend(["slow"]) as slow:
+        slow.hold_probes()
+        settings = {"upstream__probe_timeout": 60, "upstream__probe_interval": 0.05}
+        async with running(quick.url, slow.url, **settings) as q:
+            first, second = q.gateway.fleet.backends.values()
+            await eventually(lambda: first.state is State.UP and slow.probes)
+            assert (await q.chat("a")).status == 200
+            assert second.state is State.UNKNOWN, "it is still being looked at"
+            slow.release_probes()
+            await eventually(lambda: second.state is State.UP)
+            slow.hold_probes()
+            probes = slow.probes
+            await eventually(lambda: slow.probes > probes)
+            for path in ("/v1/models", "/api/tags", "/api/ps", "/v1/models/slow"):
+                assert (await ask(q.port, "GET", path)).status == 200
+            assert (await q.chat("a")).status == 200
+            assert (await q.chat("a", model="slow")).status == 200
+            slow.release_probes()
+
+
 async def test_slow_look_says_nothing_of_a_backend_that_delivered_lately() -> None:
     async with FakeBackend() as fake:
         gateway = gateway_of()

@@ -815,3 +815,83 @@ async def test_body_that_is_late_is_free_when_it_is_refused(path: str) -> None:
         raw.close()
         await eventually(lambda: not q.service._servers[0].connections)
         assert len(alive(llmq.Exchange)) == 0
+
+
+async def end_by_error(q: running, fake: FakeBackend) -> None:
+    asking = asyncio.ensure_future(q.chat("a"))
+    await (await fake.arrived()).status(500, {"error": {"message": "oops"}})
+    assert (await asking).status == 500
+
+
+async def end_by_a_broken_head(q: running, fake: FakeBackend) -> None:
+    asking = asyncio.ensure_future(q.chat("a"))
+    await (await fake.arrived()).send(b"HTTP/1.1 nonsense\r\n\r\n")
+    assert (await asking).status == 502
+
+
+async def end_by_what_is_no_answer(q: running, fake: FakeBackend) -> None:
+    asking = asyncio.ensure_future(q.chat("a"))
+    await (await fake.arrived()).status(200, 7)
+    assert (await asking).status == 502
+
+
+async def end_by_what_cannot_be_translated(q: running, fake: FakeBackend) -> None:
+    body = {"model": "m", "stream": False, "messages": [{"role": "user", "content": "a"}]}
+    asking = asyncio.ensure_future(ask(q.port, "POST", "/api/chat", json=body))
+    await (await fake.arrived()).status(200, {"choices": 7})
+    assert (await asking).status == 502
+
+
+async def end_by_a_stream_that_breaks(q: running, fake: FakeBackend) -> None:
+    asking = asyncio.ensure_future(q.chat("a", stream=True))
+    request = await fake.arrived()
+    await request.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {}\n\n")
+    request.reset()
+    assert not (await asking).clean
+
+
+async def end_by_silence(q: running, fake: FakeBackend) -> None:
+    asking = asyncio.ensure_future(q.chat("a"))
+    await fake.arrived()
+    assert (await asking).status == 504
+
+
+async def end_by_a_bad_body(q: running, _: FakeBackend) -> None:
+    for body in (b"{", b'{"model":7}', b'{"model":"m","messages":[7]}', b'{"numCtx":"x"}'):
+        assert (await ask(q.port, "POST", CHAT, body=body)).status == 400
+
+
+async def end_by_an_order(q: running, fake: FakeBackend) -> None:
+    asking = [asyncio.ensure_future(q.chat("a")) for _ in range(2)]
+    await fake.arrived()
+    await eventually(lambda: len(q.gateway.calls) == 2)
+    for ident in list(q.gateway.calls):
+        await ask(q.port, "DELETE", f"/llmq/requests/{ident}")
+    assert [answer.status for answer in await asyncio.gather(*asking)] == [499, 499]
+
+
+async def end_by_leaving(q: running, fake: FakeBackend) -> None:
+    clients = [await begin(q, "a"), await begin(q, "b")]
+    await fake.arrived()
+    await eventually(lambda: len(q.gateway.calls) == 2)
+    for client in reversed(clients):
+        client.close()
+    await eventually(lambda: not q.gateway.calls)
+
+
+ENDS = (
+    end_by_error, end_by_a_broken_head, end_by_what_is_no_answer, end_by_what_cannot_be_translated,
+    end_by_a_stream_that_breaks, end_by_silence, end_by_a_bad_body, end_by_an_order, end_by_leaving,
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("end", ENDS, ids=[end.__name__ for end in ENDS])
+async def test_call_is_free_however_it_ends(end: Any) -> None:
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, upstream__first_byte_timeout=0.3) as q:
+            await eventually(lambda: all(one.usable for one in q.gateway.fleet.backends.values()))
+            await end(q, fake)
+            await eventually(lambda: not q.service._servers[0].connections)
+            await eventually(lambda: not alive(llmq.Call), 1)
+            assert not alive(llmq.Exchange)

@@ -393,6 +393,19 @@ async def test_404_in_other_words_than_an_unknown_paths_marks_nothing(
             await served(q, RESPONSES, stream)
 
 
+@pytest.mark.parametrize("words", ["Not Found", "404 page not found", ""])
+async def test_what_has_been_answered_well_is_not_lacking_whatever_a_404_says(words: str) -> None:
+    """One client's unknown response id must not take the route from the others."""
+    async with Runner(kind="llamacpp") as fake, running(backends=backends(a=fake)) as q:
+        await up(q)
+        await served(q, RESPONSES)
+        fake.lacks[RESPONSES.path] = (404, {"error": {"message": words}} if words else b"")
+        assert (await RESPONSES.ask(q.port, "hi")).status == 404
+        fake.lacks.clear()
+        await served(q, RESPONSES)
+        assert asked(fake, RESPONSES) == 3
+
+
 async def test_answer_that_only_speaks_of_an_unexpected_endpoint_is_one() -> None:
     async with Runner(kind="llamacpp") as fake:
         fake.lacks[CHAT.path] = (200, CHAT.whole("m", "Unexpected endpoint or method. error"))

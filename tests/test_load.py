@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import re
 import resource
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +249,24 @@ async def test_uploads_that_end_in_an_error_give_their_room_back(chunked: bool) 
         await turned_away(q, OPENAI_CHAT, chunked)
         await answered(held)
         assert len(fake.requests) == FITTING
+
+
+async def test_body_in_two_byte_chunks_takes_the_memory_of_its_size() -> None:
+    body = json.dumps(chat("x" * 200_000)).encode()
+    data = b"".join(chunk(body[at : at + 2]) for at in range(0, len(body), 2))
+    async with FakeBackend() as fake, running(fake.url) as q, await Raw.open(q.port) as client:
+        head = http("POST", "/v1/chat/completions", {"Transfer-Encoding": "chunked"})
+        tracemalloc.start()
+        try:
+            await client.send(head + data)
+            await eventually(lambda: q.service._servers[0].arriving_bytes == len(body))
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 2 * len(body) + len(head + data)
+        finally:
+            tracemalloc.stop()
+        await client.send(b"0\r\n\r\n")
+        assert (await client.response()).status == 200
+        assert fake.requests[0].body == body
 
 
 @each_framing

@@ -151,6 +151,7 @@ async def test_each_line_of_progress_arrives_when_it_is_sent() -> None:
         await request.send(b"0\r\n\r\n")
         answer = await raw.response()
         assert answer.clean
+        assert answer.headers["x-accel-buffering"] == "no"
         assert answer.body == b"".join(line(status="pulling", completed=n) for n in range(5))
 
 

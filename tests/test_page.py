@@ -448,12 +448,23 @@ async def test_notices_take_no_clicks_and_a_newer_one_replaces_its_like(browser:
         assert await page.js(texts) == "c,d,e"
         await page.js("toast('D', 'd')")
         assert await page.js(texts) == "c,e,D"
-        await page.js("document.querySelector('#toasts').style.inset = 0")  # over everything
+        style = "Object.assign(document.querySelector('#toasts').style, %s)"
+        await page.js(style % "{inset: 0, maxWidth: 'none'}")  # over everything
         await page.click("#all")
         await page.until("document.querySelector('#ask[open]')")
         for _ in range(2):
             await page.js("change('POST', 'mode', {mode: 'paused'}, () => 'like')")
         await page.until(f"{texts} === 'e,D,like'")
+
+
+async def test_what_is_new_is_in_live_regions(browser: Browser) -> None:
+    """Screen readers speak what changes there: what an order did, and what everybody must know."""
+    async with queue_of("alice") as q, opened(browser, q) as page:
+        await page.js("setMode('paused')")
+        for place, words in ("#toasts", "The mode is paused"), ("#notes", "Paused: nothing starts"):
+            await page.until(f"document.querySelector('{place}').innerText.includes('{words}')")
+            live = f"document.querySelector('{place}').matches('[role=status], [aria-live=polite]')"
+            assert await page.js(live)
 
 
 async def test_selection_on_a_phone_covers_nothing(browser: Browser) -> None:

@@ -290,6 +290,25 @@ async def test_show_tells_what_llama_cpp_tells_of_its_model() -> None:
             assert shown["capabilities"] == ["completion", "tools"]
 
 
+@pytest.mark.parametrize(
+    ("told", "can"),
+    [
+        ({"type": "vlm", "capabilities": ["tool_use"]}, ["completion", "tools", "vision"]),
+        ({"type": "vlm"}, ["completion", "vision"]),
+        ({"type": "llm", "capabilities": ["tool_use", 7]}, ["completion", "tools"]),
+        ({"type": "llm", "capabilities": "tool_use"}, ["completion"]),
+    ],
+)
+async def test_show_tells_what_lm_studio_tells_of_its_model(told: Any, can: list[str]) -> None:
+    async with Runner(models=["org/c"], kind="lmstudio") as fake:
+        rows = [{"id": "org/c", "object": "model", "state": "not-loaded", **told}]
+        fake.probe_answers["/api/v0/models"] = (200, {"data": rows})
+        async with running(backends={"a": {"url": fake.url, "kind": "lmstudio"}}) as q:
+            await up(q)
+            shown = (await ask(q.port, "POST", "/api/show", json={"model": "org/c"})).json()
+            assert shown["capabilities"] == can
+
+
 def router(loaded: str) -> dict[str, Any]:
     """The models of llama.cpp in router mode."""
     rows = [

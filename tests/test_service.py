@@ -261,6 +261,29 @@ def test_log_that_nobody_reads_is_lost_and_counted_not_waited_for(
         assert last.endswith("INFO heard")
 
 
+@pytest.mark.parametrize("gone", ["closed", "unread", "full"])
+def test_log_that_cannot_be_written_is_no_failure(
+    gone: str, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    full = gone == "full"
+    if full:
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
+    os.close(reading)
+    stderr = open(writing, "w")  # noqa: SIM115 - it is gone before it is closed
+    if gone == "closed":
+        stderr.close()
+    monkeypatch.setattr("sys.stderr", stderr)
+    llmq.set_up_log(llmq.LogSettings())
+    for _ in range(3):
+        log.info("said to nobody")
+    log.info(llmq.Lines([]))
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        stderr.close()
+
+
 def test_failure_in_the_json_log_is_one_line_with_its_traceback(
     log: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

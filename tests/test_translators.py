@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import time
 from typing import Any, Callable
 
 import pytest
@@ -437,3 +438,41 @@ def test_a_tool_call_without_a_name_is_left_out() -> None:
     bad = {"id": "2", "function": {"name": None, "arguments": "{}"}}
     (kept,) = llmq.retold([bad, good], llmq.ollama_tool_call)
     assert kept["function"]["name"] == "f"
+
+
+# ---- How much work -------------------------------------------------------------------------------
+
+
+def cpu(work: Any) -> float:
+    """The least CPU time of a few runs."""
+    times = []
+    for _ in range(3):
+        began = time.thread_time()
+        work()
+        times.append(time.thread_time() - began)
+    return min(times)
+
+
+def calls_and_results(number: int) -> dict[str, Any]:
+    """A conversation of as many tool calls, and as many results that name their function only."""
+    calls = [{"function": {"name": f"f{n}", "arguments": {}}} for n in range(number)]
+    results = [{"role": "tool", "tool_name": f"f{n}", "content": "x"} for n in range(number)]
+    return {"model": "m", "messages": [{"role": "assistant", "tool_calls": calls}, *results]}
+
+
+def test_results_are_matched_with_calls_in_time_that_grows_with_their_number() -> None:
+    def asked(number: int) -> float:
+        question = calls_and_results(number)
+        translate = llmq.TRANSLATORS["/api/chat", "/v1/chat/completions"]
+        return cpu(lambda: translate(question, "m", 0, float).body())
+
+    assert asked(8_000) < 24 * asked(1_000), "8 times as many; 64 times would be quadratic"
+
+
+def test_bits_of_a_tool_call_are_joined_in_time_that_grows_with_their_number() -> None:
+    def told(number: int) -> float:
+        bits = [shred(index=0, name="f", arguments="["), shred(index=0, arguments="1" * 200)]
+        data = bits[0] + bits[1] * number + b"data: [DONE]\n\n"
+        return cpu(lambda: retold(("/api/chat", "/v1/chat/completions"), [data]))
+
+    assert told(16_000) < 24 * told(2_000), "8 times as many; 64 times would be quadratic"

@@ -1314,11 +1314,15 @@ async def test_names_that_are_slow_to_be_found_delay_no_other(
         return look_up("127.0.0.1" if host == "good.test" else host, *place, **hints)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
+    before = set(threading.enumerate())
     async with FakeBackend() as fake:
         names = ["slow.test"] * 40  # more than asyncio's executor has threads
         dials = [asyncio.ensure_future(llmq.dial(f"http://{name}:80")) for name in names]
         upstream = await llmq.dial(f"http://good.test:{urlsplit(fake.url).port}")
         assert not any(one.done() for one in dials)
+        looking = set(threading.enumerate()) - before
+        assert len(looking) == len(names)
+        assert all(thread.daemon for thread in looking), "the end of the program waits for none"
         await upstream.close()
         found.set()
         ends = await asyncio.gather(*dials, return_exceptions=True)
