@@ -4404,6 +4404,8 @@ class Connection:
         try:
             while await self.serve_one():
                 self.enter(Phase.IDLE, self.server.settings.server.keep_alive)
+                if self.stream.unread:  # the next one is here already: others have their turn first
+                    await asyncio.sleep(0)
             await self.close()
         except (OSError, LlmqError):
             self.abort()
@@ -4458,6 +4460,7 @@ class Connection:
                 message = f"the request line is limited to {REQUEST_LINE_LIMIT} bytes"
                 raise LlmqError(message, "uri_too_long")
             skipped += len(head)
+            await asyncio.sleep(0)  # many may be here: others have their turn
         raise BadRequest("nothing but empty lines")
 
     async def read_body(self, length: int, limit: int) -> bytes:
