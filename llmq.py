@@ -2256,7 +2256,9 @@ LARGE: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looke
 SKIPPED = 64 * KIB  # characters that are skipped at a time
 NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 PLAIN_STRING = re.compile(r'"[^"\\]*"')
-BRACKET = re.compile(PLAIN_STRING.pattern + r"|[\[\]{}]")
+# One with escapes, up to its quote or the end of the text: what never fails is looked at once.
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)
+BRACKET = re.compile(STRING.pattern + r"|[\[\]{}]", re.DOTALL)
 NESTING = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -2356,11 +2358,13 @@ def skip_value(text: str, at: int) -> tuple[int, int]:
 def without_strings(text: str, at: int) -> tuple[str, int]:
     """The next piece of JSON without its strings, and where in the text it ends."""
     piece = text[at : at + SKIPPED]
-    first, last = piece.find('"'), piece.rfind('"')
-    if first >= 0 and "\\" in piece:  # a string with escapes is left to the decoder's scanner
-        return piece[:first], at + first
-    rest, quote, _ = PLAIN_STRING.sub("", piece).partition('"')
-    return rest, at + (last if quote else len(piece))
+    if "\\" not in piece:
+        rest, quote, _ = PLAIN_STRING.sub("", piece).partition('"')
+        return rest, at + (piece.rfind('"') if quote else len(piece))
+    last = deque(STRING.finditer(piece), maxlen=1)
+    if last and last[0][1] is None:  # it goes on behind this piece
+        piece = piece[: last[0].start()]
+    return STRING.sub("", piece), at + len(piece)
 
 
 def find_bracket(text: str, at: int, number: int) -> int:

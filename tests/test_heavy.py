@@ -55,6 +55,9 @@ SHAPES = {
     "a name": b'{"' + b"a" * SIZE,
     "digits": CHAT_START + b"1" * SIZE + b"}",
     "brackets in a text": in_text(b"[{,"),
+    "texts": filled(b'"n"'),
+    "texts with escapes": filled(b'"\\n"'),
+    "texts, a few with escapes": filled(b",".join([b'"n"'] * 15_000) + b',"\\n"'),
 }
 
 
@@ -151,7 +154,17 @@ def test_members_that_are_skipped_end_where_they_end(
     assert bool(skipped) == (left < 1000)
 
 
-@pytest.mark.parametrize("body", ['{"x":[[1,2]', '{"x":["a]}', '{"x":{"a":"\\"]}'])
+@pytest.mark.parametrize("shape", ["texts", "texts with escapes", "texts, a few with escapes"])
+def test_texts_are_skipped_in_time_that_grows_with_their_size(shape: str) -> None:
+    """All heavy bodies wait while one is read: the bound is far above what one pass takes."""
+    text = SHAPES[shape].decode()
+    start = time.process_time()
+    assert llmq.is_large(llmq.read_object(text).values)
+    spent = time.process_time() - start
+    assert spent < len(text) * 0.3e-6, f"{spent:.1f} s for {len(text)} characters"
+
+
+@pytest.mark.parametrize("body", ['{"x":[[1,2]', '{"x":["a]}', '{"x":{"a":"\\"]}', '{"x":[\\'])
 def test_what_is_skipped_and_does_not_end_is_refused(
     body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
