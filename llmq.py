@@ -4679,6 +4679,7 @@ class HttpServer:
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
 BLANK_LIMIT = MIB  # bytes of white space in front of an answer
+HEADS_LIMIT = 100  # of one answer, interim ones and its own
 FETCHED = 8 * MIB  # of an answer that llmq itself asked for
 FETCH_LINES = b"Accept: application/json\r\nConnection: close\r\n"
 
@@ -4733,12 +4734,15 @@ class Upstream:
     async def read_head(self) -> ResponseHead:
         """The head of the answer, interim ones skipped; raises what broke it."""
         try:
-            head = None
-            while head is None or (head.status < 200 and head.status != 101):
+            for _ in range(HEADS_LIMIT):
                 raw = await self.stream.read_head()
                 if not raw.endswith(HEAD_END):
                     raise self._broken_head(raw)
                 head = parse_response_head(raw)
+                if head.status >= 200 or head.status == 101:
+                    break
+            else:
+                raise ValueError("one interim answer after the other")
             self.body = body_decoder(response_length(head))
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
