@@ -2827,15 +2827,31 @@ def read_whole(body: bytes) -> dict[str, Any] | None:
     return document
 
 
+MODEL_NAMED = re.compile(
+    rb'^([^\n]*?"model" ?: ?)("[^"\\\n]*(?:\\.[^"\\\n]*){0,999}")', re.MULTILINE
+)
+
+
 def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
     """Puts the model that was asked for in place of the backend's name, once in a line.
 
-    Texts have their quotes escaped; what a tool's arguments say of a model comes behind it.
+    Texts have their quotes escaped; what a tool's arguments say of a model comes behind the first.
     """
-    name = re.escape(json.dumps(told, ensure_ascii=False).encode())
-    place = re.compile(rb'^([^\n]*?"model" ?: ?)' + name, re.MULTILINE)
-    shown = json.dumps(asked).encode()
-    return functools.partial(place.sub, lambda found: found[1] + shown)
+    name, shown = json.dumps(told, ensure_ascii=False).encode(), json.dumps(asked).encode()
+
+    def rename(found: re.Match[bytes]) -> bytes:
+        return found[1] + (shown if found[2] == name else found[2])
+
+    return functools.partial(MODEL_NAMED.sub, rename)
+
+
+def echo_whole(body: bytes, told: str, asked: str) -> bytes:
+    """The same for a whole answer, which may have a tool's arguments before its model."""
+    with contextlib.suppress(LlmqError, ValueError, RecursionError):  # as the runner wrote it
+        found = scan_object(body.decode())
+        if found.values.get("model") == told:
+            return rewrite(found, {"model": json.dumps(asked)}).encode()
+    return body
 
 
 class StreamWatch:
@@ -5213,6 +5229,7 @@ class Call:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
     echo: Callable[[bytes], bytes] | None = None  # if it is, and knows the model by another name
+    told = ""  # which is this
     upstream: Upstream | None = None
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
@@ -5276,7 +5293,7 @@ class Call:
         if route == self.endpoint.path:
             self.translator = self.echo = None
             if question.model not in ("", name):
-                self.echo = model_echo(name, question.model)
+                self.told, self.echo = name, model_echo(name, question.model)
             body, target = question.body_for(name, context), route
             target += f"?{self.query}" if self.query else ""
         else:
@@ -5414,6 +5431,8 @@ class Call:
                 body = await read_beside(functools.partial(translator.retell, body))
             else:
                 body = translator.translate(lambda: render_json(translator.whole(document)))
+        elif self.echo is not None and document is not None:
+            body = echo_whole(body, self.told, self.question.model)
         elif self.echo is not None:  # in the first part of a very long one
             body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
         if not reply.started:
