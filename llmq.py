@@ -6698,6 +6698,7 @@ class Api:
             if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
                 raise
             self.send_error(exchange, error)
+            error.__traceback__ = error.__context__ = None  # the frames of both hold the body
         except Exception:
             log.exception("request failed")
             if exchange.started:
