@@ -4140,6 +4140,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         return task.result()
     finally:
         task.cancel()  # which does nothing to one that is done
+        del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
 # ==== 18. Server ==================================================================================
@@ -5110,10 +5111,12 @@ class Monitor:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
+        late = f"{backend.name} did not answer {path} in {seconds:g} s"
         try:
-            head, answer = await within(seconds, asyncio.ensure_future(take_turn()), late)
+            doing = take_turn()  # no name for its task, which holds the error that holds this frame
+            head, answer = await within(seconds, asyncio.ensure_future(doing), BackendTimeout(late))
         except OSError as error:
+            error.__traceback__ = None  # its frames hold the body
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, answer, with_key=backend.has_key)
