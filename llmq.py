@@ -2573,6 +2573,11 @@ class Question(NamedTuple):
     done_reason: str = ""  # "load" or "unload": all that `ollama run` and `ollama stop` ask for
     large: bool = False  # some of it was not looked at
 
+    @property
+    def long(self) -> bool:
+        """Whether to write it in other words would hold the event loop for too long."""
+        return len(self.body) > HEAVY_BODY
+
     def body_for(self, model: str, context: int = 0) -> bytes:
         """The body, naming the model as the backend does, with the context that is shared."""
         put = {"model": json.dumps(model)} if model != self.model else {}
@@ -5284,8 +5289,8 @@ class Call:
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
-    def wire(self, backend: Backend) -> bytes:
-        """The request as this backend is to get it; Untranslatable or BadRequest."""
+    def writer(self, backend: Backend) -> Callable[[], bytes]:
+        """What writes the request as this backend is to get it; Untranslatable or BadRequest."""
         question, key, name = self.question, self.ticket.model, backend.name_for(self.model)
         route = self.route_asked = self.route_at(backend)
         if route is None:
@@ -5293,21 +5298,26 @@ class Call:
         context = 0
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
+        self.translator = self.echo = None
         if route == self.endpoint.path:
-            self.translator = self.echo = None
             if question.model not in ("", name):
                 self.told, self.echo = name, model_echo(name, question.model)
-            body, target = question.body_for(name, context), route
-            target += f"?{self.query}" if self.query else ""
+            target = route + (f"?{self.query}" if self.query else "")
+            body = functools.partial(question.body_for, name, context)
         else:
             if question.large:
                 raise Untranslatable(TOO_MANY)
-            translator = TRANSLATORS[self.endpoint.path, route]
-            asked = json.loads(question.body)
-            self.translator = translator(asked, name, context, time.time)
-            self.translator.runner = backend.traits
-            body, target = self.translator.body(), route
-        return render_request(backend, "POST", target, self.lines, body)
+            target = route
+            body = functools.partial(self.translated, route, name, context, backend.traits)
+        return lambda: render_request(backend, "POST", target, self.lines, body())
+
+    def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
+        """The body for another route."""
+        translator = TRANSLATORS[self.endpoint.path, route]
+        asked = json.loads(self.question.body)
+        self.translator = translator(asked, name, context, time.time)
+        self.translator.runner = runner
+        return self.translator.body()
 
     # ---- what is answered
 
@@ -5327,7 +5337,8 @@ class Call:
         if self.error is not None:
             raise self.error
         if self.upstream is None:
-            wire = self.wire(backend)
+            write = self.writer(backend)
+            wire = await read_beside(write) if self.question.long else write()
             self.connecting = asyncio.ensure_future(dial(backend.url))
             self.upstream = await connect_within(limits.connect_timeout, self.connecting, backend)
             if self.error is not None:
@@ -5709,7 +5720,7 @@ class Admission:
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
-            self.check_supported(call, values)
+            await self.check_supported(call, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
@@ -5758,7 +5769,7 @@ class Admission:
                 longest[key] = max([0, *(one for one in told if type(one) is int)])
         return longest.get(key, 0)
 
-    def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
+    async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
         want = call.ticket.want
         able = self.fleet.serving(want)
@@ -5774,7 +5785,8 @@ class Admission:
             raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
-            translator(dict(values), call.model, 0, time.time).body()
+            write = translator(dict(values), call.model, 0, time.time).body
+            await read_beside(write) if call.question.long else write()
 
 
 def model_not_found(asked: str) -> LlmqError:
@@ -5961,10 +5973,10 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + self.settings.upstream.first_byte_timeout
-        upstream = self.pool.take(backend.url, now)
+        upstream = None if call.question.long else self.pool.take(backend.url, now)
         if upstream is not None:
             try:
-                upstream.send(call.wire(backend))
+                upstream.send(call.writer(backend)())
             except Exception:  # noqa: BLE001 - the attempt meets it again, and harms nobody else
                 upstream.stream.close()
             else:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import random
+import threading
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 import llmq
 from tests.derived import build_settings
 from tests.documents import documents, strict
-from tests.fakes import FakeBackend, Raw, ask, eventually, http, running
+from tests.fakes import FakeBackend, Raw, ask, chat, eventually, http, running
 
 MIB = 1024 * 1024
 SIZE = 4 * MIB  # of each heavy body
@@ -134,6 +135,23 @@ async def test_what_is_too_large_to_be_translated_is_refused() -> None:
         answer = await ask(q.port, "POST", "/api/chat", body=body)
         assert (answer.status, fake.requests) == (501, [])
         assert answer.json()["error"] == llmq.TOO_MANY
+
+
+async def test_long_request_is_translated_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "HEAVY_BODY", 10)
+    threads, body = [], llmq.Translator.body
+
+    def noted(translator: llmq.Translator) -> bytes:
+        threads.append(threading.current_thread())
+        return body(translator)
+
+    monkeypatch.setattr(llmq.Translator, "body", noted)
+    async with FakeBackend() as fake, running(fake.url) as q:
+        for _ in range(2):  # with and without a connection in the pool
+            answer = await ask(q.port, "POST", "/api/chat", json=chat("x"))
+            assert (answer.status, fake.requests[-1].text) == (200, "x")
+    assert len(threads) == 4, "to know that it can be, and to send it"
+    assert threading.main_thread() not in threads
 
 
 @pytest.mark.parametrize("left", [0, 3, 1000])
