@@ -4967,7 +4967,7 @@ async def inspect(backend: Backend, instance: str) -> Report:
         answer = await fetch_json(backend, "/api/version")
         if look_up(answer, "instance") == instance:
             raise SelfFound("this is llmq itself")
-        version = str(look_up(answer, "version") or "")
+        version = printable(str(look_up(answer, "version") or ""))
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if head.status != HTTPStatus.OK:
