@@ -2942,6 +2942,7 @@ def chosen(facts: Facts, *names: str) -> Facts:
 
 
 FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
 FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
 FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
 
@@ -3064,9 +3065,10 @@ class FormQuestion(Question):
 def read_form(body: bytes, content_type: str, priority_header: str | None) -> FormQuestion:
     """A request in a form (RFC 7578): its short members, which stand before or behind the file."""
     media, _, told = content_type.partition("boundary=")
-    boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
-    if not media.lower().startswith("multipart/form-data") or not boundary:
+    told = told.partition(";")[0].strip().strip('"')
+    if not media.lower().startswith("multipart/form-data") or not 0 < len(told) <= FORM_BOUNDARY:
         raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    boundary = re.escape(told.encode("latin-1"))
     ends = body if len(body) <= 2 * FORM_END else body[:FORM_END] + body[-FORM_END:]
     values = {
         name: value.decode("utf-8", "replace").strip()
