@@ -2258,7 +2258,9 @@ LARGE: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looke
 SKIPPED = 64 * KIB  # characters that are skipped at a time
 NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 PLAIN_STRING = re.compile(r'"[^"\\]*"')
-BRACKET = re.compile(PLAIN_STRING.pattern + r"|[\[\]{}]")
+# One with escapes, up to its quote or the end of the text: what never fails is looked at once.
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)
+BRACKET = re.compile(STRING.pattern + r"|[\[\]{}]", re.DOTALL)
 NESTING = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -2358,11 +2360,13 @@ def skip_value(text: str, at: int) -> tuple[int, int]:
 def without_strings(text: str, at: int) -> tuple[str, int]:
     """The next piece of JSON without its strings, and where in the text it ends."""
     piece = text[at : at + SKIPPED]
-    first, last = piece.find('"'), piece.rfind('"')
-    if first >= 0 and "\\" in piece:  # a string with escapes is left to the decoder's scanner
-        return piece[:first], at + first
-    rest, quote, _ = PLAIN_STRING.sub("", piece).partition('"')
-    return rest, at + (last if quote else len(piece))
+    if "\\" not in piece:
+        rest, quote, _ = PLAIN_STRING.sub("", piece).partition('"')
+        return rest, at + (piece.rfind('"') if quote else len(piece))
+    last = deque(STRING.finditer(piece), maxlen=1)
+    if last and last[0][1] is None:  # it goes on behind this piece
+        piece = piece[: last[0].start()]
+    return STRING.sub("", piece), at + len(piece)
 
 
 def find_bracket(text: str, at: int, number: int) -> int:
@@ -2570,6 +2574,11 @@ class Question(NamedTuple):
     keep_alive: bool = False  # it says how long the model is to stay loaded
     done_reason: str = ""  # "load" or "unload": all that `ollama run` and `ollama stop` ask for
     large: bool = False  # some of it was not looked at
+
+    @property
+    def long(self) -> bool:
+        """Whether to write it in other words would hold the event loop for too long."""
+        return len(self.body) > HEAVY_BODY
 
     def body_for(self, model: str, context: int = 0) -> bytes:
         """The body, naming the model as the backend does, with the context that is shared."""
@@ -2825,15 +2834,31 @@ def read_whole(body: bytes) -> dict[str, Any] | None:
     return document
 
 
+MODEL_NAMED = re.compile(
+    rb'^([^\n]*?"model" ?: ?)("[^"\\\n]*(?:\\.[^"\\\n]*){0,999}")', re.MULTILINE
+)
+
+
 def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
     """Puts the model that was asked for in place of the backend's name, once in a line.
 
-    Texts have their quotes escaped; what a tool's arguments say of a model comes behind it.
+    Texts have their quotes escaped; what a tool's arguments say of a model comes behind the first.
     """
-    name = re.escape(json.dumps(told, ensure_ascii=False).encode())
-    place = re.compile(rb'^([^\n]*?"model" ?: ?)' + name, re.MULTILINE)
-    shown = json.dumps(asked).encode()
-    return functools.partial(place.sub, lambda found: found[1] + shown)
+    name, shown = json.dumps(told, ensure_ascii=False).encode(), json.dumps(asked).encode()
+
+    def rename(found: re.Match[bytes]) -> bytes:
+        return found[1] + (shown if found[2] == name else found[2])
+
+    return functools.partial(MODEL_NAMED.sub, rename)
+
+
+def echo_whole(body: bytes, told: str, asked: str) -> bytes:
+    """The same for a whole answer, which may have a tool's arguments before its model."""
+    with contextlib.suppress(LlmqError, ValueError, RecursionError):  # as the runner wrote it
+        found = scan_object(body.decode())
+        if found.values.get("model") == told:
+            return rewrite(found, {"model": json.dumps(asked)}).encode()
+    return body
 
 
 class StreamWatch:
@@ -2919,6 +2944,7 @@ def chosen(facts: Facts, *names: str) -> Facts:
 
 
 FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
 FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
 FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
 
@@ -3041,9 +3067,10 @@ class FormQuestion(Question):
 def read_form(body: bytes, content_type: str, priority_header: str | None) -> FormQuestion:
     """A request in a form (RFC 7578): its short members, which stand before or behind the file."""
     media, _, told = content_type.partition("boundary=")
-    boundary = re.escape(told.partition(";")[0].strip().strip('"').encode("latin-1"))
-    if not media.lower().startswith("multipart/form-data") or not boundary:
+    told = told.partition(";")[0].strip().strip('"')
+    if not media.lower().startswith("multipart/form-data") or not 0 < len(told) <= FORM_BOUNDARY:
         raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    boundary = re.escape(told.encode("latin-1"))
     ends = body if len(body) <= 2 * FORM_END else body[:FORM_END] + body[-FORM_END:]
     values = {
         name: value.decode("utf-8", "replace").strip()
@@ -4124,6 +4151,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         return task.result()
     finally:
         task.cancel()  # which does nothing to one that is done
+        del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
 # ==== 18. Server ==================================================================================
@@ -4408,6 +4436,8 @@ class Connection:
         try:
             while await self.serve_one():
                 self.enter(Phase.IDLE, self.server.settings.server.keep_alive)
+                if self.stream.unread:  # the next one is here already: others have their turn first
+                    await asyncio.sleep(0)
             await self.close()
         except (OSError, LlmqError):
             self.abort()
@@ -4462,6 +4492,7 @@ class Connection:
                 message = f"the request line is limited to {REQUEST_LINE_LIMIT} bytes"
                 raise LlmqError(message, "uri_too_long")
             skipped += len(head)
+            await asyncio.sleep(0)  # many may be here: others have their turn
         raise BadRequest("nothing but empty lines")
 
     async def read_body(self, length: int, limit: int) -> bytes:
@@ -4676,6 +4707,7 @@ class HttpServer:
 
 POOL_SECONDS = 4.0  # an idle backend connection is kept; llama.cpp closes at 5
 BLANK_LIMIT = MIB  # bytes of white space in front of an answer
+HEADS_LIMIT = 100  # of one answer, interim ones and its own
 FETCHED = 8 * MIB  # of an answer that llmq itself asked for
 FETCH_LINES = b"Accept: application/json\r\nConnection: close\r\n"
 
@@ -4730,12 +4762,15 @@ class Upstream:
     async def read_head(self) -> ResponseHead:
         """The head of the answer, interim ones skipped; raises what broke it."""
         try:
-            head = None
-            while head is None or (head.status < 200 and head.status != 101):
+            for _ in range(HEADS_LIMIT):
                 raw = await self.stream.read_head()
                 if not raw.endswith(HEAD_END):
                     raise self._broken_head(raw)
                 head = parse_response_head(raw)
+                if head.status >= 200 or head.status == 101:
+                    break
+            else:
+                raise ValueError("one interim answer after the other")
             self.body = body_decoder(response_length(head))
         except ValueError as error:
             raise BackendError(f"the backend's answer is not HTTP: {error}") from None
@@ -4938,7 +4973,7 @@ async def inspect(backend: Backend, instance: str) -> Report:
         answer = await fetch_json(backend, "/api/version")
         if look_up(answer, "instance") == instance:
             raise SelfFound("this is llmq itself")
-        version = str(look_up(answer, "version") or "")
+        version = printable(str(look_up(answer, "version") or ""))
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if head.status != HTTPStatus.OK:
@@ -5087,10 +5122,12 @@ class Monitor:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
+        late = f"{backend.name} did not answer {path} in {seconds:g} s"
         try:
-            head, answer = await within(seconds, asyncio.ensure_future(take_turn()), late)
+            doing = take_turn()  # no name for its task, which holds the error that holds this frame
+            head, answer = await within(seconds, asyncio.ensure_future(doing), BackendTimeout(late))
         except OSError as error:
+            error.__traceback__ = None  # its frames hold the body
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, answer, with_key=backend.has_key)
@@ -5206,6 +5243,7 @@ class Call:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
     echo: Callable[[bytes], bytes] | None = None  # if it is, and knows the model by another name
+    told = ""  # which is this
     upstream: Upstream | None = None
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
@@ -5257,8 +5295,8 @@ class Call:
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
-    def wire(self, backend: Backend) -> bytes:
-        """The request as this backend is to get it; Untranslatable or BadRequest."""
+    def writer(self, backend: Backend) -> Callable[[], bytes]:
+        """What writes the request as this backend is to get it; Untranslatable or BadRequest."""
         question, key, name = self.question, self.ticket.model, backend.name_for(self.model)
         route = self.route_asked = self.route_at(backend)
         if route is None:
@@ -5266,21 +5304,26 @@ class Call:
         context = 0
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
+        self.translator = self.echo = None
         if route == self.endpoint.path:
-            self.translator = self.echo = None
             if question.model not in ("", name):
-                self.echo = model_echo(name, question.model)
-            body, target = question.body_for(name, context), route
-            target += f"?{self.query}" if self.query else ""
+                self.told, self.echo = name, model_echo(name, question.model)
+            target = route + (f"?{self.query}" if self.query else "")
+            body = functools.partial(question.body_for, name, context)
         else:
             if question.large:
                 raise Untranslatable(TOO_MANY)
-            translator = TRANSLATORS[self.endpoint.path, route]
-            asked = json.loads(question.body)
-            self.translator = translator(asked, name, context, time.time)
-            self.translator.runner = backend.traits
-            body, target = self.translator.body(), route
-        return render_request(backend, "POST", target, self.lines, body)
+            target = route
+            body = functools.partial(self.translated, route, name, context, backend.traits)
+        return lambda: render_request(backend, "POST", target, self.lines, body())
+
+    def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
+        """The body for another route."""
+        translator = TRANSLATORS[self.endpoint.path, route]
+        asked = json.loads(self.question.body)
+        self.translator = translator(asked, name, context, time.time)
+        self.translator.runner = runner
+        return self.translator.body()
 
     # ---- what is answered
 
@@ -5300,7 +5343,8 @@ class Call:
         if self.error is not None:
             raise self.error
         if self.upstream is None:
-            wire = self.wire(backend)
+            write = self.writer(backend)
+            wire = await read_beside(write) if self.question.long else write()
             self.connecting = asyncio.ensure_future(dial(backend.url))
             self.upstream = await connect_within(limits.connect_timeout, self.connecting, backend)
             if self.error is not None:
@@ -5407,6 +5451,8 @@ class Call:
                 body = await read_beside(functools.partial(translator.retell, body))
             else:
                 body = translator.translate(lambda: render_json(translator.whole(document)))
+        elif self.echo is not None and document is not None:
+            body = echo_whole(body, self.told, self.question.model)
         elif self.echo is not None:  # in the first part of a very long one
             body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
         if not reply.started:
@@ -5680,7 +5726,7 @@ class Admission:
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
-            self.check_supported(call, values)
+            await self.check_supported(call, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
@@ -5729,7 +5775,7 @@ class Admission:
                 longest[key] = max([0, *(one for one in told if type(one) is int)])
         return longest.get(key, 0)
 
-    def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
+    async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
         want = call.ticket.want
         able = self.fleet.serving(want)
@@ -5745,7 +5791,8 @@ class Admission:
             raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
-            translator(dict(values), call.model, 0, time.time).body()
+            write = translator(dict(values), call.model, 0, time.time).body
+            await read_beside(write) if call.question.long else write()
 
 
 def model_not_found(asked: str) -> LlmqError:
@@ -5932,10 +5979,10 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + self.settings.upstream.first_byte_timeout
-        upstream = self.pool.take(backend.url, now)
+        upstream = None if call.question.long else self.pool.take(backend.url, now)
         if upstream is not None:
             try:
-                upstream.send(call.wire(backend))
+                upstream.send(call.writer(backend)())
             except Exception:  # noqa: BLE001 - the attempt meets it again, and harms nobody else
                 upstream.stream.close()
             else:
@@ -6672,6 +6719,7 @@ class Api:
             if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
                 raise
             self.send_error(exchange, error)
+            error.__traceback__ = error.__context__ = None  # the frames of both hold the body
         except Exception:
             log.exception("request failed")
             if exchange.started:

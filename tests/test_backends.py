@@ -597,7 +597,7 @@ async def test_other_kinds_have_no_context_to_share(kind: str) -> None:
     call = llmq.Call(reply, endpoint, request, llmq.NOBODY, ("1", "1"))
     call.model, call.question = "m", question
     call.ticket = llmq.Ticket("1", client, Want("m", endpoint.routes), llmq.Priority.NORMAL)
-    assert b"8192" not in call.wire(one)
+    assert b"8192" not in call.writer(one)()
     assert one.num_ctx("m") == 0
     assert one.contexts.requested == {}
 

@@ -183,6 +183,17 @@ async def test_one_runner_that_answers_is_no_trouble() -> None:
             assert llmq.NO_RUNNER not in llmq.banner(q.service)
 
 
+async def test_version_of_a_runner_forges_no_line_of_the_banner() -> None:
+    odd = "1\x1b[31m\nllmq: all is well" + "x" * 1000
+    async with FakeBackend(kind="ollama") as fake:
+        fake.probe_answers["/api/version"] = (200, {"version": odd})
+        async with running(f"box={fake.url}") as q:
+            await settled(q, lambda seen: seen["backends"][0]["state"] == "up")
+            (line,) = [one for one in llmq.banner(q.service).split("\n") if "1?[31m?llmq" in one]
+            assert line.isprintable()
+            assert len(line) < 300
+
+
 async def test_row_says_that_it_is_next() -> None:
     async with FakeBackend() as fake, running(fake.url) as q:
         await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})

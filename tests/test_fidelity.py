@@ -270,6 +270,19 @@ async def test_answer_names_the_model_that_was_asked_for(path: str, spaced: bool
         assert answer.body == sent.replace(told_name, b'"friend-1"', 1)
 
 
+async def test_what_a_tool_is_told_of_a_model_stays_where_it_comes_before_the_models_name() -> None:
+    """As llama.cpp writes its messages."""
+    name, call = ALIASES["friend-*"], {"type": "tool_use", "name": "x", "input": {"model": "@"}}
+    facts = {"type": "message", "content": [call, {"type": "text", "text": "\n"}], "model": "@"}
+    for indent in (None, 1):
+        text = json.dumps(facts, indent=indent).replace('"@"', json.dumps(name))
+        async with Runner([name], "vllm") as runner, running(runner.url, aliases=ALIASES) as q:
+            body = least("/v1/messages", model="friend-1", stream=False)
+            _, answer = await exchange(q, runner, "/v1/messages", body, text.encode())
+            shown = '"friend-1"'.join(text.rsplit(json.dumps(name), 1))
+            assert answer.body == shown.encode()
+
+
 STREAMS_OF = {  # events that name the model, each as its dialect has them
     "/v1/chat/completions": (
         b'data: {"id":"1","choices":[],"model":@}\n\n' * 2,
@@ -281,6 +294,7 @@ STREAMS_OF = {  # events that name the model, each as its dialect has them
     ),
     "/api/chat": (
         b'{"model":@,"message":{"tool_calls":[{"function":{"arguments":{"model":#}}}]}}\n',
+        b'{"model":"small:latest","message":{"tool_calls":[{"function":{"arguments":{"model":#}}}]}}\n'
         b'{"model":@,"done":true}\n',
     ),
 }

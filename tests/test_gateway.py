@@ -895,3 +895,43 @@ async def test_call_is_free_however_it_ends(end: Any) -> None:
             await eventually(lambda: not q.service._servers[0].connections)
             await eventually(lambda: not alive(llmq.Call), 1)
             assert not alive(llmq.Exchange)
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/api/show", "/api/create"])
+async def test_heavy_body_is_free_when_it_is_refused(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "is_heavy", lambda _body: True)
+    async with running(NOBODY) as q:
+        assert (await ask(q.port, "POST", path, body=b'{"model":"m",}')).status == 400
+        await eventually(lambda: not q.service._servers[0].connections)
+        await eventually(lambda: not alive(llmq.Exchange))
+
+
+@pytest.mark.usefixtures("_no_collector")
+async def test_body_is_free_when_the_runner_refuses_what_it_asks_to_be_shown() -> None:
+    async with FakeBackend(kind="ollama") as fake, running(fake.url) as q:
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
+        assert (await ask(q.port, "POST", "/api/show", json={"model": "m"})).status == 501
+        await eventually(lambda: not q.service._servers[0].connections)
+        await eventually(lambda: not alive(llmq.Exchange))
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("how", ["is silent", "breaks off", "refuses"])
+async def test_body_is_free_when_a_runner_does_not_count_its_tokens(how: str) -> None:
+    async with (
+        FakeBackend(kind="llamacpp", auto=False) as fake,
+        running(fake.url, upstream__probe_timeout=0.3) as q,
+    ):
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
+        if how == "refuses":
+            await fake.stop_listening()
+        asked = chat("x", model="m")
+        asking = asyncio.ensure_future(ask(q.port, "POST", "/v1/messages/count_tokens", json=asked))
+        if how == "breaks off":
+            (await fake.arrived()).close()
+        assert (await asking).status == 200
+        await eventually(lambda: not q.service._servers[0].connections)
+        await eventually(lambda: not alive(llmq.Exchange))

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import random
+import threading
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 import llmq
 from tests.derived import build_settings
 from tests.documents import documents, strict
-from tests.fakes import FakeBackend, Raw, ask, eventually, http, running
+from tests.fakes import FakeBackend, Raw, ask, chat, eventually, http, running
 
 MIB = 1024 * 1024
 SIZE = 4 * MIB  # of each heavy body
@@ -55,6 +56,9 @@ SHAPES = {
     "a name": b'{"' + b"a" * SIZE,
     "digits": CHAT_START + b"1" * SIZE + b"}",
     "brackets in a text": in_text(b"[{,"),
+    "texts": filled(b'"n"'),
+    "texts with escapes": filled(b'"\\n"'),
+    "texts, a few with escapes": filled(b",".join([b'"n"'] * 15_000) + b',"\\n"'),
 }
 
 
@@ -133,6 +137,23 @@ async def test_what_is_too_large_to_be_translated_is_refused() -> None:
         assert answer.json()["error"] == llmq.TOO_MANY
 
 
+async def test_long_request_is_translated_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "HEAVY_BODY", 10)
+    threads, body = [], llmq.Translator.body
+
+    def noted(translator: llmq.Translator) -> bytes:
+        threads.append(threading.current_thread())
+        return body(translator)
+
+    monkeypatch.setattr(llmq.Translator, "body", noted)
+    async with FakeBackend() as fake, running(fake.url) as q:
+        for _ in range(2):  # with and without a connection in the pool
+            answer = await ask(q.port, "POST", "/api/chat", json=chat("x"))
+            assert (answer.status, fake.requests[-1].text) == (200, "x")
+    assert len(threads) == 4, "to know that it can be, and to send it"
+    assert threading.main_thread() not in threads
+
+
 @pytest.mark.parametrize("left", [0, 3, 1000])
 def test_members_that_are_skipped_end_where_they_end(
     left: int, monkeypatch: pytest.MonkeyPatch
@@ -151,7 +172,17 @@ def test_members_that_are_skipped_end_where_they_end(
     assert bool(skipped) == (left < 1000)
 
 
-@pytest.mark.parametrize("body", ['{"x":[[1,2]', '{"x":["a]}', '{"x":{"a":"\\"]}'])
+@pytest.mark.parametrize("shape", ["texts", "texts with escapes", "texts, a few with escapes"])
+def test_texts_are_skipped_in_time_that_grows_with_their_size(shape: str) -> None:
+    """All heavy bodies wait while one is read: the bound is far above what one pass takes."""
+    text = SHAPES[shape].decode()
+    start = time.process_time()
+    assert llmq.is_large(llmq.read_object(text).values)
+    spent = time.process_time() - start
+    assert spent < len(text) * 0.3e-6, f"{spent:.1f} s for {len(text)} characters"
+
+
+@pytest.mark.parametrize("body", ['{"x":[[1,2]', '{"x":["a]}', '{"x":{"a":"\\"]}', '{"x":[\\'])
 def test_what_is_skipped_and_does_not_end_is_refused(
     body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

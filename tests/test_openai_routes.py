@@ -679,8 +679,9 @@ async def test_speech_waits_in_the_queue_as_all_that_needs_the_runner() -> None:
         (form(), "multipart/form-data", 400),
         (form(), "application/json", 400),
         (form(model="m" * 600), FORM["Content-Type"], 400),
+        (form(), "multipart/form-data; boundary=" + "b" * 71, 400),
     ],
-    ids=["unknown", "no boundary", "no form", "long"],
+    ids=["unknown", "no boundary", "no form", "long", "long boundary"],
 )
 async def test_speech_that_cannot_be_sent_on_is_refused(
     body: bytes, kind: str, status: int

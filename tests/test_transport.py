@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from typing import Any
 
 import pytest
@@ -149,3 +150,46 @@ async def test_who_asks_on_and_on_and_reads_nothing_is_read_no_more() -> None:
         assert 0 < unsent() < llmq.ANSWER_BUFFER + llmq.MIB, "at most one answer more"
         sending.cancel()
         client.close()
+
+
+async def test_requests_that_came_together_are_answered_one_in_each_turn_of_the_loop() -> None:
+    order = []
+
+    async def answer(exchange: Any) -> None:
+        order.append("answer")
+        asyncio.get_running_loop().call_soon(order.append, "others")
+        exchange.respond(200, b"ok")
+
+    server = llmq.HttpServer(answer, llmq.Settings(), 8)
+    client = await Raw.open(await server.listen("127.0.0.1", 0))
+    await client.send(http("GET", "/") * 50)
+    for _ in range(50):
+        await client.response()
+    assert order == ["answer", "others"] * 50
+    client.close()
+    await server.close()
+
+
+async def test_empty_lines_by_the_thousand_leave_others_their_turn() -> None:
+    async def nothing(_exchange: Any) -> None:
+        pass
+
+    server = llmq.HttpServer(nothing, llmq.Settings(), 8)
+    loop, turns = asyncio.get_running_loop(), []
+    ours, theirs = socket.socketpair()
+    _, stream = await loop.create_connection(llmq.Stream, sock=ours)
+    stream.data_received(b"\r\n\r\n" * 1000 + http("GET", "/after"))
+    reading = asyncio.ensure_future(llmq.Connection(server, stream).read_request())
+
+    def take_turn() -> None:
+        turns.append(1)
+        if not reading.done():
+            loop.call_soon(take_turn)
+
+    loop.call_soon(take_turn)
+    request = await reading
+    assert request is not None
+    assert request.path == "/after"
+    assert len(turns) >= 1000
+    stream.close()
+    theirs.close()

@@ -135,6 +135,8 @@ BROKEN: dict[str, bytes] = {
     "nothing": render_head(200, [*JSON, ("Content-Length", "0")]),
     "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
     "another protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+    "interim answers without end": b"HTTP/1.1 100 Continue\r\n\r\n" * 500
+    + render_answer(200, GOOD_BODY),
     "a page": render_answer(200, b"<html>Welcome</html>", [("Content-Type", "text/html")]),
     "half a document": render_answer(200, b'{"choices": [{"message": {"content": "half'),
     "a body cut short": render_head(200, [*JSON, ("Content-Length", "999")]) + GOOD_BODY,
