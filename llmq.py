@@ -285,6 +285,7 @@ def render_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
+HIDDEN = "***"  # in place of a key
 ERROR_SHOWN = 200  # characters of an error's sentence, in the log and to those who watch
 
 
@@ -422,6 +423,7 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
 Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
+Key = str  # a secret: never shown
 Url = str  # a base URL without path, query, credentials or slash at its end
 LEVELS = ("debug", "info", "warning", "error")
 SHORT = 0.01  # seconds; no deadline makes sense below
@@ -499,7 +501,7 @@ class BackendSettings:
     device: str = setting("", "the device it shares; empty: its host")
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
     kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
-    key: str = setting("", "sent to it as bearer token; never taken from a client")
+    key: Key = setting("", "sent to it as bearer token; never taken from a client")
 
 
 @dataclass
@@ -601,6 +603,14 @@ def parse_url(raw: Any) -> Url:
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def parse_key(raw: Any) -> Key:
+    """A key as it may stand in a header's line; a number would lose its zeros."""
+    text = parse_text(raw)
+    if text == HIDDEN or not re.fullmatch(r"[\x21-\x7e]*", text):
+        raise ValueError("wants a key: visible ASCII without spaces")
+    return text
+
+
 class SettingType(NamedTuple):
     parse: Callable[[Any], Any]  # a text, or what a file has in its place
     flag: dict[str, Any]  # what argparse is told of its flag
@@ -615,6 +625,7 @@ TYPES = {
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
+    "Key": SettingType(parse_key, {"metavar": "KEY"}),
 }
 
 
@@ -631,8 +642,8 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        # A url may hold a password.
-        written = "" if row.type == "Url" else f" = {printable(str(raw), 60)}"
+        secret = row.type in ("Url", "Key")  # a url may hold a password
+        written = "" if secret else f" = {printable(str(raw), 60)}"
         raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
 
@@ -1107,6 +1118,7 @@ class Contexts:
 
     def learn(self, report: Report, at_work: Mapping[str, int]) -> None:
         """Take in what is loaded, and how; forget what is neither loaded nor about to be."""
+        self.max = {key: most for key, most in self.max.items() if most}  # others are asked anew
         self.loaded = read_contexts(report.running, lambda row: row.get("context_length"))
         longest = read_contexts(report.tags, lambda row: row["details"].get("context_length"))
         self.max.update(longest)
@@ -1148,7 +1160,7 @@ class Backend:
         """What it is sent as bearer token; kept as the lines that each request to it gets."""
         lines = f"Host: {self.url.partition('://')[2]}\r\n"
         lines += f"Authorization: Bearer {key}\r\n" if key else ""
-        self.has_key = bool(key)
+        self.key = key
         self.request_lines = lines.encode("latin-1", "replace")
 
     @property
@@ -1243,6 +1255,11 @@ class Backend:
             self._become(State.DOWN, why)
             self.since, self.next_probe = now, now + min(self.backoff, interval)
 
+    def answered(self, now: float, why: str, interval: float) -> None:
+        """It was asked for its models and said something else: what it serves, it serves still."""
+        self._become(State.UP, why)
+        self.failures, self.needs_probe, self.next_probe = 0, False, now + interval
+
     def loads(self, now: float, why: str) -> None:
         self._become(State.LOADING, why)
         self.next_probe = now + LOADING_INTERVAL
@@ -1259,6 +1276,9 @@ class Backend:
         self.state, self.error = state, why
 
 
+MODELS_LIMIT = 10_000  # of one runner
+
+
 def read_models(payload: Any) -> Rows:
     """The entries of a `GET /v1/models` answer; ValueError when it is not one."""
     facts = payload if isinstance(payload, dict) else {}
@@ -1271,8 +1291,12 @@ def read_models(payload: Any) -> Rows:
 
 
 def sound_rows(rows: Any) -> Rows:
-    """The models in a list as a runner tells it; of one that cannot be told on only the names."""
-    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    """The models in a list as a runner tells it, the first MODELS_LIMIT.
+
+    Of one that cannot be told on only the names are kept.
+    """
+    rows = rows[:MODELS_LIMIT] if isinstance(rows, list) else []
+    found = [row for row in rows if isinstance(row, dict)]
     return tuple(
         row if is_sound(row) else {name: str(row[name]) for name in NAMES if name in row}
         for row in found
@@ -1404,6 +1428,12 @@ class Fleet:
         answering = (State.UP, State.LOADING, State.UNKNOWN)
         found = any(backend.state in answering for backend in self.backends.values())
         return None if found else NO_RUNNER
+
+    def without_keys(self, words: str) -> str:
+        """What a backend says, without the keys that it was sent: some repeat them."""
+        for key in {backend.key for backend in self.backends.values() if backend.key}:
+            words = words.replace(key, HIDDEN)
+        return words
 
     def down_since(self, want: Want) -> float | None:
         """When the last backend of this model went down; None while one is up or loads."""
@@ -2754,11 +2784,22 @@ def parse_json(body: bytes) -> Any:
         return None
 
 
-def read_refusal(head: ResponseHead, body: bytes, *, with_key: bool = True) -> LlmqError:
-    """What a client is told of a backend's answer that is not 200.
+def parse_parts(body: bytes) -> Any:
+    """The same of a long one, a part at a time."""
+    try:
+        text = body.decode().strip(" \t\n\r")
+        value, end = scan_parts(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return None
+    return value if end == len(text) else None
 
-    A refused key is llmq's own mistake `with_key`, else the runner's word to the client.
+
+def read_refusal(head: ResponseHead, body: bytes, key: Key = "") -> LlmqError:
+    """What a client is told of a backend's answer that is not 200, but never the key.
+
+    A refused key is llmq's own mistake where it sent one, else the runner's word to the client.
     """
+    body = body.replace(key.encode(), HIDDEN.encode()) if key else body
     status, document, error = head.status, parse_json(body), None
     if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
         error = document.get("error") or document.get("detail") or document
@@ -2766,7 +2807,7 @@ def read_refusal(head: ResponseHead, body: bytes, *, with_key: bool = True) -> L
     message = (text if isinstance(error, dict) else text[:1000]) or f"the backend answered {status}"
     if status < 400:
         return BackendError(f"the backend answered {status}; redirects are not followed")
-    if with_key and status in (401, 403):
+    if key and status in (401, 403):
         return BackendError(f"the backend refuses llmq's key: {message}")
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
@@ -4164,8 +4205,8 @@ UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and droppe
 LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
-# nginx keeps a stream back unless told so; what a runner sends is never anything but its type.
-STREAM_LINES = "X-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n"
+STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or nginx holds it back
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")  # what is sent is never anything but its type
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
@@ -4250,6 +4291,7 @@ class Exchange:
         It also calls `left`, at once where the client has left already.
         """
         stream = self.connection.stream
+        self.connection.let_go()
         stream.bound()
         stream.on_end = left
         if stream.ended and left is not None:
@@ -4316,7 +4358,7 @@ class Exchange:
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
         self._chunked = self.request.minor >= 1
-        framing = f"Content-Type: {content_type}\r\nCache-Control: no-cache\r\n{STREAM_LINES}"
+        framing = f"Content-Type: {content_type}\r\n{STREAM_LINES}"
         if self._chunked:
             framing += "Transfer-Encoding: chunked\r\n"
         else:
@@ -4335,7 +4377,7 @@ class Exchange:
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
             f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
-            f"X-LLMQ-Id: {self.id}\r\n{more}{ending}\r\n"
+            f"X-LLMQ-Id: {self.id}\r\n{': '.join(NO_SNIFFING)}\r\n{more}{ending}\r\n"
         )
         return head.encode("latin-1", "replace")
 
@@ -4390,14 +4432,15 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "above_cap", "deadline", "last_drained", "last_received", "phase", "reset_at_end", "seen",
-        "sent", "server", "since", "stream", "used", "written",
+        "above_cap", "arrived", "deadline", "last_drained", "last_received", "phase",
+        "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
         self.above_cap = False  # it came above the cap
+        self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
         self.written = 0
@@ -4467,6 +4510,7 @@ class Connection:
             error.__traceback__ = error.__context__ = None  # the stream keeps the error
             return False
         finally:
+            self.let_go()
             self.stream.on_end, self.stream.room = None, None
         if exchange.finished and exchange.keep_alive and not self.stream.overrun:
             if exchange.unread:
@@ -4496,20 +4540,22 @@ class Connection:
         raise BadRequest("nothing but empty lines")
 
     async def read_body(self, length: int, limit: int) -> bytes:
-        """A body that is wanted whole; what has come of it counts while it arrives."""
-        server, pieces, size = self.server, [], 0
+        """A body that is wanted whole; it counts as arriving until `let_go`."""
+        server, pieces = self.server, []
         decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
         self.enter(Phase.BODY, server.settings.server.upload_timeout)
-        try:
-            while not decoder.done:
-                piece = await self.read_piece(decoder)
-                size += len(piece)
-                server.count_arriving(len(piece))
-                pieces.append(piece)
-        finally:
-            server.arriving_bytes -= size
+        while not decoder.done:
+            piece = await self.read_piece(decoder)
+            self.arrived += len(piece)
+            server.count_arriving(len(piece))
+            pieces.append(piece)
         self.enter(Phase.BUSY)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def let_go(self) -> None:
+        """The body at hand counts elsewhere from now on, or is gone."""
+        self.server.arriving_bytes -= self.arrived
+        self.arrived = 0
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""
@@ -4537,7 +4583,7 @@ class Connection:
         """Answer what could not be read as a request; nothing behind it will be."""
         body = OPENAI.render_error(error)
         headers = [("Date", self.server.date), ("Content-Type", "application/json")]
-        headers += [("Content-Length", str(len(body))), ("Connection", "close")]
+        headers += [("Content-Length", str(len(body))), NO_SNIFFING, ("Connection", "close")]
         if "*" in self.server.settings.server.cors_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
         self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
@@ -4911,7 +4957,14 @@ async def fetch(
 async def fetch_json(backend: Backend, path: str) -> Any:
     """The JSON that a GET is answered with, None for all else; raises OSError, BackendError."""
     head, body = await fetch(backend, path)
-    return parse_json(body) if head.status == HTTPStatus.OK else None
+    return await parse_answer(body) if head.status == HTTPStatus.OK else None
+
+
+async def parse_answer(body: bytes) -> Any:
+    """A body parsed, None where it is not JSON; a long one beside the event loop."""
+    if not is_heavy(body):
+        return parse_json(body)
+    return await read_beside(functools.partial(parse_parts, body))
 
 
 class Pool:
@@ -4977,8 +5030,8 @@ async def inspect(backend: Backend, instance: str) -> Report:
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     if head.status != HTTPStatus.OK:
-        raise read_refusal(head, body)
-    entries = read_models(parse_json(body))
+        raise read_refusal(head, body, backend.key)
+    entries = read_models(await parse_answer(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
@@ -5026,6 +5079,18 @@ async def identify_kind(backend: Backend) -> str:
     return "openai"
 
 
+def is_answer(error: Exception, backend: Backend) -> bool:
+    """Whether a runner that is no worse for it has answered a look so.
+
+    One that was up has answered, whatever it said; else only one that wants a key of its clients.
+    """
+    if isinstance(error, BackendAnswer) and error.status in (401, 403):
+        return True
+    broke = isinstance(error, BackendError) and error.unhealthy
+    said = isinstance(error, (LlmqError, ValueError)) and not broke
+    return backend.state is State.UP and said
+
+
 class Monitor:
     """Keeps what llmq knows of its backends fresh."""
 
@@ -5039,6 +5104,7 @@ class Monitor:
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}  # by url
+        self._asked: dict[Any, asyncio.Task[tuple[ResponseHead, bytes]]] = {}  # by what is asked
 
     def probe_due(self) -> None:
         """Start a probe of each backend that is due and has none under way."""
@@ -5114,7 +5180,8 @@ class Monitor:
     ) -> Facts:
         """The JSON object that a POST beside the queue is answered with; LlmqError for all else.
 
-        Few run at once at a runner, so that no crowd of them is a burden to it.
+        Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
+        at a time is asked once.
         """
         turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
 
@@ -5122,19 +5189,29 @@ class Monitor:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        late = f"{backend.name} did not answer {path} in {seconds:g} s"
+        key = (backend.url, path, body, lines)
+        if key not in self._asked:
+            late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
+            doing = within(seconds, asyncio.ensure_future(take_turn()), late)
+            self._asked[key] = asyncio.ensure_future(doing)
+            self._asked[key].add_done_callback(functools.partial(self._answered, key))
+            del late, doing  # an error of theirs would hold this frame, and this frame them
         try:
-            doing = take_turn()  # no name for its task, which holds the error that holds this frame
-            head, answer = await within(seconds, asyncio.ensure_future(doing), BackendTimeout(late))
+            head, answer = await asyncio.shield(self._asked[key])
         except OSError as error:
             error.__traceback__ = None  # its frames hold the body
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
         if head.status != HTTPStatus.OK:
-            raise read_refusal(head, answer, with_key=backend.has_key)
+            raise read_refusal(head, answer, backend.key)
         facts = parse_json(answer)
         if not isinstance(facts, dict):
             raise BackendError("the backend's answer is not a JSON object")
         return facts
+
+    def _answered(self, key: Any, asked: asyncio.Task[tuple[ResponseHead, bytes]]) -> None:
+        del self._asked[key]
+        if not asked.cancelled():
+            asked.exception()  # it has been met, or nobody is left to meet it
 
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
@@ -5153,6 +5230,8 @@ class Monitor:
             backend.refuse(now, str(error), interval)
         elif isinstance(error, BackendLoading):
             backend.loads(now, error.message)
+        elif is_answer(error, backend):
+            backend.answered(now, str(error), interval)
         else:
             refused = isinstance(error, (ConnectionRefusedError, BackendRefused))
             backend.failed(now, os_error_text(error), interval, refused=refused)
@@ -5222,6 +5301,16 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     """What a backend is told of a request's own header fields."""
     lines = [f"{name}: {headers[name]}\r\n" for name in names if name in headers]
     return "".join(lines).encode("latin-1")
+
+
+RELAYED_TYPES = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
+
+
+def relayed_type(head: ResponseHead) -> str:
+    """What an answer is passed on as: of any other type a browser might run what is in it."""
+    told = head.headers.get("content-type", RELAYED_TYPES[0])
+    plain = told.partition(";")[0].strip().lower()
+    return told if plain in RELAYED_TYPES else "application/octet-stream"
 
 
 TOO_MANY = "the request holds more values than llmq translates"
@@ -5362,7 +5451,7 @@ class Call:
             raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
-        kind = head.headers.get("content-type", "application/json")
+        kind = relayed_type(head)
         self.answer_headers = tuple(
             [
                 item
@@ -5387,7 +5476,7 @@ class Call:
 
     def refusal(self, backend: Backend, head: ResponseHead, body: bytes) -> LlmqError:
         """What an answer that is not 200 means."""
-        error = read_refusal(head, body, with_key=backend.has_key)
+        error = read_refusal(head, body, backend.key)
         if isinstance(error, RouteUnsupported):
             model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:
@@ -5408,7 +5497,7 @@ class Call:
         change = translator.feed if translator else self.echo
         finish = translator.finish if translator else self.echo
         while piece := await upstream.read_piece():
-            shown = watch.feed(piece)
+            shown, silent = watch.feed(piece), self.heartbeat_at
             received()
             if upstream.body.done and watch.ended and watch.failure is None:
                 rest = shown + watch.finish()
@@ -5416,6 +5505,8 @@ class Call:
             shown = change(shown) if change else shown
             if shown:
                 reply.send(shown)
+            else:
+                self.heartbeat_at = silent  # what is held back is no sign of life
             if watch.failure is not None:
                 break
             if reply.blocked and not upstream.body.done:
@@ -5765,14 +5856,13 @@ class Admission:
         if key not in longest and backend.usable:
             body = render_json({"model": backend.name_for(model)})
             limit = self.settings.upstream.probe_timeout
-            facts = None
+            facts: Facts = {}
             with contextlib.suppress(LlmqError):
-                facts = (await self.monitor.ask(limit, backend, "/api/show", body)).get(
-                    "model_info"
-                )
-            if isinstance(facts, dict):
-                told = [facts[name] for name in facts if name.endswith(".context_length")]
-                longest[key] = max([0, *(one for one in told if type(one) is int)])
+                facts = await self.monitor.ask(limit, backend, "/api/show", body)
+            info = facts.get("model_info")
+            told = info.items() if isinstance(info, dict) else ()
+            lengths = [one for name, one in told if name.endswith(".context_length")]
+            longest[key] = max([0, *(one for one in lengths if type(one) is int)])
         return longest.get(key, 0)
 
     async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
@@ -5852,6 +5942,7 @@ class Gateway:
             await call.deliver()
             done = True
         except LlmqError as error:
+            error.message = self.fleet.without_keys(error.message)
             call.send_error(error)
         finally:
             self.settle(call, done=done)
@@ -6291,7 +6382,7 @@ class Passthrough:
     async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
         exchange = self.exchange
         via = [("X-LLMQ-Backend", self.backend.name)]
-        kind = head.headers.get("content-type", "application/json")
+        kind = relayed_type(head)
         if exchange.request.method == "HEAD":
             exchange.respond(head.status, b"", kind, via)
             return
@@ -6687,7 +6778,6 @@ PAGE_POLICY = (
 PAGE_HEADERS = (
     ("Cache-Control", "no-store"),
     ("Referrer-Policy", "no-referrer"),
-    ("X-Content-Type-Options", "nosniff"),
 )
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
@@ -6849,7 +6939,8 @@ class Api:
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(read_name(values))
         failure: LlmqError | None = None
-        for backend in self.gateway.fleet.serving(Want(model_key(model))):
+        serving = self.gateway.fleet.serving(Want(model_key(model)))
+        for backend in serving:
             if backend.traits.native and backend.usable:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
                 limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
@@ -6857,6 +6948,8 @@ class Api:
                     return await monitor.ask(limit, backend, "/api/show", body)
                 except LlmqError as error:
                     failure = error.with_traceback(None)
+        if serving and not any(backend.usable for backend in serving):
+            failure = BackendUnreached(f"{serving[0].name}, which has it, is down")
         if failure is not None:
             raise failure
         reports = reports_of(self.gateway.fleet)
@@ -8136,11 +8229,12 @@ def cmd_config(options: argparse.Namespace) -> None:
     tables = asdict(settings)
     if options.what == "check":
         say("the configuration is good")
-    elif options.json:
+        return
+    for backend in tables["backends"].values():
+        backend["key"] = HIDDEN if backend["key"] else ""
+    if options.json:
         say(json.dumps(tables, indent=2))
     else:
-        for backend in tables["backends"].values():
-            backend["key"] = "***" if backend["key"] else ""
         for table, values in tables.items():
             for name, value in values.items():
                 say(f"{table}.{name} = {json.dumps(value)}")
@@ -8170,11 +8264,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
         return 2 if isinstance(error, ConfigError) else refused
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except KeyboardInterrupt:
-        pass
-    return 0
+    except (BrokenPipeError, KeyboardInterrupt):  # `| head` has seen enough
+        return 0
+    finally:
+        forget_unread()
+
+
+def forget_unread() -> None:
+    """Drop what nobody takes: Python tries once more at its end, and calls that a failure."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # noqa: PERF203 - the other may be read
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 # ==== 34. Web page ================================================================================

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from typing import Any
@@ -99,7 +100,7 @@ async def test_key_is_sent_with_every_look() -> None:
         (503, {"error": {"message": "Loading model"}}, State.LOADING, "Loading model"),
         (503, {"error": {"message": "busy"}}, State.DOWN, "busy"),
         (500, {"error": {"message": "out of memory"}}, State.DOWN, "out of memory"),
-        (401, {"error": {"message": "who?"}}, State.DOWN, "key"),
+        (401, {"error": {"message": "who?"}}, State.UP, "who?"),
         (404, b"no such page", State.DOWN, "404"),
         (302, b"", State.DOWN, "302"),
         (200, b"<html>hello</html>", State.DOWN, "models"),
@@ -150,15 +151,19 @@ async def test_backend_where_nobody_listens_is_down_at_once(
     assert down.startswith("backend box is down: ")
 
 
-async def test_backend_that_resets_is_down_after_three_failures_in_a_row() -> None:
+async def test_backend_that_resets_is_down_after_three_failures_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def reset(*_: Any) -> Any:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
     async with FakeBackend() as fake:
         gateway = gateway_of()
         backend = await probe(gateway, fake)
-        monitor = gateway.monitor
-        fake.probe_answers["/v1/models"] = (500, b"")
+        monkeypatch.setattr(llmq, "fetch", reset)
         states = []
         for _ in range(3):
-            await monitor.start_probe(backend)
+            await gateway.monitor.start_probe(backend)
             states.append(backend.state)
         assert states == [State.UP, State.UP, State.DOWN]
 
@@ -598,3 +603,44 @@ async def test_memory_is_given_back_once_and_when_the_whole_crowd_has_gone(
         gateway.calls = dict.fromkeys(range(calls))
         keeper.step()
     assert given_back == [5]
+
+
+# ---- What a look is answered with ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [(500, b"oops"), (401, b"{}"), (200, b"<html>"), (404, b"")])
+async def test_runner_that_was_up_and_answers_a_look_stays_up(answer: tuple[int, bytes]) -> None:
+    async with FakeBackend() as fake:
+        gateway = gateway_of()
+        backend = await probe(gateway, fake)
+        fake.probe_answers["/v1/models"] = answer
+        for _ in range(4):
+            await gateway.monitor.start_probe(backend)
+        assert (backend.state, backend.failures) == (State.UP, 0)
+        assert backend.error
+        assert backend.models == {"m": ["m"]}
+
+
+async def test_word_of_a_runner_that_wants_a_key_reaches_the_client() -> None:
+    async with FakeBackend(auto=False) as fake:
+        fake.probe_status = 401
+        await answered_by_its_runner(fake)
+
+
+async def answered_by_its_runner(fake: FakeBackend) -> None:
+    async with running(fake.url) as q:
+        asking = asyncio.ensure_future(q.chat("a"))
+        request = await fake.arrived()
+        await request.status(401, {"error": "sign in"})
+        answer = await asking
+        assert (answer.status, answer.json()) == (401, {"error": "sign in"})
+
+
+async def test_runner_with_endless_models_is_told_with_the_first_ten_thousand() -> None:
+    async with FakeBackend() as fake:
+        names = [f"m{number}" for number in range(llmq.MODELS_LIMIT + 500)]
+        data = [{"id": name, "object": "model"} for name in names]
+        fake.probe_answers["/v1/models"] = (200, {"object": "list", "data": data})
+        backend = await probe(gateway_of(), fake)
+        assert backend.state is State.UP
+        assert list(backend.report.models) == names[: llmq.MODELS_LIMIT]

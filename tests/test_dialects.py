@@ -35,7 +35,7 @@ OBJECTS = (OPENAI, RESPONSES)  # whose errors are OpenAI's objects
 
 
 def refused_with(status, body, **headers):
-    return read_refusal(ResponseHead(status, 1, headers), body)
+    return read_refusal(ResponseHead(status, 1, headers), body, "sk-1")
 
 
 # ---- Which dialect a path speaks -----------------------------------------------------------------
@@ -239,7 +239,7 @@ def words_of(status, body):
 @recordings("*.err-*.response.txt", refused)
 def test_recorded_refusal_keeps_the_runners_words_and_status(path):
     head, body = recorded(path)
-    refusal = read_refusal(head, body)
+    refusal = read_refusal(head, body, "sk-1")
     kind = {403: BackendError, 404: RouteUnsupported}.get(head.status, BackendAnswer)
     if "unknown-model" in path.name:
         kind = BackendAnswer
@@ -369,10 +369,10 @@ def test_lack_of_a_route_is_of_the_backend_or_of_one_model(status, says, for_mod
 @pytest.mark.parametrize("status", [401, 403])
 def test_refused_key_is_the_runners_word_where_llmq_sends_none(status):
     body = b'{"error":"sign in","signin_url":"https://ollama.com/connect"}'
-    refusal = read_refusal(ResponseHead(status, 1, {}), body, with_key=False)
+    refusal = read_refusal(ResponseHead(status, 1, {}), body)
     assert (type(refusal), refusal.status, refusal.message) == (BackendAnswer, status, "sign in")
     assert refusal.body == body
-    assert type(read_refusal(ResponseHead(status, 1, {}), body, with_key=True)) is BackendError
+    assert type(read_refusal(ResponseHead(status, 1, {}), body, "sk-1")) is BackendError
 
 
 @pytest.mark.parametrize(

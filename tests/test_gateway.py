@@ -935,3 +935,37 @@ async def test_body_is_free_when_a_runner_does_not_count_its_tokens(how: str) ->
         assert (await asking).status == 200
         await eventually(lambda: not q.service._servers[0].connections)
         await eventually(lambda: not alive(llmq.Exchange))
+
+
+# ---- What a runner may make of an answer -----------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answer_of_a_type_that_browsers_run_is_passed_on_as_bytes(stream: bool) -> None:
+    body = b'{"choices":[{"message":{"content":"<script>"}}]}'
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        client = await begin(q, "a", stream=stream)
+        kind = "text/html; x=text/event-stream"
+        await (await fake.arrived()).status(200, body, [("Content-Type", kind)])
+        answer = await client.response()
+        assert "html" not in answer.headers["content-type"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+async def test_key_that_a_runner_repeats_is_shown_to_nobody(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "llmq")
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        backend.set_key("sk-very-secret")
+        asking = asyncio.ensure_future(q.chat("a"))
+        request = await fake.arrived()
+        assert request.headers["authorization"] == "Bearer sk-very-secret"
+        await request.status(status, {"error": {"message": "bad key sk-very-secret"}})
+        answer = await asking
+        assert answer.status >= 400
+        assert b"bad key ***" in answer.body
+        told = [answer.body.decode(), json.dumps(await q.status()), caplog.text]
+        assert not [text for text in told if "very-secret" in text]

@@ -661,11 +661,12 @@ async def test_few_questions_beside_the_queue_run_at_once() -> None:
         await go.wait()
         await request.status(200, {"capabilities": ["completion"], "model_info": {}})
 
-    async with Runner(["m"]) as fake, running(fake.url) as q:
+    names = [f"m{number}" for number in range(30)]
+    async with Runner(names) as fake, running(fake.url) as q:
         fake._show = show  # type: ignore[method-assign]
-        body = {"model": "m"}
         asking = [
-            asyncio.ensure_future(ask(q.port, "POST", "/api/show", json=body)) for _ in range(30)
+            asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": name}))
+            for name in names
         ]
         await eventually(lambda: asked[0] == llmq.BESIDE)
         for _ in range(5):
@@ -673,6 +674,58 @@ async def test_few_questions_beside_the_queue_run_at_once() -> None:
         assert asked[0] == llmq.BESIDE
         go.set()
         assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 30
+
+
+async def test_what_is_asked_twice_at_a_time_is_asked_once() -> None:
+    asked, go = [0], asyncio.Event()
+
+    async def show(request: Any) -> None:
+        asked[0] += 1
+        await go.wait()
+        await request.status(200, {"capabilities": ["completion"], "model_info": {}})
+
+    async with Runner(["m"]) as fake, running(fake.url) as q:
+        fake._show = show  # type: ignore[method-assign]
+        asking = [
+            asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": "m"}))
+            for _ in range(20)
+        ]
+        await eventually(lambda: asked[0])
+        for _ in range(5):
+            assert (await ask(q.port, "GET", "/health")).status == 200
+        go.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 20
+        assert asked[0] == 1
+        await ask(q.port, "POST", "/api/show", json={"model": "m"})
+        assert asked[0] == 2
+
+
+async def test_context_that_a_runner_does_not_tell_is_asked_for_once() -> None:
+    asked = [0]
+
+    async def show(request: Any) -> None:
+        asked[0] += 1
+        await request.status(500, {"error": "no"})
+
+    async with Runner(["m"], kind="ollama") as fake, running(fake.url) as q:
+        fake._show = show  # type: ignore[method-assign]
+        body = {"model": "m", "stream": False, "messages": [{"role": "user", "content": "x"}]}
+        body["options"] = {"num_ctx": 4096}
+        for _ in range(5):
+            assert (await ask(q.port, "POST", "/api/chat", json=body)).status == 200
+        assert asked[0] == 1
+
+
+async def test_model_whose_runner_is_down_is_not_made_up() -> None:
+    quick = {"upstream__probe_interval": 0.1}
+    async with Runner(["m"], kind="ollama") as fake, running(fake.url, **quick) as q:
+        await up(q)
+        await fake.stop_listening()
+        fake.drop_connections()
+        await eventually(lambda: not any(b.usable for b in q.gateway.fleet.backends.values()))
+        answer = await ask(q.port, "POST", "/api/show", json={"model": "m"})
+        assert answer.status == 502
+        assert "is down" in answer.json()["error"]
 
 
 async def test_runner_that_answers_nothing_beside_the_queue_holds_up_no_other() -> None:
@@ -683,12 +736,13 @@ async def test_runner_that_answers_nothing_beside_the_queue_holds_up_no_other() 
         await go.wait()
         await request.status(200, {"capabilities": ["completion"]})
 
-    async with Runner(["slow"]) as fake, Runner(["quick"]) as other:
+    names = [f"slow{number}" for number in range(2 * llmq.BESIDE)]
+    async with Runner(names) as fake, Runner(["quick"]) as other:
         async with running(fake.url, other.url) as q:
             fake._show = show  # type: ignore[method-assign]
             asking = [
-                asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": "slow"}))
-                for _ in range(2 * llmq.BESIDE)
+                asyncio.ensure_future(ask(q.port, "POST", "/api/show", json={"model": name}))
+                for name in names
             ]
             await eventually(lambda: asked[0] == llmq.BESIDE)
             answer = await ask(q.port, "POST", "/api/show", json={"model": "quick"})

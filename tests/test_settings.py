@@ -529,3 +529,14 @@ def test_test_of_an_effect_exists_and_its_file_uses_the_setting(key: str) -> Non
     spellings = [f"{table}__{setting}", f"{table}.{setting}", setting, setting.replace("_", "-")]
     spellings += [setting[:-1].replace("_", "-")] if setting.endswith("s") else []
     assert re.search("|".join(map(re.escape, spellings)), source)
+
+
+BOX = llmq.known_settings({"backends.box": llmq.BackendSettings})
+BOX_KEY = next(row for row in BOX if row.key == "backends.box.key")
+
+
+@pytest.mark.parametrize("key", ["a\r\nX-Evil: 1", "schlüssel", "two words", 12345, "***", "\x7f"])
+def test_key_that_no_header_can_carry_is_refused_and_not_shown(key: Any) -> None:
+    with pytest.raises(llmq.ConfigError) as refused:
+        llmq.parse_value("file", BOX_KEY, key)
+    assert str(key) not in str(refused.value)
