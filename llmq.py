@@ -3941,7 +3941,7 @@ class Stream(asyncio.Protocol):
         self.broken = False  # it was a reset
         self.lost = False  # neither side can send any more
         self.error: LlmqError | None = None  # what whoever reads is to meet
-        self.on_end: Callable[[], None] | None = None
+        self.on_end: Callable[[], object] | None = None
         self._opened = opened
         self._data = b""  # what came and was not read: never much, so it is simply joined
         self._full = False  # the peer takes less than is written
@@ -4176,7 +4176,7 @@ class Reply(Protocol):
 
     async def read_body(self, limit: int) -> bytes: ...
 
-    def watch(self, left: Callable[[], None] | None = None) -> None: ...
+    def watch(self, left: Callable[[], object] | None = None) -> None: ...
 
     @property
     def gone(self) -> bool: ...
@@ -4240,7 +4240,7 @@ class Exchange:
         """The client has left: on TCP a half-close looks the same, and counts the same."""
         return self.connection.stream.ended
 
-    def watch(self, left: Callable[[], None] | None = None) -> None:
+    def watch(self, left: Callable[[], object] | None = None) -> None:
         """Until the answer's end nothing hides that the client leaves: that wakes the waiter.
 
         It also calls `left`, at once where the client has left already.
@@ -5106,11 +5106,18 @@ class Monitor:
             self.news.set()
 
     async def ask(
-        self, seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
+        self,
+        seconds: float,
+        backend: Backend,
+        path: str,
+        body: bytes,
+        lines: bytes = b"",
+        reply: Reply | None = None,
     ) -> Facts:
         """The JSON object that a POST beside the queue is answered with; LlmqError for all else.
 
-        Few run at once at a runner, so that no crowd of them is a burden to it.
+        Few run at once at a runner, so that no crowd of them is a burden to it; one for a reply
+        whose client leaves ends.
         """
         turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
 
@@ -5119,12 +5126,20 @@ class Monitor:
                 return await fetch(backend, path, body, lines)
 
         late = f"{backend.name} did not answer {path} in {seconds:g} s"
+        asking = asyncio.ensure_future(take_turn())
         try:
-            doing = take_turn()  # no name for its task, which holds the error that holds this frame
-            head, answer = await within(seconds, asyncio.ensure_future(doing), BackendTimeout(late))
+            if reply is not None:
+                reply.watch(asking.cancel)
+            head, answer = await within(seconds, asking, BackendTimeout(late))
         except OSError as error:
             error.__traceback__ = None  # its frames hold the body
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+        except BackendTimeout:
+            if reply is not None and reply.gone:
+                raise ClientLeft("the client left") from None
+            raise
+        finally:
+            del asking  # which holds the error that holds this frame
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, answer, with_key=backend.has_key)
         facts = parse_json(answer)
@@ -5870,7 +5885,7 @@ class Gateway:
         for backend in able:
             body = call.question.body_for(backend.name_for(call.model))
             lines = self.admission.via_lines
-            facts = await self.monitor.ask(limit, backend, call.route, body, lines)
+            facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
         return True
@@ -6850,7 +6865,7 @@ class Api:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
                 limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
                 try:
-                    return await monitor.ask(limit, backend, "/api/show", body)
+                    return await monitor.ask(limit, backend, "/api/show", body, b"", exchange)
                 except LlmqError as error:
                     failure = error.with_traceback(None)
         if failure is not None:
@@ -6899,7 +6914,7 @@ class Api:
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
                 with contextlib.suppress(LlmqError):
-                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
+                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                     if isinstance(counted.get("input_tokens"), int):
                         return counted
         return {"input_tokens": len(body) // 4 if question.large else estimate_tokens(values)}
