@@ -2450,7 +2450,10 @@ def scan_list(text: str, at: int) -> tuple[list[Any], int]:
     while True:
         run = PLAIN_ITEMS.match(text, at)
         if run:
-            items += scan_value(f"[{run[0][:-1]}]", 0)[0]
+            some = scan_value(f"[{run[0][:-1]}]", 0)[0]
+            if not some:
+                raise ValueError(f"a value is wanted at character {at}")
+            items += some
             at = run.end()
         item, at = scan_parts(text, WHITE.match(text, at).end())  # type: ignore[union-attr]
         items.append(item)
