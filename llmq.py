@@ -97,6 +97,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -1402,7 +1403,7 @@ class Fleet:
         able = [
             backend
             for backend in self.backends.values()
-            if backend.has(key)
+            if backend.may_have(key)
             and backend.usable
             and (not routes or backend.route_for(routes, key))
         ]
@@ -1413,6 +1414,8 @@ class Fleet:
     def startable_models(self, waiting: Iterable[str]) -> set[str]:
         """Of these keys of models those that a request could start for, as far as slots go."""
         free = [each for each in self.backends.values() if each.usable and each.room > 0]
+        if not all(each.models_known for each in free):
+            return set(waiting)
         listed = {key for each in free for key in each.models}
         cloud = any(each.traits.native for each in free)
         return {key for key in waiting if key in listed or (cloud and key.endswith(CLOUD))}
@@ -2482,7 +2485,10 @@ def scan_list(text: str, at: int) -> tuple[list[Any], int]:
     while True:
         run = PLAIN_ITEMS.match(text, at)
         if run:
-            items += scan_value(f"[{run[0][:-1]}]", 0)[0]
+            some = scan_value(f"[{run[0][:-1]}]", 0)[0]
+            if not some:
+                raise ValueError(f"a value is wanted at character {at}")
+            items += some
             at = run.end()
         item, at = scan_parts(text, WHITE.match(text, at).end())  # type: ignore[union-attr]
         items.append(item)
@@ -3984,7 +3990,7 @@ class Stream(asyncio.Protocol):
         self.broken = False  # it was a reset
         self.lost = False  # neither side can send any more
         self.error: LlmqError | None = None  # what whoever reads is to meet
-        self.on_end: Callable[[], None] | None = None
+        self.on_end: Callable[[], object] | None = None
         self._opened = opened
         self._data = b""  # what came and was not read: never much, so it is simply joined
         self._full = False  # the peer takes less than is written
@@ -4221,7 +4227,7 @@ class Reply(Protocol):
 
     async def read_body(self, limit: int) -> bytes: ...
 
-    def watch(self, left: Callable[[], None] | None = None) -> None: ...
+    def watch(self, left: Callable[[], object] | None = None) -> None: ...
 
     @property
     def gone(self) -> bool: ...
@@ -4285,7 +4291,7 @@ class Exchange:
         """The client has left: on TCP a half-close looks the same, and counts the same."""
         return self.connection.stream.ended
 
-    def watch(self, left: Callable[[], None] | None = None) -> None:
+    def watch(self, left: Callable[[], object] | None = None) -> None:
         """Until the answer's end nothing hides that the client leaves: that wakes the waiter.
 
         It also calls `left`, at once where the client has left already.
@@ -5079,6 +5085,32 @@ async def identify_kind(backend: Backend) -> str:
     return "openai"
 
 
+class Asked:
+    """A question to a runner, and how many wait for its answer."""
+
+    def __init__(self, doing: Coroutine[Any, Any, tuple[ResponseHead, bytes]]) -> None:
+        self.task = asyncio.ensure_future(doing)
+        self.askers = 0
+
+    async def answer(self, reply: Reply | None) -> tuple[ResponseHead, bytes]:
+        """The answer; ClientLeft when the client of this reply leaves, and the last ends it."""
+        mine = asyncio.shield(self.task)
+        self.askers += 1
+        try:
+            if reply is not None:
+                reply.watch(mine.cancel)
+            return await mine
+        except asyncio.CancelledError:
+            if reply is not None and reply.gone:
+                raise ClientLeft("the client left") from None
+            raise
+        finally:
+            self.askers -= 1
+            if not self.askers:
+                self.task.cancel()
+            del mine
+
+
 def is_answer(error: Exception, backend: Backend) -> bool:
     """Whether a runner that is no worse for it has answered a look so.
 
@@ -5104,7 +5136,7 @@ class Monitor:
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}  # by url
-        self._asked: dict[Any, asyncio.Task[tuple[ResponseHead, bytes]]] = {}  # by what is asked
+        self._asked: dict[Any, Asked] = {}  # by all that is said
 
     def probe_due(self) -> None:
         """Start a probe of each backend that is due and has none under way."""
@@ -5176,12 +5208,18 @@ class Monitor:
             self.news.set()
 
     async def ask(
-        self, seconds: float, backend: Backend, path: str, body: bytes, lines: bytes = b""
+        self,
+        seconds: float,
+        backend: Backend,
+        path: str,
+        body: bytes,
+        lines: bytes = b"",
+        reply: Reply | None = None,
     ) -> Facts:
         """The JSON object that a POST beside the queue is answered with; LlmqError for all else.
 
         Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
-        at a time is asked once.
+        at a time is asked once, and ends when the clients of all its replies have left.
         """
         turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
 
@@ -5190,28 +5228,28 @@ class Monitor:
                 return await fetch(backend, path, body, lines)
 
         key = (backend.url, path, body, lines)
-        if key not in self._asked:
+        asked = self._asked.get(key)
+        if asked is None:
             late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
             doing = within(seconds, asyncio.ensure_future(take_turn()), late)
-            self._asked[key] = asyncio.ensure_future(doing)
-            self._asked[key].add_done_callback(functools.partial(self._answered, key))
-            del late, doing  # an error of theirs would hold this frame, and this frame them
+            asked = self._asked[key] = Asked(doing)
+            asked.task.add_done_callback(lambda _: self._asked.pop(key, None))
+            del late, doing
         try:
-            head, answer = await asyncio.shield(self._asked[key])
-        except OSError as error:
+            head, answer = await asked.answer(reply)
+        except (OSError, LlmqError) as error:
             error.__traceback__ = None  # its frames hold the body
+            if isinstance(error, LlmqError):
+                raise
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
+        finally:
+            del asked  # an error that leaves here holds this frame, and this frame the error
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, answer, backend.key)
         facts = parse_json(answer)
         if not isinstance(facts, dict):
             raise BackendError("the backend's answer is not a JSON object")
         return facts
-
-    def _answered(self, key: Any, asked: asyncio.Task[tuple[ResponseHead, bytes]]) -> None:
-        del self._asked[key]
-        if not asked.cancelled():
-            asked.exception()  # it has been met, or nobody is left to meet it
 
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
@@ -5965,7 +6003,7 @@ class Gateway:
         for backend in able:
             body = call.question.body_for(backend.name_for(call.model))
             lines = self.admission.via_lines
-            facts = await self.monitor.ask(limit, backend, call.route, body, lines)
+            facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
         return True
@@ -6945,7 +6983,7 @@ class Api:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
                 limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
                 try:
-                    return await monitor.ask(limit, backend, "/api/show", body)
+                    return await monitor.ask(limit, backend, "/api/show", body, b"", exchange)
                 except LlmqError as error:
                     failure = error.with_traceback(None)
         if serving and not any(backend.usable for backend in serving):
@@ -6996,7 +7034,7 @@ class Api:
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
                 with contextlib.suppress(LlmqError):
-                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines)
+                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                     if isinstance(counted.get("input_tokens"), int):
                         return counted
         return {"input_tokens": len(body) // 4 if question.large else estimate_tokens(values)}

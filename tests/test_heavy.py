@@ -213,7 +213,9 @@ def test_parts_are_read_and_written_as_the_whole_is(monkeypatch: pytest.MonkeyPa
             assert json.loads(b"".join(llmq.render_parts(value))) == value
 
 
-@pytest.mark.parametrize("text", ["[1,]", "[1 2]", "[,1]", '{"a":}', '{"a":1', "[1", '{"a" 1}', ""])
+@pytest.mark.parametrize(
+    "text", ["[1,]", "[ ,1]", "[[1], ,2]", "[1 2]", "[,1]", '{"a":}', '{"a":1', "[1", '{"a" 1}', ""]
+)
 def test_parts_of_what_is_no_json_are_refused(text: str) -> None:
     with pytest.raises((ValueError, StopIteration)):
         llmq.scan_parts(text, 0)

@@ -517,3 +517,26 @@ async def test_who_is_stopped_just_when_its_turn_comes_does_not_dial() -> None:
             q.gateway.set_mode(llmq.Mode.OPEN)
             q.gateway.cancel(next(iter(q.gateway.calls.values())))
             assert (await asyncio.wait_for(asking, SECOND)).status == 499
+
+
+BESIDE = {  # what is asked of a runner beside the queue, and of which kind
+    "/api/show": ("ollama", {"model": "m"}),
+    "/v1/messages/count_tokens": ("llamacpp", chat("x", model="m")),
+    "/api/generate": ("ollama", {"model": "m", "keep_alive": 0}),
+}
+
+
+@each_way
+@pytest.mark.parametrize("path", BESIDE)
+async def test_who_leaves_beside_the_queue_takes_the_question_along(path: str, leave: Any) -> None:
+    kind, asked = BESIDE[path]
+    limits = {"upstream__probe_timeout": 9, "upstream__first_byte_timeout": 9}
+    async with FakeBackend(kind=kind, auto=False) as fake, running(fake.url, **limits) as q:
+        await eventually(lambda: all(one.models_known for one in q.gateway.fleet.backends.values()))
+        client = await Raw.open(q.port)
+        await client.send(http("POST", path, JSON, json.dumps(asked).encode()))
+        request = await fake.arrived()
+        leave(client)
+        await cut(request)
+        await eventually(lambda: not q.service._servers[0].connections, SECOND + 2)
+        client.close()
