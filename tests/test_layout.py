@@ -33,31 +33,31 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 8700  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 8800  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 120,
     "Errors": 140,
-    "Tools": 60,
+    "Tools": 65,
     "Kinds": 100,
-    "Settings": 340,
+    "Settings": 350,
     "Metrics": 120,
     "Identity": 140,
-    "Backends": 440,
+    "Backends": 460,
     "Scheduler": 385,
     "Forecast": 70,
     "Messages": 315,
-    "Bodies": 425,
-    "Dialects": 450,
+    "Bodies": 420,
+    "Dialects": 460,
     "OpenAI": 55,
     "Ollama": 60,
     "Anthropic": 65,
     "Translation": 580,
     "Streams": 315,
-    "Server": 545,
-    "Upstream": 255,
-    "Probes": 265,
-    "Calls": 285,
+    "Server": 550,
+    "Upstream": 260,
+    "Probes": 310,
+    "Calls": 295,
     "Records": 165,
     "Admission": 150,
     "Gateway": 310,
@@ -69,7 +69,7 @@ BUDGET = {
     "Demo": 60,
     "Terminal view": 340,
     "Service": 330,
-    "Command line": 335,
+    "Command line": 345,
     "Web page": 450,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
