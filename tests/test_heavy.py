@@ -243,6 +243,7 @@ async def test_long_answer_is_translated_whole_and_without_holding_the_loop(
         body.retell(answer[:-2])
 
 
+@pytest.mark.deadline(30)
 async def test_unread_answers_hold_no_more_than_their_budget() -> None:
     answer, budget = embeddings(400), 40 * MIB
     async with (
