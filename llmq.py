@@ -2874,11 +2874,11 @@ class StreamWatch:
         self.tokens: int | None = None
         self.tokens_in: int | None = None  # of the prompt
         self.rate: float | None = None  # tokens per second, as the runner tells
-        self.ended = b""  # the end and the rest, kept back
+        self.ended = bytearray()  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
         self.inside = False  # what was shown ends inside an event, too long to be held
         self._shown = b""  # its last bytes then, with which a break may begin
-        self._held = b""  # the incomplete last event
+        self._held = bytearray()  # the incomplete last event
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may be shown to the client; `failure` is set when more tell of one."""
@@ -2889,17 +2889,25 @@ class StreamWatch:
             if len(self.ended) > self.dialect.end_limit:
                 raise BackendError("the backend sends on behind the end of its answer")
             return b""
-        hidden = len(self._shown)
-        seen = self._shown + self._held + data
-        end, self._held = self.dialect.find_end(seen), b""
+        if b"\n" not in data and not self.inside:  # no event ends here, so none is looked for:
+            self._held += data  # a long line in many pieces is searched once
+            return self._look() if len(self._held) > self.dialect.line_limit else b""
+        return self._look(data)
+
+    def _look(self, data: bytes = b"") -> bytes:
+        """The same of all that is held, and of what has come behind it."""
+        hidden, seen = len(self._shown), self._shown + data
+        if self._held:  # then nothing of its event has been shown
+            seen, self._held = bytes(self._held) + data, bytearray()
+        end = self.dialect.find_end(seen)
         if end >= 0:
-            self.ended = seen[end:]
+            self.ended += seen[end:]
         else:
             end, cut = len(seen), self.dialect.find_cut(seen)
             self.inside = end - cut > self.dialect.line_limit or (self.inside and not cut)
             self._shown = b"?" + seen[-3:] if self.inside else b""
-            if not self.inside:
-                end, self._held = cut, seen[cut:]
+            if cut < end and not self.inside:
+                end, self._held = cut, bytearray(seen[cut:])
         return seen[hidden : self._inspect(seen[:end])]
 
     def _inspect(self, lines: bytes) -> int:
@@ -2925,13 +2933,16 @@ class StreamWatch:
 
     def finish(self) -> bytes:
         """What was kept back, now that the body has ended; BackendError when it tells of one."""
+        shown = b""
+        if self.failure is None and not self.ended:
+            shown = self._look()  # nothing need follow the last line, not even a break
         if self.failure is None:
-            self._inspect(self.ended or self._held)
+            self._inspect(bytes(self.ended or self._held))
         if self.failure is not None:
             raise self.failure
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
-        return self.ended
+        return shown + self.ended
 
 
 Facts = dict[str, Any]
@@ -3304,7 +3315,7 @@ class Translator:
         self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
         self.gathered = 0  # characters of their arguments
         self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
-        self._line = b""  # the incomplete last line of a stream
+        self._line = bytearray()  # the incomplete last line of a stream
 
     def taken(self, *names: str) -> Facts:
         return taken(self.question, MEMBERS, *names)
@@ -3319,7 +3330,10 @@ class Translator:
 
     def feed(self, data: bytes) -> bytes:
         """These bytes of a stream translated, however they are cut."""
-        lines, _, self._line = (self._line + data).rpartition(b"\n")
+        lines, broken, rest = data.rpartition(b"\n")
+        if broken:
+            lines, self._line = bytes(self._line) + lines, bytearray()
+        self._line += rest
         if len(self._line) > PARSED_LINE:
             raise BackendError("a line of the backend's answer is too long to be translated")
         events = [self.source.read_line(line).strip() for line in lines.splitlines()]
