@@ -3702,28 +3702,28 @@ class ChatToOpenAi(ToOpenAi):
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
         delta = choice.get("delta") or {}
-        for part in delta.get("tool_calls") or ():
-            self.gather(part)
+        retold(delta.get("tool_calls"), self.gather)
         facts = self.said(choice, {**delta, "tool_calls": None})
         told = facts["message"]
         heard = told["content"] or "thinking" in told or "logprobs" in facts
         return self.line(facts) if heard else b""
 
-    def gather(self, part: Facts) -> None:
+    def gather(self, part: Facts, _: int) -> Facts:
         """A bit of a tool call, which Ollama tells at once; by its id, index or a new name."""
         index = part["index"] if isinstance(part.get("index"), int) else None
         ident, function = part.get("id"), part.get("function") or {}
+        name, more = function.get("name"), function.get("arguments")
         place = self.places.get(index, len(self.calls) - 1 if index is None else -1)
         call = self.calls.get(place)
-        again = call is not None and index is None and function.get("name")
+        again = call is not None and index is None and name
         if call is None or again or (ident and call.get("id") not in (None, ident)):
             place = len(self.calls)
             call = {"index": place if index is None else index, "function": {"arguments": []}}
             self.calls[place] = call
         self.places[index] = place
         call["id"] = ident or call.get("id")
-        whole, more = call["function"], function.get("arguments")
-        whole["name"] = function.get("name") or whole.get("name")
+        whole = call["function"]
+        whole["name"] = name or whole.get("name")
         if isinstance(more, str) and isinstance(whole["arguments"], list):
             self.gathered += len(more)
             if self.gathered > PARSED_LINE:
@@ -3731,6 +3731,7 @@ class ChatToOpenAi(ToOpenAi):
             whole["arguments"].append(more)  # bits of a text
         elif more:
             whole["arguments"] = more if isinstance(more, dict) else json.dumps(more)
+        return call
 
     def end(self) -> bytes:
         calls = sorted(self.calls.values(), key=lambda call: call["index"])

@@ -1625,6 +1625,33 @@ async def test_tool_call_that_is_not_understood_is_left_out_and_the_text_stays(
     assert not any(arguments in one for one in logged), "an answer's words are not for the log"
 
 
+ODD_CALLS: list[Any] = [
+    *("f", 7, True, {"function": "f"}, [None], ["f"], [[]], [{"function": "f"}]),
+    *([{"index": 0, "function": ["f"]}], [{"function": {"name": 7}}], {"function": 7}, [7, {}]),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_CALLS, ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
+async def test_tool_calls_that_are_none_cost_neither_the_text_nor_those_that_are_some(
+    odd: Any, whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"id": "a", "function": {"name": "g", "arguments": '{"x":1}'}}
+    if whole:
+        message = {"content": "one", "tool_calls": odd}
+        reply: Any = {**GOOD, "choices": [{"message": message, "finish_reason": "stop"}]}
+    else:
+        calls = [said({"tool_calls": [good]}), said({"content": "on", "tool_calls": odd})]
+        reply = staged([*calls, said({"content": "e"}), said({}, "tool_calls"), DONE], EVENTS)
+    answer = await native("/api/chat", {**SAY, "stream": not whole}, reply)
+    assert (answer.status, answer.clean) == (200, True), answer
+    messages = [one["message"] for one in lines(answer)]
+    assert "".join(message["content"] for message in messages) == "one"
+    names = [call["function"]["name"] for one in messages for call in one.get("tool_calls", [])]
+    assert names == ([] if whole else ["g"])
+    assert any("tool call" in text for text in caplog.messages)
+
+
 @pytest.mark.parametrize(("status", "passed"), [(400, 400), (404, 404), (500, 500), (503, 503)])
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/api/embed", "/api/embeddings"])
 async def test_native_errors_before_the_answer(path: str, status: int, passed: int) -> None:
