@@ -2771,8 +2771,8 @@ def read_refusal(head: ResponseHead, body: bytes, *, with_key: bool = True) -> L
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
     answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
-    plain = text or ("" if document else body.decode("utf-8", "replace").strip())
-    if status in (405, 501) or (status == 404 and UNKNOWN_ROUTE.fullmatch(plain)):
+    words = text or body.decode("utf-8", "replace").strip('" \r\n')  # JSON without any: all of it
+    if status in (405, 501) or (status == 404 and UNKNOWN_ROUTE.fullmatch(words)):
         return RouteUnsupported(answer)
     return answer
 
