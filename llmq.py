@@ -2984,15 +2984,16 @@ MEMBERS = shapes(
     (*WHOLE, "top_k repeat_last_n"),
     ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
     ("a number", is_number, "min_p typical_p repeat_penalty"),
-    ("true or false", is_one_of(bool), "logprobs"),
+    ("true or false", is_one_of(bool), "logprobs include_usage"),
     ("true, false or an effort", is_one_of(bool, str), "think"),
     ("a text or a number", is_one_of(str, int, float), "keep_alive"),
-    ("a text or a list of texts", lambda stop: type(stop) is str or are_texts(stop), "stop"),
+    ("a text or a list of texts", lambda told: type(told) is str or are_texts(told), "stop input"),
     ('"json" or an object', lambda form: form in ("", "json") or type(form) is dict, "format"),
     ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
-    (*TEXT, "reasoning_effort effort prompt suffix"),
-    (*OBJECT, "response_format reasoning stream_options"),
-    (*LIST, "tools"),
+    ("an object, or its text", is_one_of(dict, str), "arguments"),
+    (*TEXT, "reasoning_effort effort prompt suffix id type name"),
+    (*OBJECT, "response_format json_schema schema reasoning stream_options function parameters"),
+    (*LIST, "tools messages"),
 )
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
@@ -3015,6 +3016,26 @@ def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
                 raise BadRequest(f"{at}{name} is {words}", param=at + name)
             found[name] = whole_number(value) if words is WHOLE[0] else value
     return found
+
+
+def taken_inside(facts: Facts, name: str, *names: str, at: str = "") -> Facts:
+    """The same of the object that is this member; nothing where there is none."""
+    inside = taken(facts, MEMBERS, name, at=at).get(name, {})
+    return taken(inside, MEMBERS, *names, at=f"{at}{name}.")
+
+
+def taken_functions(told: Facts, member: str, *names: str, at: str = "") -> Facts:
+    """What is told, once the tools or tool calls in it, and their functions, are what they must be.
+
+    `names` are what a function has beside its own.
+    """
+    for place, each in enumerate(told.get(member, ())):
+        here = f"{at}{member}[{place}]"
+        if not isinstance(each, dict):
+            raise BadRequest(f"{here} is an object", param=here)
+        taken(each, MEMBERS, "id", "type", at=here + ".")
+        taken_inside(each, "function", "name", *names, at=here + ".")
+    return told
 
 
 class Endpoint(NamedTuple):
@@ -3320,6 +3341,11 @@ class Translator:
     def taken(self, *names: str) -> Facts:
         return taken(self.question, MEMBERS, *names)
 
+    def sought(self) -> Facts:
+        """What a chat has in both dialects alike."""
+        found = self.taken("tools", "logprobs", "top_logprobs")
+        return taken_functions(found, "tools", "parameters")
+
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
         try:
@@ -3405,6 +3431,12 @@ def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> lis
     return found
 
 
+def taken_message(message: Facts, at: str, *names: str) -> Facts:
+    """Its members, as `taken` has them; also what is in its tool calls is looked at."""
+    told = taken(message, MESSAGE_MEMBERS, *names, at=at)
+    return taken_functions(told, "tool_calls", "arguments", at=at)
+
+
 # ---- from OpenAI to Ollama: what chats and completions have in common, then each route
 
 
@@ -3416,7 +3448,7 @@ class ToOllama(Translator):
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
-        self.taken("stream_options")
+        taken_inside(self.question, "stream_options", "include_usage")
         stop = self.taken("stop").get("stop")
         limits = self.taken("max_completion_tokens", "max_tokens")
         options: Facts = {"temperature": 1.0, "top_p": 1.0, **self.taken(*SAMPLING)}
@@ -3459,17 +3491,17 @@ class ChatToOllama(ToOllama):
     _first = True  # no delta sent yet
 
     def request(self) -> Facts:
-        asked = self.taken("response_format", "reasoning", "reasoning_effort")
-        form = look_up(asked, "response_format", "type")
+        asked = self.taken("reasoning", "reasoning_effort")
+        form = taken_inside(self.question, "response_format", "type", "json_schema")
+        schema = taken_inside(form, "json_schema", "schema", at="response_format.").get("schema")
         effort = asked.get("reasoning_effort")
         if "reasoning" in asked:
-            effort = taken(asked["reasoning"], MEMBERS, "effort", at="reasoning.").get("effort")
-        schema = look_up(asked, "response_format", "json_schema", "schema")
+            effort = taken_inside(asked, "reasoning", "effort").get("effort")
         return {
             **self.common(),
-            **self.taken("tools", "logprobs", "top_logprobs"),
+            **self.sought(),
             "messages": ollama_messages(self.question["messages"]),
-            "format": {"json_object": "json", "json_schema": schema}.get(str(form)),
+            "format": {"json_object": "json", "json_schema": schema}.get(form.get("type", "")),
             "think": EFFORTS.get(effort, effort) if effort else None,
         }
 
@@ -3516,15 +3548,12 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     translated: list[Facts] = []
     places = [f"messages[{index}]." for index in range(len(messages))]
-    told = [
-        taken(message, MESSAGE_MEMBERS, "role", "name", "reasoning", "tool_calls", at=place)
-        for message, place in zip(messages, places)
-    ]
+    members = ("role", "name", "reasoning", "tool_calls")
+    told = [taken_message(message, place, *members) for message, place in zip(messages, places)]
     names = {  # of the functions called; of two calls with one id the last counts
         call.get("id"): look_up(call, "function", "name")
         for facts in told
         for call in facts.get("tool_calls", ())
-        if isinstance(call, dict)
     }
     for message, facts, place in zip(messages, told, places):
         role, content, calls = facts.get("role"), message.get("content"), facts.get("tool_calls")
@@ -3621,9 +3650,10 @@ class ToOpenAi(Translator):
 
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
-        if not self.question.get(name):
+        found = self.taken(name).get(name)
+        if not found:
             raise Untranslatable("only Ollama loads and unloads a model on request")
-        return self.question[name]
+        return found
 
     def common(self) -> Facts:
         options, names = self.question.get("options") or {}, self.runner.options
@@ -3684,7 +3714,7 @@ class ChatToOpenAi(ToOpenAi):
         free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
-            **self.taken("tools", "logprobs", "top_logprobs"),
+            **self.sought(),
             "messages": openai_messages(self.need("messages")),
             "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
@@ -3774,7 +3804,7 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
         at = f"messages[{index}]."
-        told = taken(message, MESSAGE_MEMBERS, at=at)
+        told = taken_message(message, at)
         facts = {"role": told.get("role"), "content": openai_content(told)}
         facts["reasoning_content"] = told.get("thinking") or None
         if "tool_calls" in told:
@@ -3810,7 +3840,7 @@ class GenerateToOpenAi(ToOpenAi):
     content = ("text", "")
 
     def request(self) -> Facts:
-        prompt = taken({"prompt": self.need("prompt")}, MEMBERS, "prompt")["prompt"]
+        prompt = self.need("prompt")
         for name in BESIDE_A_PROMPT:
             if self.question.get(name):
                 raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
