@@ -5988,6 +5988,8 @@ class Gateway:
             if failure is None:
                 device = backend.device.name
                 self.scheduler.note_service(ticket.model, now - ticket.started, device)
+                if backend.traits.native and not backend.is_loaded(ticket.model):
+                    backend.changed = now  # it is now: whoever asks what is loaded has it looked at
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
