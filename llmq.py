@@ -2818,8 +2818,8 @@ def read_refusal(head: ResponseHead, body: bytes, key: Key = "") -> LlmqError:
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
     answer = BackendAnswer(status, message, body, document, head.headers.get("retry-after"))
-    plain = text or ("" if document else body.decode("utf-8", "replace").strip())
-    if status in (405, 501) or (status == 404 and UNKNOWN_ROUTE.fullmatch(plain)):
+    words = text or body.decode("utf-8", "replace").strip('" \r\n')  # JSON without any: all of it
+    if status in (405, 501) or (status == 404 and UNKNOWN_ROUTE.fullmatch(words)):
         return RouteUnsupported(answer)
     return answer
 
@@ -2921,11 +2921,11 @@ class StreamWatch:
         self.tokens: int | None = None
         self.tokens_in: int | None = None  # of the prompt
         self.rate: float | None = None  # tokens per second, as the runner tells
-        self.ended = b""  # the end and the rest, kept back
+        self.ended = bytearray()  # the end and the rest, kept back
         self.failure: BackendError | None = None  # what an error event said
         self.inside = False  # what was shown ends inside an event, too long to be held
         self._shown = b""  # its last bytes then, with which a break may begin
-        self._held = b""  # the incomplete last event
+        self._held = bytearray()  # the incomplete last event
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may be shown to the client; `failure` is set when more tell of one."""
@@ -2936,17 +2936,25 @@ class StreamWatch:
             if len(self.ended) > self.dialect.end_limit:
                 raise BackendError("the backend sends on behind the end of its answer")
             return b""
-        hidden = len(self._shown)
-        seen = self._shown + self._held + data
-        end, self._held = self.dialect.find_end(seen), b""
+        if b"\n" not in data and not self.inside:  # no event ends here, so none is looked for:
+            self._held += data  # a long line in many pieces is searched once
+            return self._look() if len(self._held) > self.dialect.line_limit else b""
+        return self._look(data)
+
+    def _look(self, data: bytes = b"") -> bytes:
+        """The same of all that is held, and of what has come behind it."""
+        hidden, seen = len(self._shown), self._shown + data
+        if self._held:  # then nothing of its event has been shown
+            seen, self._held = bytes(self._held) + data, bytearray()
+        end = self.dialect.find_end(seen)
         if end >= 0:
-            self.ended = seen[end:]
+            self.ended += seen[end:]
         else:
             end, cut = len(seen), self.dialect.find_cut(seen)
             self.inside = end - cut > self.dialect.line_limit or (self.inside and not cut)
             self._shown = b"?" + seen[-3:] if self.inside else b""
-            if not self.inside:
-                end, self._held = cut, seen[cut:]
+            if cut < end and not self.inside:
+                end, self._held = cut, bytearray(seen[cut:])
         return seen[hidden : self._inspect(seen[:end])]
 
     def _inspect(self, lines: bytes) -> int:
@@ -2972,13 +2980,16 @@ class StreamWatch:
 
     def finish(self) -> bytes:
         """What was kept back, now that the body has ended; BackendError when it tells of one."""
+        shown = b""
+        if self.failure is None and not self.ended:
+            shown = self._look()  # nothing need follow the last line, not even a break
         if self.failure is None:
-            self._inspect(self.ended or self._held)
+            self._inspect(bytes(self.ended or self._held))
         if self.failure is not None:
             raise self.failure
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
-        return self.ended
+        return shown + self.ended
 
 
 Facts = dict[str, Any]
@@ -3020,15 +3031,16 @@ MEMBERS = shapes(
     (*WHOLE, "top_k repeat_last_n"),
     ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
     ("a number", is_number, "min_p typical_p repeat_penalty"),
-    ("true or false", is_one_of(bool), "logprobs"),
+    ("true or false", is_one_of(bool), "logprobs include_usage"),
     ("true, false or an effort", is_one_of(bool, str), "think"),
     ("a text or a number", is_one_of(str, int, float), "keep_alive"),
-    ("a text or a list of texts", lambda stop: type(stop) is str or are_texts(stop), "stop"),
+    ("a text or a list of texts", lambda told: type(told) is str or are_texts(told), "stop input"),
     ('"json" or an object', lambda form: form in ("", "json") or type(form) is dict, "format"),
     ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
-    (*TEXT, "reasoning_effort effort prompt suffix"),
-    (*OBJECT, "response_format reasoning stream_options"),
-    (*LIST, "tools"),
+    ("an object, or its text", is_one_of(dict, str), "arguments"),
+    (*TEXT, "reasoning_effort effort prompt suffix id type name"),
+    (*OBJECT, "response_format json_schema schema reasoning stream_options function parameters"),
+    (*LIST, "tools messages"),
 )
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
@@ -3051,6 +3063,26 @@ def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
                 raise BadRequest(f"{at}{name} is {words}", param=at + name)
             found[name] = whole_number(value) if words is WHOLE[0] else value
     return found
+
+
+def taken_inside(facts: Facts, name: str, *names: str, at: str = "") -> Facts:
+    """The same of the object that is this member; nothing where there is none."""
+    inside = taken(facts, MEMBERS, name, at=at).get(name, {})
+    return taken(inside, MEMBERS, *names, at=f"{at}{name}.")
+
+
+def taken_functions(told: Facts, member: str, *names: str, at: str = "") -> Facts:
+    """What is told, once the tools or tool calls in it, and their functions, are what they must be.
+
+    `names` are what a function has beside its own.
+    """
+    for place, each in enumerate(told.get(member, ())):
+        here = f"{at}{member}[{place}]"
+        if not isinstance(each, dict):
+            raise BadRequest(f"{here} is an object", param=here)
+        taken(each, MEMBERS, "id", "type", at=here + ".")
+        taken_inside(each, "function", "name", *names, at=here + ".")
+    return told
 
 
 class Endpoint(NamedTuple):
@@ -3351,10 +3383,15 @@ class Translator:
         self.calls: dict[int, Facts] = {}  # of tools, in the answer so far
         self.gathered = 0  # characters of their arguments
         self.places: dict[Any, int] = {}  # of the calls in it, by the index that a runner gives
-        self._line = b""  # the incomplete last line of a stream
+        self._line = bytearray()  # the incomplete last line of a stream
 
     def taken(self, *names: str) -> Facts:
         return taken(self.question, MEMBERS, *names)
+
+    def sought(self) -> Facts:
+        """What a chat has in both dialects alike."""
+        found = self.taken("tools", "logprobs", "top_logprobs")
+        return taken_functions(found, "tools", "parameters")
 
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
@@ -3366,7 +3403,10 @@ class Translator:
 
     def feed(self, data: bytes) -> bytes:
         """These bytes of a stream translated, however they are cut."""
-        lines, _, self._line = (self._line + data).rpartition(b"\n")
+        lines, broken, rest = data.rpartition(b"\n")
+        if broken:
+            lines, self._line = bytes(self._line) + lines, bytearray()
+        self._line += rest
         if len(self._line) > PARSED_LINE:
             raise BackendError("a line of the backend's answer is too long to be translated")
         events = [self.source.read_line(line).strip() for line in lines.splitlines()]
@@ -3438,6 +3478,12 @@ def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> lis
     return found
 
 
+def taken_message(message: Facts, at: str, *names: str) -> Facts:
+    """Its members, as `taken` has them; also what is in its tool calls is looked at."""
+    told = taken(message, MESSAGE_MEMBERS, *names, at=at)
+    return taken_functions(told, "tool_calls", "arguments", at=at)
+
+
 # ---- from OpenAI to Ollama: what chats and completions have in common, then each route
 
 
@@ -3449,7 +3495,7 @@ class ToOllama(Translator):
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
-        self.taken("stream_options")
+        taken_inside(self.question, "stream_options", "include_usage")
         stop = self.taken("stop").get("stop")
         limits = self.taken("max_completion_tokens", "max_tokens")
         options: Facts = {"temperature": 1.0, "top_p": 1.0, **self.taken(*SAMPLING)}
@@ -3492,17 +3538,17 @@ class ChatToOllama(ToOllama):
     _first = True  # no delta sent yet
 
     def request(self) -> Facts:
-        asked = self.taken("response_format", "reasoning", "reasoning_effort")
-        form = look_up(asked, "response_format", "type")
+        asked = self.taken("reasoning", "reasoning_effort")
+        form = taken_inside(self.question, "response_format", "type", "json_schema")
+        schema = taken_inside(form, "json_schema", "schema", at="response_format.").get("schema")
         effort = asked.get("reasoning_effort")
         if "reasoning" in asked:
-            effort = taken(asked["reasoning"], MEMBERS, "effort", at="reasoning.").get("effort")
-        schema = look_up(asked, "response_format", "json_schema", "schema")
+            effort = taken_inside(asked, "reasoning", "effort").get("effort")
         return {
             **self.common(),
-            **self.taken("tools", "logprobs", "top_logprobs"),
+            **self.sought(),
             "messages": ollama_messages(self.question["messages"]),
-            "format": {"json_object": "json", "json_schema": schema}.get(str(form)),
+            "format": {"json_object": "json", "json_schema": schema}.get(form.get("type", "")),
             "think": EFFORTS.get(effort, effort) if effort else None,
         }
 
@@ -3549,15 +3595,12 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     """Messages as Ollama's /v1 makes them: each part of a content is a message of its own."""
     translated: list[Facts] = []
     places = [f"messages[{index}]." for index in range(len(messages))]
-    told = [
-        taken(message, MESSAGE_MEMBERS, "role", "name", "reasoning", "tool_calls", at=place)
-        for message, place in zip(messages, places)
-    ]
+    members = ("role", "name", "reasoning", "tool_calls")
+    told = [taken_message(message, place, *members) for message, place in zip(messages, places)]
     names = {  # of the functions called; of two calls with one id the last counts
         call.get("id"): look_up(call, "function", "name")
         for facts in told
         for call in facts.get("tool_calls", ())
-        if isinstance(call, dict)
     }
     for message, facts, place in zip(messages, told, places):
         role, content, calls = facts.get("role"), message.get("content"), facts.get("tool_calls")
@@ -3654,9 +3697,10 @@ class ToOpenAi(Translator):
 
     def need(self, name: str) -> Any:
         """What is asked about; a request without it is no question."""
-        if not self.question.get(name):
+        found = self.taken(name).get(name)
+        if not found:
             raise Untranslatable("only Ollama loads and unloads a model on request")
-        return self.question[name]
+        return found
 
     def common(self) -> Facts:
         options, names = self.question.get("options") or {}, self.runner.options
@@ -3717,7 +3761,7 @@ class ChatToOpenAi(ToOpenAi):
         free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
-            **self.taken("tools", "logprobs", "top_logprobs"),
+            **self.sought(),
             "messages": openai_messages(self.need("messages")),
             "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
@@ -3735,28 +3779,28 @@ class ChatToOpenAi(ToOpenAi):
     def piece(self, event: Facts) -> bytes:
         choice = self.note(event)
         delta = choice.get("delta") or {}
-        for part in delta.get("tool_calls") or ():
-            self.gather(part)
+        retold(delta.get("tool_calls"), self.gather)
         facts = self.said(choice, {**delta, "tool_calls": None})
         told = facts["message"]
         heard = told["content"] or "thinking" in told or "logprobs" in facts
         return self.line(facts) if heard else b""
 
-    def gather(self, part: Facts) -> None:
+    def gather(self, part: Facts, _: int) -> Facts:
         """A bit of a tool call, which Ollama tells at once; by its id, index or a new name."""
         index = part["index"] if isinstance(part.get("index"), int) else None
         ident, function = part.get("id"), part.get("function") or {}
+        name, more = function.get("name"), function.get("arguments")
         place = self.places.get(index, len(self.calls) - 1 if index is None else -1)
         call = self.calls.get(place)
-        again = call is not None and index is None and function.get("name")
+        again = call is not None and index is None and name
         if call is None or again or (ident and call.get("id") not in (None, ident)):
             place = len(self.calls)
             call = {"index": place if index is None else index, "function": {"arguments": []}}
             self.calls[place] = call
         self.places[index] = place
         call["id"] = ident or call.get("id")
-        whole, more = call["function"], function.get("arguments")
-        whole["name"] = function.get("name") or whole.get("name")
+        whole = call["function"]
+        whole["name"] = name or whole.get("name")
         if isinstance(more, str) and isinstance(whole["arguments"], list):
             self.gathered += len(more)
             if self.gathered > PARSED_LINE:
@@ -3764,6 +3808,7 @@ class ChatToOpenAi(ToOpenAi):
             whole["arguments"].append(more)  # bits of a text
         elif more:
             whole["arguments"] = more if isinstance(more, dict) else json.dumps(more)
+        return call
 
     def end(self) -> bytes:
         calls = sorted(self.calls.values(), key=lambda call: call["index"])
@@ -3806,7 +3851,7 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
         at = f"messages[{index}]."
-        told = taken(message, MESSAGE_MEMBERS, at=at)
+        told = taken_message(message, at)
         facts = {"role": told.get("role"), "content": openai_content(told)}
         facts["reasoning_content"] = told.get("thinking") or None
         if "tool_calls" in told:
@@ -3842,7 +3887,7 @@ class GenerateToOpenAi(ToOpenAi):
     content = ("text", "")
 
     def request(self) -> Facts:
-        prompt = taken({"prompt": self.need("prompt")}, MEMBERS, "prompt")["prompt"]
+        prompt = self.need("prompt")
         for name in BESIDE_A_PROMPT:
             if self.question.get(name):
                 raise Untranslatable(f"only Ollama takes {name} beside a prompt", param=name)
@@ -6072,6 +6117,8 @@ class Gateway:
             if failure is None:
                 device = backend.device.name
                 self.scheduler.note_service(ticket.model, now - ticket.started, device)
+                if backend.traits.native and not backend.is_loaded(ticket.model):
+                    backend.changed = now  # it is now: whoever asks what is loaded has it looked at
             self.scheduler.finish(ticket, now)
         self.pump()
         return again

@@ -176,7 +176,12 @@ class Ollama(Runner):
         new = full_name(asked["destination"]) if path == "/api/copy" else name
         if new not in self.models:
             self.models.insert(0, new)
-        return b"" if path == "/api/copy" else line({"status": "x"}) + line({"status": "success"})
+        if path == "/api/copy":
+            return b""
+        success, layer = {"status": "success"}, {"digest": "sha256:1", "total": 9}
+        told = [{"status": f"pulling {done}", **layer, "completed": done} for done in (3, 9)]
+        told = told if path == "/api/pull" else [{"status": "x"}]
+        return b"".join(map(line, [success] if asked.get("stream") is False else [*told, success]))
 
     def load(self, name: str, options: Any, *, embeds: bool = False) -> None:
         """Load it where what it is launched with differs from what is wanted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -332,6 +333,16 @@ def test_whatever_a_backend_says_in_an_error_there_is_a_message(body, message):
         (404, b'{"error":"Unexpected endpoint or method. (POST /v1/x)"}', RouteUnsupported, 501),
         (404, b'{"error":{"message":"Cannot POST /v1/rerank"}}', RouteUnsupported, 501),
         (404, b'{"error":{"message":"unknown path /v1/x"}}', RouteUnsupported, 501),
+        (404, b"Not Found\r\n", RouteUnsupported, 501),
+        (404, b'"Not Found"', RouteUnsupported, 501),
+        (404, b'{"message":"Not Found"}', RouteUnsupported, 501),
+        (404, b'{"error":{"code":404}}', BackendAnswer, 404),
+        (404, b'{"error":{"message":""}}', BackendAnswer, 404),
+        (404, b'{"msg":"Response resp_1 not found"}', BackendAnswer, 404),
+        (404, b'{"id":"resp_1","found":false}', BackendAnswer, 404),
+        (404, b'{"detail":[{"msg":"not found"}]}', BackendAnswer, 404),
+        (404, b'["resp_1"]', BackendAnswer, 404),
+        (404, b"{}", BackendAnswer, 404),
         (404, b'{"error":"remodeling"}', BackendAnswer, 404),
         (404, b'{"error":"not here"}', BackendAnswer, 404),
         (404, b'{"error":"Not found: the answer"}', BackendAnswer, 404),
@@ -982,6 +993,36 @@ def test_long_line_of_ollama_passes_and_only_one_that_nobody_could_parse_in_part
             assert (len([one for one in shown if one]) == 1) is whole
             assert watch.feed(END["ollama"]) == b""
             assert watch.finish() == END["ollama"]
+
+
+@pytest.mark.parametrize(
+    ("start", "take"),
+    [
+        (b"", lambda: StreamWatch(OLLAMA).feed),
+        (named("response.completed").rstrip(), lambda: StreamWatch(RESPONSES).feed),
+        (b"", lambda: llmq.ChatToOllama({}, "m", 0, float).feed),
+    ],
+    ids=["held", "behind the end", "translated"],
+)
+def test_long_line_in_many_pieces_takes_time_that_grows_with_its_size(start, take):
+    def spent(size):
+        piece, times = b"x" * 500, []
+        for _ in range(3):
+            feed, began = take(), time.thread_time()
+            feed(start)
+            for _ in range(size // len(piece)):
+                feed(piece)
+            times.append(time.thread_time() - began)
+        return min(times)
+
+    assert spent(6_400_000) < 24 * spent(800_000), "8 times as long; 64 times would be quadratic"
+
+
+@each_name
+def test_last_line_needs_no_break_behind_it(name):
+    data = GOOD[name].rstrip()
+    for pieces in cuts(data):
+        assert watched(pieces, DIALECTS[name])[::2] == (data, None), pieces
 
 
 def test_a_line_of_ollama_may_be_some_megabytes_long():

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 import llmq
+from tests.fake_ollama import Ollama
 from tests.fake_runner import (
     CHAT,
     DIALECTS,
@@ -321,6 +322,21 @@ def router(loaded: str) -> dict[str, Any]:
         for name in ("a", "b")
     ]
     return {"object": "list", "data": rows}
+
+
+async def test_what_a_request_has_loaded_is_listed_as_loaded_at_once() -> None:
+    """As Ollama's own example of `ps` has it; what is known to be loaded causes no look."""
+    async with Ollama(["m", "n"]) as fake, running(fake.url, upstream__probe_interval=60) as q:
+        await up(q)
+        for loaded in (["m:latest"], ["m:latest", "n:latest"]):
+            body = {"model": loaded[-1], "messages": [{"role": "user", "content": "hi"}]}
+            assert (await ask(q.port, "POST", "/v1/chat/completions", json=body)).status == 200
+            rows = (await get(q, "/api/ps"))["models"]
+            assert [row["name"] for row in rows] == loaded
+        looks = fake.probes
+        assert (await ask(q.port, "POST", "/v1/chat/completions", json=body)).status == 200
+        await get(q, "/api/ps")
+        assert fake.probes == looks
 
 
 async def test_models_of_router_mode_are_not_loaded_by_looks() -> None:

@@ -332,6 +332,33 @@ async def test_number_may_be_written_with_a_point_where_a_whole_one_is_meant() -
 
 
 HELD = {"role": "assistant", "content": "x"}
+
+
+def schema_form(told: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": told}
+
+
+def wrong_calls(more: Any, name: str) -> list[tuple[dict[str, Any], str]]:
+    """A history with one bad tool call in it, and where that is bad."""
+    good = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}}
+    said = {**HELD, "tool_calls": [good, {**good, **more}]}
+    return [({"messages": [HELD, said]}, f"messages[1].tool_calls[1].{name}")]
+
+
+WRONG_TOOLS: list[tuple[dict[str, Any], str]] = [  # the same in both dialects
+    ({"tools": ["f"]}, "tools[0]"),
+    ({"tools": [{}, {"type": 7}]}, "tools[1].type"),
+    ({"tools": [{"type": "function", "function": "f"}]}, "tools[0].function"),
+    ({"tools": [{"function": {"name": ["f"]}}]}, "tools[0].function.name"),
+    ({"tools": [{"function": {"name": "f", "parameters": "x"}}]}, "tools[0].function.parameters"),
+    *wrong_calls({"function": "f"}, "function"),
+    *wrong_calls({"function": {"name": 7}}, "function.name"),
+    *(
+        one
+        for odd in (5, [], False, [{}])
+        for one in wrong_calls({"function": {"name": "f", "arguments": odd}}, "function.arguments")
+    ),
+]
 WRONG: list[tuple[dict[str, Any], str]] = [  # with the name that is told
     ({"max_tokens": "many"}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
@@ -349,7 +376,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [  # with the name that is told
     ({"messages": [{"role": 7, "content": "x"}]}, "messages[0].role"),
     ({"messages": [HELD, {"role": "user", "content": 7}]}, "messages[1].content"),
     ({"messages": [{**HELD, "tool_calls": "f"}]}, "messages[0].tool_calls"),
-    ({"messages": [{**HELD, "tool_calls": [7]}]}, "messages[0].tool_calls"),
+    ({"messages": [HELD, {**HELD, "tool_calls": [7]}]}, "messages[1].tool_calls[0]"),
+    ({"response_format": {"type": ["text"]}}, "response_format.type"),
+    ({"response_format": schema_form("x")}, "response_format.json_schema"),
+    ({"response_format": schema_form({"schema": "x"})}, "response_format.json_schema.schema"),
+    ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+    *WRONG_TOOLS,
+    *wrong_calls({"id": [7]}, "id"),
+    *wrong_calls({"id": 7}, "id"),
+    *wrong_calls({"type": {}}, "type"),
     (
         {"messages": [{"role": "tool", "content": "x", "tool_call_id": 7}]},
         "messages[0].tool_call_id",
@@ -365,6 +400,8 @@ WRONG_NATIVE: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "x", "images": [7]}]}, "messages[0].images"),
     ({"messages": [{**HELD, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    *WRONG_TOOLS,
+    *wrong_calls({"id": [7]}, "id"),
 ]
 
 
@@ -380,6 +417,25 @@ async def test_wrong_type_is_400_for_ollamas_clients_too(wrong: dict[str, Any], 
     answer = await refused({"model": "m", **SAY, **wrong}, "/api/chat", kind="llamacpp")
     assert_error(answer, 400, name)
     assert list(answer.json()) == ["error"]
+
+
+@pytest.mark.parametrize("odd", [7, 0, True, False, {}, {"a": "x"}, [7], ["x", None], [["x"]]])
+@pytest.mark.parametrize(("path", "name"), [("/api/embed", "input"), ("/api/embeddings", "prompt")])
+async def test_what_is_embedded_is_a_text_or_texts(path: str, name: str, odd: Any) -> None:
+    answer = await refused({"model": "m", name: odd}, path, kind="llamacpp")
+    assert_error(answer, 400, f"{name} is a text")
+
+
+async def test_null_and_empty_members_inside_are_none() -> None:
+    call = {"id": None, "type": None, "function": {"name": "f", "arguments": None}}
+    tools = [{"type": "custom", "custom": {}}, {"function": None}, {"function": {"name": None}}]
+    form = {"type": "json_schema", "json_schema": None}
+    said = {"role": "assistant", "content": "ok", "tool_calls": [call]}
+    more = {"tools": tools, "response_format": form, "stream_options": {"include_usage": None}}
+    document = await seen(asked_chat(said, {"role": "user", "content": "?"}, **more))
+    assert document["tools"] == tools
+    assert "format" not in document
+    assert document["messages"][0]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
 
 
 async def test_reasoning_in_the_history_becomes_thinking() -> None:
@@ -1623,6 +1679,33 @@ async def test_tool_call_that_is_not_understood_is_left_out_and_the_text_stays(
     assert [one.levelname for one in warned] == ["WARNING"]
     logged = caplog.messages  # not its text, in which a line's number could be one of them
     assert not any(arguments in one for one in logged), "an answer's words are not for the log"
+
+
+ODD_CALLS: list[Any] = [
+    *("f", 7, True, {"function": "f"}, [None], ["f"], [[]], [{"function": "f"}]),
+    *([{"index": 0, "function": ["f"]}], [{"function": {"name": 7}}], {"function": 7}, [7, {}]),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_CALLS, ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
+async def test_tool_calls_that_are_none_cost_neither_the_text_nor_those_that_are_some(
+    odd: Any, whole: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"id": "a", "function": {"name": "g", "arguments": '{"x":1}'}}
+    if whole:
+        message = {"content": "one", "tool_calls": odd}
+        reply: Any = {**GOOD, "choices": [{"message": message, "finish_reason": "stop"}]}
+    else:
+        calls = [said({"tool_calls": [good]}), said({"content": "on", "tool_calls": odd})]
+        reply = staged([*calls, said({"content": "e"}), said({}, "tool_calls"), DONE], EVENTS)
+    answer = await native("/api/chat", {**SAY, "stream": not whole}, reply)
+    assert (answer.status, answer.clean) == (200, True), answer
+    messages = [one["message"] for one in lines(answer)]
+    assert "".join(message["content"] for message in messages) == "one"
+    names = [call["function"]["name"] for one in messages for call in one.get("tool_calls", [])]
+    assert names == ([] if whole else ["g"])
+    assert any("tool call" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize(("status", "passed"), [(400, 400), (404, 404), (500, 500), (503, 503)])
