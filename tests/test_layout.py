@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 8800  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 8850  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 120,
@@ -48,11 +48,11 @@ BUDGET = {
     "Forecast": 70,
     "Messages": 315,
     "Bodies": 420,
-    "Dialects": 460,
+    "Dialects": 495,
     "OpenAI": 55,
     "Ollama": 60,
     "Anthropic": 65,
-    "Translation": 580,
+    "Translation": 595,
     "Streams": 315,
     "Server": 550,
     "Upstream": 260,
