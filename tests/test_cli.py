@@ -339,6 +339,8 @@ def test_shown_settings_keep_keys_to_themselves(
     box = {"url": "http://box:1", "key": "sk-secret", "kind": "vllm"}
     file = tmp_path / "llmq.json"
     file.write_text(json.dumps({"backends": {"box": box}, "devices": {"gpu": {"slots": 2}}}))
+    assert llmq.main(["config", "show", "--json", "--config", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["box"]["key"] == "***"
     assert llmq.main(["config", "show", "--config", str(file)]) == 0
     said = capsys.readouterr().out
     assert "sk-secret" not in said

@@ -471,6 +471,29 @@ async def test_stream_that_is_translated_has_them_in_mid_stream_too() -> None:
         assert NATIVE_CHAT.text(await rest(raw)) == "one two"
 
 
+async def test_bits_of_a_tool_call_that_are_held_back_are_no_signs_of_life() -> None:
+    function = {"name": "f", "arguments": " "}
+    delta = {"tool_calls": [{"index": 0, "id": "a", "function": function}]}
+    bit = b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+    async with Runner(auto=False, kind="openai") as fake, running(fake.url, **SOON) as q:
+        raw = await NATIVE_CHAT.begin(q.port, "one", True)
+        request = await fake.arrived()
+        await start_speaking(request)
+
+        async def speak_on() -> None:
+            while True:
+                await request.send(chunk(bit))
+                await ask(q.port, "GET", "/health")
+
+        speaking = asyncio.ensure_future(speak_on())
+        answer = raw.answer = await raw.head()
+        while answer.body.count(b" ") < 5:
+            answer.body += await next_chunk(raw)
+        speaking.cancel()
+        raw.close()
+        await request.left()
+
+
 # ---- Failures after the early head -----------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.derived import build_settings
 from tests.fake_runner import CHAT as OPENAI_CHAT
 from tests.fake_runner import MESSAGES, NATIVE_CHAT, Dialect, Runner
@@ -267,6 +268,31 @@ async def test_body_in_two_byte_chunks_takes_the_memory_of_its_size() -> None:
         await client.send(b"0\r\n\r\n")
         assert (await client.response()).status == 200
         assert fake.requests[0].body == body
+
+
+async def test_bodies_that_wait_to_be_read_take_room_as_those_that_arrive_do() -> None:
+    body = json.dumps(chat("x" * llmq.HEAVY_BODY)).encode()
+    limits = {"queue__max_queued_bytes": 4 * len(body)}
+    async with FakeBackend() as fake, running(fake.url, **limits) as q:
+        (server,) = q.service._servers
+        with llmq.READING:  # as if another body were being read
+            asking = [
+                asyncio.ensure_future(
+                    ask(
+                        q.port,
+                        "POST",
+                        OPENAI_CHAT.path,
+                        body=body,
+                        headers={"X-User-ID": f"u{number}"},
+                    )
+                )
+                for number in range(4)
+            ]
+            await eventually(lambda: server.arriving_bytes == 4 * len(body))
+            refused = await ask(q.port, "POST", OPENAI_CHAT.path, body=body)
+            assert refused.status == 429
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4
+        assert server.arriving_bytes == 0
 
 
 @each_framing

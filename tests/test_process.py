@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import (
+    LLMQ,
     Answer,
     FakeBackend,
     FakeRequest,
@@ -546,3 +548,17 @@ async def test_the_connection_to_a_client_outlives_a_reload(tmp_path: Path) -> N
             await request.finish_stream()
             rest = await client.until(b"[DONE]")
             assert b"two" in rest
+
+
+def test_log_whose_reader_has_gone_is_no_failure_at_the_end() -> None:
+    command = [sys.executable, str(LLMQ), "--port", "0", "--demo"]
+    reading, writing = os.pipe()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, text=True) as process:
+        os.close(writing)
+        assert process.stdout is not None
+        assert "llmq" in process.stdout.readline()
+        os.close(reading)
+        process.send_signal(signal.SIGHUP)  # which is logged
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(8) == 0
