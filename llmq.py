@@ -8149,7 +8149,8 @@ async def serve(options: argparse.Namespace) -> int:
             loop.add_signal_handler(number, service.on_signal)
         loop.add_signal_handler(signal.SIGHUP, service.reload)
     await service.first_look()
-    say(banner(service))
+    with contextlib.suppress(OSError):  # who only wants the service may have no room for words
+        say(banner(service))
     keep_memory_small()
     release_memory()
     sys.setswitchinterval(0.001)  # so long the loop waits for a thread that reads a large body
