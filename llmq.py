@@ -8350,20 +8350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
         return 2 if isinstance(error, ConfigError) else refused
-    except (BrokenPipeError, KeyboardInterrupt):  # `| head` has seen enough
-        return 0
-    finally:
-        forget_unread()
-
-
-def forget_unread() -> None:
-    """Drop what nobody takes: Python tries once more at its end, and calls that a failure."""
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):  # noqa: PERF203 - the other may be read
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except KeyboardInterrupt:
+        pass
+    return 0
 
 
 # ==== 34. Web page ================================================================================

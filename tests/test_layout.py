@@ -69,7 +69,7 @@ BUDGET = {
     "Demo": 60,
     "Terminal view": 340,
     "Service": 330,
-    "Command line": 350,
+    "Command line": 340,
     "Web page": 450,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
