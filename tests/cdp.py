@@ -15,6 +15,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,11 @@ class Browser:
     """The process and its two pipes: commands on its descriptor 3, answers on 4."""
 
     def __init__(self, program: str, *more: str) -> None:
-        self.home = tempfile.TemporaryDirectory(prefix="llmq-cdp-", ignore_cleanup_errors=True)
+        self.home = tempfile.mkdtemp(prefix="llmq-cdp-")
         commands, self.out = os.pipe()
         self.answers, answers = os.pipe()
 
-        flags = [*FLAGS.split(), *more, f"--user-data-dir={self.home.name}"]
+        flags = [*FLAGS.split(), *more, f"--user-data-dir={self.home}"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, str(commands), str(answers), program, *flags],
             stdin=subprocess.DEVNULL,
@@ -65,7 +66,7 @@ class Browser:
             self.process.kill()
             self.process.wait()
         os.close(self.answers)
-        self.home.cleanup()
+        shutil.rmtree(self.home, ignore_errors=True)  # Chromium writes there for a moment
 
     async def call(self, method: str, session: str = "", **params: Any) -> Any:
         """Send one command; its result."""
