@@ -5285,7 +5285,7 @@ class Monitor:
         except (OSError, LlmqError) as error:
             error.__traceback__ = None  # its frames hold the body
             if isinstance(error, LlmqError):
-                raise
+                raise error  # noqa: TRY201 - a bare one has its frames again on Python 3.9
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
         finally:
             del asked  # an error that leaves here holds this frame, and this frame the error
