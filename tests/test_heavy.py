@@ -245,14 +245,14 @@ async def test_long_answer_is_translated_whole_and_without_holding_the_loop(
 
 @pytest.mark.deadline(30)
 async def test_unread_answers_hold_no_more_than_their_budget() -> None:
-    answer, budget = embeddings(400), 40 * MIB
+    answer, budget = embeddings(300), 30 * MIB
     async with (
         FakeBackend(auto=False) as fake,
         running(fake.url, queue__max_queued_bytes=budget, server__stall_timeout=60) as q,
     ):
         clients = []
         for number in range(8):
-            raw = await Raw.open(q.port, receive_buffer=4096)
+            raw = await Raw.open(q.port, receive_buffer=65536)
             body = json.dumps({"model": "m", "input": "x"}).encode()
             await raw.send(
                 http("POST", "/v1/embeddings", {"Content-Length": str(len(body))}) + body
