@@ -4751,7 +4751,8 @@ class HttpServer:
 
         Then a quarter is free again, so that not each answer that follows costs somebody theirs.
         """
-        most, unsent = self.settings.queue.max_queued_bytes, {}
+        unsent: dict[Connection, int] = {}
+        most = self.settings.queue.max_queued_bytes * 7 // 8  # asyncio's buffers keep room to spare
         for connection in self.connections:
             if size := connection.unsent:
                 unsent[connection] = size
