@@ -1074,7 +1074,9 @@ class Report:
 
 def model_key(name: str) -> str:
     """Names mean the same model in any case, with or without what Ollama takes for granted."""
-    bare = name.lower().removeprefix(REGISTRY).removeprefix("library/")
+    bare = name.lower()
+    if "/" in bare:
+        bare = bare.removeprefix(REGISTRY).removeprefix("library/")
     return bare.removesuffix(":latest")
 
 
@@ -2855,9 +2857,10 @@ def read_rate(document: Any) -> float | None:
     """Tokens per second of an answer, where its runner tells what it took."""
     for member, counted, spent, per_second in RATES:
         place = look_up(document, member) if member else document
-        tokens, took = measured(look_up(place, counted)), measured(look_up(place, spent))
-        if tokens and took:
-            return measured(tokens / took * per_second)
+        if isinstance(place, dict) and counted in place:
+            tokens, took = measured(place[counted]), measured(place.get(spent))
+            if tokens and took:
+                return measured(tokens / took * per_second)
     return None
 
 
@@ -4342,8 +4345,9 @@ class Exchange:
         It also calls `left`, at once where the client has left already.
         """
         stream = self.connection.stream
-        self.connection.let_go()
-        stream.bound()
+        if stream.room is None:  # it was not watched so far
+            self.connection.let_go()
+            stream.bound()
         stream.on_end = left
         if stream.ended and left is not None:
             left()
@@ -4605,8 +4609,9 @@ class Connection:
 
     def let_go(self) -> None:
         """The body at hand counts elsewhere from now on, or is gone."""
-        self.server.arriving_bytes -= self.arrived
-        self.arrived = 0
+        if self.arrived:
+            self.server.arriving_bytes -= self.arrived
+            self.arrived = 0
 
     async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
         """A body of any size; only its pieces have a deadline."""

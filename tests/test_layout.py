@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 8850  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 8900  # the design: 8,500 with everything that is planned, never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 120,
@@ -43,7 +43,7 @@ BUDGET = {
     "Settings": 350,
     "Metrics": 120,
     "Identity": 140,
-    "Backends": 460,
+    "Backends": 465,
     "Scheduler": 385,
     "Forecast": 70,
     "Messages": 315,
@@ -54,7 +54,7 @@ BUDGET = {
     "Anthropic": 65,
     "Translation": 595,
     "Streams": 315,
-    "Server": 550,
+    "Server": 555,
     "Upstream": 260,
     "Probes": 310,
     "Calls": 295,
