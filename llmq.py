@@ -4569,7 +4569,10 @@ class Connection:
             self.stream.on_end, self.stream.room = None, None
         if exchange.finished and exchange.keep_alive and not self.stream.overrun:
             if exchange.unread:
-                await self.read_body(exchange.length, UNREAD_BODY)
+                try:
+                    await self.read_body(exchange.length, UNREAD_BODY)
+                finally:
+                    self.let_go()
             return not self.stream.ended
         return False
 

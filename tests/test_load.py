@@ -295,6 +295,19 @@ async def test_bodies_that_wait_to_be_read_take_room_as_those_that_arrive_do() -
         assert server.arriving_bytes == 0
 
 
+@pytest.mark.parametrize("sent", [50_000, 20_000], ids=["whole", "cut off"])
+async def test_body_of_a_refused_request_gives_its_room_back(sent: int) -> None:
+    async with running("http://127.0.0.1:9") as q, await Raw.open(q.port) as raw:
+        (server,) = q.service._servers
+        await raw.send(http("POST", "/nowhere", {"Content-Length": "50000"}))
+        assert (await raw.response()).status == 404
+        await raw.send(b"x" * sent)
+        await eventually(lambda: next(iter(server.connections)).stream.received > sent)
+        raw.close()
+        await eventually(lambda: not server.connections)
+        assert server.arriving_bytes == 0
+
+
 @each_framing
 async def test_blobs_that_pass_through_need_no_room(chunked: bool) -> None:
     """They are relayed piece by piece."""
