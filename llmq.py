@@ -5287,7 +5287,6 @@ class Monitor:
             late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
             doing = within(seconds, asyncio.ensure_future(take_turn()), late)
             asked = self._asked[key] = Asked(doing)
-            asked.task.add_done_callback(lambda _: self._asked.pop(key, None))
             del late, doing
         try:
             head, answer = await asked.answer(reply)
@@ -5297,6 +5296,8 @@ class Monitor:
                 raise error  # noqa: TRY201 - a bare one has its frames again on Python 3.9
             raise BackendUnreached(f"{backend.name}: {os_error_text(error)}") from None
         finally:
+            if not asked.askers:  # nobody may join a question that has been given up
+                self._asked.pop(key, None)
             del asked  # an error that leaves here holds this frame, and this frame the error
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, answer, backend.key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import re
 from pathlib import Path
@@ -714,6 +716,32 @@ async def test_what_is_asked_twice_at_a_time_is_asked_once() -> None:
         assert asked[0] == 1
         await ask(q.port, "POST", "/api/show", json={"model": "m"})
         assert asked[0] == 2
+
+
+async def test_who_asks_just_when_the_last_asker_leaves_has_an_answer() -> None:
+    asked, go = [0], asyncio.Event()
+
+    async def show(request: Any) -> None:
+        asked[0] += 1
+        await go.wait()
+        await request.status(200, {"capabilities": ["completion"]})
+
+    async with Runner(["m"]) as fake, running(fake.url) as q:
+        await up(q)
+        fake._show = show  # type: ignore[method-assign]
+        (backend,) = q.gateway.fleet.backends.values()
+        question = functools.partial(q.gateway.monitor.ask, 5, backend, "/api/show", b"{}")
+
+        async def ask_again() -> Any:
+            with contextlib.suppress(asyncio.CancelledError):
+                await question()
+            return await question()  # in the same turn of the loop
+
+        asking = asyncio.ensure_future(ask_again())
+        await eventually(lambda: asked[0])
+        asking.cancel()
+        go.set()
+        assert await asking == {"capabilities": ["completion"]}
 
 
 async def test_context_that_a_runner_does_not_tell_is_asked_for_once() -> None:
