@@ -2413,16 +2413,15 @@ def find_bracket(text: str, at: int, number: int) -> int:
     raise ValueError("there are not so many")
 
 
-def scan_object(text: str, scan: Scan | None = None) -> JsonObject:
+def scan_object(text: str) -> JsonObject:
     """The members as the decoder's own scanners see them; ValueError if it is no object."""
     opening = OPENING.match(text)
     if not opening:
         raise ValueError("it is not an object")
     values: dict[str, Any] = {}
     places: dict[str, Place] = {}
-    if scan is None:
-        heavy = len(text) > MANY_VALUES and count_values(text) > MANY_VALUES
-        scan = Scanner().scan if heavy else scan_value
+    heavy = len(text) > MANY_VALUES and count_values(text) > MANY_VALUES
+    scan = Scanner().scan if heavy else scan_value
     at, following = opening.end(), opening[1]
     while following != "}":
         head = MEMBER_HEAD.match(text, at)
@@ -3423,8 +3422,7 @@ class Translator:
         """A long whole answer in the caller's dialect; takes its time, and lets others work."""
 
         def retold() -> bytes:
-            document = scan_object(body.decode(), scan_parts).values
-            return b"".join(list(render_parts(self.whole(document))))
+            return b"".join(list(render_parts(self.whole(parse_parts(body)))))
 
         return cast(bytes, self.translate(retold))
 
@@ -5522,17 +5520,22 @@ class Call:
             except BackendUnreached:
                 await self.upstream.close()
                 self.upstream = None
+        if self.upstream is None:
+            await self.connect(backend, limits.connect_timeout)
+        assert self.upstream is not None  # by now
+        await self.read_answer(head or await self.upstream.read_head(), backend, limits)
+
+    async def connect(self, backend: Backend, seconds: float) -> None:
+        """Send the request on a fresh connection; the call's own error where it was stopped."""
+        write = self.writer(backend)
+        wire = await read_beside(write) if self.question.long else write()
+        if self.error is not None:  # nobody waits for it any more
+            raise self.error
+        self.connecting = asyncio.ensure_future(dial(backend.url))
+        self.upstream = await connect_within(seconds, self.connecting, backend)
         if self.error is not None:
             raise self.error
-        if self.upstream is None:
-            write = self.writer(backend)
-            wire = await read_beside(write) if self.question.long else write()
-            self.connecting = asyncio.ensure_future(dial(backend.url))
-            self.upstream = await connect_within(limits.connect_timeout, self.connecting, backend)
-            if self.error is not None:
-                raise self.error
-            self.upstream.send(wire)
-        await self.read_answer(head or await self.upstream.read_head(), backend, limits)
+        self.upstream.send(wire)
 
     async def read_answer(
         self, head: ResponseHead, backend: Backend, limits: UpstreamSettings

@@ -129,6 +129,34 @@ async def test_what_is_large_and_legal_is_passed_on_as_it_came() -> None:
         assert fake.requests[0].body == body
 
 
+async def test_who_leaves_while_its_request_is_written_costs_no_connection() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        await eventually(lambda: all(one.usable for one in q.gateway.fleet.backends.values()))
+        before = fake.connections
+        text = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2 * MIB}]})
+        raw = await Raw.open(q.port)
+        await raw.send(http("POST", "/v1/chat/completions", body=text.encode()))
+        writing = llmq.Call.writer
+        started = asyncio.Event()
+
+        def written(call: Any, backend: Any) -> Any:
+            started.set()
+            return writing(call, backend)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llmq.Call, "writer", written)
+            q.gateway.set_mode(llmq.Mode.PAUSED)
+            await eventually(lambda: q.gateway.scheduler.waiting)
+            with llmq.READING:  # as if another request were being written
+                q.gateway.set_mode(llmq.Mode.OPEN)
+                await started.wait()
+                raw.close()
+                await eventually(lambda: all(call.error for call in q.gateway.calls.values()))
+            await eventually(lambda: not q.gateway.calls)
+        assert fake.connections == before
+        assert not q.gateway.scheduler.running
+
+
 async def test_what_is_too_large_to_be_translated_is_refused() -> None:
     body = SHAPES["messages"].replace(b'"model"', b'"stream":false,"model"', 1)
     async with FakeBackend() as fake, running(fake.url) as q:
@@ -239,8 +267,9 @@ async def test_long_answer_is_translated_whole_and_without_holding_the_loop(
     told = json.loads(await llmq.read_beside(lambda: body.retell(answer)))
     assert held.most < 0.1
     assert told["embeddings"] == [row["embedding"] for row in json.loads(answer)["data"]]
-    with pytest.raises(llmq.BackendError):
-        body.retell(answer[:-2])
+    for odd in answer[:-2], answer[:-1] + b',"data":1}', b"[" + answer + b"]":
+        with pytest.raises(llmq.BackendError):  # the runner's fault, and no other's
+            body.retell(odd)
 
 
 @pytest.mark.deadline(30)
