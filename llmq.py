@@ -2289,7 +2289,7 @@ scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # 
 
 HEAVY_BODY = MIB  # bytes of JSON that are not read in the event loop
 MANY_VALUES = 50_000  # in a body: more are not looked at, 10 ms of work and 5 MB of memory
-LARGE: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looked at
+STAND_INS: Mapping[str, Any] = {"[": [{}], "{": {}}  # stands for what was not looked at
 SKIPPED = 64 * KIB  # characters that are skipped at a time
 NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 PLAIN_STRING = re.compile(r'"[^"\\]*"')
@@ -2354,18 +2354,18 @@ class Scanner:
 
     def scan(self, text: str, at: int) -> tuple[Any, int]:
         """A value, or what stands for it, and where it ends."""
-        if text[at : at + 1] not in LARGE:
+        if text[at : at + 1] not in STAND_INS:
             return scan_value(text, at)
         end, values = skip_value(text, at)
         if values > self.left:
-            return LARGE[text[at]], end
+            return STAND_INS[text[at]], end
         self.left -= values
         return scan_value(text, at)
 
 
-def is_large(values: Mapping[str, Any]) -> bool:
-    """Whether some of these members were skipped."""
-    return any(value is large for value in values.values() for large in LARGE.values())
+def was_skipped(values: Mapping[str, Any]) -> bool:
+    """Whether some of these members were."""
+    return any(value is one for value in values.values() for one in STAND_INS.values())
 
 
 def skip_value(text: str, at: int) -> tuple[int, int]:
@@ -2610,7 +2610,7 @@ class Question(NamedTuple):
     foreign: bool = False  # what it says of a context is cut
     keep_alive: bool = False  # it says how long the model is to stay loaded
     done_reason: str = ""  # "load" or "unload": all that `ollama run` and `ollama stop` ask for
-    large: bool = False  # some of it was not looked at
+    skipped: bool = False  # some of it was not looked at
 
     @property
     def long(self) -> bool:
@@ -3115,7 +3115,7 @@ def read_question(
     endpoint.check(values)
     context = parse_context(values.get("numCtx"), "numCtx")
     if endpoint.options and isinstance(options := values.get("options"), dict):
-        if options is LARGE["{"]:
+        if options is STAND_INS["{"]:
             raise BadRequest("options holds too many values", param="options")
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
@@ -3133,7 +3133,7 @@ def read_question(
         foreign=foreign,
         keep_alive="keep_alive" in values,
         done_reason=order if empty else "",
-        large=len(body) > MANY_VALUES and is_large(values),
+        skipped=len(body) > MANY_VALUES and was_skipped(values),
     )
     return question, values
 
@@ -4225,14 +4225,16 @@ async def in_thread(work: Callable[[], T]) -> T:
 READING = threading.Lock()  # one at a time: more threads would only wait for each other
 
 
-async def read_beside(read: Callable[[], T]) -> T:
-    """What a function reads that takes long, while the event loop goes on."""
+async def beside(work: Callable[[], T], *, heavy: bool = True) -> T:
+    """What a function gives that reads or writes JSON; the event loop goes on where it is heavy."""
+    if not heavy:
+        return work()
 
-    def read_alone() -> T:
+    def work_alone() -> T:
         with READING:
-            return read()
+            return work()
 
-    return await in_thread(read_alone)
+    return await in_thread(work_alone)
 
 
 async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
@@ -4254,6 +4256,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
 
 ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
 UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
+COPIED = 64 * KIB  # of an answer that leaves in one write with its head; a longer one in two
 LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
@@ -4393,7 +4396,7 @@ class Exchange:
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
-        """The whole answer, in one write."""
+        """The whole answer."""
         if self.unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep_alive = False
         framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -4401,10 +4404,11 @@ class Exchange:
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
         head = self._render_head(status, framing if status != 204 else "", headers)
-        if len(shown) > UNREAD_BODY:  # too much to be copied
+        if len(shown) > COPIED:
             self.connection.write(head)
             self.connection.write(shown)
-            self.connection.server.limit_unsent()
+            if self.connection.unsent:
+                self.connection.server.limit_unsent()
         else:
             self.connection.write(head + shown)
 
@@ -5022,7 +5026,7 @@ async def parse_answer(body: bytes) -> Any:
     """A body parsed, None where it is not JSON; a long one beside the event loop."""
     if not is_heavy(body):
         return parse_json(body)
-    return await read_beside(functools.partial(parse_parts, body))
+    return await beside(functools.partial(parse_parts, body))
 
 
 class Pool:
@@ -5422,8 +5426,8 @@ class Call:
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
-    echo: Callable[[bytes], bytes] | None = None  # if it is, and knows the model by another name
-    told = ""  # which is this
+    told = ""  # the name that the backend knows the model by, where it is another
+    echo: Callable[[bytes], bytes] | None = None  # then puts the client's in its place
     upstream: Upstream | None = None
     connecting: asyncio.Task[Upstream] | None = None
     # Its answer:
@@ -5491,7 +5495,7 @@ class Call:
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
         else:
-            if question.large:
+            if question.skipped:
                 raise Untranslatable(TOO_MANY)
             target = route
             body = functools.partial(self.translated, route, name, context, backend.traits)
@@ -5528,7 +5532,7 @@ class Call:
     async def connect(self, backend: Backend, seconds: float) -> None:
         """Send the request on a fresh connection; the call's own error where it was stopped."""
         write = self.writer(backend)
-        wire = await read_beside(write) if self.question.long else write()
+        wire = await beside(write, heavy=self.question.long)
         if self.error is not None:  # nobody waits for it any more
             raise self.error
         self.connecting = asyncio.ensure_future(dial(backend.url))
@@ -5635,7 +5639,7 @@ class Call:
         if translator is not None:
             kind = "application/json"
             if document is None:
-                body = await read_beside(functools.partial(translator.retell, body))
+                body = await beside(functools.partial(translator.retell, body))
             else:
                 body = translator.translate(lambda: render_json(translator.whole(document)))
         elif self.echo is not None and document is not None:
@@ -5900,7 +5904,7 @@ class Admission:
             read = functools.partial(
                 read_question, body, call.endpoint, header, foreign=caller.foreign
             )
-            question, values = await read_beside(read) if is_heavy(body) else read()
+            question, values = await beside(read, heavy=is_heavy(body))
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         if question.context:
@@ -5973,12 +5977,12 @@ class Admission:
             if route is None or route == want.routes[0]:
                 return
             routes.add(route)
-        if call.question.large:
+        if call.question.skipped:
             raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
             write = translator(dict(values), call.model, 0, time.time).body
-            await read_beside(write) if call.question.long else write()
+            await beside(write, heavy=call.question.long)
 
 
 def model_not_found(asked: str) -> LlmqError:
@@ -7085,7 +7089,7 @@ class Api:
         """Tokens of a request for messages: counted where the model is loaded, else estimated."""
         body = await exchange.read_body(self.settings.server.max_body)
         read = functools.partial(read_question, body, COUNT_ENDPOINT)
-        question, values = await read_beside(read) if is_heavy(body) else read()
+        question, values = await beside(read, heavy=is_heavy(body))
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(question.model)
         key, limit = model_key(model), self.settings.upstream.probe_timeout
@@ -7097,7 +7101,7 @@ class Api:
                     counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                     if isinstance(counted.get("input_tokens"), int):
                         return counted
-        return {"input_tokens": len(body) // 4 if question.large else estimate_tokens(values)}
+        return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
         """A request that waits in the queue."""
@@ -7181,9 +7185,8 @@ class Api:
 async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
     body = await exchange.read_body(limit)
-    if is_heavy(body):
-        return (await read_beside(lambda: read_object(decode_json(body)))).values
-    return read_object(decode_json(body)).values
+    read = functools.partial(read_object, decode_json(body))
+    return (await beside(read, heavy=is_heavy(body))).values
 
 
 async def read_control(exchange: Exchange) -> Facts:
@@ -8119,7 +8122,7 @@ def build_parser() -> argparse.ArgumentParser:
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
-    config.add_argument("--json", **switch, help="as a JSON configuration file, keys included")
+    config.add_argument("--json", **switch, help="as a JSON configuration file, but for the keys")
     add_flags(serve)
     add_flags(config)
     for command in commands.choices.values():

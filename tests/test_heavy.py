@@ -194,7 +194,7 @@ def test_members_that_are_skipped_end_where_they_end(
         assert list(found.values) == list(whole)
         for name, (_, start, end) in found.places.items():
             assert strict(f"[{document.text[start:end]}]") == [whole[name]]
-            large = any(found.values[name] is one for one in llmq.LARGE.values())
+            large = any(found.values[name] is one for one in llmq.STAND_INS.values())
             skipped += large
             assert large or found.values[name] == whole[name]
     assert bool(skipped) == (left < 1000)
@@ -205,7 +205,7 @@ def test_texts_are_skipped_in_time_that_grows_with_their_size(shape: str) -> Non
     """All heavy bodies wait while one is read: the bound is far above what one pass takes."""
     text = SHAPES[shape].decode()
     start = time.process_time()
-    assert llmq.is_large(llmq.read_object(text).values)
+    assert llmq.was_skipped(llmq.read_object(text).values)
     spent = time.process_time() - start
     assert spent < len(text) * 0.3e-6, f"{spent:.1f} s for {len(text)} characters"
 
@@ -264,7 +264,7 @@ async def test_long_answer_is_translated_whole_and_without_holding_the_loop(
     translator = llmq.TRANSLATORS[llmq.OLLAMA_EMBED, llmq.EMBEDDINGS]
     body = translator({"model": "m", "input": "x"}, "m", 0, lambda: 1.0)
     held = Held(monkeypatch)
-    told = json.loads(await llmq.read_beside(lambda: body.retell(answer)))
+    told = json.loads(await llmq.beside(lambda: body.retell(answer)))
     assert held.most < 0.1
     assert told["embeddings"] == [row["embedding"] for row in json.loads(answer)["data"]]
     for odd in answer[:-2], answer[:-1] + b',"data":1}', b"[" + answer + b"]":
