@@ -104,7 +104,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
 from textwrap import wrap
@@ -307,6 +307,24 @@ def printable(text: str, limit: int = 128) -> str:
     return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
 
 
+def fits(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern whose ``*`` is any text; in linear time, as no regex does."""
+    first, *parts = pattern.lower().split("*")
+    name = name.lower()
+    if not parts:
+        return name == first
+    last = parts.pop()
+    if not (name.startswith(first) and name[len(first) :].endswith(last)):
+        return False
+    place, end = len(first), len(name) - len(last)
+    for part in parts:
+        place = name.find(part, place, end)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
+
+
 @dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
@@ -421,18 +439,23 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
 # the check of the file, --help and the README's table are derived.  Defaults < file < environment <
 # flags; each value is parsed where its source is known, so a mistake names place, key and cure.
 
+Facts = dict[str, Any]
 Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Key = str  # a secret: never shown
 Url = str  # a base URL without path, query, credentials or slash at its end
 LEVELS = ("debug", "info", "warning", "error")
+CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
 def setting(default: Any, help: str, env_alias: str = "", **limits: Any) -> Any:
     """Declare a setting: its annotation is its type, the rest are facts of a `Setting`."""
-    return field(default=default, metadata={"help": help, "env_alias": env_alias, **limits})
+    facts = {"help": help, "env_alias": env_alias, **limits}
+    if default == {}:
+        return field(default_factory=dict, metadata=facts)
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -442,6 +465,9 @@ class ServerSettings:
     allowed_hosts: Names = setting((), "further names that clients may use for this box")
     cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
     allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
+    allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
+    trusted_proxies: Names = setting((), "addresses whose X-Forwarded-For tells who asks")
+    watch: bool = setting(True, "read the configuration file again when it changes")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -464,6 +490,12 @@ class QueueSettings:
     max_wait_normal: Duration = setting(0.0, "longest wait of class normal; 0: no limit")
     max_wait_low: Duration = setting(0.0, "longest wait of class low; 0: no limit")
     down_wait: Duration = setting(60.0, "longest wait while all backends of a model are down")
+    max_depth_high: int = setting(0, "requests of class high that may wait; 0: as max_depth")
+    max_depth_normal: int = setting(0, "the same of class normal")
+    max_depth_low: int = setting(0, "the same of class low")
+    overflow_status: int = setting(429, "what a full queue answers: 429 or 503", choices=(429, 503))
+    aging: Duration = setting(300.0, "wait after which a request is overdue; 0: never")
+    affinity: Duration = setting(30.0, "longest that a loaded model's requests go first; 0: never")
 
 
 @dataclass(frozen=True)
@@ -492,6 +524,53 @@ class DeviceSettings:
     """[devices.NAME]: what backends on one host share, one GPU usually."""
 
     slots: int = setting(1, "requests at once", minimum=1)
+    reserve_high: int = setting(0, "of these, slots that only class high or the overdue may take")
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """[clients.NAME]: what somebody is known for; a name is courtesy, never a grant."""
+
+    class_: str = setting("", "class of requests that name none", choices=("", *CLASSES))
+    weight: float = setting(1.0, "share among those of one class", minimum=0.01)
+    boost: bool = setting(False, "every second start of its class, while it waits")
+    blocked: bool = setting(False, "refused, whatever it asks")
+    max_concurrent: int = setting(0, "requests that may run at once; 0: any number")
+    max_waiting: int = setting(0, "requests that may wait; 0: as many as all may")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """[models.NAME], `*` in it any text: of the rows that fit, the most exact that says it."""
+
+    max_concurrent: int = setting(0, "requests of it at once, everywhere; 0: any number")
+    exclusive: bool = setting(False, "nothing else runs on its device meanwhile")
+    backends: Names = setting((), "the only backends asked for it; none: all that have it")
+    class_: str = setting("", "class of requests that have no other", choices=("", *CLASSES))
+    keep_alive: str = setting("", "how long Ollama keeps it loaded, unless the request says")
+    keep_alive_force: bool = setting(False, "the same, whatever the request says")
+    num_ctx: str = setting("", 'its context in tokens, or "fit": as long as the prompt needs')
+    preload: bool = setting(False, "loaded from the start, where a backend has it")
+    set: Facts = setting({}, "members put into its requests, also over what is there")
+    strip: Names = setting((), "members cut out of its requests")
+    max_output: int = setting(0, "most tokens of an answer, asked for or not; 0: any number")
+    overflow: str = setting("pass", "of prompts beyond the context", choices=("pass", "refuse"))
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """[[rules]]: the class of requests for which all of these hold; the first such rule counts."""
+
+    route: str = setting("", "the path, `*` in it any text")
+    model: str = setting("", "the model as asked for, likewise")
+    client: str = setting("", "the client's name, likewise")
+    header: str = setting("", "a header field that is there, or `Name: value`, likewise")
+    class_: str = setting("", "the class that it gives", choices=CLASSES)
+
+
+@dataclass(frozen=True)
+class IpSettings:
+    blocked: Names = setting((), "addresses that are refused")
 
 
 @dataclass(frozen=True)
@@ -503,6 +582,16 @@ class BackendSettings:
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
     kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
     key: Key = setting("", "sent to it as bearer token; never taken from a client")
+    headers: Facts = setting({}, "further header fields that it is sent")
+    relay_headers: Names = setting((), "header fields of a client passed on; *: nearly all")
+    models: Names = setting((), "its models, where it cannot tell them")
+    weight: float = setting(1.0, "share among equal backends", minimum=0.01)
+    probe_interval: Duration = setting(0.0, "between two looks at it; 0: as for all")
+    probe_timeout: Duration = setting(0.0, "for such a look; 0: as for all")
+    first_byte_timeout: Duration = setting(0.0, "to an answer's first byte; 0: as for all")
+    idle_timeout: Duration = setting(0.0, "between two pieces of an answer; 0: as for all")
+    failures_to_open: int = setting(3, "failures in a row until it counts as down", minimum=1)
+    reset_after: Duration = setting(10.0, "until it is tried again then", minimum=SHORT)
 
 
 @dataclass
@@ -513,15 +602,49 @@ class Settings:
     queue: QueueSettings = field(default_factory=QueueSettings)
     upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    ips: IpSettings = field(default_factory=IpSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
+    clients: dict[str, ClientSettings] = field(default_factory=dict)
+    models: dict[str, ModelSettings] = field(default_factory=dict)  # by name or pattern
+    rules: dict[str, RuleSettings] = field(default_factory=dict)  # by number, the first first
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
 
 
-ROW_TABLES: dict[str, Any] = {"devices": DeviceSettings, "backends": BackendSettings}
+def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
+    """What holds for a model: of the rows that fit it, the most exact that says a thing."""
+    fitting = [name for name in rows if fits(name.removesuffix(":latest"), key)]
+    said: Facts = {}
+    for name in sorted(fitting, key=lambda one: ("*" not in one, len(one))):
+        for fact in fields(ModelSettings):
+            value = getattr(rows[name], fact.name)
+            if value not in (fact.default, {}):
+                said[fact.name] = value
+    return ModelSettings(**said)
+
+
+def as_document(settings: Settings) -> Facts:
+    """The settings as a configuration file has them."""
+    document = asdict(settings)
+    for table in ROW_TABLES:
+        rows = document[table]
+        for row in rows.values():
+            if "class_" in row:
+                row["class"] = row.pop("class_")
+        document[table] = list(rows.values()) if table == "rules" else rows
+    return document
+
+
+ROW_TABLES: dict[str, Any] = {
+    "devices": DeviceSettings,
+    "backends": BackendSettings,
+    "clients": ClientSettings,
+    "models": ModelSettings,
+    "rules": RuleSettings,
+}
 OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
 TABLES: dict[str, Any] = {
     table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
@@ -538,12 +661,12 @@ class Setting(NamedTuple):
     help: str
     env_alias: str  # a foreign variable that sets it too
     minimum: float = 0
-    choices: Names = ()
+    choices: tuple[Any, ...] = ()
 
     @property
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
-        name = f"log_{name}" if table == "log" else name  # `--level` alone could be anything's
+        name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
         return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
 
     @property
@@ -559,7 +682,9 @@ def known_settings(tables: Mapping[str, Any] = TABLES) -> Iterator[Setting]:
     """Every setting of these tables, in the order of declaration."""
     for table, cls in tables.items():
         for fact in fields(cls):
-            yield Setting(f"{table}.{fact.name}", str(fact.type), fact.default, **fact.metadata)
+            name = fact.name.rstrip("_")  # `class` is a word of Python's
+            default = {} if fact.default is MISSING else fact.default
+            yield Setting(f"{table}.{name}", str(fact.type), default, **fact.metadata)
 
 
 def parse_int(text: str) -> int:
@@ -612,6 +737,18 @@ def parse_key(raw: Any) -> Key:
     return text
 
 
+def parse_number(raw: Any) -> float:
+    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", str(raw).strip()):
+        raise ValueError("wants a number")
+    return float(raw)
+
+
+def parse_facts(raw: Any) -> Facts:
+    if not isinstance(raw, dict):
+        raise ValueError("wants a table, { name = value }")
+    return raw
+
+
 class SettingType(NamedTuple):
     parse: Callable[[Any], Any]  # a text, or what a file has in its place
     flag: dict[str, Any]  # what argparse is told of its flag
@@ -622,6 +759,8 @@ TYPES = {
     "int": SettingType(parse_int, {"metavar": "N"}),
     "Duration": SettingType(parse_duration, {"metavar": "TIME"}, "{:g}s".format),
     "Size": SettingType(parse_size, {"metavar": "SIZE"}, lambda size: f"{size // MIB}MiB"),
+    "float": SettingType(parse_number, {"metavar": "X"}, "{:g}".format),
+    "Facts": SettingType(parse_facts, {"metavar": "TABLE"}, json.dumps),
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
@@ -633,10 +772,10 @@ TYPES = {
 def parse_value(source: str, row: Setting, raw: Any) -> Any:
     """The value of a setting; ConfigError names source, key and cure."""
     try:
-        is_number = row.type in ("int", "Duration", "Size")
+        is_number = row.type in ("int", "float", "Duration", "Size")
         value = TYPES[row.type].parse(str(raw) if is_number else raw)  # files may have numbers
         if row.choices and value not in row.choices:
-            raise ValueError("choose one of " + ", ".join(filter(None, row.choices)))
+            raise ValueError("choose one of " + ", ".join(str(one) for one in row.choices if one))
         if is_number and value < row.minimum:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
@@ -671,10 +810,13 @@ def file_layer(path: str, document: Any) -> Layer:
     for table, values in document.items():
         if table not in TABLES and table not in OWN_TABLES:
             raise unknown(path, "table", table, [*TABLES, *OWN_TABLES])
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {table}: wants a table, write [{table}]")
-        dotted = {f"{table}.{name}": value for name, value in values.items()}
-        flat.update({table: values} if table in OWN_TABLES else dotted)
+        shape, brackets = (list, f"[[{table}]]") if table == "rules" else (dict, f"[{table}]")
+        if not isinstance(values, shape):
+            raise ConfigError(f"{path}: {table}: wants a table, write {brackets}")
+        if table in OWN_TABLES:
+            flat[table] = values
+        else:
+            flat.update({f"{table}.{name}": values[name] for name in values})
     return path, flat
 
 
@@ -725,9 +867,15 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
     return Settings(**{**found, **{table: cls(**found[table]) for table, cls in TABLES.items()}})
 
 
+ROW_NAME = re.compile(r"[\w.:\[\]-]{1,64}", re.ASCII)
+FREE_NAME = re.compile(r"[\w.:@/*+-]{1,128}", re.ASCII)  # of clients and models
+
+
 def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
-    """[backends.NAME] and [devices.NAME]; backends also as a list of `URL` or `NAME=URL`."""
-    if isinstance(raw, (list, tuple)):
+    """[backends.NAME] and the like; [[rules]]; backends also as a list of `URL`, `NAME=URL`."""
+    if table == "rules":
+        raw = {str(number): row for number, row in enumerate(raw, 1)}
+    elif isinstance(raw, (list, tuple)):
         named = [named_url(str(item)) for item in raw]
         raw = dict(named)
         if len(raw) != len(named):
@@ -735,7 +883,8 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     cls, result = ROW_TABLES[table], {}
     for name, values in raw.items():
         where = f"{source}: {table}.{printable(name)}"
-        if not isinstance(values, dict) or not re.fullmatch(r"[\w.:\[\]-]{1,64}", name, re.ASCII):
+        plain = FREE_NAME if table in ("clients", "models") else ROW_NAME
+        if not isinstance(values, dict) or not plain.fullmatch(name):
             raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
         rows = {row.key.split(".")[-1]: row for row in known_settings({f"{table}.{name}": cls})}
         for key in values:
@@ -743,7 +892,7 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
                 raise unknown(where, "key", key, rows)
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
-        result[name] = cls(**{key: parse_value(source, *facts) for key, facts in given.items()})
+        result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
     return result
 
 
@@ -2994,7 +3143,6 @@ class StreamWatch:
         return shown + self.ended
 
 
-Facts = dict[str, Any]
 Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
 
 
@@ -5853,24 +6001,6 @@ def check_way(request: Request, instance: str) -> None:
         raise LlmqError("this request has been through this llmq before", "loop_detected")
 
 
-def fits(pattern: str, name: str) -> bool:
-    """Whether a name fits a pattern whose ``*`` is any text; in linear time, as no regex does."""
-    first, *parts = pattern.lower().split("*")
-    name = name.lower()
-    if not parts:
-        return name == first
-    last = parts.pop()
-    if not (name.startswith(first) and name[len(first) :].endswith(last)):
-        return False
-    place, end = len(first), len(name) - len(last)
-    for part in parts:
-        place = name.find(part, place, end)
-        if place < 0:
-            return False
-        place += len(part)
-    return True
-
-
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     """The model that a name stands for: the alias that equals it, else the first that fits."""
     for pattern in sorted(aliases, key=lambda one: one != asked):
@@ -8328,17 +8458,19 @@ def cmd_config(options: argparse.Namespace) -> None:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
         say(note, error=True)
-    tables = asdict(settings)
+    tables = as_document(settings)
     if options.what == "check":
         say("the configuration is good")
         return
     for backend in tables["backends"].values():
         backend["key"] = HIDDEN if backend["key"] else ""
+        backend["headers"] = dict.fromkeys(backend["headers"], HIDDEN)
     if options.json:
         say(json.dumps(tables, indent=2))
     else:
         for table, values in tables.items():
-            for name, value in values.items():
+            rows = values.items() if isinstance(values, dict) else enumerate(values, 1)
+            for name, value in rows:
                 say(f"{table}.{name} = {json.dumps(value)}")
 
 

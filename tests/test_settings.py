@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
 
 def written(row: Any) -> list[tuple[Any, Any]]:
     """Values that this setting may have, each as text and as what it means."""
-    return [(one, one) for one in row.choices * 2] if row.choices else WRITTEN[row.type]
+    choices = [(str(one), one) for one in row.choices * 2]
+    return choices or WRITTEN[row.type]
 
 
 def value_of(settings: Any, key: str) -> Any:
@@ -417,11 +417,14 @@ def test_settings_that_were_shown_are_read_the_same(tmp_path: Path) -> None:
         values[row.key] = next(text for text, value in written(row) if value != row.default)
     values["backends"] = {"a": {"url": "http://a:1", "key": "k", "kind": "ollama", "slots": 2}}
     values["devices"] = {"a": {"slots": 3}}
+    values["clients"] = {"user:alice": {"class": "low", "weight": 2.5}}
+    values["models"] = {"qwen3:*": {"exclusive": True, "set": {"seed": 1}}}
+    values["rules"] = [{"route": "/api/*", "class": "low"}]
     values["aliases"] = ALIASES
     settings = build_settings(values)
-    shown = write(tmp_path / "llmq.json", asdict(settings))
+    shown = write(tmp_path / "llmq.json", llmq.as_document(settings))
     assert read(file=shown)[0] == settings
-    default = write(tmp_path / "default.json", asdict(llmq.Settings()))
+    default = write(tmp_path / "default.json", llmq.as_document(llmq.Settings()))
     assert read(file=default)[0] == llmq.Settings()
 
 
@@ -512,7 +515,7 @@ EFFECTS = {
 
 def named_settings() -> list[str]:
     """What is set in tables whose keys are the user's."""
-    rows = [f"{table}.{one.name}" for table, cls in llmq.ROW_TABLES.items() for one in fields(cls)]
+    rows = [row.key for row in llmq.known_settings(llmq.ROW_TABLES)]
     return rows + [table for table in llmq.OWN_TABLES if table not in llmq.ROW_TABLES]
 
 
