@@ -1140,6 +1140,7 @@ class Client:
     """One name that asks, and what it has had so far."""
 
     name: str
+    settings: ClientSettings = field(default_factory=ClientSettings)
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1235,6 +1236,7 @@ class Want(NamedTuple):
     model: str  # a model key
     routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
     avoid: Backend | None = None  # where the last attempt failed
+    backend: str = ""  # the name of the only one that may serve it; none: any
 
 
 class Contexts:
@@ -1476,6 +1478,9 @@ def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) ->
     return found
 
 
+NO_POLICY = ModelSettings()
+
+
 def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
     """Among backends with room: the model already loaded, then most room, then longest unused."""
     if len(candidates) < 2:
@@ -1487,9 +1492,21 @@ class Fleet:
     """All backends and their devices, as configured or found."""
 
     def __init__(self) -> None:
+        self.model_settings: Mapping[str, ModelSettings] = {}  # by name or pattern
+        self._policies: dict[str, ModelSettings] = {}  # by model key, as found so far
         self.backends: dict[str, Backend] = {}
         self.devices: dict[str, Device] = {}
         self.shrunk = 0.0  # when a backend was last removed, monotonic
+
+    def policy(self, key: str) -> ModelSettings:
+        """What is configured for a model."""
+        if not self.model_settings:
+            return NO_POLICY
+        if key not in self._policies:
+            if len(self._policies) >= MODELS_LIMIT:
+                self._policies.clear()
+            self._policies[key] = policy_of(self.model_settings, key)
+        return self._policies[key]
 
     def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
         """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
@@ -1527,6 +1544,7 @@ class Fleet:
         now: float,
     ) -> None:
         """Have the backends of these rows and no others, on the devices that `places` names."""
+        self.model_settings, self._policies = settings.models, {}
         for name, backend in list(self.backends.items()):
             row = rows.get(name)
             if row is None or row.url != backend.url:
@@ -1543,14 +1561,14 @@ class Fleet:
 
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        key, routes, _ = want
+        key, routes = want.model, want.routes
         able = [backend for backend in self.backends.values() if backend.may_have(key)]
         able = [each for each in able if each.state is not State.REFUSED and not each.draining]
         return [each for each in able if each.route_for(routes, key)] if routes else able
 
     def candidates(self, want: Want) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        key, routes, avoid = want
+        key, routes, avoid = want.model, want.routes, want.avoid
         able = [
             backend
             for backend in self.backends.values()
@@ -1680,7 +1698,7 @@ class Ticket:
 
     __slots__ = (
         "arrived", "attempts", "backend", "client", "deadline", "foreign", "id", "number",
-        "priority", "size", "started", "state", "want",
+        "priority", "session", "size", "started", "state", "want",
     )  # fmt: skip
 
     def __init__(
@@ -1698,6 +1716,7 @@ class Ticket:
         self.priority = priority
         self.size = size  # bytes of its body
         self.foreign = foreign  # it came from a web page elsewhere
+        self.session = ""  # the conversation that it belongs to, if it says so
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
         self.deadline: float | None = None  # while it waits, if it may not wait for ever
@@ -5621,7 +5640,7 @@ class Call:
 
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
-        question, (key, routes, _) = self.question, self.ticket.want
+        question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
         if backend.traits.native and (question.context or question.keep_alive or shared):
             routes = (*(one for one in routes if one in NATIVE), *routes)

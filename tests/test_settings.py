@@ -112,7 +112,7 @@ def test_flag_of_a_list_may_be_repeated(row: Any) -> None:
 
 
 def test_file_may_say_numbers_switches_and_lists_as_json_has_them(tmp_path: Path) -> None:
-    server = {"keep_alive": 1.5, "max_body": 4096, "allow_anonymous_lan": True}
+    server: dict[str, Any] = {"keep_alive": 1.5, "max_body": 4096, "allow_anonymous_lan": True}
     server["allowed_hosts"] = ["a", "b"]
     settings, _ = read(file=write(tmp_path / "llmq.json", {"server": server}))
     assert {name: getattr(settings.server, name) for name in server} == {
