@@ -27,36 +27,37 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
   B  The queue
      6. Identity       who asks, and how urgently
      7. Backends       who serves: runners, their devices, slots, models and health
-     8. Scheduler      who goes next
-     9. Forecast       when, and why not yet
+     8. Fair share     whose turn it is
+     9. Scheduler      who goes next
+    10. Forecast       when, and why not yet
   C  HTTP
-    10. Messages       bytes to heads and bodies, and back
-    11. Bodies         JSON read without losing a byte of it
-    12. Dialects       what all of them share: errors, streams, questions
-    13. OpenAI         its endpoints, its errors, how its streams end
-    14. Ollama         the same for Ollama's own routes
-    15. Anthropic      the same for messages
-    16. Translation    one dialect in the words of another
-    17. Streams        how a coroutine reads a connection, and is woken
-    18. Server         sockets towards the clients; whom a call answers
-    19. Upstream       sockets towards the runners
+    11. Messages       bytes to heads and bodies, and back
+    12. Bodies         JSON read without losing a byte of it
+    13. Dialects       what all of them share: errors, streams, questions
+    14. OpenAI         its endpoints, its errors, how its streams end
+    15. Ollama         the same for Ollama's own routes
+    16. Anthropic      the same for messages
+    17. Translation    one dialect in the words of another
+    18. Streams        how a coroutine reads a connection, and is woken
+    19. Server         sockets towards the clients; whom a call answers
+    20. Upstream       sockets towards the runners
   D  The gateway
-    20. Probes         what a backend has and how it does
-    21. Calls          one request on its way, and its answer from a backend
-    22. Records        what remains of it: log, metrics, the latest
-    23. Admission      from a request to a call that may wait
-    24. Gateway        the life of one request
-    25. Models         what there is, and its management
-    26. Background     what runs beside the requests: deadlines, heartbeats
+    21. Probes         what a backend has and how it does
+    22. Calls          one request on its way, and its answer from a backend
+    23. Records        what remains of it: log, metrics, the latest
+    24. Admission      from a request to a call that may wait
+    25. Gateway        the life of one request
+    26. Models         what there is, and its management
+    27. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    27. Access         which names and pages may use a route
-    28. Snapshot       what the outside sees
-    29. Routes         which path leads where
-    30. Demo           a runner that only echoes
-    31. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    32. Service        start, reload, drain, stop
-    33. Command line   serve, status, top, mode, config
-    34. Web page       what a browser is shown
+    28. Access         which names and pages may use a route
+    29. Snapshot       what the outside sees
+    30. Routes         which path leads where
+    31. Demo           a runner that only echoes
+    32. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    33. Service        start, reload, drain, stop
+    34. Command line   serve, status, top, mode, config
+    35. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ from collections.abc import (
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
+from operator import attrgetter
 from textwrap import wrap
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
@@ -365,6 +367,7 @@ class Kind(NamedTuple):
     owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
     mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
     loaded_path: str = ""  # what tells the loaded models; none: its list of models does
+    on_demand: bool = False  # it loads a model when it is asked for it
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
     options: Mapping[str, str] = USUAL_OPTIONS
@@ -377,6 +380,7 @@ RUNNERS = (
         "http://127.0.0.1:11434",
         mark=("/api/version", "version"),
         loaded_path="/api/ps",
+        on_demand=True,
         native=True,
     ),
     Kind(
@@ -385,12 +389,14 @@ RUNNERS = (
         "http://127.0.0.1:1234",
         mark=(LMSTUDIO, "data"),
         loaded_path=LMSTUDIO,
+        on_demand=True,
         options=LMSTUDIO_OPTIONS,
     ),
     Kind(
         "llamacpp",
         url="http://127.0.0.1:8080",
         owner="llamacpp",
+        on_demand=True,  # in router mode; else it lists only what is loaded
         counts_tokens=True,
         options=LLAMACPP_OPTIONS,
     ),
@@ -612,6 +618,9 @@ class Settings:
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
+
+    def reserve_of(self, device: str) -> int:
+        return self.devices[device].reserve_high if device in self.devices else 0
 
 
 def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
@@ -1141,6 +1150,9 @@ class Client:
 
     name: str
     settings: ClientSettings = field(default_factory=ClientSettings)
+    tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+    credits: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # likewise
+    service: Average = field(default_factory=Average)  # seconds that its requests run
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1148,6 +1160,22 @@ class Client:
     done: int = 0
     failed: int = 0
     left: int = 0  # requests that it gave up itself
+
+    @property
+    def at_cap(self) -> bool:
+        return 0 < self.settings.max_concurrent <= self.running
+
+    def charge(self, priority: Priority, seconds: float) -> None:
+        """Move its tag by what it is about to be served, less what it was charged too much."""
+        owed = seconds / self.settings.weight + self.credits[priority]
+        self.credits[priority] = min(0.0, owed)
+        self.tags[priority] += max(0.0, owed)
+
+    def correct(self, priority: Priority, charged: float, seconds: float) -> None:
+        """It was charged so much and has been served so much; a tag never falls."""
+        owed = (seconds - charged) / self.settings.weight
+        self.credits[priority] += min(0.0, owed)
+        self.tags[priority] += max(0.0, owed)
 
 
 class Clients:
@@ -1205,6 +1233,16 @@ class Device:
     name: str
     slots: int
     busy: int = 0
+    reserve_high: int = 0  # slots that only class high and the overdue may take
+    held: bool = False  # by what bears nothing beside it
+    claimed: bool = False  # by what is next, and waits until the device is empty
+    virtual: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+
+    def room(self, *, urgent: bool = False, alone: bool = False) -> int:
+        """Slots for one more request, that may be urgent or bears nothing beside it."""
+        if self.held or self.claimed or (alone and self.busy):
+            return 0
+        return self.slots - self.busy - (0 if urgent else min(self.reserve_high, self.slots - 1))
 
 
 @dataclass(frozen=True)
@@ -1237,6 +1275,7 @@ class Want(NamedTuple):
     routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
     avoid: Backend | None = None  # where the last attempt failed
     backend: str = ""  # the name of the only one that may serve it; none: any
+    device: str = ""  # that a lease wants for itself, in place of a model
 
 
 class Contexts:
@@ -1288,6 +1327,7 @@ class Backend:
         self.name, self.device = name, device
         self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
         self.set_key(settings.key)
+        self.weight = settings.weight
         self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.changed = 0.0  # no probe that began before this tells how it is, monotonic
@@ -1302,6 +1342,13 @@ class Backend:
         self.report: Report | None = None
         self.last_received = float("-inf")  # when it last sent bytes of an answer, monotonic
         self.used = 0.0  # when it was last given a request
+        self.turn = 0.0  # rises with each, the less the greater its weight
+        self.loaded: frozenset[str] = frozenset()  # model keys, as far as is known
+        self.loading: dict[str, Ticket] = {}  # by model key what makes it load
+        self.load_seconds = Average()  # from such a start to the first byte
+        self.switched = 0.0  # when it last began to load a model, monotonic
+        self.passed: dict[int, tuple[Ticket, float]] = {}  # over, and since when: see section 9
+        self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
         self.at_work: Counter[str] = Counter()  # model key -> requests that run
         self.contexts = Contexts()
         # By (route, model key, or "" for any): its words where it said that it has no such route,
@@ -1326,11 +1373,17 @@ class Backend:
         """Requests that it may have at once."""
         return min(self.slots or self.device.slots, self.device.slots)
 
-    @property
-    def room(self) -> int:
-        device = self.device
-        shared, own = device.slots - device.busy, (self.slots or device.slots) - self.busy
+    def room(self, *, urgent: bool = False, alone: bool = False) -> int:
+        """Slots for one more request, here and on its device."""
+        shared = self.device.room(urgent=urgent, alone=alone)
+        own = (self.slots or self.device.slots) - self.busy
         return own if own < shared else shared
+
+    def takes(self, key: str, *, urgent: bool = False, alone: bool = False) -> bool:
+        """Whether a request for this model can start here; while one loads it, no other does."""
+        if key in self.loading:
+            return False
+        return key in self.remote or self.room(urgent=urgent, alone=alone) > 0
 
     @property
     def usable(self) -> bool:
@@ -1349,7 +1402,33 @@ class Backend:
         return asked if asked in names or self.traits.native else names[0]
 
     def is_loaded(self, key: str) -> bool:
-        return self.report is not None and key in map(model_key, self.report.loaded)
+        return key in self.loaded
+
+    def must_load(self, key: str) -> bool:
+        """Whether a request for this model makes it load here, as far as is known."""
+        unloaded = self.report is not None and key not in self.loaded
+        return unloaded and self.traits.on_demand and key not in self.remote
+
+    def starts(self, ticket: Ticket, now: float) -> None:
+        """A request starts here; where its model is not loaded, it is from now on alone there."""
+        key = ticket.want.model
+        self.used = now
+        if not self.must_load(key):
+            return
+        self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
+        self.passed.clear()
+
+    def loaded_now(self, key: str) -> None:
+        """The first byte of an answer has come: the model is there."""
+        if self.loading.pop(key, None) is not None:
+            self.load_seconds.add(self.last_received - self.switched)
+
+    def ends(self, ticket: Ticket) -> None:
+        """A request has ended here; if it was to load its model and got no byte, it has not."""
+        key = ticket.want.model
+        if self.loading.get(key) is ticket:
+            del self.loading[key]
+            self.loaded -= {key}
 
     def supports(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
@@ -1397,6 +1476,10 @@ class Backend:
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
+        if report.began >= self.switched:
+            self.loaded = frozenset(map(model_key, report.loaded))
+            self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
+            self.loaded |= self.loading.keys()
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
@@ -1481,11 +1564,20 @@ def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) ->
 NO_POLICY = ModelSettings()
 
 
-def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
-    """Among backends with room: the model already loaded, then most room, then longest unused."""
+def pick_backend(
+    candidates: Sequence[Backend], key: str, last: Backend | None = None
+) -> Backend | None:
+    """Among backends with room: the model loaded, who served it last, most room, longest unused."""
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    return min(candidates, key=lambda each: (not each.is_loaded(key), -each.room, each.used))
+
+    def rank(each: Backend) -> tuple[bool, bool, int, float]:
+        return not each.is_loaded(key), each is not last, -each.room(urgent=True), each.turn
+
+    return min(candidates, key=rank)
+
+
+SESSIONS = 1000  # conversations whose backend is remembered, at most
 
 
 class Fleet:
@@ -1497,6 +1589,10 @@ class Fleet:
         self.backends: dict[str, Backend] = {}
         self.devices: dict[str, Device] = {}
         self.shrunk = 0.0  # when a backend was last removed, monotonic
+        self.at_work: Counter[str] = Counter()  # model key -> requests that run anywhere
+        self.turn = 0.0  # of the backend that was given the last request
+        self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
+        self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
 
     def policy(self, key: str) -> ModelSettings:
         """What is configured for a model."""
@@ -1553,7 +1649,8 @@ class Fleet:
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             self.move(backend, self.device_of(places[name], slots))
-            backend.slots = row.slots
+            backend.slots, backend.weight = row.slots, row.weight
+            backend.device.reserve_high = settings.reserve_of(places[name])
             backend.kind = row.kind or backend.kind
             backend.contexts.start = settings.upstream.num_ctx
             backend.set_key(row.key)
@@ -1561,39 +1658,104 @@ class Fleet:
 
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        key, routes = want.model, want.routes
-        able = [backend for backend in self.backends.values() if backend.may_have(key)]
-        able = [each for each in able if each.state is not State.REFUSED and not each.draining]
-        return [each for each in able if each.route_for(routes, key)] if routes else able
-
-    def candidates(self, want: Want) -> list[Backend]:
-        """Backends where a request could start now, without the one it failed at unless alone."""
-        key, routes, avoid = want.model, want.routes, want.avoid
-        able = [
-            backend
-            for backend in self.backends.values()
-            if backend.may_have(key)
-            and backend.usable
-            and (not routes or backend.route_for(routes, key))
+        key, routes, pinned = want.model, want.routes, want.backend
+        if want.device:
+            return self.lessor(want.device)
+        only = (pinned,) if pinned else self.policy(key).backends
+        return [
+            each
+            for each in self.backends.values()
+            if each.may_have(key)
+            and not (each.state is State.REFUSED or each.draining)
+            and (not only or each.name in only)
+            and (not routes or each.route_for(routes, key))
         ]
+
+    def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
+        """Backends where a request could start now, without the one it failed at unless alone."""
+        key, avoid, policy = want.model, want.avoid, self.policy(want.model)
+        if 0 < policy.max_concurrent <= self.at_work[key]:
+            return []
+        able = [backend for backend in self.serving(want) if backend.usable]
         if avoid is not None:
             able = [backend for backend in able if backend is not avoid] or able
-        return [backend for backend in able if backend.room > 0]
+        alone = policy.exclusive or bool(want.device)
+        return [each for each in able if each.takes(key, urgent=urgent, alone=alone)]
+
+    def claim(self, want: Want) -> None:
+        """Let a device run empty for what is next and bears nothing beside it there."""
+        policy = self.policy(want.model)
+        if not (policy.exclusive or want.device):
+            return
+        if 0 < policy.max_concurrent <= self.at_work[want.model]:
+            return
+        devices = [backend.device for backend in self.serving(want) if backend.usable]
+        if devices:
+            min(devices, key=lambda device: device.busy).claimed = True
+
+    def lessor(self, name: str) -> list[Backend]:
+        """What stands for the whole of a device when it is leased; none if there is none."""
+        device = self.devices.get(name)
+        if device is None:
+            return []
+        lessor = self.lessors.get(name)
+        if lessor is None or lessor.device is not device:
+            self.lessors[name] = lessor = Backend(name, BackendSettings(url="http://-"), device)
+            lessor.state = State.UP
+        return [lessor]
+
+    def starts(self, ticket: Ticket, backend: Backend, now: float) -> None:
+        """A request starts at a backend: it takes a slot there, and what else it needs."""
+        key, device = ticket.want.model, backend.device
+        ticket.took = 0 if key in backend.remote else 1
+        if ticket.took:
+            device.held = bool(ticket.want.device) or self.policy(key).exclusive
+        backend.busy += ticket.took
+        device.busy += ticket.took
+        backend.at_work[key] += 1
+        self.at_work[key] += 1
+        backend.starts(ticket, now)
+        self.turn = max(self.turn, backend.turn)
+        backend.turn = self.turn + 1 / backend.weight
+        if ticket.session:
+            self.sessions[ticket.client.name, ticket.session] = backend
+            self.sessions.move_to_end((ticket.client.name, ticket.session))
+            if len(self.sessions) > SESSIONS:
+                self.sessions.popitem(last=False)
+
+    def ends(self, ticket: Ticket, backend: Backend) -> None:
+        """It gives back what it took."""
+        key, device = ticket.want.model, backend.device
+        backend.busy -= ticket.took
+        device.busy -= ticket.took
+        device.held = device.held and device.busy > 0
+        backend.at_work[key] -= 1
+        self.at_work[key] -= 1
+        if not self.at_work[key]:
+            del self.at_work[key]
+        backend.ends(ticket)
+
+    def served_last(self, ticket: Ticket) -> Backend | None:
+        """Where the conversation was last: its prompt may be cached there."""
+        if not ticket.session:
+            return None
+        return self.sessions.get((ticket.client.name, ticket.session))
 
     def startable_models(self, waiting: Iterable[str]) -> set[str]:
         """Of these keys of models those that a request could start for, as far as slots go."""
-        free = [each for each in self.backends.values() if each.usable and each.room > 0]
+        free = [one for one in self.backends.values() if one.usable and one.room(urgent=True) > 0]
         if not all(each.models_known for each in free):
             return set(waiting)
         listed = {key for each in free for key in each.models}
-        cloud = any(each.traits.native for each in free)
-        return {key for key in waiting if key in listed or (cloud and key.endswith(CLOUD))}
+        native = any(each.traits.native for each in self.backends.values())
+        listed |= {key for each in self.backends.values() for key in each.remote} | {""}  # leases
+        return {key for key in waiting if key in listed or (native and key.endswith(CLOUD))}
 
     def has_room(self) -> bool:
-        for device in self.devices.values():  # noqa: SIM110 - at half the cost
+        for device in self.devices.values():
             if device.busy < device.slots:
                 return True
-        return False
+        return any(backend.remote for backend in self.backends.values())
 
     def trouble(self) -> str | None:
         """What everybody is told while no runner answers."""
@@ -1649,29 +1811,17 @@ class Fleet:
         return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
-# ==== 8. Scheduler ================================================================================
-# Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
-# grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
-# exactly once, and each way gives back what the ticket held.
+# ==== 8. Fair share ===============================================================================
+# Whose turn it is inside a class: start-time fair queueing (Goyal, Vin, Cheng 1996) by served
+# seconds.  A client has a tag for each class, its virtual time: the seconds that it was served
+# there, divided by its weight.  The least tag goes first.  A start charges what the client's
+# requests take on average, the end corrects that.  Who comes back joins at the virtual time of the
+# devices that can serve it, the tag of the latest fair start there: a pause earns no credit, one
+# low request that waits holds nothing up, and what one device had is no debt on another.
 #
 # A group is all of one class that wants the same, and so can start at the same backends.  In it a
-# lane is what one client has waiting, oldest first; a heap of (tag, client) orders the lanes, and a
-# lane's tag is the number of its oldest ticket: first come, first served.  Tags rise while a lane
-# waits, so a stale top is re-keyed where it stands, and picking costs the same at any depth.  (Fair
-# share is to replace the tag by the client's served time, caps to pass over a lane that surfaces,
-# overdue starts and affinity to choose among the heads in `_pick`: each has its place, none is here
-# yet.)
-
-
-FEW = 8  # models; with fewer waiting a pick looks at all of them
-MODELS_MEASURED = 1000  # models whose requests' times are known, at most
-MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
-
-
-class Mode(enum.Enum):
-    OPEN = "open"
-    PRIORITY = "priority"  # only high starts, the rest waits safely
-    PAUSED = "paused"  # none starts
+# lane is what one client has waiting, oldest first.  Keys of lanes only rise while they wait, so
+# that a stale top is put right where it stands, and picking costs the same at any depth.
 
 
 class TicketState(enum.IntEnum):
@@ -1697,8 +1847,8 @@ class Ticket:
     """One request in the queue."""
 
     __slots__ = (
-        "arrived", "attempts", "backend", "client", "deadline", "foreign", "id", "number",
-        "priority", "session", "size", "started", "state", "want",
+        "aged", "arrived", "attempts", "backend", "charged", "client", "deadline", "foreign", "id",
+        "number", "priority", "session", "size", "started", "state", "took", "want",
     )  # fmt: skip
 
     def __init__(
@@ -1719,9 +1869,12 @@ class Ticket:
         self.session = ""  # the conversation that it belongs to, if it says so
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
+        self.aged = 0.0  # what its group's clock said when it came, less what it had waited before
         self.deadline: float | None = None  # while it waits, if it may not wait for ever
         self.attempts = 0
         self.backend: Backend | None = None
+        self.took = 0  # slots that it holds
+        self.charged = 0.0  # seconds, when it started
         self.state = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
@@ -1739,56 +1892,145 @@ class Ticket:
 class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
+    client: Client
     tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
-    tag: int = -1  # its key in the heap; other entries of this lane there are stale
 
     @property
     def head(self) -> Ticket:
         return next(iter(self.tickets.values()))
 
 
-class Group:
-    """All that waits with the same candidates; its first lane is found in constant time."""
+class Ranking:
+    """The lanes of a group by a key; the least is found without a look at the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Callable[[Lane], Any]) -> None:
+        self.key = key
+        self._heap: list[tuple[Any, str]] = []  # (key, client)
+        self._latest: dict[str, Any] = {}  # by client the key that counts; others are stale
+
+    def push(self, lane: Lane) -> None:
+        name = lane.client.name
+        self._latest[name] = key = self.key(lane)
+        heapq.heappush(self._heap, (key, name))
+        if len(self._heap) > 2 * len(self._latest) + 64:  # mostly stale
+            self._heap = [(key, name) for name, key in self._latest.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, lane: Lane) -> None:
+        self._latest.pop(lane.client.name, None)
+
+    def first(self, lanes: Mapping[str, Lane]) -> Lane | None:
+        """The lane with the least key; cleans the heap as it looks."""
+        while self._heap:
+            key, name = self._heap[0]
+            if self._latest.get(name) != key:
+                heapq.heappop(self._heap)
+                continue
+            lane = lanes[name]
+            now = self.key(lane)
+            if now == key:
+                return lane
+            self._latest[name] = now
+            heapq.heapreplace(self._heap, (now, name))
+        return None
+
+
+class Group:
+    """All of a class that waits with the same candidates, in lanes."""
+
+    def __init__(self, want: Want, priority: Priority) -> None:
+        self.want = want
+        self.priority = priority
         self.lanes: dict[str, Lane] = {}  # by client
-        self._heap: list[tuple[int, str]] = []  # (tag, client), one valid entry per lane
+        self.fair = Ranking(lambda lane: (lane.client.tags[priority], lane.head.number))
+        self.oldest = Ranking(lambda lane: lane.head.number)
+        self.parked: set[str] = set()  # clients at their cap, in neither order
+        self.clock = 0.0  # seconds in which a backend was up for it, and the mode open
 
     def add(self, ticket: Ticket) -> None:
-        lane, number = self.lanes.get(ticket.client.name), ticket.number
+        name, number = ticket.client.name, ticket.number
+        lane = self.lanes.get(name)
         if lane is None:
-            lane = self.lanes[ticket.client.name] = Lane()
+            lane = self.lanes[name] = Lane(ticket.client)
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
+        ticket.aged += self.clock
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
                 lane.tickets.move_to_end(later)
-        if lane.head is ticket:
-            lane.tag = number
-            heapq.heappush(self._heap, (number, ticket.client.name))
-            if len(self._heap) > 2 * len(self.lanes) + 64:  # mostly stale
-                self._heap = [(lane.tag, client) for client, lane in self.lanes.items()]
-                heapq.heapify(self._heap)
+        if lane.head is ticket and name not in self.parked:
+            self.fair.push(lane)
+            self.oldest.push(lane)
 
     def remove(self, ticket: Ticket) -> None:
         lane = self.lanes[ticket.client.name]
         del lane.tickets[ticket.number]
+        ticket.aged -= self.clock
         if not lane.tickets:
+            self._drop(lane)
+            self.parked.discard(ticket.client.name)
             del self.lanes[ticket.client.name]
 
-    def head(self) -> Ticket:
-        """The oldest ticket of the first lane; cleans the heap as it looks."""
-        while True:
-            tag, client = self._heap[0]
-            lane = self.lanes.get(client)
-            if lane is None or lane.tag != tag:
-                heapq.heappop(self._heap)
-                continue
-            head = lane.head
-            if head.number == tag:
-                return head
-            lane.tag = head.number
-            heapq.heapreplace(self._heap, (head.number, client))
+    def head(self, order: Ranking) -> Ticket | None:
+        """The first ticket of the first lane whose client may have another request running."""
+        while (lane := order.first(self.lanes)) is not None:
+            if not lane.client.at_cap:
+                return lane.head
+            self._drop(lane)
+            self.parked.add(lane.client.name)
+        return None
+
+    def overdue(self, aging: float) -> Ticket | None:
+        """Its oldest ticket, if that has waited so many seconds; 0: none ever has."""
+        head = self.head(self.oldest) if aging else None
+        return head if head is not None and self.clock - head.aged >= aging else None
+
+    def heads(self, names: Iterable[str]) -> Iterator[Ticket]:
+        """The first tickets of these clients, as far as they may start."""
+        for name in names:
+            lane = self.lanes.get(name)
+            if lane is not None and not lane.client.at_cap:
+                yield lane.head
+
+    def unpark(self, name: str) -> None:
+        """The client may have more running now."""
+        if name in self.parked:
+            self.parked.remove(name)
+            self.fair.push(self.lanes[name])
+            self.oldest.push(self.lanes[name])
+
+    def _drop(self, lane: Lane) -> None:
+        self.fair.drop(lane)
+        self.oldest.drop(lane)
+
+
+# ==== 9. Scheduler ================================================================================
+# Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
+# grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
+# exactly once, and each way gives back what the ticket held.
+#
+# A pick goes class by class, in each to the client with the least tag that can start.  Four things
+# bend that: one start in eight goes to the oldest overdue request; a boosted client has every
+# second start of its class; what needs a whole device lets it run empty when its turn has come; and
+# requests for a model that is loaded go, for a while, before one that would have another loaded.
+
+
+FEW = 8  # models; with fewer waiting a pick looks at all of them
+OVERDUE_SHARE = 8  # of so many starts one may go to an overdue request
+AFFINITY_LEAST = 5.0  # seconds that a loaded model's requests may go first, however fast it loads
+LOADS_WORTH = 20  # and of the time that a load takes: so at most a twentieth is spent on loads
+MODELS_MEASURED = 1000  # models whose requests' times are known, at most
+MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
+MAX_DEPTHS = ("max_depth_high", "max_depth_normal", "max_depth_low")
+
+
+class Mode(enum.Enum):
+    OPEN = "open"
+    PRIORITY = "priority"  # only high starts, the rest waits safely
+    PAUSED = "paused"  # none starts
+
+
+Start = tuple[Ticket, Backend]
 
 
 class Scheduler:
@@ -1806,11 +2048,22 @@ class Scheduler:
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
+        self._backlogs: dict[Priority, Counter[Client]] = {one: Counter() for one in Priority}
+        self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
+        self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self._unaged = 0  # starts since one went to an overdue request
+        self._judged: float | None = None  # when the clocks of the groups were last moved
+        self._overdue: list[Group] = []  # that had overdue requests then
         self._deadlines: list[tuple[float, int, Ticket]] = []
 
     @property
     def limits(self) -> QueueSettings:
         return self.settings.queue
+
+    def groups(self) -> Iterator[Group]:
+        for models in self._groups.values():
+            for alike in models.values():
+                yield from alike.values()
 
     # ---- coming and going
 
@@ -1824,12 +2077,13 @@ class Scheduler:
 
         So no queue is built for it, to be torn down again.
         """
-        if self.waiting or not self._may_start(ticket.priority):
+        if self.waiting or not self._may_start(ticket.priority) or ticket.client.at_cap:
             return None
-        backend = pick_backend(self.fleet.candidates(ticket.want), ticket.want.model)
+        backend = self._place(ticket, urgent=ticket.priority is Priority.HIGH)
         if backend is not None:
             self._arrive(ticket, now)
-            self._start(ticket, backend, now)
+            self._join(ticket, [backend.device])
+            self._start(ticket, backend, now, fair=True)
         return backend
 
     def _arrive(self, ticket: Ticket, now: float) -> None:
@@ -1863,8 +2117,19 @@ class Scheduler:
         ticket.priority = priority
         self._enter(ticket)
 
+    def reconsider(self) -> None:
+        """What the settings say of clients has changed: caps and boosts are judged anew."""
+        for group in self.groups():
+            for name in list(group.parked):
+                group.unpark(name)
+        for priority, clients in self._backlogs.items():
+            self._boosted[priority] = {one.name for one in clients if one.settings.boost}
+
     def expire(self, now: float) -> list[tuple[Ticket, LlmqError]]:
-        """End the tickets that have waited as long as they may, each with what to say."""
+        """End the tickets that have waited as long as they may, each with what to say.
+
+        To be called a few times a second: by it the clocks go that make requests overdue.
+        """
         ended: list[tuple[Ticket, LlmqError]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
@@ -1872,44 +2137,65 @@ class Scheduler:
                 message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
                 ended.append((ticket, LlmqError(message, "wait_timeout")))
                 self.cancel(ticket)
-        return ended + self._expire_down(now)
+        return ended + self._judge(now)
 
-    def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
-        """End what no backend will serve: the model is gone, its backends are down or unable."""
+    def _judge(self, now: float) -> list[tuple[Ticket, LlmqError]]:
+        """Let the others grow older; end what no backend will serve: it is gone, down, unable."""
         ended: list[tuple[Ticket, LlmqError]] = []
-        alike: dict[Want, list[Ticket]] = {}
-        for ticket in self.waiting.values():
-            alike.setdefault(ticket.want, []).append(ticket)
-        for want, tickets in alike.items():
-            since, known = self.fleet.down_since(want), self.fleet.knows(want.model)
-            unsupported = known and not self.fleet.serving(want)
-            for ticket in tickets:
-                error: LlmqError | None = None
-                if known is False:
-                    error = LlmqError(f"model {want.model!r} is gone", "model_not_found")
-                elif unsupported and self.fleet.serving(Want(want.model)):
-                    error = Untranslatable(self.fleet.why_unsupported(want))
-                elif (
-                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
-                ):
-                    message = f"every backend of model {want.model!r} is down"
-                    error = LlmqError(self.fleet.trouble() or message, "backend_down")
-                if error:
-                    ended.append((ticket, error))
-                    self.cancel(ticket)
+        still = self._judged is None or self.mode is not Mode.OPEN
+        passed = 0.0 if still else now - cast(float, self._judged)
+        self._judged, self._overdue = now, []
+        for group in list(self.groups()):
+            want, error = group.want, self._why_never(group.want)
+            since = self.fleet.down_since(want)
+            if error is None and since is None:
+                group.clock += passed
+                if group.overdue(self.limits.aging) is not None:
+                    self._overdue.append(group)
+                continue
+            for lane in list(group.lanes.values()):
+                for ticket in list(lane.tickets.values()):
+                    late = since is not None and (
+                        now - max(since, ticket.arrived) >= self.limits.down_wait
+                    )
+                    if error or late:
+                        ended.append((ticket, (error or self._why_down)(want)))
+                        self.cancel(ticket)
         return ended
+
+    def _why_never(self, want: Want) -> Callable[[Want], LlmqError] | None:
+        """What to tell those whose want no backend will ever serve, as it seems."""
+        fleet = self.fleet
+        if want.device:
+            return None if want.device in fleet.devices else self._why_gone
+        known = fleet.knows(want.model)
+        if known is False:
+            return self._why_gone
+        if known and not fleet.serving(want) and fleet.serving(Want(want.model)):
+            return lambda want: Untranslatable(fleet.why_unsupported(want))
+        return None
+
+    def _why_gone(self, want: Want) -> LlmqError:
+        what = f"device {want.device!r}" if want.device else f"model {want.model!r}"
+        return LlmqError(f"{what} is gone", "not_found" if want.device else "model_not_found")
+
+    def _why_down(self, want: Want) -> LlmqError:
+        message = f"every backend of model {want.model!r} is down"
+        return LlmqError(self.fleet.trouble() or message, "backend_down")
 
     # ---- who goes next
 
-    def dispatch(self, now: float) -> list[tuple[Ticket, Backend]]:
+    def dispatch(self, now: float) -> list[Start]:
         """Start every ticket that can start now; the caller sends each to its backend."""
-        started: list[tuple[Ticket, Backend]] = []
+        started: list[Start] = []
+        if not self.waiting:
+            return started
+        for device in self.fleet.devices.values():
+            device.claimed = False
         while self.waiting and self.fleet.has_room():
-            found = self._pick()
+            found = self._pick(now)
             if found is None:
                 break
-            self._leave(found[0])
-            self._start(*found, now)
             started.append(found)
         return started
 
@@ -1917,47 +2203,124 @@ class Scheduler:
         """Whether the mode lets requests of this class start."""
         return self.mode is Mode.OPEN or (self.mode is Mode.PRIORITY and priority is Priority.HIGH)
 
-    def _pick(self) -> tuple[Ticket, Backend] | None:
-        """The most urgent class first; inside it, over the models that can start, the least tag."""
+    def _pick(self, now: float) -> Start | None:
+        """Start the next one: one that is overdue, where it is due, else by class and share."""
+        found = self._pick_overdue(now) if self._overdue else None
         for priority, models in self._groups.items():
-            if not self._may_start(priority):
-                return None
-            if not models:
-                continue
-            best: tuple[Ticket, Backend] | None = None
-            names = models if len(models) < FEW else self.fleet.startable_models(models)
-            for want, group in [item for name in names for item in models[name].items()]:
-                head = group.head()
-                if best is not None and best[0].number < head.number:
-                    continue
-                backend = pick_backend(self.fleet.candidates(want), want.model)
-                if backend is not None:
-                    best = head, backend
-            if best is not None:
-                return best
+            if found is not None or not self._may_start(priority):
+                return found
+            if models:
+                found = self._pick_boosted(priority, now) if self._boosted[priority] else None
+                found = found or self._pick_fair(priority, now)
+        return found
+
+    def _pick_overdue(self, now: float) -> Start | None:
+        """The oldest request that has waited long enough and can start, in whatever class."""
+        if self._unaged < OVERDUE_SHARE - 1 or self.mode is not Mode.OPEN:
+            return None
+        heads = (group.overdue(self.limits.aging) for group in self._overdue)
+        for head in sorted(filter(None, heads), key=attrgetter("number")):
+            if (found := self._try(head, now, urgent=True)) is not None:
+                self._unaged = 0
+                return found
         return None
 
-    def _start(self, ticket: Ticket, backend: Backend, now: float) -> None:
+    def _pick_boosted(self, priority: Priority, now: float) -> Start | None:
+        """A boosted client's request, every second time."""
+        names = self._boosted[priority]
+        if not self._boost_due[priority]:
+            return None
+        groups = self._startable(priority)
+        for head in in_turn(head for group in groups for head in group.heads(names)):
+            if (found := self._try(head, now)) is not None:
+                self._boost_due[priority] = False
+                return found
+        return None
+
+    def _pick_fair(self, priority: Priority, now: float) -> Start | None:
+        """The first by share that can start; what needs a whole device waits for it alone."""
+        heads = [group.head(group.fair) for group in self._startable(priority)]
+        for head in in_turn(head for head in heads if head is not None):
+            if (found := self._try(head, now, fair=True)) is not None:
+                return found
+            self.fleet.claim(head.want)
+        return None
+
+    def _startable(self, priority: Priority) -> list[Group]:
+        """The groups of a class, without those that no slot is free for."""
+        models = self._groups[priority]
+        names = models if len(models) < FEW else self.fleet.startable_models(models)
+        return [group for name in names for group in models[name].values()]
+
+    def _try(
+        self, head: Ticket, now: float, *, urgent: bool = False, fair: bool = False
+    ) -> Start | None:
+        """Start this ticket, or one that goes before it because its model is loaded there."""
+        urgent = urgent or head.priority is Priority.HIGH
+        backend = self._place(head, urgent=urgent)
+        if backend is None:
+            if urgent:
+                self.fleet.claim(head.want)
+            return None
+        other = self._before(head, backend, now)
+        ticket = other or head
+        self._leave(ticket)
+        self._start(ticket, backend, now, fair=fair and other is None)
+        return ticket, backend
+
+    def _place(self, ticket: Ticket, *, urgent: bool) -> Backend | None:
+        """The backend where it would start now."""
+        able = self.fleet.candidates(ticket.want, urgent=urgent)
+        return pick_backend(able, ticket.want.model, self.fleet.served_last(ticket))
+
+    def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
+        """Who goes before it for a while: of its class, for a model that the backend has loaded."""
+        bound = self.affinity(backend)
+        if not bound or not backend.must_load(head.want.model):
+            return None
+        alike = [self._groups[head.priority].get(key, {}) for key in backend.loaded]
+        heads = [group.head(group.fair) for groups in alike for group in groups.values()]
+        urgent = head.priority is Priority.HIGH
+        for other in in_turn(filter(None, heads)):
+            if backend in self.fleet.candidates(other.want, urgent=urgent):
+                return other if now - passed_since(backend, head, now) < bound else None
+        return None
+
+    def affinity(self, backend: Backend) -> float:
+        """Seconds for which requests for what it has loaded may go before others."""
+        load = backend.load_seconds.value
+        bound = self.limits.affinity
+        return bound if load is None else min(bound, max(AFFINITY_LEAST, LOADS_WORTH * load))
+
+    def _start(self, ticket: Ticket, backend: Backend, now: float, *, fair: bool) -> None:
+        client, priority = ticket.client, ticket.priority
         ticket.move(TicketState.RUNNING)
         ticket.backend, ticket.started = backend, now
         ticket.attempts += 1
-        ticket.client.running += 1
-        backend.busy += 1
-        backend.device.busy += 1
-        backend.at_work[ticket.want.model] += 1
-        backend.used = now
+        if fair:  # others ran ahead of their turn
+            virtual = backend.device.virtual
+            virtual[priority] = max(virtual[priority], client.tags[priority])
+        ticket.charged = client.service.value or self.service.value or 1.0
+        client.charge(priority, ticket.charged)
+        client.running += 1
+        self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
+        self._unaged += 1
+        self._boost_due[priority] = True
 
     # ---- bookkeeping
 
     def _check_room(self, ticket: Ticket) -> None:
-        limits, client = self.limits, ticket.client
+        limits, client, priority = self.limits, ticket.client, ticket.priority
+        in_class = getattr(limits, MAX_DEPTHS[priority])
         if len(self.waiting) >= limits.max_depth:
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
+        elif in_class and sum(self._backlogs[priority].values()) >= in_class:
+            message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= max(1, limits.max_depth // 2):
-            message = f"{client.name} has {client.waiting} requests waiting, half the queue"
+        elif client.waiting >= (client.settings.max_waiting or max(1, limits.max_depth // 2)):
+            message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
         elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
@@ -1965,7 +2328,7 @@ class Scheduler:
         else:
             return
         error = LlmqError(message, "queue_full")
-        error.retry_after = self.predicted_wait()
+        error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
         raise error
 
     def note_service(self, key: str, seconds: float, device: str) -> None:
@@ -1985,17 +2348,39 @@ class Scheduler:
         seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
         return max(1, min(60, round(seconds)))
 
+    def _join(self, ticket: Ticket, devices: Sequence[Device]) -> None:
+        """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
+        client, priority = ticket.client, ticket.priority
+        for device in devices:
+            if not device.busy:  # nobody has moved its time: it is where the others are
+                behind = self._least_tag(priority, client)
+                device.virtual[priority] = max(device.virtual[priority], behind)
+        reached = min((device.virtual[priority] for device in devices), default=0.0)
+        client.tags[priority] = max(client.tags[priority], reached)
+
+    def _least_tag(self, priority: Priority, but: Client) -> float:
+        """The least tag of the others that wait or run in a class; 0 where there are none."""
+        active = {one.client for one in self.running.values() if one.priority is priority}
+        active.update(self._backlogs[priority])
+        return min((one.tags[priority] for one in active if one is not but), default=0.0)
+
     def _enter(self, ticket: Ticket) -> None:
+        client, priority, want = ticket.client, ticket.priority, ticket.want
         ticket.move(TicketState.WAITING)
-        groups = self._groups[ticket.priority].setdefault(ticket.want.model, {})
-        if ticket.want not in groups:
-            groups[ticket.want] = Group()
-        groups[ticket.want].add(ticket)
+        if not self._backlogs[priority][client]:
+            self._join(ticket, [backend.device for backend in self.fleet.serving(want)])
+            if client.settings.boost:
+                self._boosted[priority].add(client.name)
+        self._backlogs[priority][client] += 1
+        groups = self._groups[priority].setdefault(want.model, {})
+        if want not in groups:
+            groups[want] = Group(want, priority)
+        groups[want].add(ticket)
         self.waiting[ticket.id] = ticket
         self.queued_bytes += ticket.size
-        ticket.client.waiting += 1
-        ticket.client.queued_bytes += ticket.size
-        longest = getattr(self.limits, MAX_WAITS[ticket.priority])
+        client.waiting += 1
+        client.queued_bytes += ticket.size
+        longest = getattr(self.limits, MAX_WAITS[priority])
         if longest:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
@@ -2004,35 +2389,70 @@ class Scheduler:
                 self._deadlines = sorted(alive)
 
     def _leave(self, ticket: Ticket) -> None:
-        models, want = self._groups[ticket.priority], ticket.want
+        client, priority, want = ticket.client, ticket.priority, ticket.want
+        models = self._groups[priority]
         groups = models[want.model]
         groups[want].remove(ticket)
         if not groups[want].lanes:
             del groups[want]
         if not groups:
             del models[want.model]
+        backlog = self._backlogs[priority]
+        backlog[client] -= 1
+        if not backlog[client]:
+            del backlog[client]
+            self._boosted[priority].discard(client.name)
         del self.waiting[ticket.id]
         ticket.deadline = None
         self.queued_bytes -= ticket.size
-        ticket.client.waiting -= 1
-        ticket.client.queued_bytes -= ticket.size
+        client.waiting -= 1
+        client.queued_bytes -= ticket.size
 
     def _free(self, ticket: Ticket, now: float) -> None:
-        backend = ticket.backend
-        del self.running[ticket.id]
+        client, backend = ticket.client, ticket.backend
         assert backend is not None  # a running ticket has one
-        backend.busy -= 1
-        backend.device.busy -= 1
-        backend.at_work[ticket.want.model] -= 1
-        ticket.client.running -= 1
-        ticket.client.served += now - ticket.started
+        del self.running[ticket.id]
+        self.fleet.ends(ticket, backend)
+        seconds = now - ticket.started
+        client.correct(ticket.priority, ticket.charged, seconds)
+        client.service.add(seconds)
+        client.running -= 1
+        client.served += seconds
+        if client.settings.max_concurrent:
+            for group in self.groups():
+                group.unpark(client.name)
 
     def in_order(self) -> list[Ticket]:
-        """The waiting tickets as they would start if each could: by class, then by arrival."""
-        return sorted(self.waiting.values(), key=lambda one: (one.priority, one.number))
+        """The waiting tickets as they would start if each could: by class, share and arrival."""
+        ahead: dict[tuple[Client, Priority], float] = {}
+        keys = {}
+        for ticket in sorted(self.waiting.values(), key=attrgetter("number")):
+            client, priority = ticket.client, ticket.priority
+            tag = ahead.get((client, priority), client.tags[priority])
+            each = client.service.value or self.service.value or 1.0
+            ahead[client, priority] = tag + each / client.settings.weight
+            keys[ticket] = (priority, tag, ticket.number)
+        return sorted(keys, key=keys.__getitem__)
 
 
-# ==== 9. Forecast =================================================================================
+def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
+    """First tickets of several groups: by tag, then by arrival."""
+    return sorted(heads, key=lambda one: (one.client.tags[one.priority], one.number))
+
+
+def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:
+    """Since when the backend has passed over somebody who waits still, this one included."""
+    passed = backend.passed
+    passed.setdefault(ticket.number, (ticket, now))
+    for number in list(passed):
+        first, since = passed[number]
+        if first.state is TicketState.WAITING:
+            return since
+        del passed[number]
+    return now
+
+
+# ==== 10. Forecast ================================================================================
 # What those who wait may know: their position, when they can expect to start, and why not yet.
 
 
@@ -2096,12 +2516,12 @@ def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -
     busy = able[0].device
     if busy.busy >= busy.slots:
         return f"{busy.name} busy ({busy.busy}/{busy.slots})"
-    if all(one.room <= 0 for one in able):
+    if all(one.room() <= 0 for one in able):
         return f"{able[0].name} busy ({able[0].busy}/{able[0].most})"
     return "next"
 
 
-# ==== 10. Messages ================================================================================
+# ==== 11. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -2417,7 +2837,7 @@ def render_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# ==== 11. Bodies ==================================================================================
+# ==== 12. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -2837,7 +3257,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 12. Dialects ================================================================================
+# ==== 13. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -3330,7 +3750,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 13. OpenAI ==================================================================================
+# ==== 14. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -3382,7 +3802,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 14. Ollama ==================================================================================
+# ==== 15. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -3443,7 +3863,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 15. Anthropic ===============================================================================
+# ==== 16. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -3508,7 +3928,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 16. Translation =============================================================================
+# ==== 17. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -4101,7 +4521,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 17. Streams =================================================================================
+# ==== 18. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -4416,7 +4836,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 18. Server ==================================================================================
+# ==== 19. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -4975,7 +5395,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 19. Upstream ================================================================================
+# ==== 20. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -5235,7 +5655,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 20. Probes ==================================================================================
+# ==== 21. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -5544,7 +5964,7 @@ class Discovery:
             self.fleet.configure(self.found, places, self.settings, time.monotonic())
 
 
-# ==== 21. Calls ===================================================================================
+# ==== 22. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -5844,7 +6264,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 22. Records =================================================================================
+# ==== 23. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -6007,7 +6427,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 23. Admission ===============================================================================
+# ==== 24. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -6138,7 +6558,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 24. Gateway =================================================================================
+# ==== 25. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -6307,11 +6727,11 @@ class Gateway:
     # ---- what the steps share
 
     def pump(self) -> None:
-        """Start whatever can start."""
+        """Something has changed: start whatever can start."""
+        self.changes += 1
         now = self.now()
         for ticket, backend in self.scheduler.dispatch(now):
             self.begin(self.calls[ticket.id], backend, now)
-        self.changes += 1
 
     def begin(self, call: Call, backend: Backend, now: float) -> None:
         """The call's turn has come.
@@ -6449,7 +6869,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 25. Models ==================================================================================
+# ==== 26. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -6646,7 +7066,7 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 26. Background ==============================================================================
+# ==== 27. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -6750,7 +7170,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 27. Access ==================================================================================
+# ==== 28. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -6818,7 +7238,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("models are managed from this box only", "forbidden")
 
 
-# ==== 28. Snapshot ================================================================================
+# ==== 29. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -7012,7 +7432,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 29. Routes ==================================================================================
+# ==== 30. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -7456,7 +7876,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 30. Demo ====================================================================================
+# ==== 31. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -7515,7 +7935,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 31. Terminal view ===========================================================================
+# ==== 32. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -7856,7 +8276,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 32. Service =================================================================================
+# ==== 33. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -8184,7 +8604,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 33. Command line ============================================================================
+# ==== 34. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -8524,7 +8944,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 34. Web page ================================================================================
+# ==== 35. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
