@@ -1887,6 +1887,11 @@ class Ticket:
         """The key of its model."""
         return self.want.model
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """What takes alike among requests for a model: the same route, a size within four times."""
+        return self.want.routes[0] if self.want.routes else "", self.size.bit_length() // 2
+
 
 @dataclass(eq=False)
 class Lane:
@@ -2019,7 +2024,7 @@ FEW = 8  # models; with fewer waiting a pick looks at all of them
 OVERDUE_SHARE = 8  # of so many starts one may go to an overdue request
 AFFINITY_LEAST = 5.0  # seconds that a loaded model's requests may go first, however fast it loads
 LOADS_WORTH = 20  # and of the time that a load takes: so at most a twentieth is spent on loads
-MODELS_MEASURED = 1000  # models whose requests' times are known, at most
+MODELS_MEASURED = 4000  # models and kinds of requests whose times are known, at most
 MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
 MAX_DEPTHS = ("max_depth_high", "max_depth_normal", "max_depth_low")
 
@@ -2044,7 +2049,7 @@ class Scheduler:
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
-        self.services: dict[tuple[str, str], Average] = {}  # the same by model key and device
+        self.services: dict[tuple[Any, ...], Average] = {}  # by model key, device and kind
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
@@ -2331,15 +2336,18 @@ class Scheduler:
         error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
         raise error
 
-    def note_service(self, key: str, seconds: float, device: str) -> None:
-        """A request for this model has run so long there."""
+    def note_service(self, ticket: Ticket, seconds: float, device: str) -> None:
+        """A request has run so long there: so will others of its model, the more if of its kind."""
         self.service.add(seconds)
-        if len(self.services) < MODELS_MEASURED or (key, device) in self.services:
-            self.services.setdefault((key, device), Average()).add(seconds)
+        place = (ticket.model, device)
+        for each in (place, (*place, *ticket.kind)):
+            if len(self.services) < MODELS_MEASURED or each in self.services:
+                self.services.setdefault(each, Average()).add(seconds)
 
-    def service_of(self, key: str, device: str) -> float | None:
-        """Seconds that requests for this model run there; None before the first has ended."""
-        average = self.services.get((key, device))
+    def service_of(self, ticket: Ticket, device: str) -> float | None:
+        """Seconds that requests like it run there, or those of its model; None if none has yet."""
+        place = (ticket.model, device)
+        average = self.services.get((*place, *ticket.kind)) or self.services.get(place)
         return None if average is None else average.value
 
     def predicted_wait(self) -> int:
@@ -2465,60 +2473,139 @@ class Expected(NamedTuple):
 
 
 Forecast = dict[str, Expected]  # by ticket id
-HELD = ("paused", "priority mode: only high starts", "model is loading", "backend down")
+MODEL_LOADS, IS_NEXT = "model is loading", "next"
+
+
+class Timetable:
+    """When the slots of a device are free: of those that nobody can tell nothing is said."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.model = ""  # the last that starts there
+        self.free: list[float] = []  # a heap of seconds from now, one of each slot
+
+    def take(self, key: str, backend: Backend, took: float | None) -> float | None:
+        """When a request can start there that runs so long; it has the slot from then on."""
+        if not self.free:
+            return None
+        eta = self.free[0]
+        loads = backend.must_load(key) if not self.model else key != self.model
+        self.model = key
+        if took is None:
+            heapq.heappop(self.free)
+        else:
+            load = (
+                (backend.load_seconds.value or 0.0) if loads and backend.traits.on_demand else 0.0
+            )
+            heapq.heapreplace(self.free, eta + load + took)
+        return eta
+
+
+def timetables(scheduler: Scheduler, now: float) -> dict[Device, Timetable]:
+    """What runs, and for how long still as far as that is known; what overruns may run for ever."""
+    tables = {device: Timetable(device) for device in scheduler.fleet.devices.values()}
+    for device, table in tables.items():
+        table.free = [0.0] * max(0, device.slots - device.busy)
+    for ticket in scheduler.running.values():
+        if ticket.backend is not None and ticket.took and ticket.backend.device in tables:
+            device = ticket.backend.device
+            took = scheduler.service_of(ticket, device.name)
+            if took is not None and took >= now - ticket.started:
+                tables[device].free.append(took - (now - ticket.started))
+    for table in tables.values():
+        heapq.heapify(table.free)
+    return tables
 
 
 def forecast(scheduler: Scheduler, now: float) -> Forecast:
     """What every waiting ticket can expect, in one pass.
 
-    The time is the sum of what its device has before it, by the averages of their models: of those
-    that run what is left.  None when it is not known: held back, a model never measured, or one
-    that runs for longer than it mostly does.
+    The order is that of the shares.  The time is when a slot of its device is free, by the averages
+    of what has it before; None when that is not known: it is held back, or behind what was never
+    measured or takes longer than it mostly does.
     """
-    ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
-    for ticket in scheduler.running.values():
-        if ticket.backend is not None:
-            device = ticket.backend.device.name
-            took = scheduler.service_of(ticket.model, device)
-            left = None if took is None else took - (now - ticket.started)
-            left = None if left is None or left < 0 else left
-            ahead[device] = add_known(ahead.get(device, 0.0), left)
-    # What all of one class share that want the same is found once.
-    alike: dict[tuple[Want, Priority], tuple[str, int, str]] = {}
+    tables = timetables(scheduler, now)
+    alike: dict[tuple[Any, ...], Outlook] = {}  # what many share is found once
     result: Forecast = {}
     for position, ticket in enumerate(scheduler.in_order(), 1):
-        kind = (ticket.want, ticket.priority)
-        if kind not in alike:
-            able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
-            name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
-            alike[kind] = (name, slots, wait_reason(scheduler, ticket, able))
-        name, slots, reason = alike[kind]
-        before = ahead.get(name, 0.0)
-        eta = None if before is None or reason in HELD else before / slots
-        result[ticket.id] = Expected(position, eta, reason)
-        ahead[name] = add_known(before, scheduler.service_of(ticket.model, name))
+        kind = (ticket.want, ticket.priority, ticket.kind)
+        outlook = alike.get(kind)
+        if outlook is None:
+            outlook = alike[kind] = look_out(scheduler, ticket, tables)
+        held, reason, eta = outlook.held, outlook.reason, None
+        if outlook.table is not None and outlook.backend is not None:
+            eta = outlook.table.take(ticket.want.model, outlook.backend, outlook.took)
+        if not held and ticket.client.at_cap:
+            held, reason = True, f"{ticket.client.name} has as many running as it may"
+        result[ticket.id] = Expected(position, None if held else eta, reason)
     return result
 
 
-def add_known(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
+class Outlook(NamedTuple):
+    """What tickets share that want the same, in one class, and take alike."""
+
+    backend: Backend | None  # where they may go first
+    table: Timetable | None  # of its device
+    took: float | None  # seconds that each takes there
+    held: bool  # for a time that nobody knows
+    reason: str
 
 
-def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
-    """Why it does not start yet; `able` are the backends that are up and have what it wants."""
+def look_out(scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timetable]) -> Outlook:
+    able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
+    held = why_held(scheduler, ticket, able)
+    reason = held or why_busy(scheduler, ticket, able)
+    if not able:
+        return Outlook(None, None, None, held is not None, reason)
+    device = able[0].device
+    took = scheduler.service_of(ticket, device.name)
+    return Outlook(able[0], tables.get(device), took, held is not None, reason)
+
+
+def why_held(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str | None:
+    """What keeps it from starting for a time that nobody knows, however many end before it."""
+    fleet, want = scheduler.fleet, ticket.want
     if scheduler.mode is Mode.PAUSED:
         return "paused"
     if scheduler.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
         return "priority mode: only high starts"
     if not able:
-        states = {one.state for one in scheduler.fleet.serving(ticket.want)}
-        return "model is loading" if State.LOADING in states else "backend down"
-    busy = able[0].device
-    if busy.busy >= busy.slots:
-        return f"{busy.name} busy ({busy.busy}/{busy.slots})"
-    if all(one.room() <= 0 for one in able):
-        return f"{able[0].name} busy ({able[0].busy}/{able[0].most})"
-    return "next"
+        serving = fleet.serving(want)
+        if any(backend.state is State.LOADING for backend in serving):
+            return MODEL_LOADS
+        names = " and ".join(backend.name for backend in serving) or "every backend of its model"
+        return f"{names} is down, waited for {scheduler.limits.down_wait:g} s"
+    if all(want.model in backend.loading for backend in able):
+        return MODEL_LOADS
+    return None
+
+
+def why_busy(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
+    """What it waits for where its turn will come by itself; some backend is able."""
+    fleet, backend, device = scheduler.fleet, able[0], able[0].device
+    policy, key, runs = fleet.policy(ticket.model), ticket.model, who_runs(scheduler, device)
+    alone, taken = policy.exclusive or bool(ticket.want.device), device.held
+    most = f"for {scheduler.affinity(backend):g} s at most"
+    urgent = ticket.priority is Priority.HIGH
+    reasons = (  # the first that holds
+        (0 < policy.max_concurrent <= fleet.at_work[key], "as many of its model run as may"),
+        (taken, f"{device.name} is taken whole: {runs}"),
+        (device.busy >= device.slots, f"{device.name} busy ({device.busy}/{device.slots}): {runs}"),
+        (alone and device.busy, f"waits until {device.name} is empty: {runs}"),
+        (device.claimed, f"{device.name} runs empty for what takes it whole"),
+        (backend.room(urgent=True) <= 0, f"{backend.name} busy ({backend.busy}/{backend.most})"),
+        (backend.room(urgent=urgent) <= 0, f"what {device.name} has left is for class high"),
+        (backend.passed and backend.must_load(key), f"{backend.name} keeps its model {most}"),
+    )
+    return next((words for holds, words in reasons if holds), IS_NEXT)
+
+
+def who_runs(scheduler: Scheduler, device: Device) -> str:
+    """Whose request has had its slot longest there, and the model of it."""
+    for ticket in scheduler.running.values():
+        if ticket.backend is not None and ticket.backend.device is device:
+            return f"{ticket.client.name}, {printable(ticket.model) or 'a lease'}"
+    return "nobody"
 
 
 # ==== 11. Messages ================================================================================
@@ -6702,7 +6789,7 @@ class Gateway:
         else:
             if failure is None:
                 device = backend.device.name
-                self.scheduler.note_service(ticket.model, now - ticket.started, device)
+                self.scheduler.note_service(ticket, now - ticket.started, device)
                 if backend.traits.native and not backend.is_loaded(ticket.model):
                     backend.changed = now  # it is now: whoever asks what is loaded has it looked at
             self.scheduler.finish(ticket, now)
