@@ -6811,12 +6811,49 @@ class Gateway:
         self.changes += 1
         self.journal.keep(record_of(call, self.now()))
 
+    async def lease(self, call: Call, seconds: float) -> None:
+        """The life of a lease up to its start: it waits like a request, and has no answer."""
+        done = False
+        try:
+            self.enqueue(call)
+            call.heartbeat_at = NEVER
+            while call.ticket.state is TicketState.WAITING:
+                await call.turn
+                if call.reply.gone:
+                    self.leave(call)
+            if call.ticket.state is TicketState.ENDED:
+                raise call.error or LlmqError("the lease broke off")
+            done = True
+        finally:
+            if not done:
+                self.settle(call, done=False)
+        self.renew(call, seconds)
+
+    def renew(self, call: Call, seconds: float) -> None:
+        """The lease ends that long from now, unless it is renewed again."""
+        call.deadline = self.now() + seconds
+
+    def find_lease(self, ident: str) -> Call:
+        """That has started and not ended; while it waits it is a request like any other."""
+        ticket = self.scheduler.running.get(ident)
+        if ticket is None or not ticket.want.device:
+            raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
+        return self.calls[ident]
+
+    def end_lease(self, call: Call) -> None:
+        """The device is everybody's again."""
+        self.scheduler.finish(call.ticket, self.now())
+        self.settle(call, done=call.error is None)
+        self.pump()
+
     # ---- what the steps share
 
     def pump(self) -> None:
         """Something has changed: start whatever can start."""
         self.changes += 1
-        now = self.now()
+        self.start_ready(self.now())
+
+    def start_ready(self, now: float) -> None:
         for ticket, backend in self.scheduler.dispatch(now):
             self.begin(self.calls[ticket.id], backend, now)
 
@@ -6881,6 +6918,8 @@ class Gateway:
             self.end_wait(call, error)
         elif call.ticket.state is TicketState.RUNNING:
             call.error = error
+            if call.ticket.want.device:
+                self.end_lease(call)
             if call.upstream is not None:
                 call.upstream.stream.interrupt(error)
             if call.connecting is not None:
@@ -6904,13 +6943,17 @@ class Gateway:
         limits = self.settings.upstream
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
-            if now >= call.deadline:
+            if now >= call.deadline and ticket.want.device:
+                self.end_lease(call)
+            elif now >= call.deadline:
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
         for backend in self.fleet.backends.values():
             backend.forget_unsupported(now)
         self.pool.reap(now)
         self.journal.flush()
+        if self.scheduler.waiting:
+            self.start_ready(now)  # what an event should have started, and time alone has
 
     # ---- orders from outside
 
@@ -6952,7 +6995,8 @@ class Gateway:
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
         self.draining = True
-        for ticket in list(self.scheduler.waiting.values()):
+        leases = [one for one in self.scheduler.running.values() if one.want.device]
+        for ticket in (*self.scheduler.waiting.values(), *leases):
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
@@ -7527,6 +7571,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
+LEASE = Endpoint(("/llmq/leases",), OPENAI, check_common)  # what it is shown as
+DAY = 86400.0  # seconds
 CONTROL_BODY = 64 * KIB
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
@@ -7818,6 +7864,35 @@ class Api:
             raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
         return {"reset": self.gateway.reset_context(model)}
 
+    async def post_lease(self, exchange: Exchange, _: str) -> Facts:
+        """A whole device for a while, answered when its turn has come."""
+        values, gateway = await read_control(exchange), self.gateway
+        seconds, devices = read_seconds(values), gateway.fleet.devices
+        device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
+        if device not in devices:
+            raise BadRequest("device is one of " + ", ".join(devices), param="device")
+        priority = parse_priority(values.get("class"), "class")
+        call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
+        client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
+        call.ticket = Ticket(
+            call.id, client, want, Priority.NORMAL if priority is None else priority
+        )
+        call.request = None
+        await gateway.lease(call, seconds)
+        if exchange.gone:
+            gateway.end_lease(call)
+        return {"id": call.id, "device": device, "expires_s": seconds}
+
+    async def renew_lease(self, exchange: Exchange, ident: str) -> Facts:
+        seconds = read_seconds(await read_control(exchange))
+        self.gateway.renew(self.gateway.find_lease(ident), seconds)
+        return {"id": ident, "expires_s": seconds}
+
+    async def end_lease(self, exchange: Exchange, ident: str) -> Facts:
+        await read_control(exchange)
+        self.gateway.end_lease(self.gateway.find_lease(ident))
+        return {"ended": ident}
+
     async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
         await read_control(exchange)
         query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
@@ -7836,6 +7911,14 @@ class Api:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
+
+
+def read_seconds(values: Facts) -> float:
+    """How long a lease holds, unless it is renewed."""
+    seconds = values.get("ttl_s", 60)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
+        raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
+    return float(seconds)
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
@@ -7930,6 +8013,11 @@ ROUTES = (
     owned("DELETE POST /llmq/requests/{id}",
           'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
+    owned("POST /llmq/leases",
+          '`{"device":NAME,"class":"low","ttl_s":60}`: the whole device, when its turn has come',
+          Api.post_lease),
+    owned("DELETE POST /llmq/leases/{id}",
+          'end it, or with `{"ttl_s":60}` renew it', Api.end_lease, Api.renew_lease),
 )  # fmt: skip
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
@@ -8699,6 +8787,7 @@ REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service m
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
 
 
+LEASE_SECONDS = 60.0  # that a command has the device for without a word
 ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
 MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
@@ -8772,7 +8861,14 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
-    for asking in (status, mode, top):
+    run = commands.add_parser("run", help="run a command that has a whole device meanwhile")
+    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
+    run.add_argument(
+        "--class", dest="priority", choices=CLASSES, default="normal", help="its class"
+    )
+    run.add_argument("--unload", **switch, help="unload the device's models first")
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+    for asking in (status, mode, top, run):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
     for showing in (status, top):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
@@ -8921,7 +9017,7 @@ def llmq_url(url: str | None) -> str:
     return base_url(settings.server.host or "127.0.0.1", settings.server.port)
 
 
-def ask_llmq(url: str, order: Order) -> Any:
+def ask_llmq(url: str, order: Order, seconds: float | None = ANSWER_SECONDS) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
     from urllib.error import HTTPError
@@ -8929,10 +9025,10 @@ def ask_llmq(url: str, order: Order) -> Any:
 
     method, path, change = order
     data = None if change is None else render_json(change)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
     try:
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        with build_opener(ProxyHandler({})).open(request, timeout=ANSWER_SECONDS) as answer:
+        with build_opener(ProxyHandler({})).open(request, timeout=seconds) as answer:
             facts = json.loads(read_bounded(answer))
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
@@ -8980,6 +9076,60 @@ def cmd_top(options: argparse.Namespace) -> None:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
 
+def cmd_run(options: argparse.Namespace) -> int:
+    """Run a command that has a device for itself meanwhile; its exit code is what this returns."""
+    import subprocess
+
+    argv = options.argv[options.argv[:1] == ["--"] :]
+    if not argv:
+        raise ConfigError("run: write the command behind --")
+    ask, place = functools.partial(ask_llmq, llmq_url(options.url)), "/llmq/leases"
+    wish = {"class": options.priority, "ttl_s": LEASE_SECONDS, "unload": options.unload}
+    wish.update({"device": options.device} if options.device else {})
+    lease = ask(("POST", place, wish), None)
+    place = f"{place}/{lease['id']}"
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(LEASE_SECONDS / 4):
+            try:
+                ask(("POST", place, {"ttl_s": LEASE_SECONDS}))
+            except StartError as error:  # noqa: PERF203 - the next one may get through
+                say(f"llmq: the device may be in use by others: {error}", error=True)
+
+    try:
+        with subprocess.Popen(argv) as process:  # noqa: S603 - the user's own
+            threading.Thread(target=renew, daemon=True).start()
+            with forwarded_signals(process.pid):
+                code = process.wait()
+    except OSError as error:
+        raise StartError(f"{argv[0]}: {error.strerror}") from None
+    finally:
+        ended.set()
+        with contextlib.suppress(StartError):  # else it ends by itself
+            ask(("DELETE", place, None))
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def forwarded_signals(pid: int) -> Iterator[None]:
+    """A wish to stop goes to that process, which has Ctrl-C from the terminal itself."""
+
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    before = [
+        (signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)),
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, forward)),
+    ]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 def cmd_config(options: argparse.Namespace) -> None:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
@@ -9005,6 +9155,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
+    "run": cmd_run,
     "config": cmd_config,
 }
 
