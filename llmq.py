@@ -1419,9 +1419,10 @@ class Backend:
         self.passed.clear()
 
     def loaded_now(self, key: str) -> None:
-        """The first byte of an answer has come: the model is there."""
+        """The first byte of an answer has come: the model is there, and another may have gone."""
         if self.loading.pop(key, None) is not None:
             self.load_seconds.add(self.last_received - self.switched)
+            self.changed = self.next_probe = self.last_received
 
     def ends(self, ticket: Ticket) -> None:
         """A request has ended here; if it was to load its model and got no byte, it has not."""
@@ -6527,6 +6528,21 @@ def check_way(request: Request, instance: str) -> None:
         raise LlmqError("this request has been through this llmq before", "loop_detected")
 
 
+SESSION_HEADERS = (
+    "x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity",
+    "x-openwebui-chat-id",
+)  # fmt: skip
+
+
+def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
+    """The conversation that a request belongs to, as far as it says so."""
+    for name in SESSION_HEADERS:
+        if headers.get(name):
+            return headers[name][:NAME_LENGTH]
+    told = values.get("prompt_cache_key")
+    return told[:NAME_LENGTH] if isinstance(told, str) else ""
+
+
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     """The model that a name stands for: the alias that equals it, else the first that fits."""
     for pattern in sorted(aliases, key=lambda one: one != asked):
@@ -6571,6 +6587,7 @@ class Admission:
         want = Want(model_key(model), call.endpoint.routes)
         client = self.clients.named(caller.client)
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
+        call.ticket.session = read_session(request.headers, values)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
             await self.check_supported(call, values)
@@ -6790,8 +6807,6 @@ class Gateway:
             if failure is None:
                 device = backend.device.name
                 self.scheduler.note_service(ticket, now - ticket.started, device)
-                if backend.traits.native and not backend.is_loaded(ticket.model):
-                    backend.changed = now  # it is now: whoever asks what is loaded has it looked at
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
