@@ -1418,11 +1418,13 @@ class Backend:
         self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
         self.passed.clear()
 
-    def loaded_now(self, key: str) -> None:
-        """The first byte of an answer has come: the model is there, and another may have gone."""
-        if self.loading.pop(key, None) is not None:
-            self.load_seconds.add(self.last_received - self.switched)
-            self.changed = self.next_probe = self.last_received
+    def loaded_now(self, key: str) -> bool:
+        """The first byte of an answer has come; True if it was to load its model, and has."""
+        if self.loading.pop(key, None) is None:
+            return False
+        self.load_seconds.add(self.last_received - self.switched)
+        self.changed = self.next_probe = self.last_received  # another may have gone for it
+        return True
 
     def ends(self, ticket: Ticket) -> None:
         """A request has ended here; if it was to load its model and got no byte, it has not."""
@@ -2025,7 +2027,7 @@ FEW = 8  # models; with fewer waiting a pick looks at all of them
 OVERDUE_SHARE = 8  # of so many starts one may go to an overdue request
 AFFINITY_LEAST = 5.0  # seconds that a loaded model's requests may go first, however fast it loads
 LOADS_WORTH = 20  # and of the time that a load takes: so at most a twentieth is spent on loads
-MODELS_MEASURED = 4000  # models and kinds of requests whose times are known, at most
+MODELS_MEASURED = 2000  # models and kinds of requests whose times are known, at most
 MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
 MAX_DEPTHS = ("max_depth_high", "max_depth_normal", "max_depth_low")
 
@@ -2037,6 +2039,7 @@ class Mode(enum.Enum):
 
 
 Start = tuple[Ticket, Backend]
+Facet = tuple[Any, ...]  # what requests for a model may have alike, see `Ticket.kind`
 
 
 class Scheduler:
@@ -2337,18 +2340,16 @@ class Scheduler:
         error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
         raise error
 
-    def note_service(self, ticket: Ticket, seconds: float, device: str) -> None:
-        """A request has run so long there: so will others of its model, the more if of its kind."""
+    def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
+        """A request has run so long there: so will others for its model, above all its like."""
         self.service.add(seconds)
-        place = (ticket.model, device)
-        for each in (place, (*place, *ticket.kind)):
-            if len(self.services) < MODELS_MEASURED or each in self.services:
-                self.services.setdefault(each, Average()).add(seconds)
+        for place in {(key, device), (key, device, *kind)}:
+            if len(self.services) < MODELS_MEASURED or place in self.services:
+                self.services.setdefault(place, Average()).add(seconds)
 
-    def service_of(self, ticket: Ticket, device: str) -> float | None:
-        """Seconds that requests like it run there, or those of its model; None if none has yet."""
-        place = (ticket.model, device)
-        average = self.services.get((*place, *ticket.kind)) or self.services.get(place)
+    def service_of(self, key: str, device: str, kind: Facet = ()) -> float | None:
+        """Seconds that requests like it run there, or those for its model; None if none has yet."""
+        average = self.services.get((key, device, *kind)) or self.services.get((key, device))
         return None if average is None else average.value
 
     def predicted_wait(self) -> int:
@@ -2510,7 +2511,7 @@ def timetables(scheduler: Scheduler, now: float) -> dict[Device, Timetable]:
     for ticket in scheduler.running.values():
         if ticket.backend is not None and ticket.took and ticket.backend.device in tables:
             device = ticket.backend.device
-            took = scheduler.service_of(ticket, device.name)
+            took = scheduler.service_of(ticket.model, device.name, ticket.kind)
             if took is not None and took >= now - ticket.started:
                 tables[device].free.append(took - (now - ticket.started))
     for table in tables.values():
@@ -2559,7 +2560,7 @@ def look_out(scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timet
     if not able:
         return Outlook(None, None, None, held is not None, reason)
     device = able[0].device
-    took = scheduler.service_of(ticket, device.name)
+    took = scheduler.service_of(ticket.model, device.name, ticket.kind)
     return Outlook(able[0], tables.get(device), took, held is not None, reason)
 
 
@@ -6098,6 +6099,7 @@ class Call:
     heartbeats = 0  # that it got
     patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
+    on_load: Callable[[], object] | None = None  # told that others may start: its model is loaded
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -6294,7 +6296,10 @@ class Call:
     def received(self, backend: Backend, limits: UpstreamSettings) -> None:
         """A piece of the answer's body has come."""
         now = backend.last_received = time.monotonic()
-        self.first_byte = self.first_byte or now
+        if not self.first_byte:
+            self.first_byte = now
+            if backend.loaded_now(self.ticket.model) and self.on_load is not None:
+                self.on_load()
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
@@ -6806,7 +6811,8 @@ class Gateway:
         else:
             if failure is None:
                 device = backend.device.name
-                self.scheduler.note_service(ticket, now - ticket.started, device)
+                took = now - ticket.started
+                self.scheduler.note_service(ticket.model, took, device, ticket.kind)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
@@ -6880,6 +6886,7 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + self.settings.upstream.first_byte_timeout
+        call.on_load = self.monitor.news.set
         upstream = None if call.question.long else self.pool.take(backend.url, now)
         if upstream is not None:
             try:
