@@ -33,7 +33,7 @@ def listen_at(monkeypatch: pytest.MonkeyPatch, places: dict[str, str]) -> None:
 
 
 def discovery_of(gateway: Any) -> Any:
-    return llmq.Discovery(gateway.settings, gateway.fleet, gateway.instance)
+    return llmq.Discovery(gateway.monitor, gateway.added)
 
 
 def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> Any:
