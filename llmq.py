@@ -420,16 +420,14 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
     A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
     mode says it of each.
     """
-    traits = KINDS[kind]
-    name, member = ("name", "models") if traits.native else ("id", "data")
+    name, member = ("name", "models") if KINDS[kind].native else ("id", "data")
+    told, unsaid = ("state", "") if kind == "lmstudio" else ("status", "loaded")
     rows = payload.get(member) if isinstance(payload, dict) else None
     found = []
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and name in row:
-            unsaid = "" if traits.loaded_path and not traits.native else "loaded"
-            state = row.get("state" if traits.loaded_path else "status", unsaid)
-            state = state.get("value") if isinstance(state, dict) else state
-            found += [str(row[name])] if state == "loaded" else []
+    for row in rows if isinstance(rows, (list, tuple)) else ():
+        state = row.get(told, unsaid) if isinstance(row, dict) and name in row else None
+        state = state.get("value") if isinstance(state, dict) else state
+        found += [str(row[name])] if state == "loaded" else []
     return tuple(found)
 
 
@@ -5595,12 +5593,10 @@ class Discovery:
         return {**own, **parse_rows("added", "backends", self.added), **own}
 
     def configure(self) -> None:
-        """Have these backends, each on its device, and look at what is new."""
+        """Have these backends, each on its device."""
         rows = self.rows
         places = {name: device_name(row) for name, row in rows.items()}
         self.fleet.configure(rows, places, self.settings, time.monotonic())
-        self.monitor.probe_due()
-        self.monitor.news.set()  # what waits is judged again
 
     async def step(self) -> None:
         """One round over the places where runners listen by default."""
@@ -7489,6 +7485,7 @@ class Api:
             raise BadRequest(str(error)) from None
         added[name] = row
         self.gateway.discovery.configure()
+        self.gateway.monitor.probe_due()
         return show_backend(self.gateway.fleet.named(name))
 
     async def delete_backend(self, exchange: Exchange, name: str) -> Facts:
@@ -8292,6 +8289,8 @@ class Service:
         """Let the settings hold for what was made after them."""
         self.api.names = frozenset(self.own_names())
         self.gateway.discovery.configure()
+        self.gateway.monitor.probe_due()
+        self.gateway.pump()
 
     def reload(self) -> None:
         """Read the settings again; a mistake changes nothing and is shown."""

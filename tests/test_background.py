@@ -38,7 +38,9 @@ def discovery_of(gateway: Any) -> Any:
 
 def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> Any:
     one = llmq.BackendSettings(url=fake.url, **settings)
-    return gateway.fleet.add(name, one, "local", 1)
+    backend = gateway.fleet.add(name, one, "local", 1)
+    backend.configure(one, gateway.settings.limits_of(one))
+    return backend
 
 
 async def probe(gateway: Any, fake: FakeBackend, **settings: Any) -> Any:
