@@ -1336,11 +1336,8 @@ class Backend:
     def configure(self, settings: BackendSettings, limits: UpstreamSettings) -> None:
         """What its row says and what else holds for it; kept as the lines of each request to it."""
         self.settings, self.limits, self.url = settings, limits, settings.url
-        self.kind, self.slots, self.weight = (
-            settings.kind or self.kind,
-            settings.slots,
-            settings.weight,
-        )
+        self.slots, self.weight = settings.slots, settings.weight
+        self.kind = settings.kind or self.kind
         self.base = urlsplit(self.url).path  # goes before each route
         self.origin = self.url[: len(self.url) - len(self.base)]
         token = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
@@ -1565,13 +1562,9 @@ class Fleet:
 
     def remove(self, name: str, now: float) -> None:
         """Take out a backend: what runs there ends in peace, what waited is judged again."""
-        self.drain(self.backends.pop(name), now)
+        self.backends.pop(name).draining = True
+        self.shrunk = now
         self.drop_unused()
-
-    def drain(self, backend: Backend, now: float, *, draining: bool = True) -> None:
-        """Let nothing new start at a backend, or again let it."""
-        self.shrunk = now if draining else self.shrunk
-        backend.draining = draining
 
     def drop_unused(self) -> None:
         used = {backend.device for backend in self.backends.values()}
@@ -3207,6 +3200,16 @@ class StreamWatch:
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
         return shown + self.ended
+
+
+class BlindWatch(StreamWatch):
+    """Of an answer of which nothing is known but that it has come when its body has."""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def finish(self) -> bytes:
+        return b""
 
 
 Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
@@ -5293,9 +5296,6 @@ REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models caus
 BESIDE = 8  # questions to a runner at once that no slot counts
 
 
-UNLISTED = {"object": "model", "created": 0, "owned_by": "llmq"}  # of a model in its settings
-
-
 class SelfFound(Exception):
     """The backend is this very llmq."""
 
@@ -5311,7 +5311,8 @@ async def inspect(backend: Backend, instance: str) -> Report:
         version = printable(str(look_up(answer, "version") or ""))
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
-    entries: Rows = tuple({"id": name, **UNLISTED} for name in backend.settings.models)
+    facts = {"object": "model", "created": 0, "owned_by": "llmq"}
+    entries: Rows = tuple({"id": name, **facts} for name in backend.settings.models)
     if not entries:  # else whatever it answers will do
         if head.status != HTTPStatus.OK:
             raise read_refusal(head, body, backend.key)
@@ -5413,7 +5414,7 @@ class Monitor:
         self.refreshed = float("-inf")
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
-        self._turns: dict[str, asyncio.Semaphore] = {}  # by url
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by origin
         self._asked: dict[Any, Asked] = {}  # by all that is said
 
     def probe_due(self) -> None:
@@ -5498,13 +5499,13 @@ class Monitor:
         Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
         at a time is asked once, and ends when the clients of all its replies have left.
         """
-        turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
+        turns = self._turns.setdefault(backend.origin, asyncio.Semaphore(BESIDE))
 
         async def take_turn() -> tuple[ResponseHead, bytes]:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        key = (backend.url, path, body, lines)
+        key = (backend, path, body, lines)
         asked = self._asked.get(key)
         if asked is None:
             late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
@@ -5586,15 +5587,10 @@ class Discovery:
         # An Ollama may come at any time; the others must identify themselves.
         self.found = {"ollama": BackendSettings(url=KINDS["ollama"].url)}
 
-    @property
-    def rows(self) -> dict[str, BackendSettings]:
-        """The backends that there are to be: configured, else found; and those that were added."""
-        own = self.settings.backends or self.found
-        return {**own, **parse_rows("added", "backends", self.added), **own}
-
     def configure(self) -> None:
-        """Have these backends, each on its device."""
-        rows = self.rows
+        """Have the backends that are configured, else those found, and those that were added."""
+        own = self.settings.backends or self.found
+        rows = {**own, **parse_rows("added", "backends", self.added), **own}
         places = {name: device_name(row) for name, row in rows.items()}
         self.fleet.configure(rows, places, self.settings, time.monotonic())
 
@@ -5647,7 +5643,7 @@ NEVER_RELAYED = {*KEY_FIELDS, *OWN_FIELDS, *RELAYED_REQUEST}  # or in any case
 UNASKED = re.compile("cookie|origin|x-llmq-.*|x-queue-priority")  # which `*` does not mean
 
 
-def more_fields(headers: Headers, wanted: Names) -> Names:
+def more_names(headers: Headers, wanted: Names) -> Names:
     """The names of the header fields that are relayed because `relay_headers` says so."""
     never = NEVER_RELAYED | connection_options(headers)
     every = {name for name in headers if "*" in wanted and not UNASKED.fullmatch(name)}
@@ -5671,7 +5667,7 @@ class Call:
     """One request on its way, and the Reply that it answers."""
 
     ticket: Ticket  # once it is admitted
-    blind = False  # llmq knows nothing of its route
+    blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
     lines = b""  # of the head of a request to a backend, those that every backend gets
@@ -5732,6 +5728,8 @@ class Call:
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
         question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
+        if self.blind:
+            return self.route
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
         if backend.traits.native and (question.context or question.keep_alive or shared):
             routes = (*(one for one in routes if one in NATIVE), *routes)
@@ -5748,7 +5746,7 @@ class Call:
             context = backend.contexts.request(key, question.context, backend.used)
         self.translator = self.echo = None
         if route == self.endpoint.path:
-            if question.model not in ("", name):
+            if question.model not in ("", name) and not self.blind:
                 self.told, self.echo = name, model_echo(name, question.model)
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
@@ -5759,8 +5757,7 @@ class Call:
             body = functools.partial(self.translated, route, name, context, backend.traits)
         lines = self.lines
         if self.more:
-            names = more_fields(self.more, backend.settings.relay_headers)
-            lines += relayed_lines(self.more, names)
+            lines += relayed_lines(self.more, more_names(self.more, backend.settings.relay_headers))
         return lambda: render_request(backend, "POST", target, lines, body())
 
     def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
@@ -5809,6 +5806,11 @@ class Call:
         """The answer behind a head: a stream passes by here, a whole one is read first."""
         upstream, received = self.upstream, functools.partial(self.received, backend, limits)
         assert upstream is not None  # `ask` has it
+        if self.blind:  # whatever it is, it passes by
+            self.watch = BlindWatch(self.endpoint.dialect)
+            self.reply.start(head.status, relayed_type(head), self.headers)
+            self.answer = await self.relay(self.watch, upstream, received)
+            return
         if head.status != HTTPStatus.OK:
             raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
         if head.headers.get("content-encoding", "identity").lower() != "identity":
@@ -5928,33 +5930,6 @@ class Call:
         elif not isinstance(error, ClientLeft):
             body = dialect.render_error(error, self.request_id)
             reply.respond(error.status, body, headers=error_headers(error) + self.headers)
-
-
-class BlindCall(Call):
-    """A call to a route that its backend alone knows: what goes and comes stays as it is."""
-
-    blind = True
-
-    def route_at(self, backend: Backend) -> str | None:  # noqa: ARG002 - as of the others
-        return self.route
-
-    async def read_answer(
-        self, head: ResponseHead, backend: Backend, limits: UpstreamSettings
-    ) -> None:
-        upstream, reply = self.upstream, self.reply
-        assert upstream is not None  # `ask` has it
-        reply.start(head.status, relayed_type(head), self.headers)
-        while piece := await upstream.read_piece():
-            self.received(backend, limits)
-            reply.send(piece)
-            if reply.blocked and not upstream.body.done:
-                self.deadline = NEVER  # the client is slow, not the backend
-                await reply.catch_up()
-                self.received(backend, limits)
-        self.answer = b""
-
-    async def deliver(self) -> None:
-        self.reply.finish()
 
 
 def error_headers(error: LlmqError) -> list[tuple[str, str]]:
@@ -6195,7 +6170,7 @@ class Admission:
         client = self.clients.named(caller.client)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if self.fleet.relayed:
-            names = more_fields(request.headers, self.fleet.relayed)
+            names = more_names(request.headers, self.fleet.relayed)
             call.more = {name: request.headers[name] for name in names}
         size = len(body) + sum(map(len, call.more.values()))
         call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
@@ -6756,7 +6731,7 @@ class Passthrough:
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
         lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
-        more = more_fields(request.headers, self.backend.settings.relay_headers)
+        more = more_names(request.headers, self.backend.settings.relay_headers)
         lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
@@ -7396,15 +7371,18 @@ class Api:
         request, gateway, headers = exchange.request, self.gateway, exchange.request.headers
         check_way(request, gateway.instance)
         values, named = {}, headers.get("x-llmq-backend")
-        if headers.get("content-type", "").startswith(RELAYED_TYPES[0]):
-            values = await read_values(exchange, self.settings.server.max_body)
-            check_common(values)
-        if values.get("model") and request.method == "POST":
+        if request.method == "POST" and "multipart/" not in headers.get("content-type", "").lower():
+            limit = self.settings.server.max_body
+            if re.match(rb"\s*\{", await exchange.read_body(limit)):
+                values = await read_values(exchange, limit)
+                check_common(values)
+        if values.get("model"):
             endpoint = Endpoint((request.path,), dialect_of(request.path, headers), check_common)
             ids = (exchange.id, exchange.request_id)
-            call = BlindCall(exchange, endpoint, request, exchange.caller, ids)
+            call = Call(exchange, endpoint, request, exchange.caller, ids)
             priority = asked_priority({}, headers.get("x-queue-priority"))
             call.question = FormQuestion(values["model"], False, priority, request.body, NO_EDITS)
+            call.blind = True
             await gateway.serve(call)
             return
         backends = [gateway.fleet.named(named)] if named else gateway.fleet.backends.values()
@@ -7477,7 +7455,7 @@ class Api:
         """Add a backend, or change one that was added."""
         row = dict(await read_control(exchange))
         name, added = str(row.pop("name", "")), self.gateway.added
-        if name in self.gateway.fleet.backends and name not in added:
+        if name in self.gateway.fleet.backends.keys() - added or name in self.settings.backends:
             raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
         try:
             parse_rows("request", "backends", {name: row})
@@ -7490,8 +7468,7 @@ class Api:
 
     async def delete_backend(self, exchange: Exchange, name: str) -> Facts:
         await read_control(exchange)
-        self.gateway.fleet.named(name)
-        if self.gateway.added.pop(name, None) is None:
+        if self.gateway.fleet.named(name) and self.gateway.added.pop(name, None) is None:
             cure = 'take it out of the file, or drain it: POST {"draining":true}'
             raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
         self.gateway.discovery.configure()
@@ -7502,7 +7479,9 @@ class Api:
         if not isinstance(draining, bool):
             raise BadRequest('say {"draining":true}, or false', param="draining")
         backend = self.gateway.fleet.named(name)
-        self.gateway.fleet.drain(backend, self.gateway.now(), draining=draining)
+        if draining and not backend.draining:
+            self.gateway.fleet.shrunk = self.gateway.now()
+        backend.draining = draining
         self.gateway.pump()
         return show_backend(backend)
 
@@ -8430,11 +8409,11 @@ def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Se
     return merge_layers([*file, *layers, ("command line", given)]), notes
 
 
-def file_stamp(path: str | None) -> object:
-    """What changes with a file (all that rename and write touch), None where there is none."""
+def file_stamp(flags: Mapping[str, Any]) -> object:
+    """What tells one state of the configuration file from another; None while there is none."""
     with contextlib.suppress(OSError):
-        facts = os.stat(path or "")
-        return path, facts.st_mtime_ns, facts.st_size, facts.st_ino
+        facts = os.stat(flags.get("config") or find_file(os.environ) or "")
+        return facts.st_mtime_ns, facts.st_size, facts.st_ino
     return None
 
 
@@ -8508,12 +8487,9 @@ async def serve(options: argparse.Namespace) -> int:
     set_up_log(settings.log)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
+    sockets, stamp = inherited_sockets(), functools.partial(file_stamp, flags)
     service = Service(
-        settings,
-        options.demo,
-        lambda: read_settings(flags, os.environ)[0],
-        lambda: file_stamp(flags.get("config") or find_file(os.environ)),
-        inherited_sockets(),
+        settings, options.demo, lambda: read_settings(flags, os.environ)[0], stamp, sockets
     )
     await service.start()
     if os.name == "posix":

@@ -683,7 +683,7 @@ def watched(path: Path, **values: Any) -> llmq.Service:
         document = llmq.read_file(str(path))
         return llmq.merge_layers([document, ("test", {"server.port": 0, **values})])
 
-    return llmq.Service(read(), read=read, stamp=lambda: llmq.file_stamp(str(path)))
+    return llmq.Service(read(), read=read, stamp=lambda: llmq.file_stamp({"config": str(path)}))
 
 
 async def test_file_that_changes_is_read_again(
