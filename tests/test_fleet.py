@@ -114,6 +114,20 @@ async def test_headers_of_a_backend_are_on_every_request_in_place_of_others() ->
         assert not [r for r in fake.requests if b"theirs" in r.raw or b"unused" in r.raw]
 
 
+async def test_headers_and_lists_follow_a_reload() -> None:
+    async with FakeBackend() as fake, running(**backends(box=fake.url)) as q:
+        await up(q, "box")
+        assert (await q.chat("a", headers=SENT)).status == 200
+        assert b"X-T" not in fake.requests[-1].raw
+        row = {"url": fake.url, "headers": {"X-Team": "blue"}, "models": ["n"]}
+        reload_with(q, **backends(box={**row, "relay_headers": ["X-Trace"]}))
+        await eventually(lambda: "n" in q.gateway.fleet.backends["box"].models)
+        assert (await q.chat("a", model="n", headers=SENT)).status == 200
+        assert b"X-Team: blue\r\n" in fake.requests[-1].raw
+        assert b"x-trace: 1\r\n" in fake.requests[-1].raw
+        assert (await q.chat("a", model="m")).status == 404
+
+
 @pytest.mark.parametrize(
     "headers",
     [
