@@ -767,7 +767,7 @@ def parse_sent(raw: Any) -> Sent:
     for name, value in parse_facts(raw).items():
         if not re.fullmatch(TOKEN, name) or name.lower() in OWN_FIELDS:
             raise ValueError(f"{printable(name)} is no header field that may be added")
-        if not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", parse_text(value)):
+        if value == HIDDEN or not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", parse_text(value)):
             raise ValueError(f"the value of {name} is not one that a header field can have")
     return {name.lower(): value.strip() for name, value in raw.items()}
 
@@ -6322,9 +6322,8 @@ class Gateway:
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
         facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
         for backend in able:
-            limit = backend.limits.first_byte_timeout
+            limit, lines = backend.limits.first_byte_timeout, self.admission.via_lines
             body = call.question.body_for(backend.name_for(call.model))
-            lines = self.admission.via_lines
             facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
@@ -6340,7 +6339,6 @@ class Gateway:
         now, limits = self.now(), self.settings.server
         stream = call.question.stream
         call.patience = limits.heartbeat_after if stream else limits.whole_heartbeat_after
-        call.patience *= not call.blind  # where any byte would be taken for one of the answer
         call.heartbeat_at = now + call.patience if call.patience else NEVER
         backend = self.scheduler.start(call.ticket, now)
         if backend is not None:
@@ -6839,11 +6837,12 @@ class MemoryKeeper:
 def send_heartbeats(gateway: Gateway, now: float) -> None:
     """Keep those patient who wait long, so that their clients do not give up.
 
-    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.
+    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.  Never in an answer of
+    which nothing is known.
     """
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
-        if now >= call.heartbeat_at and call.error is None:
+        if now >= call.heartbeat_at and call.error is None and not call.blind:
             call.heartbeats += 1
             call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
             send_heartbeat(gateway, call, now)
@@ -7366,32 +7365,6 @@ class Api:
                         return counted
         return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
 
-    async def pass_on(self, exchange: Exchange, _: str) -> None:
-        """To a backend and back as it is; what names a model waits in the queue."""
-        request, gateway, headers = exchange.request, self.gateway, exchange.request.headers
-        check_way(request, gateway.instance)
-        values, named = {}, headers.get("x-llmq-backend")
-        if request.method == "POST" and "multipart/" not in headers.get("content-type", "").lower():
-            limit = self.settings.server.max_body
-            if re.match(rb"\s*\{", await exchange.read_body(limit)):
-                values = await read_values(exchange, limit)
-                check_common(values)
-        if values.get("model"):
-            endpoint = Endpoint((request.path,), dialect_of(request.path, headers), check_common)
-            ids = (exchange.id, exchange.request_id)
-            call = Call(exchange, endpoint, request, exchange.caller, ids)
-            priority = asked_priority({}, headers.get("x-queue-priority"))
-            call.question = FormQuestion(values["model"], False, priority, request.body, NO_EDITS)
-            call.blind = True
-            await gateway.serve(call)
-            return
-        backends = [gateway.fleet.named(named)] if named else gateway.fleet.backends.values()
-        backend = next((each for each in backends if each.usable), None)
-        if backend is None:
-            raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
-        rest = (request.path, self.settings, gateway.instance, lambda: None)
-        await Passthrough(exchange, backend, *rest).run()
-
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
         """A request that waits in the queue."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
@@ -7451,40 +7424,6 @@ class Api:
             raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
         return {"reset": self.gateway.reset_context(model)}
 
-    async def post_backends(self, exchange: Exchange, _: str) -> Facts:
-        """Add a backend, or change one that was added."""
-        row = dict(await read_control(exchange))
-        name, added = str(row.pop("name", "")), self.gateway.added
-        if name in self.gateway.fleet.backends.keys() - added or name in self.settings.backends:
-            raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
-        try:
-            parse_rows("request", "backends", {name: row})
-        except ConfigError as error:
-            raise BadRequest(str(error)) from None
-        added[name] = row
-        self.gateway.discovery.configure()
-        self.gateway.monitor.probe_due()
-        return show_backend(self.gateway.fleet.named(name))
-
-    async def delete_backend(self, exchange: Exchange, name: str) -> Facts:
-        await read_control(exchange)
-        if self.gateway.fleet.named(name) and self.gateway.added.pop(name, None) is None:
-            cure = 'take it out of the file, or drain it: POST {"draining":true}'
-            raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
-        self.gateway.discovery.configure()
-        return {"deleted": name}
-
-    async def post_backend(self, exchange: Exchange, name: str) -> Facts:
-        draining = (await read_control(exchange)).get("draining")
-        if not isinstance(draining, bool):
-            raise BadRequest('say {"draining":true}, or false', param="draining")
-        backend = self.gateway.fleet.named(name)
-        if draining and not backend.draining:
-            self.gateway.fleet.shrunk = self.gateway.now()
-        backend.draining = draining
-        self.gateway.pump()
-        return show_backend(backend)
-
     async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
         await read_control(exchange)
         query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
@@ -7523,6 +7462,71 @@ async def read_control(exchange: Exchange) -> Facts:
     if media != "application/json":
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
+
+
+async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
+    """To a backend and back as it is; what names a model waits in the queue."""
+    request, gateway, headers = exchange.request, api.gateway, exchange.request.headers
+    check_way(request, gateway.instance)
+    values, named = {}, headers.get("x-llmq-backend")
+    if request.method == "POST" and "multipart/" not in headers.get("content-type", "").lower():
+        limit = api.settings.server.max_body
+        if re.match(rb"\s*\{", (await exchange.read_body(limit))[:KIB]):
+            values = await read_values(exchange, limit)
+            check_common(values)
+    if values.get("model"):
+        endpoint = Endpoint((request.path,), dialect_of(request.path, headers), check_common)
+        ids = (exchange.id, exchange.request_id)
+        call = Call(exchange, endpoint, request, exchange.caller, ids)
+        priority = asked_priority({}, headers.get("x-queue-priority"))
+        call.question = FormQuestion(values["model"], False, priority, request.body, NO_EDITS)
+        call.blind = True
+        values.clear()  # what waits keeps little memory
+        await gateway.serve(call)
+        return
+    backends = [gateway.fleet.named(named)] if named else gateway.fleet.backends.values()
+    backend = next((each for each in backends if each.usable), None)
+    if backend is None:
+        raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
+    rest = (request.path, api.settings, gateway.instance, lambda: None)
+    await Passthrough(exchange, backend, *rest).run()
+
+
+async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
+    """Add a backend, or change one that was added."""
+    row = dict(await read_control(exchange))
+    name, added = str(row.pop("name", "")), api.gateway.added
+    if name in api.gateway.fleet.backends.keys() - added or name in api.settings.backends:
+        raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
+    try:
+        parse_rows("request", "backends", {name: row})
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    added[name] = row
+    api.gateway.discovery.configure()
+    api.gateway.monitor.probe_due()
+    return show_backend(api.gateway.fleet.named(name))
+
+
+async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    await read_control(exchange)
+    if api.gateway.fleet.named(name) and api.gateway.added.pop(name, None) is None:
+        cure = 'take it out of the file, or drain it: POST {"draining":true}'
+        raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
+    api.gateway.discovery.configure()
+    return {"deleted": name}
+
+
+async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    draining = (await read_control(exchange)).get("draining")
+    if not isinstance(draining, bool):
+        raise BadRequest('say {"draining":true}, or false', param="draining")
+    backend = api.gateway.fleet.named(name)
+    if draining and not backend.draining:
+        api.gateway.fleet.shrunk = api.gateway.now()
+    backend.draining = draining
+    api.gateway.pump()
+    return show_backend(backend)
 
 
 # ---- the table
@@ -7593,10 +7597,10 @@ ROUTES = (
           '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
     local("POST /llmq/backends",
           '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
-          Api.post_backends),
+          post_backends),
     owned("DELETE POST /llmq/backends/{name}",
           'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
-          Api.delete_backend, Api.post_backend),
+          delete_backend, post_backend),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -7604,8 +7608,7 @@ ROUTES = (
           'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
 )  # fmt: skip
-# Of paths that llmq does not know, with --allow-all-routes.
-OTHER_ROUTE = owned("GET HEAD POST /{path...}", "to a backend as it is", Api.pass_on)
+OTHER_ROUTE = owned("GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on)
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
 

@@ -142,6 +142,7 @@ async def test_headers_and_lists_follow_a_reload() -> None:
         {"X-A": "s3cret\0"},
         {"X-A": "s3cret€"},
         {"X-A": 7},
+        {"X-A": "***"},
         ["X-A: s3cret"],
     ],
 )
