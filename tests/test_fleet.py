@@ -608,17 +608,18 @@ async def test_stream_of_an_unknown_route_passes_piece_by_piece() -> None:
     async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
         await up(q, "box")
         asking = asyncio.ensure_future(
-            ask(q.port, "POST", "/completion", json={"model": "m", "stream": True})
+            ask(q.port, "POST", "/completion", json={"model": "M", "stream": True})
         )
         request = await fake.arrived()
+        assert request.json["model"] == "M"
         await request.start_stream()
-        await request.event({"content": "a"})
+        await request.event({"content": "a", "model": "m"})
         await eventually(lambda: any(c.reply.started for c in q.gateway.calls.values()))
         await request.event({"stop": True})
         request.finished()
         await request.send(b"0\r\n\r\n")
         answer = await asking
-        assert answer.body == b'data: {"content": "a"}\n\ndata: {"stop": true}\n\n'
+        assert answer.body == b'data: {"content": "a", "model": "m"}\n\ndata: {"stop": true}\n\n'
 
 
 async def test_answer_of_an_unknown_route_that_breaks_off_ends_uncleanly() -> None:
@@ -647,9 +648,27 @@ async def test_status_of_an_unknown_route_is_the_backends_own(status: int) -> No
             await request.status(status, {"detail": "Not Found"})
         answer = await asking
         assert answer.status == status
+        assert ("transfer-encoding" in answer.headers) == (status != 204)
         backend = q.gateway.fleet.backends["box"]
         assert not backend.unsupported, "nothing is learned of routes that llmq does not know"
         assert not backend.supported
+
+
+async def test_answer_of_an_unknown_route_gets_no_sign_of_life() -> None:
+    async with FakeBackend(auto=False) as fake:
+        early = {"server__whole_heartbeat_after": 0.05, "server__heartbeat_interval": 0.05}
+        more = {**early, **backends(box=fake.url)}
+        async with running(server__allow_all_routes=True, queue__slots=2, **more) as q:
+            await up(q, "box")
+            blind = asyncio.ensure_future(ask(q.port, "POST", "/completion", json={"model": "m"}))
+            request = await fake.arrived()
+            usual = asyncio.ensure_future(q.chat("x"))
+            other = await fake.arrived()
+            await eventually(lambda: max(c.heartbeats for c in q.gateway.calls.values()) > 2)
+            await request.status(404, {"detail": "nothing"})
+            assert ((await blind).status, (await blind).body) == (404, b'{"detail": "nothing"}')
+            await other.answer("x")
+            assert (await usual).body.startswith(b" ")
 
 
 async def test_post_without_a_model_goes_beside_the_queue() -> None:
@@ -712,12 +731,12 @@ async def test_file_that_changes_is_read_again(
     try:
         write(path, json.dumps({"queue": {"max_depth": 8}}), 2)
         await eventually(lambda: service.settings.queue.max_depth == 8)
+        path.unlink()
+        await service.watch()
+        assert service.gateway.config_error is None, "a file that is gone is not read"
         write(path, '{"queue": {"max_de', 3)  # half-written
         await eventually(lambda: service.gateway.config_error)
         assert service.settings.queue.max_depth == 8
-        path.unlink()
-        await service.watch()
-        assert service.settings.queue.max_depth == 8, "a file that is gone changes nothing"
         write(path, json.dumps({"queue": {"max_depth": 9}}), 4)
         await eventually(lambda: service.settings.queue.max_depth == 9)
         assert service.gateway.config_error is None
