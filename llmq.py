@@ -5312,11 +5312,10 @@ async def inspect(backend: Backend, instance: str) -> Report:
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
     facts = {"object": "model", "created": 0, "owned_by": "llmq"}
-    entries: Rows = tuple({"id": name, **facts} for name in backend.settings.models)
-    if not entries:  # else whatever it answers will do
-        if head.status != HTTPStatus.OK:
-            raise read_refusal(head, body, backend.key)
-        entries = read_models(await parse_answer(body))
+    fixed = tuple({"id": name, **facts} for name in backend.settings.models)
+    if head.status != HTTPStatus.OK and not fixed:  # else whatever it answers will do
+        raise read_refusal(head, body, backend.key)
+    entries = fixed or read_models(await parse_answer(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
