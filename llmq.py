@@ -105,7 +105,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
@@ -426,18 +426,15 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
     A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
     mode says it of each.
     """
-    try:
-        if KINDS[kind].native:
-            return tuple(str(row["name"]) for row in payload["models"])
-        rows = payload["data"]
-        if KINDS[kind].loaded_path:
-            return tuple(str(row["id"]) for row in rows if row.get("state") == "loaded")
-        unsaid = {"value": "loaded"}
-        return tuple(
-            str(row["id"]) for row in rows if row.get("status", unsaid)["value"] == "loaded"
-        )
-    except (TypeError, KeyError, AttributeError):
-        return ()
+    name, member = ("name", "models") if KINDS[kind].native else ("id", "data")
+    told, unsaid = ("state", "") if kind == "lmstudio" else ("status", "loaded")
+    rows = payload.get(member) if isinstance(payload, dict) else None
+    found = []
+    for row in rows if isinstance(rows, (list, tuple)) else ():
+        state = row.get(told, unsaid) if isinstance(row, dict) and name in row else None
+        state = state.get("value") if isinstance(state, dict) else state
+        found += [str(row[name])] if state == "loaded" else []
+    return tuple(found)
 
 
 # ==== 4. Settings =================================================================================
@@ -450,7 +447,8 @@ Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Key = str  # a secret: never shown
-Url = str  # a base URL without path, query, credentials or slash at its end
+Url = str  # a base URL without query, credentials, /v1 or slash at its end
+Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 SHORT = 0.01  # seconds; no deadline makes sense below
@@ -583,13 +581,13 @@ class IpSettings:
 class BackendSettings:
     """[backends.NAME]: one runner."""
 
-    url: Url = setting("", "http://host:port of the runner")
+    url: Url = setting("", "http://host:port of the runner; a path goes before each route")
     device: str = setting("", "the device it shares; empty: its host")
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
     kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
     key: Key = setting("", "sent to it as bearer token; never taken from a client")
-    headers: Facts = setting({}, "further header fields that it is sent")
-    relay_headers: Names = setting((), "header fields of a client passed on; *: nearly all")
+    headers: Sent = setting({}, "further header fields that it is sent")
+    relay_headers: Names = setting((), "header fields of clients passed on, no keys; *: nearly all")
     models: Names = setting((), "its models, where it cannot tell them")
     weight: float = setting(1.0, "share among equal backends", minimum=0.01)
     probe_interval: Duration = setting(0.0, "between two looks at it; 0: as for all")
@@ -597,7 +595,7 @@ class BackendSettings:
     first_byte_timeout: Duration = setting(0.0, "to an answer's first byte; 0: as for all")
     idle_timeout: Duration = setting(0.0, "between two pieces of an answer; 0: as for all")
     failures_to_open: int = setting(3, "failures in a row until it counts as down", minimum=1)
-    reset_after: Duration = setting(10.0, "until it is tried again then", minimum=SHORT)
+    reset_after: Duration = setting(10.0, "longest until it is tried again then", minimum=SHORT)
 
 
 @dataclass
@@ -621,6 +619,12 @@ class Settings:
 
     def reserve_of(self, device: str) -> int:
         return self.devices[device].reserve_high if device in self.devices else 0
+
+    def limits_of(self, row: BackendSettings) -> UpstreamSettings:
+        """What holds at this backend: what its row says, else what holds at all."""
+        names = ("probe_interval", "probe_timeout", "first_byte_timeout", "idle_timeout")
+        own = {name: getattr(row, name) for name in names if getattr(row, name)}
+        return replace(self.upstream, **own) if own else self.upstream
 
 
 def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
@@ -676,7 +680,9 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
         name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
-        return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
+        if self.type == "Names":  # each time it is given, one more
+            name = re.sub("ies$", "y", name) if name.endswith("ies") else name[:-1]
+        return "--" + name.replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -723,7 +729,7 @@ def parse_names(raw: Any) -> Names:
 
 
 def parse_url(raw: Any) -> Url:
-    """`http://box:8080`, also as `box:8080` or with an empty or /v1 path."""
+    """`http://box:8080`, also as `box:8080`; a path is kept, but for the /v1 that routes have."""
     text = parse_text(raw)
     try:
         parts = urlsplit(text if "//" in text else "http://" + text)
@@ -733,9 +739,10 @@ def parse_url(raw: Any) -> Url:
         raise ValueError("wants a url like http://host:port") from None
     if parts.username or parts.password:
         raise ValueError("put the password into `key`, not into the url")
-    if parts.path.strip("/") not in ("", "v1") or parts.query:
-        raise ValueError("wants a url without a path")
-    return f"{parts.scheme}://{parts.netloc}"
+    path = parts.path.rstrip("/")
+    if parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]*", path):
+        raise ValueError("wants a url without a query, its path in visible ASCII")
+    return f"{parts.scheme}://{parts.netloc}{path[: -len('/v1')] if path.endswith('/v1') else path}"
 
 
 def parse_key(raw: Any) -> Key:
@@ -758,6 +765,24 @@ def parse_facts(raw: Any) -> Facts:
     return raw
 
 
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
+KEY_FIELDS = ("authorization", "proxy-authorization", "x-api-key", "api-key")
+OWN_FIELDS = (  # hop-by-hop (RFC 9110 s.7.6.1), or what llmq itself says to a backend
+    "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "via",
+)  # fmt: skip
+
+
+def parse_sent(raw: Any) -> Sent:
+    """Header fields as a request may carry them beside llmq's own, RFC 9110 s.5."""
+    for name, value in parse_facts(raw).items():
+        if not re.fullmatch(TOKEN, name) or name.lower() in OWN_FIELDS:
+            raise ValueError(f"{printable(name)} is no header field that may be added")
+        if value == HIDDEN or not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", parse_text(value)):
+            raise ValueError(f"the value of {name} is not one that a header field can have")
+    return {name.lower(): value.strip() for name, value in raw.items()}
+
+
 class SettingType(NamedTuple):
     parse: Callable[[Any], Any]  # a text, or what a file has in its place
     flag: dict[str, Any]  # what argparse is told of its flag
@@ -772,6 +797,7 @@ TYPES = {
     "Facts": SettingType(parse_facts, {"metavar": "TABLE"}, json.dumps),
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
+    "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
@@ -791,7 +817,7 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        secret = row.type in ("Url", "Key")  # a url may hold a password
+        secret = row.type in ("Url", "Key", "Sent")  # a url may hold a password
         written = "" if secret else f" = {printable(str(raw), 60)}"
         raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
@@ -1205,7 +1231,6 @@ class Clients:
 
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
-FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the backend is down
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried again there
@@ -1324,10 +1349,8 @@ class Backend:
     """One runner: where it is, what it has, how it does."""
 
     def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
-        self.name, self.device = name, device
-        self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
-        self.set_key(settings.key)
-        self.weight = settings.weight
+        self.name, self.device, self.kind = name, device, ""
+        self.configure(settings, UpstreamSettings())
         self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.changed = 0.0  # no probe that began before this tells how it is, monotonic
@@ -1357,12 +1380,19 @@ class Backend:
         self.unsupported_until = 0.0  # when they are tried again, monotonic
         self.supported: set[tuple[str, str]] = set()
 
-    def set_key(self, key: str) -> None:
-        """What it is sent as bearer token; kept as the lines that each request to it gets."""
-        lines = f"Host: {self.url.partition('://')[2]}\r\n"
-        lines += f"Authorization: Bearer {key}\r\n" if key else ""
-        self.key = key
-        self.request_lines = lines.encode("latin-1", "replace")
+    def configure(self, settings: BackendSettings, limits: UpstreamSettings) -> None:
+        """What its row says and what else holds for it; kept as the lines of each request to it."""
+        self.settings, self.limits, self.url = settings, limits, settings.url
+        self.slots, self.weight = settings.slots, settings.weight
+        self.kind = settings.kind or self.kind
+        self.base = urlsplit(self.url).path  # goes before each route
+        self.origin = self.url[: len(self.url) - len(self.base)]
+        token = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+        self.headers = {"host": self.origin.partition("://")[2], **token, **settings.headers}
+        keys = [self.headers[name] for name in KEY_FIELDS if name in self.headers]
+        self.key = keys[0].rpartition(" ")[2] if keys else ""  # no client is to see it
+        lines = [f"{name.title()}: {value}\r\n" for name, value in self.headers.items()]
+        self.request_lines = "".join(lines).encode("latin-1", "replace")
 
     @property
     def traits(self) -> Kind:
@@ -1475,6 +1505,8 @@ class Backend:
         self.models = {}
         for name in dict.fromkeys(report.models):
             self.models.setdefault(model_key(name), []).append(name)
+        sent_on = [row for row in report.tags if row.get("remote_host")]
+        self.remote = frozenset(model_key(str(row.get("name"))) for row in sent_on)
         self._become(State.UP, None)
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
@@ -1485,15 +1517,17 @@ class Backend:
             self.loaded |= self.loading.keys()
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
-        """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
+        """A probe or request failed.  Many in a row, or nobody listening: only probes go there."""
         self.failures += 1
+        opens = self.failures >= self.settings.failures_to_open
         self.error, self.next_probe = printable(why, ERROR_SHOWN), now  # look again at once
         if self.state is State.DOWN:
-            self.backoff = min(2 * self.backoff, interval)
+            self.backoff = min(2 * self.backoff, self.settings.reset_after)
             self.next_probe = now + self.backoff
-        elif refused or self.state is State.UNKNOWN or self.failures >= FAILURES_TO_OPEN:
+        elif refused or opens or self.state is State.UNKNOWN:
             self._become(State.DOWN, why)
-            self.since, self.next_probe = now, now + min(self.backoff, interval)
+            self.backoff = min(self.backoff, interval, self.settings.reset_after)
+            self.since, self.next_probe = now, now + self.backoff
 
     def answered(self, now: float, why: str, interval: float) -> None:
         """It was asked for its models and said something else: what it serves, it serves still."""
@@ -1596,6 +1630,7 @@ class Fleet:
         self.turn = 0.0  # of the backend that was given the last request
         self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
+        self.relayed: Names = ()  # header fields of a client that some backend is to get
 
     def policy(self, key: str) -> ModelSettings:
         """What is configured for a model."""
@@ -1644,6 +1679,7 @@ class Fleet:
     ) -> None:
         """Have the backends of these rows and no others, on the devices that `places` names."""
         self.model_settings, self._policies = settings.models, {}
+        self.relayed = tuple({name for row in rows.values() for name in row.relay_headers})
         for name, backend in list(self.backends.items()):
             row = rows.get(name)
             if row is None or row.url != backend.url:
@@ -1652,11 +1688,11 @@ class Fleet:
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             self.move(backend, self.device_of(places[name], slots))
-            backend.slots, backend.weight = row.slots, row.weight
             backend.device.reserve_high = settings.reserve_of(places[name])
-            backend.kind = row.kind or backend.kind
+            if row != backend.settings:  # its list of models may be another
+                backend.changed, backend.next_probe = now, 0.0
+            backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
-            backend.set_key(row.key)
         self.drop_unused()
 
     def serving(self, want: Want) -> list[Backend]:
@@ -1798,6 +1834,11 @@ class Fleet:
             if len(names) > 1 and asked not in names:
                 message = f"model {printable(asked)!r} means {' or '.join(names)}"
                 raise BadRequest(message, param="model")
+
+    def named(self, name: str) -> Backend:
+        if name not in self.backends:
+            raise LlmqError(f"there is no backend {printable(name)}", "not_found")
+        return self.backends[name]
 
     def why_unsupported(self, want: Want) -> str:
         """Why no backend takes these routes for this model."""
@@ -2623,7 +2664,6 @@ CHUNK_LINE_LIMIT = 256  # size and extension of one chunk
 EXTENSIONS_LIMIT = 64 * KIB
 TRAILER_LIMIT = 8 * KIB
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 # No obs-fold (RFC 9112 s.5.2), no control characters (RFC 9110 s.5.5), no space before the colon
@@ -3669,6 +3709,16 @@ class StreamWatch:
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
         return shown + self.ended
+
+
+class BlindWatch(StreamWatch):
+    """Of an answer of which nothing is known but that it has come when its body has."""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def finish(self) -> bytes:
+        return b""
 
 
 Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
@@ -5090,7 +5140,7 @@ class Exchange:
 
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
-        self._chunked = self.request.minor >= 1
+        self._chunked = self.request.minor >= 1 and status not in (204, 304)
         framing = f"Content-Type: {content_type}\r\n{STREAM_LINES}"
         if self._chunked:
             framing += "Transfer-Encoding: chunked\r\n"
@@ -5501,7 +5551,10 @@ def render_request(
 ) -> bytes:
     """A request to this backend, with these header lines; without a body it has no length."""
     length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
-    first = f"{method} {target} HTTP/1.1\r\n".encode("latin-1")
+    first = f"{method} {backend.base}{target} HTTP/1.1\r\n".encode("latin-1")
+    if backend.settings.headers:  # they go in place of any other of the same names
+        named = [(line, line.partition(b":")[0].decode()) for line in lines.splitlines(True)]
+        lines = b"".join(line for line, name in named if name.lower() not in backend.headers)
     return b"".join([first, backend.request_lines, lines, length, b"\r\n", body or b""])
 
 
@@ -5682,7 +5735,7 @@ async def fetch(
     backend: Backend, path: str, body: bytes | None = None, lines: bytes = b""
 ) -> tuple[ResponseHead, bytes]:
     """What a GET, or a POST of this JSON, is answered with; raises OSError, BackendError."""
-    upstream = await dial(backend.url)
+    upstream = await dial(backend.origin)
     try:
         method = "GET" if body is None else "POST"
         lines += FETCH_LINES + (b"" if body is None else b"Content-Type: application/json\r\n")
@@ -5706,7 +5759,7 @@ async def parse_answer(body: bytes) -> Any:
 
 
 class Pool:
-    """Idle connections to the backends by url, the latest used first."""
+    """Idle connections to the backends by origin, the latest used first."""
 
     def __init__(self) -> None:
         self._idle: dict[str, list[Upstream]] = {}
@@ -5767,9 +5820,11 @@ async def inspect(backend: Backend, instance: str) -> Report:
         version = printable(str(look_up(answer, "version") or ""))
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
-    if head.status != HTTPStatus.OK:
+    facts = {"object": "model", "created": 0, "owned_by": "llmq"}
+    fixed = tuple({"id": name, **facts} for name in backend.settings.models)
+    if head.status != HTTPStatus.OK and not fixed:  # else whatever it answers will do
         raise read_refusal(head, body, backend.key)
-    entries = read_models(await parse_answer(body))
+    entries = fixed or read_models(await parse_answer(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
@@ -5867,7 +5922,7 @@ class Monitor:
         self.refreshed = float("-inf")
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
-        self._turns: dict[str, asyncio.Semaphore] = {}  # by url
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by origin
         self._asked: dict[Any, Asked] = {}  # by all that is said
 
     def probe_due(self) -> None:
@@ -5914,8 +5969,7 @@ class Monitor:
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
-        limits = self.settings.upstream
-        limit, interval = limits.probe_timeout, limits.probe_interval
+        limit, interval = backend.limits.probe_timeout, backend.limits.probe_interval
         looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
             report = await within(limit, looking, BackendTimeout("does not answer"))
@@ -5953,13 +6007,13 @@ class Monitor:
         Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
         at a time is asked once, and ends when the clients of all its replies have left.
         """
-        turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
+        turns = self._turns.setdefault(backend.origin, asyncio.Semaphore(BESIDE))
 
         async def take_turn() -> tuple[ResponseHead, bytes]:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        key = (backend.url, path, body, lines)
+        key = (backend, path, body, lines)
         asked = self._asked.get(key)
         if asked is None:
             late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
@@ -5987,7 +6041,7 @@ class Monitor:
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
         if failure is None:
-            backend.succeeded(now, None, self.settings.upstream.probe_interval)
+            backend.succeeded(now, None, backend.limits.probe_interval)
         elif isinstance(failure, BackendError) and failure.unhealthy:
             if not isinstance(failure, BackendLoading):
                 backend.needs_probe |= isinstance(failure, BackendUnreached)
@@ -5996,7 +6050,7 @@ class Monitor:
             self.probe_due()
 
     def record_failure(self, backend: Backend, error: Exception, now: float) -> None:
-        interval = self.settings.upstream.probe_interval
+        interval = backend.limits.probe_interval
         if isinstance(error, SelfFound):
             backend.refuse(now, str(error), interval)
         elif isinstance(error, BackendLoading):
@@ -6013,20 +6067,40 @@ class Monitor:
             flight.cancel()
 
 
+def is_this_box(host: str) -> bool:
+    """Whether a backend's host is a name or address of this very box."""
+    own = socket.gethostname().lower()
+    if is_loopback(host) or host.lower() in (own, own + ".local"):
+        return True
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        if is_address(host):  # looking up a name could take long
+            probe.bind((host, 0))  # only an address of one's own can be bound
+            return True
+    return False
+
+
+def device_name(settings: BackendSettings) -> str:
+    """Backends on one host share one device, all names of this box are one host."""
+    host = urlsplit(settings.url).hostname or ""
+    return settings.device or ("local" if is_this_box(host) else host)
+
+
 class Discovery:
     """Looks for runners on this box while none is configured."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, instance: str) -> None:
-        self.settings = settings
-        self.fleet = fleet
-        self.instance = instance
+    def __init__(self, monitor: Monitor, added: Mapping[str, Facts]) -> None:
+        self.monitor, self.added = monitor, added  # raw rows of [backends], at run time
+        self.settings, self.fleet = monitor.settings, monitor.fleet
         # An Ollama may come at any time; the others must identify themselves.
         self.found = {"ollama": BackendSettings(url=KINDS["ollama"].url)}
 
-    @property
-    def rows(self) -> dict[str, BackendSettings]:
-        """The backends that there are to be: those configured, else those found."""
-        return self.settings.backends or self.found
+    def configure(self) -> None:
+        """Have the backends that are configured, else those found, and those that were added."""
+        own = self.settings.backends or self.found
+        rows = {**own, **parse_rows("added", "backends", self.added), **own}
+        places = {name: device_name(row) for name, row in rows.items()}
+        self.fleet.configure(rows, places, self.settings, time.monotonic())
 
     async def step(self) -> None:
         """One round over the places where runners listen by default."""
@@ -6044,13 +6118,12 @@ class Discovery:
     async def try_place(self, kind: Kind) -> None:
         probe = Backend(kind.name, BackendSettings(url=kind.url), Device("", 1))
         try:
-            report = await inspect(probe, self.instance)
+            report = await inspect(probe, self.monitor.instance)
         except (OSError, LlmqError, ValueError, SelfFound):
             return
         if report.kind == kind.name and not self.settings.backends:  # else configured since
             self.found[kind.name] = BackendSettings(url=kind.url, kind=kind.name)
-            places = dict.fromkeys(self.found, "local")
-            self.fleet.configure(self.found, places, self.settings, time.monotonic())
+            self.configure()
 
 
 # ==== 22. Calls ===================================================================================
@@ -6074,6 +6147,17 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     return "".join(lines).encode("latin-1")
 
 
+NEVER_RELAYED = {*KEY_FIELDS, *OWN_FIELDS, *RELAYED_REQUEST}  # or in any case
+UNASKED = re.compile("cookie|origin|x-llmq-.*|x-queue-priority")  # which `*` does not mean
+
+
+def more_names(headers: Headers, wanted: Names) -> Names:
+    """The names of the header fields that are relayed because `relay_headers` says so."""
+    never = NEVER_RELAYED | connection_options(headers)
+    every = {name for name in headers if "*" in wanted and not UNASKED.fullmatch(name)}
+    return tuple(name for name in every.union(map(str.lower, wanted)) - never if name in headers)
+
+
 RELAYED_TYPES = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 
 
@@ -6091,9 +6175,11 @@ class Call:
     """One request on its way, and the Reply that it answers."""
 
     ticket: Ticket  # once it is admitted
+    blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
     lines = b""  # of the head of a request to a backend, those that every backend gets
+    more: Headers = NO_HEADERS  # the header fields that some backend gets besides
     deadline = NEVER  # for the backend's next byte, monotonic
     heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
     heartbeats = 0  # that it got
@@ -6151,6 +6237,8 @@ class Call:
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
         question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
+        if self.blind:
+            return self.route
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
         if backend.traits.native and (question.context or question.keep_alive or shared):
             routes = (*(one for one in routes if one in NATIVE), *routes)
@@ -6167,7 +6255,7 @@ class Call:
             context = backend.contexts.request(key, question.context, backend.used)
         self.translator = self.echo = None
         if route == self.endpoint.path:
-            if question.model not in ("", name):
+            if question.model not in ("", name) and not self.blind:
                 self.told, self.echo = name, model_echo(name, question.model)
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
@@ -6176,7 +6264,10 @@ class Call:
                 raise Untranslatable(TOO_MANY)
             target = route
             body = functools.partial(self.translated, route, name, context, backend.traits)
-        return lambda: render_request(backend, "POST", target, self.lines, body())
+        lines = self.lines
+        if self.more:
+            lines += relayed_lines(self.more, more_names(self.more, backend.settings.relay_headers))
+        return lambda: render_request(backend, "POST", target, lines, body())
 
     def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
         """The body for another route."""
@@ -6212,7 +6303,7 @@ class Call:
         wire = await beside(write, heavy=self.question.long)
         if self.error is not None:  # nobody waits for it any more
             raise self.error
-        self.connecting = asyncio.ensure_future(dial(backend.url))
+        self.connecting = asyncio.ensure_future(dial(backend.origin))
         self.upstream = await connect_within(seconds, self.connecting, backend)
         if self.error is not None:
             raise self.error
@@ -6224,6 +6315,11 @@ class Call:
         """The answer behind a head: a stream passes by here, a whole one is read first."""
         upstream, received = self.upstream, functools.partial(self.received, backend, limits)
         assert upstream is not None  # `ask` has it
+        if self.blind:  # whatever it is, it passes by
+            self.watch = BlindWatch(self.endpoint.dialect)
+            self.reply.start(head.status, relayed_type(head), self.headers)
+            self.answer = await self.relay(self.watch, upstream, received)
+            return
         if head.status != HTTPStatus.OK:
             raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
         if head.headers.get("content-encoding", "identity").lower() != "identity":
@@ -6576,6 +6672,8 @@ class Admission:
         values: Mapping[str, Any] = {}
         if call.endpoint.path == TRANSCRIPTIONS:
             question: Question = read_form(body, request.headers.get("content-type", ""), header)
+        elif call.blind:
+            question = call.question  # which was read to find that out
         else:
             read = functools.partial(
                 read_question, body, call.endpoint, header, foreign=caller.foreign
@@ -6588,12 +6686,22 @@ class Admission:
             call.question = question._replace(context=context)
         priority = question.priority
         priority = max(priority, Priority.NORMAL) if caller.foreign else priority
-        want = Want(model_key(model), call.endpoint.routes)
+        pinned = request.headers.get("x-llmq-backend", "")
+        if pinned and pinned not in self.fleet.backends:
+            raise BadRequest(f"there is no backend {printable(pinned)}")
+        if pinned and not self.fleet.named(pinned).may_have(model_key(model)):
+            raise model_not_found(f"{model} at {pinned}")
+        routes = () if call.blind else call.endpoint.routes
+        want = Want(model_key(model), routes, backend=pinned)
         client = self.clients.named(caller.client)
-        call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
-        call.ticket.session = read_session(request.headers, values)
         call.lines = self.via_lines + relayed_lines(request.headers)
-        if not question.done_reason:
+        if self.fleet.relayed:
+            names = more_names(request.headers, self.fleet.relayed)
+            call.more = {name: request.headers[name] for name in names}
+        size = len(body) + sum(map(len, call.more.values()))
+        call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
+        call.ticket.session = read_session(request.headers, values)
+        if not (question.done_reason or call.blind):
             await self.check_supported(call, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
@@ -6632,7 +6740,7 @@ class Admission:
         key, longest = model_key(model), backend.contexts.max
         if key not in longest and backend.usable:
             body = render_json({"model": backend.name_for(model)})
-            limit = self.settings.upstream.probe_timeout
+            limit = backend.limits.probe_timeout
             facts: Facts = {}
             with contextlib.suppress(LlmqError):
                 facts = await self.monitor.ask(limit, backend, "/api/show", body)
@@ -6690,6 +6798,8 @@ class Gateway:
         self.journal = Journal(self.metrics)
         self.scheduler = Scheduler(self.fleet, settings)
         self.monitor = Monitor(settings, self.fleet, self.metrics, instance)
+        self.added: dict[str, Facts] = {}  # raw rows of [backends], at run time
+        self.discovery = Discovery(self.monitor, self.added)
         self.admission = Admission(settings, self.monitor, self.clients)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
@@ -6738,10 +6848,9 @@ class Gateway:
         facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
         facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
-        limit = self.settings.upstream.first_byte_timeout
         for backend in able:
+            limit, lines = backend.limits.first_byte_timeout, self.admission.via_lines
             body = call.question.body_for(backend.name_for(call.model))
-            lines = self.admission.via_lines
             facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
@@ -6778,7 +6887,7 @@ class Gateway:
         again = False
         try:
             call.reply.watch(functools.partial(self.leave, call))
-            await call.ask(backend, self.settings.upstream)
+            await call.ask(backend, backend.limits)
             failure = None
         except LlmqError as error:
             failure = call.error or error
@@ -6884,9 +6993,9 @@ class Gateway:
         turn of the loop; the call is woken by the first bytes of the answer.  A fresh connection it
         makes itself.
         """
-        call.deadline = now + self.settings.upstream.first_byte_timeout
+        call.deadline = now + backend.limits.first_byte_timeout
         call.on_load = self.monitor.news.set
-        upstream = None if call.question.long else self.pool.take(backend.url, now)
+        upstream = None if call.question.long else self.pool.take(backend.origin, now)
         if upstream is not None:
             try:
                 upstream.send(call.writer(backend)())
@@ -6961,12 +7070,12 @@ class Gateway:
         """End what has waited too long, for a slot or for a backend's next byte."""
         for ticket, error in self.scheduler.expire(now):
             self.end_wait(self.calls[ticket.id], error)
-        limits = self.settings.upstream
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
             if now >= call.deadline and ticket.want.device:
                 self.end_lease(call)
-            elif now >= call.deadline:
+            elif now >= call.deadline and ticket.backend is not None:
+                limits = ticket.backend.limits
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
         for backend in self.fleet.backends.values():
@@ -7116,9 +7225,7 @@ def anthropic_list(entries: Sequence[Facts]) -> Facts:
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
     """The Ollama that a request of model management is for."""
-    if named is not None and named not in fleet.backends:
-        raise LlmqError(f"there is no backend {printable(named)}", "not_found")
-    asked = [fleet.backends[named]] if named else list(fleet.backends.values())
+    asked = [fleet.named(named)] if named is not None else list(fleet.backends.values())
     ollamas = [backend for backend in asked if backend.traits.native]
     if not ollamas and all(backend.models_known for backend in asked):
         raise Untranslatable("that is no Ollama, which alone manages its models")
@@ -7155,7 +7262,7 @@ class Passthrough:
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
-        exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.url))
+        exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.origin))
         limit = self.settings.upstream.connect_timeout
         upstream = await connect_within(limit, dialling, self.backend)
         try:
@@ -7193,7 +7300,8 @@ class Passthrough:
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
         lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
-        lines += relayed_lines(request.headers)
+        more = more_names(request.headers, self.backend.settings.relay_headers)
+        lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
         limit = self.settings.server.stall_timeout
@@ -7300,11 +7408,12 @@ class MemoryKeeper:
 def send_heartbeats(gateway: Gateway, now: float) -> None:
     """Keep those patient who wait long, so that their clients do not give up.
 
-    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.
+    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.  Never in an answer of
+    which nothing is known.
     """
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
-        if now >= call.heartbeat_at and call.error is None:
+        if now >= call.heartbeat_at and call.error is None and not call.blind:
             call.heartbeats += 1
             call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
             send_heartbeat(gateway, call, now)
@@ -7387,7 +7496,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
     if exchange.caller.foreign or (cross_site and not safe):
         raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
     if access is Access.LOCAL and not exchange.is_local:
-        raise LlmqError("models are managed from this box only", "forbidden")
+        raise LlmqError("this route is for this box only", "forbidden")
 
 
 # ==== 29. Snapshot ================================================================================
@@ -7659,6 +7768,8 @@ class Api:
         user, agent = headers.get("x-user-id"), headers.get("user-agent")
         exchange.caller = identify(user, origin, agent, trusted)
         route, argument = match_route(request)
+        if argument and route is None and self.settings.server.allow_all_routes:
+            route = OTHER_ROUTE
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
             return Api.preflight, argument
@@ -7768,7 +7879,7 @@ class Api:
         for backend in serving:
             if backend.traits.native and backend.usable:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
-                limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
+                limit, body = backend.limits.first_byte_timeout, render_json(asked)
                 try:
                     return await monitor.ask(limit, backend, "/api/show", body, b"", exchange)
                 except LlmqError as error:
@@ -7815,11 +7926,12 @@ class Api:
         question, values = await beside(read, heavy=is_heavy(body))
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(question.model)
-        key, limit = model_key(model), self.settings.upstream.probe_timeout
+        key = model_key(model)
         lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
         for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
+                limit = backend.limits.probe_timeout
                 with contextlib.suppress(LlmqError):
                     counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                     if isinstance(counted.get("input_tokens"), int):
@@ -7962,6 +8074,71 @@ async def read_control(exchange: Exchange) -> Facts:
     return await read_values(exchange, CONTROL_BODY)
 
 
+async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
+    """To a backend and back as it is; what names a model waits in the queue."""
+    request, gateway, headers = exchange.request, api.gateway, exchange.request.headers
+    check_way(request, gateway.instance)
+    values, named = {}, headers.get("x-llmq-backend")
+    if request.method == "POST" and "multipart/" not in headers.get("content-type", "").lower():
+        limit = api.settings.server.max_body
+        if re.match(rb"\s*\{", (await exchange.read_body(limit))[:KIB]):
+            values = await read_values(exchange, limit)
+            check_common(values)
+    if values.get("model"):
+        endpoint = Endpoint((request.path,), dialect_of(request.path, headers), check_common)
+        ids = (exchange.id, exchange.request_id)
+        call = Call(exchange, endpoint, request, exchange.caller, ids)
+        priority = asked_priority({}, headers.get("x-queue-priority"))
+        call.question = FormQuestion(values["model"], False, priority, request.body, NO_EDITS)
+        call.blind = True
+        values.clear()  # what waits keeps little memory
+        await gateway.serve(call)
+        return
+    backends = [gateway.fleet.named(named)] if named else gateway.fleet.backends.values()
+    backend = next((each for each in backends if each.usable), None)
+    if backend is None:
+        raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
+    rest = (request.path, api.settings, gateway.instance, lambda: None)
+    await Passthrough(exchange, backend, *rest).run()
+
+
+async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
+    """Add a backend, or change one that was added."""
+    row = dict(await read_control(exchange))
+    name, added = str(row.pop("name", "")), api.gateway.added
+    if name in api.gateway.fleet.backends.keys() - added or name in api.settings.backends:
+        raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
+    try:
+        parse_rows("request", "backends", {name: row})
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    added[name] = row
+    api.gateway.discovery.configure()
+    api.gateway.monitor.probe_due()
+    return show_backend(api.gateway.fleet.named(name))
+
+
+async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    await read_control(exchange)
+    if api.gateway.fleet.named(name) and api.gateway.added.pop(name, None) is None:
+        cure = 'take it out of the file, or drain it: POST {"draining":true}'
+        raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
+    api.gateway.discovery.configure()
+    return {"deleted": name}
+
+
+async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    draining = (await read_control(exchange)).get("draining")
+    if not isinstance(draining, bool):
+        raise BadRequest('say {"draining":true}, or false', param="draining")
+    backend = api.gateway.fleet.named(name)
+    if draining and not backend.draining:
+        api.gateway.fleet.shrunk = api.gateway.now()
+    backend.draining = draining
+    api.gateway.pump()
+    return show_backend(backend)
+
+
 # ---- the table
 
 RouteHandler = Callable[[Api, Exchange, str], Awaitable[Union[Facts, None]]]
@@ -8028,6 +8205,12 @@ ROUTES = (
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
     owned("POST /llmq/models",
           '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+    local("POST /llmq/backends",
+          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
+          post_backends),
+    owned("DELETE POST /llmq/backends/{name}",
+          'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
+          delete_backend, post_backend),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -8040,6 +8223,7 @@ ROUTES = (
     owned("DELETE POST /llmq/leases/{id}",
           'end it, or with `{"ttl_s":60}` renew it', Api.end_lease, Api.renew_lease),
 )  # fmt: skip
+OTHER_ROUTE = owned("GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on)
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
 
@@ -8048,7 +8232,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     """The row of a path, and what fills its {...}.
 
     Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
-    ones match nothing.  A model's name may be a path itself, with its first slash encoded.
+    ones match nothing; a path without a row is given back.  A model's name may be a path itself,
+    with its first slash encoded.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -8067,8 +8252,9 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         if tail and (longer.path.endswith("...}") or "/" not in tail):
             route, rest = longer, tail
             break
-    if route is not None:
-        request.path = decoded
+    if route is None:
+        return None, "" if decoded.startswith("/llmq/") else decoded
+    request.path = decoded
     return route, rest
 
 
@@ -8482,6 +8668,7 @@ FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
 LOG_PIECE = 1024  # characters: a pipe that has room takes 4,096 bytes without waiting
 LOG_PATIENCE = 0.05  # seconds in which the loop may wait for whoever reads the log
+WATCH_SECONDS = 2.0  # between two looks at whether the file has changed
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
@@ -8569,25 +8756,6 @@ def raise_file_limit(wanted: int) -> int:
     return soft
 
 
-def is_this_box(host: str) -> bool:
-    """Whether a backend's host is a name or address of this very box."""
-    own = socket.gethostname().lower()
-    if is_loopback(host) or host.lower() in (own, own + ".local"):
-        return True
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        if is_address(host):  # looking up a name could take long
-            probe.bind((host, 0))  # only an address of one's own can be bound
-            return True
-    return False
-
-
-def device_name(settings: BackendSettings) -> str:
-    """Backends on one host share one device, all names of this box are one host."""
-    host = urlsplit(settings.url).hostname or ""
-    return settings.device or ("local" if is_this_box(host) else host)
-
-
 def inherited_sockets() -> list[socket.socket]:
     """The listening sockets that a service manager opened for this process, sd_listen_fds(3)."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -8624,6 +8792,7 @@ class Service:
     settings: Settings
     demo: bool = False
     read: Callable[[], Settings] | None = None  # reads the settings again
+    stamp: Callable[[], object] | None = None  # tells one state of the file from another
     sockets: Sequence[socket.socket] = ()  # that a service manager holds too, in place of our own
 
     def __post_init__(self) -> None:
@@ -8635,8 +8804,8 @@ class Service:
         self.most_connections = 0
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
         self.has_looked = False  # around this box, for runners
+        self.seen = self.stamp() if self.stamp else None
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
-        self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
         self.api = Api(self.gateway, self.own_names(), self.reload)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -8673,6 +8842,7 @@ class Service:
             (STREAM_SECONDS, self.api.stream.step),
             (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
+            (WATCH_SECONDS, self.watch),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
@@ -8699,7 +8869,7 @@ class Service:
                 self.addresses.append(base_url("::1", self.port))
 
     async def look_around(self) -> None:
-        await self.discovery.step()
+        await self.gateway.discovery.step()
         self.has_looked = True
 
     async def first_look(self) -> None:
@@ -8715,9 +8885,7 @@ class Service:
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
         self.api.names = frozenset(self.own_names())
-        rows = self.discovery.rows
-        places = {name: device_name(row) for name, row in rows.items()}
-        self.gateway.fleet.configure(rows, places, self.settings, time.monotonic())
+        self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
         self.gateway.pump()
 
@@ -8742,6 +8910,14 @@ class Service:
         vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
         log.info("reload: done")
+
+    async def watch(self) -> None:
+        """Reload when the file is another; while it is gone, a new one is on its way."""
+        if self.settings.server.watch and self.stamp is not None:
+            stamp = await in_thread(self.stamp)  # its disk may be far away
+            if stamp not in (None, self.seen):
+                self.seen = stamp
+                self.reload()
 
     def on_signal(self) -> None:
         """The first asks to stop, the second to stop now."""
@@ -8852,6 +9028,14 @@ def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Se
     return merge_layers([*file, *layers, ("command line", given)]), notes
 
 
+def file_stamp(flags: Mapping[str, Any]) -> object:
+    """What tells one state of the configuration file from another; None while there is none."""
+    with contextlib.suppress(OSError):
+        facts = os.stat(flags.get("config") or find_file(os.environ) or "")
+        return facts.st_mtime_ns, facts.st_size, facts.st_ino
+    return None
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting, of which only those that are given become options."""
     parser.argument_default = argparse.SUPPRESS
@@ -8929,8 +9113,9 @@ async def serve(options: argparse.Namespace) -> int:
     set_up_log(settings.log)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
+    sockets, stamp = inherited_sockets(), functools.partial(file_stamp, flags)
     service = Service(
-        settings, options.demo, lambda: read_settings(flags, os.environ)[0], inherited_sockets()
+        settings, options.demo, lambda: read_settings(flags, os.environ)[0], stamp, sockets
     )
     await service.start()
     if os.name == "posix":

@@ -280,8 +280,11 @@ def test_backend_is_a_url_or_a_name_and_a_url(item: str, name: str, url: str) ->
         "http://box:0",
         "http://box:99999",
         "http://box:port",
-        "http://box/api",
+        "http://box/a b",
+        "http://box/päth",
         "http://box?x=1",
+        "http://box/v1?x=1",
+        "http://box/v1#x",
         "http://[::1",
         "gpu=",
         "",
@@ -459,6 +462,9 @@ EFFECTS = {
     "server.cors_origins": "test_wire_cors.py::test_cors_origins_narrow_the_grant_to_those_named",
     "server.allow_anonymous_lan": "test_service.py"
     "::test_listening_for_the_network_needs_leave_and_then_works",
+    "server.allow_all_routes": "test_fleet.py"
+    "::test_unknown_paths_are_404_unless_all_routes_are_allowed",
+    "server.watch": "test_fleet.py::test_watch_off_leaves_the_file_alone",
     "server.head_timeout": "test_wire_deadlines.py"
     "::test_heads_that_are_never_complete_end_at_the_deadline",
     "server.body_timeout": "test_wire_deadlines.py::test_body_timeout_counts_from_the_last_byte",
@@ -509,6 +515,25 @@ EFFECTS = {
     "::test_a_backend_may_have_fewer_slots_than_its_device",
     "backends.kind": "test_background.py::test_kind_that_is_set_is_not_asked_for",
     "backends.key": "test_upstream_faults.py::test_the_key_of_a_backend_comes_from_the_settings",
+    "backends.headers": "test_fleet.py"
+    "::test_headers_of_a_backend_are_on_every_request_in_place_of_others",
+    "backends.relay_headers": "test_fleet.py"
+    "::test_relay_headers_pass_on_what_is_named_but_never_a_key",
+    "backends.models": "test_fleet.py"
+    "::test_models_that_are_listed_are_not_asked_for_and_any_answer_is_health",
+    "backends.weight": "test_fleet.py::test_weight_of_a_backend_is_kept_and_follows_a_reload",
+    "backends.probe_interval": "test_fleet.py"
+    "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
+    "backends.probe_timeout": "test_fleet.py"
+    "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
+    "backends.first_byte_timeout": "test_fleet.py"
+    "::test_first_byte_timeout_of_a_backend_ends_what_it_does_not_answer",
+    "backends.idle_timeout": "test_fleet.py"
+    "::test_idle_timeout_of_a_backend_ends_a_stream_that_falls_silent",
+    "backends.failures_to_open": "test_fleet.py"
+    "::test_failures_to_open_are_those_in_a_row_after_which_it_is_down",
+    "backends.reset_after": "test_fleet.py"
+    "::test_reset_after_is_the_longest_until_a_backend_that_is_down_is_tried_again",
     "aliases": "test_reads.py::test_alias_leads_to_its_model_in_every_dialect",
 }
 
