@@ -47,16 +47,17 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
     23. Admission      from a request to a call that may wait
     24. Gateway        the life of one request
     25. Models         what there is, and its management
-    26. Background     what runs beside the requests: deadlines, heartbeats
+    26. Store          what outlives a restart: one SQLite file, one thread
+    27. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    27. Access         which names and pages may use a route
-    28. Snapshot       what the outside sees
-    29. Routes         which path leads where
-    30. Demo           a runner that only echoes
-    31. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    32. Service        start, reload, drain, stop
-    33. Command line   serve, status, top, mode, config
-    34. Web page       what a browser is shown
+    28. Access         which names and pages may use a route
+    29. Snapshot       what the outside sees
+    30. Routes         which path leads where
+    31. Demo           a runner that only echoes
+    32. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    33. Service        start, reload, drain, stop
+    34. Command line   serve, status, top, mode, config
+    35. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
 from textwrap import wrap
@@ -156,6 +157,7 @@ ERRORS = {
     "wait_timeout": ErrorRow(503, 30, should_retry=False),
     "backend_timeout": ErrorRow(504),
     "version_not_supported": ErrorRow(505),
+    "insufficient_storage": ErrorRow(507, should_retry=False),
     "loop_detected": ErrorRow(508),
 }
 
@@ -325,6 +327,16 @@ def fits(pattern: str, name: str) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=1024)
+def plain_address(text: str) -> str:
+    """An IP address in its one spelling, IPv4 where it is mapped into IPv6; empty if it is none."""
+    try:
+        address = ipaddress.ip_address(text.strip())
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 @dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
@@ -468,6 +480,7 @@ class ServerSettings:
     allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
     trusted_proxies: Names = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
+    state: str = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -667,7 +680,8 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
         name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
-        return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
+        one = re.sub("ie$", "y", name[:-1])
+        return "--" + (one if self.type == "Names" else name).replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -780,6 +794,10 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
+        if row.key in ("server.trusted_proxies", "ips.blocked"):
+            if not all(map(plain_address, value)):
+                raise ValueError("wants IP addresses")
+            value = tuple(map(plain_address, value))
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
         secret = row.type in ("Url", "Key")  # a url may hold a password
@@ -1065,8 +1083,8 @@ PRIORITY_WORDS = {priority.word: priority for priority in Priority}
 SERVICE_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}
 
 
-def parse_priority(value: object, param: str = "priority") -> Priority | None:
-    """The class that a `priority` field or header asks for; None where it asks for none."""
+def parse_priority(value: object) -> Priority | None:
+    """The class that a `priority` field asks for; None where it asks for none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -1074,46 +1092,69 @@ def parse_priority(value: object, param: str = "priority") -> Priority | None:
     if isinstance(value, str) and value in PRIORITY_WORDS:
         return PRIORITY_WORDS[value]
     hint = ", a number has no meaning here" if isinstance(value, (int, float)) else ""
-    raise BadRequest(f'{param} is true, "high", "normal" or "low"{hint}', param=param)
+    raise BadRequest(f'priority is true, "high", "normal" or "low"{hint}', param="priority")
 
 
-def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
-    """Body field > X-Queue-Priority > service_tier > the client's own class, normal."""
+def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority | None:
+    """Body field > X-Queue-Priority > service_tier; None where none of them names a class."""
     asked = parse_priority(body.get("priority"))
-    if asked is None:
-        asked = parse_priority(header and header.lower(), "X-Queue-Priority")
+    if asked is None and header:  # whose other values mean something to somebody else
+        asked = PRIORITY_WORDS.get(header.lower())
     if asked is None and isinstance(tier := body.get("service_tier"), str):
         asked = SERVICE_TIERS.get(tier)
-    return Priority.NORMAL if asked is None else asked
+    return asked
+
+
+def find_rule(
+    rules: Mapping[str, RuleSettings], facts: Names, headers: Mapping[str, str]
+) -> tuple[str, str]:
+    """Number and class of the first rule that fits the route, model and client in `facts`."""
+    for number, rule in rules.items():
+        patterns = zip((rule.route, rule.model, rule.client), facts)
+        name, colon, value = rule.header.partition(":")
+        told = headers.get(name.strip().lower())
+        header = told is not None and (not colon or fits(value.strip(), told))
+        if all(fits(one or "*", fact) for one, fact in patterns) and (header or not name):
+            return number, rule.class_
+    return "", ""
 
 
 class Caller(NamedTuple):
     client: str  # the name that shares and limits go by
     foreign: bool  # a web page from elsewhere
+    address: str = ""
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
 
 
-@functools.lru_cache(maxsize=256)
-def identify(user_id: str | None, origin: str | None, agent: str | None, trusted: Names) -> Caller:
-    """Who sends a request with these header fields; a foreign page cannot speak for a person."""
-    foreign = origin is not None and is_foreign(origin, trusted)
-    return Caller(client_name(None if foreign else user_id, origin, agent), foreign)
+@functools.lru_cache(maxsize=1024)
+def identify(
+    user_id: str | None, origin: str | None, agent: str | None, foreign: bool, peer: Names
+) -> Caller:
+    """Who asks; `peer` is the address it comes from, and the person that the connection tells."""
+    name = client_name(None if foreign else user_id, origin, agent, peer[1])
+    return Caller(name, foreign, peer[0])
 
 
-def client_name(user_id: str | None, origin: str | None, agent: str | None) -> str:
-    """`user:` + X-User-ID, else `app:` + Origin or first User-Agent word without its version."""
+def client_name(
+    user_id: str | None, origin: str | None, agent: str | None, person: str = ""
+) -> str:
+    """`user:` + X-User-ID, else the person, else `app:` + Origin or first User-Agent word."""
     words = (agent or "").partition("/")[0].split()
-    if user_id:
-        name = "user:" + user_id
-    elif origin or words:
+    name = "user:" + user_id if user_id else person
+    if not name and (origin or words):
         name = "app:" + (origin or words[0])
-    else:
-        return "anonymous"
-    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH]
+    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
 
 
+def asking_address(peer: str, forwarded: str | None, proxies: Names) -> str:
+    """Where a request comes from: a trusted proxy tells it, last in X-Forwarded-For."""
+    told = forwarded.rpartition(",")[2] if forwarded and peer in proxies else ""
+    return plain_address(told) or peer
+
+
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or literal can only be this box itself."""
     if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
@@ -1135,12 +1176,51 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     return not (local or scheme in PROGRAM_SCHEMES or origin in trusted)
 
 
+NOTHING_SET = ClientSettings()
+
+
+class Changed:
+    """What the file says of some names, and what was changed of that at run time.
+
+    A change holds until the file's own value changes: with each is kept what that was.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Mapping[str, ClientSettings] = {}  # of the file
+        self.changes: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
+
+    def of(self, name: str) -> ClientSettings:
+        """What holds now."""
+        row = self.rows.get(name, NOTHING_SET)
+        if name not in self.changes:
+            return row
+        return replace(row, **{key: value for key, (value, _) in self.changes[name].items()})
+
+    def changed(self, name: str, values: Facts) -> Facts:
+        """The changes of a name once these are among them; None is the file's own value again."""
+        row, facts = self.rows.get(name, NOTHING_SET), dict(self.changes.get(name, {}))
+        facts.update({key: [value, getattr(row, key)] for key, value in values.items()})
+        return {key: one for key, one in facts.items() if one[0] not in (None, one[1])}
+
+    def configure(self, rows: Mapping[str, ClientSettings]) -> list[str]:
+        """Have these rows of the file; the names of which a change no longer holds."""
+        self.rows, fallen = rows, []
+        for name, facts in self.changes.items():
+            row = rows.get(name, NOTHING_SET)
+            gone = [key for key, one in facts.items() if one[1] != getattr(row, key, None)]
+            for key in gone:
+                del facts[key]
+            fallen += [name] if gone else []
+        return fallen
+
+
 @dataclass(eq=False)
 class Client:
     """One name that asks, and what it has had so far."""
 
     name: str
-    settings: ClientSettings = field(default_factory=ClientSettings)
+    settings: ClientSettings = NOTHING_SET
+    address: str = ""  # that it asked from last
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1155,6 +1235,22 @@ class Clients:
 
     def __init__(self) -> None:
         self.known: OrderedDict[str, Client] = OrderedDict()
+        self.settings = Changed()
+        self.addresses = Changed()  # of which only `blocked` counts
+
+    def check_blocked(self, caller: Caller) -> None:
+        """`forbidden` for a client that is blocked, or its address."""
+        for table, name in ((self.settings, caller.client), (self.addresses, caller.address)):
+            if table.of(name).blocked:
+                raise LlmqError(f"{name} is blocked here", "forbidden")
+
+    def configure(self, settings: Settings) -> list[tuple[str, Changed, str]]:
+        """Have what the file says of them; kind, table and name of what no longer holds."""
+        refused = dict.fromkeys(settings.ips.blocked, ClientSettings(blocked=True))
+        fallen = [
+            ("clients", self.settings, one) for one in self.settings.configure(settings.clients)
+        ]
+        return fallen + [("ips", self.addresses, one) for one in self.addresses.configure(refused)]
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -1165,7 +1261,7 @@ class Clients:
                 idle = [client.name for client in known if not client.waiting + client.running]
                 for silent in idle[:surplus]:
                     del self.known[silent]
-            self.known[name] = Client(name)
+            self.known[name] = Client(name, self.settings.of(name))
         self.known.move_to_end(name)
         return self.known[name]
 
@@ -2770,7 +2866,7 @@ class Question(NamedTuple):
 
     model: str  # as asked for; empty: none was named
     stream: bool
-    priority: Priority
+    priority: Priority | None  # None: it asks for none
     body: bytes  # as it came
     edits: Edits  # of its model and options; cuts out llmq's own fields
     context: int = 0  # tokens of context asked for; 0: none
@@ -2799,7 +2895,7 @@ class Question(NamedTuple):
 
 
 NO_EDITS = Edits(0, True, (), ())
-NO_QUESTION = Question("", stream=False, priority=Priority.NORMAL, body=b"", edits=NO_EDITS)
+NO_QUESTION = Question("", stream=False, priority=None, body=b"", edits=NO_EDITS)
 
 
 def check_case(values: Mapping[str, Any], names: Names) -> None:
@@ -4475,14 +4571,16 @@ class Exchange:
     """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
+        "_behind", "_chunked", "_head", "_head_status", "address", "caller", "connection",
+        "finished", "headers", "id", "keep_alive", "length", "request", "request_id", "status",
+        "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.request = request
         self.caller = NOBODY
+        self.address = connection.address  # of whoever asks
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
@@ -4556,9 +4654,18 @@ class Exchange:
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
-        transport = self.connection.stream.transport
-        peer = transport.get_extra_info("peername") or ("",)
-        return is_loopback(peer[0]) or peer[0] == transport.get_extra_info("sockname")[0]
+        return is_loopback(self.address) or self.address == self.connection.own_address != ""
+
+    async def person(self) -> str:
+        """Who asks, as far as the connection tells: another box, or another user of this one."""
+        connection = self.connection
+        if not self.is_local:
+            return "ip:" + self.address
+        if self.address != connection.address:  # it is the proxy's
+            return ""
+        if connection.person is None:
+            connection.person = await other_user(connection.stream.transport)
+        return connection.person
 
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
@@ -4641,6 +4748,37 @@ class Exchange:
         self.connection.abort()
 
 
+async def other_user(transport: asyncio.BaseTransport) -> str:
+    """`unix:` + the user at the other end of a connection on this box, if it is not our own."""
+    uid = -1
+    try:
+        uid = peer_uid(*map(transport.get_extra_info, ("peername", "sockname")))
+        import pwd  # which may ask a directory on another box
+
+        own = uid == os.geteuid()
+        return "" if own else "unix:" + (await in_thread(lambda: pwd.getpwuid(uid))).pw_name
+    except KeyError:  # it has no name
+        return f"unix:{uid}"
+    except (AttributeError, OSError, TypeError, ValueError, struct.error):  # no Linux, or it left
+        return ""
+
+
+def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
+    """The user whose socket is at `peer`, asked of the kernel: 20 µs, see sock_diag(7)."""
+    ends = [ipaddress.ip_address(plain_address(end[0])) for end in (peer, own)]
+    family = socket.AF_INET if ends[0].version == 4 else socket.AF_INET6
+    packed = [end.packed.ljust(16, b"\0") for end in ends]
+    request = struct.pack("=IHHIIBBBBI", 72, 20, 1, 0, 0, family, socket.IPPROTO_TCP, 0, 0, 2)
+    request += struct.pack("!HH16s16siii", peer[1], own[1], *packed, 0, -1, -1)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 4) as kernel:
+        kernel.setblocking(False)
+        kernel.send(request)
+        state, uid = struct.unpack_from("=17xB62xI", kernel.recv(KIB))
+    if state != 1:  # of what is no longer connected the kernel does not know whose it was
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    return int(uid)
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -4656,14 +4794,17 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "above_cap", "arrived", "deadline", "last_drained", "last_received", "phase",
-        "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
+        "above_cap", "address", "arrived", "deadline", "last_drained", "last_received",
+        "own_address", "person", "phase", "reset_at_end", "seen", "sent", "server", "since",
+        "stream", "used", "written",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
         self.above_cap = False  # it came above the cap
+        self.address = self.own_address = ""  # of the client, and that at which it reached us
+        self.person: str | None = None  # `unix:NAME` of another user, once that was asked for
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
@@ -4896,6 +5037,10 @@ class HttpServer:
             return
         connection = Connection(self, stream)
         connection.above_cap = len(self.connections) >= self.most
+        ends = map(stream.transport.get_extra_info, ("peername", "sockname"))
+        connection.address, connection.own_address = [
+            plain_address((one or "-")[0]) for one in ends
+        ]
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -5584,6 +5729,7 @@ class Call:
     ticket: Ticket  # once it is admitted
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
+    rule = ""  # that gave it its class
     lines = b""  # of the head of a request to a backend, those that every backend gets
     deadline = NEVER  # for the backend's next byte, monotonic
     heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
@@ -6059,16 +6205,27 @@ class Admission:
         if question.context:
             context = await self.clamp_context(model, question.context)
             call.question = question._replace(context=context)
-        priority = question.priority
-        priority = max(priority, Priority.NORMAL) if caller.foreign else priority
         want = Want(model_key(model), call.endpoint.routes)
         client = self.clients.named(caller.client)
+        client.address = caller.address
+        priority = self.class_of(call, client, request.headers)
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
             await self.check_supported(call, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    def class_of(self, call: Call, client: Client, headers: Headers) -> Priority:
+        """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
+        priority, word = call.question.priority, ""
+        if priority is None:
+            facts = (call.route, call.question.model or call.model, client.name)
+            number, word = find_rule(self.settings.rules, facts, headers)
+            call.rule = number and f"class {word} by rule {number}"
+            word = word or client.settings.class_ or self.fleet.policy(model_key(call.model)).class_
+            priority = PRIORITY_WORDS.get(word, Priority.NORMAL)
+        return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
@@ -6226,6 +6383,7 @@ class Gateway:
             raise ClientLeft("the client left")
         if self.draining:
             raise LlmqError("llmq is shutting down", "shutting_down")
+        self.clients.check_blocked(call.caller)
         now, limits = self.now(), self.settings.server
         stream = call.question.stream
         call.patience = limits.heartbeat_after if stream else limits.whole_heartbeat_after
@@ -6407,6 +6565,20 @@ class Gateway:
 
     # ---- orders from outside
 
+    def note_clients(self) -> None:
+        """Let hold what has changed of clients; who is blocked now is sent away."""
+        for client in self.clients.known.values():
+            client.settings = self.clients.settings.of(client.name)
+        for call in list(self.calls.values()):
+            self.stop_blocked(call)
+        self.pump()
+
+    def stop_blocked(self, call: Call) -> None:
+        try:
+            self.clients.check_blocked(call.caller)
+        except LlmqError as error:
+            self.stop(call, error)
+
     def set_mode(self, mode: Mode) -> None:
         self.scheduler.mode = mode
         self.pump()
@@ -6431,6 +6603,7 @@ class Gateway:
         if call.ticket.state is not TicketState.WAITING:
             raise LlmqError("only a waiting request can change its class", "conflict")
         self.scheduler.reprioritise(call.ticket, priority)
+        call.rule = ""
         self.pump()
 
     def reset_context(self, model: str) -> int:
@@ -6646,7 +6819,95 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 26. Background ==============================================================================
+# ==== 26. Store ===================================================================================
+# What outlives a restart: one SQLite file, opened once there is something to keep, by a thread of
+# its own, so that the event loop never waits for a disk.  One llmq at a time has it.
+
+SCHEMA = 1  # of the file; a later one has more tables
+CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
+    CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
+
+
+class Store:
+    """The file; `insufficient_storage` where something cannot be kept, which the log tells too."""
+
+    def __init__(self, path: str) -> None:
+        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
+        self._database: Any = None
+        self._lock = threading.Lock()  # one thread at a time has it
+
+    async def load(self) -> dict[str, dict[str, Facts]]:
+        """What was kept, by kind and name; nothing where there is no file, or no use of it."""
+        kept: dict[str, dict[str, Facts]] = {}
+        if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
+            with contextlib.suppress(LlmqError):
+                for kind, name, facts in await self._run("SELECT * FROM changes"):
+                    kept.setdefault(kind, {})[name] = json.loads(facts)
+        return kept
+
+    async def put(self, kind: str, name: str, facts: Facts | None) -> None:
+        """Keep this of a name, or nothing with None: the file has it when this returns."""
+        if self.path and facts is None:
+            await self._run("DELETE FROM changes WHERE kind = ? AND name = ?", kind, name)
+        elif self.path:
+            values = (kind, name, json.dumps(facts))
+            await self._run("REPLACE INTO changes VALUES (?, ?, ?)", *values)
+
+    async def close(self) -> None:
+        if self._database is not None:
+            await in_thread(self._database.close)
+
+    async def _run(self, sql: str, *values: str) -> list[Any]:
+        return await in_thread(functools.partial(self._execute, sql, values))
+
+    def _execute(self, sql: str, values: Names) -> list[Any]:
+        """The rows that this gives, in a thread."""
+        import sqlite3
+
+        with self._lock:
+            try:
+                self._database = self._database or self._open()
+                return list(self._database.execute(sql, values))
+            except (OSError, sqlite3.Error) as error:
+                why = f"state file {self.path}: {error}"
+                if type(error) is sqlite3.DatabaseError:  # it is broken
+                    why += ", set aside as " + self._set_aside()
+        log.warning("%s", why)
+        raise LlmqError(why, "insufficient_storage")
+
+    def _open(self) -> Any:
+        """The database, made where there is none."""
+        import sqlite3
+
+        os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        base = sqlite3.connect(self.path, 0, isolation_level=None, check_same_thread=False)
+        try:
+            base.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
+            base.execute("BEGIN EXCLUSIVE").execute("COMMIT")  # or another llmq has it
+            ((version,),) = base.execute("PRAGMA user_version")
+            ((tables,),) = base.execute("SELECT count(*) FROM sqlite_master")
+            if version > SCHEMA or (tables and not version):
+                raise OSError("a newer llmq wrote it, or another program")
+            base.executescript("" if version else CREATE)
+        except BaseException:
+            base.close()
+            raise
+        return base
+
+    def _set_aside(self) -> str:
+        """Another name for a file that is broken, and for what SQLite keeps beside it."""
+        names = (f"{self.path}.broken-{number}" for number in count(1))
+        free = next(name for name in names if not os.path.exists(name))
+        for end in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                os.replace(self.path + end, free + end)
+        self._database = None
+        return free
+
+
+# ==== 27. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -6750,7 +7011,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 27. Access ==================================================================================
+# ==== 28. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -6818,7 +7079,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("models are managed from this box only", "forbidden")
 
 
-# ==== 28. Snapshot ================================================================================
+# ==== 29. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -6835,6 +7096,7 @@ def members(source: object, *names: str) -> Facts:
 def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
+    ips = gateway.clients.addresses
     waiting, running = scheduler.in_order(), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
@@ -6854,6 +7116,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "ips": [one for one in {**ips.rows, **ips.changes} if ips.of(one).blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
@@ -6897,7 +7160,9 @@ def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
         "state": ticket.state.word,
         "tokens": tokens,
         "tokens_per_s": round(tokens / (now - since), 1) if tokens and since < now else None,
-        **members(expected, "position", "reason"),
+        "position": expected.position,
+        "reason": f"{expected.reason}; {call.rule}" if waits and call.rule else expected.reason,
+        "rule": call.rule or None,
         "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
         "waited_s": round(started - ticket.arrived, 3),
@@ -6942,8 +7207,11 @@ def show_backend(backend: Backend) -> Facts:
 
 
 def show_client(client: Client) -> Facts:
-    facts = members(client, "name", "waiting", "running", "done", "failed", "left")
-    return {**facts, "served_s": round(client.served, 3)}
+    return {
+        **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
+        "served_s": round(client.served, 3),
+        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
+    }
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -7012,7 +7280,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 29. Routes ==================================================================================
+# ==== 30. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -7020,6 +7288,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
+CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 CONTROL_BODY = 64 * KIB
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
@@ -7036,8 +7305,12 @@ OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose featur
 class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
-    def __init__(self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], store: Store
+    ) -> None:
         self.gateway = gateway
+        self.store = store
+        self.changing = asyncio.Lock()  # one change at run time after the other
         self.settings = gateway.settings
         self.stream = SnapshotStream(gateway)
         self.names = frozenset(names)  # of this box, lower case
@@ -7050,7 +7323,7 @@ class Api:
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, argument = self.enter(exchange)
+            handler, argument = await self.enter(exchange)
             facts = await handler(self, exchange, argument)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
@@ -7075,15 +7348,26 @@ class Api:
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
+    async def identify(self, exchange: Exchange) -> Caller:
+        """Who asks; the connection is asked only where the request says nothing better."""
+        headers, server = exchange.request.headers, self.settings.server
+        if server.trusted_proxies:
+            forwarded = headers.get("x-forwarded-for")
+            exchange.address = asking_address(exchange.address, forwarded, server.trusted_proxies)
+        user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
+        origin, agent = headers.get("origin"), headers.get("user-agent")
+        foreign = origin is not None and is_foreign(origin, server.cors_origins)
+        person = "" if user or foreign else await exchange.person()
+        return identify(user, origin, agent, foreign, (exchange.address, person))
+
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
         keep_alive, exchange.keep_alive = exchange.keep_alive, False
         check_host(exchange, self.names)
         exchange.keep_alive = keep_alive
-        user, agent = headers.get("x-user-id"), headers.get("user-agent")
-        exchange.caller = identify(user, origin, agent, trusted)
+        exchange.caller = await self.identify(exchange)
         route, argument = match_route(request)
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
@@ -7098,6 +7382,8 @@ class Api:
             message = f"{route.path} takes {', '.join(route.methods)}"
             raise LlmqError(message, "method_not_allowed")
         check_origin(exchange, route.access)
+        if not (exchange.is_local and route.path.startswith("/llmq")):  # to undo it from this box
+            self.gateway.clients.check_blocked(exchange.caller)
         if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
@@ -7304,6 +7590,39 @@ class Api:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
+    async def post_client(self, exchange: Exchange, name: str) -> Facts:
+        clients = self.gateway.clients
+        await self.change("clients", clients.settings, name, await read_control(exchange))
+        return show_client(clients.named(name))
+
+    async def post_ip(self, exchange: Exchange, _: str) -> Facts:
+        values, addresses = await read_control(exchange), self.gateway.clients.addresses
+        address = plain_address(str(values.get("ip")))
+        if not address or set(values) != {"ip", "blocked"}:
+            raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
+        await self.change("ips", addresses, address, {"blocked": values["blocked"]})
+        return {"ip": address, "blocked": addresses.of(address).blocked}
+
+    async def change(self, kind: str, table: Changed, name: str, values: Facts) -> None:
+        """Keep a change, then let it hold; what cannot be kept does not.  null: as in the file."""
+        given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
+        try:
+            row = parse_rows("request", "clients", {name: given})[name]
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        names = {key: "class_" if key == "class" else key for key in values}
+        changes = {
+            names[key]: None if one is None else getattr(row, names[key])
+            for key, one in values.items()
+        }
+        async with self.changing:
+            facts = table.changed(name, changes)
+            if facts and name not in table.changes and len(table.changes) >= MOST_CLIENTS:
+                raise LlmqError(f"{MOST_CLIENTS} {kind} are changed already", "conflict")
+            await self.store.put(kind, name, facts or None)
+            table.changes[name] = facts
+        self.gateway.note_clients()
+
     async def post_model(self, exchange: Exchange, _: str) -> Facts:
         values = await read_control(exchange)
         model = values.get("model")
@@ -7417,6 +7736,11 @@ ROUTES = (
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
     owned("POST /llmq/models",
           '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+    owned("POST /llmq/clients/{id...}",
+          "change its `class`, `weight`, `boost`, `blocked`, `max_concurrent`, `max_waiting`; "
+          "`null`: as in the file", Api.post_client),
+    owned("POST /llmq/ips", '`{"ip":ADDRESS,"blocked":true}`: refuse who comes from there',
+          Api.post_ip),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -7456,7 +7780,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 30. Demo ====================================================================================
+# ==== 31. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -7515,7 +7839,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 31. Terminal view ===========================================================================
+# ==== 32. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -7856,7 +8180,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 32. Service =================================================================================
+# ==== 33. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -8021,7 +8345,8 @@ class Service:
         self.has_looked = False  # around this box, for runners
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
         self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
-        self.api = Api(self.gateway, self.own_names(), self.reload)
+        self.store = Store("" if self.demo else self.settings.server.state)
+        self.api = Api(self.gateway, self.own_names(), self.reload, self.store)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -8048,9 +8373,11 @@ class Service:
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
+        gateway, kept = self.gateway, await self.store.load()
+        gateway.clients.settings.changes = kept.get("clients", {})
+        gateway.clients.addresses.changes = kept.get("ips", {})
         self.apply()
         await self.listen(server)
-        gateway = self.gateway
         loops = (
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
@@ -8059,7 +8386,7 @@ class Service:
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
-        self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
+        self._tasks += [asyncio.ensure_future(every(*loop)) for loop in loops]
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -8103,7 +8430,10 @@ class Service:
         places = {name: device_name(row) for name, row in rows.items()}
         self.gateway.fleet.configure(rows, places, self.settings, time.monotonic())
         self.gateway.monitor.probe_due()
-        self.gateway.pump()
+        for kind, table, name in self.gateway.clients.configure(self.settings):
+            forgetting = self.store.put(kind, name, table.changes[name] or None)
+            self._tasks.append(asyncio.ensure_future(forgetting))
+        self.gateway.note_clients()
 
     def reload(self) -> None:
         """Read the settings again; a mistake changes nothing and is shown."""
@@ -8117,7 +8447,7 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings.backends = self.settings.backends
-        for name in ("host", "port"):  # a reload cannot move the listening sockets
+        for name in ("host", "port", "state"):  # which stay open as they are
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
@@ -8150,6 +8480,7 @@ class Service:
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
+        await self.store.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
 
@@ -8184,7 +8515,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 33. Command line ============================================================================
+# ==== 34. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -8524,7 +8855,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 34. Web page ================================================================================
+# ==== 35. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

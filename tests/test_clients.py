@@ -191,35 +191,35 @@ def test_a_number_is_a_bad_request_with_a_hint(value: float) -> None:
         llmq.parse_priority(value)
 
 
-def test_a_bad_header_is_named_in_the_error() -> None:
-    with pytest.raises(llmq.BadRequest, match="X-Queue-Priority") as caught:
-        llmq.asked_priority({}, "urgent")
-    assert caught.value.param == "X-Queue-Priority"
+@pytest.mark.parametrize("header", ["urgent", "", "true", "1", "high low"])
+def test_another_value_of_the_header_counts_as_absent(header: str) -> None:
+    assert llmq.asked_priority({}, header) is None
+    assert llmq.asked_priority({"service_tier": "flex"}, header) is Priority.LOW
 
 
 @pytest.mark.parametrize(
     ("body", "header", "priority"),
     [
-        ({}, None, Priority.NORMAL),
+        ({}, None, None),
         ({"priority": "low"}, "high", Priority.LOW),
         ({"priority": "low", "service_tier": "priority"}, None, Priority.LOW),
         ({"priority": False}, "high", Priority.NORMAL),
         ({"priority": None}, "high", Priority.HIGH),
-        ({"priority": None, "service_tier": None}, None, Priority.NORMAL),
+        ({"priority": None, "service_tier": None}, None, None),
         ({}, "low", Priority.LOW),
         ({}, "High", Priority.HIGH),
         ({"service_tier": "priority"}, "low", Priority.LOW),
         ({"service_tier": "priority"}, "normal", Priority.NORMAL),
         ({"service_tier": "priority"}, None, Priority.HIGH),
         ({"service_tier": "flex"}, None, Priority.LOW),
-        ({"service_tier": "auto"}, None, Priority.NORMAL),
-        ({"service_tier": "default"}, None, Priority.NORMAL),
-        ({"service_tier": ["priority"]}, None, Priority.NORMAL),
-        ({"service_tier": 7}, None, Priority.NORMAL),
+        ({"service_tier": "auto"}, None, None),
+        ({"service_tier": "default"}, None, None),
+        ({"service_tier": ["priority"]}, None, None),
+        ({"service_tier": 7}, None, None),
     ],
 )
 def test_the_body_goes_before_the_header_and_that_before_the_service_tier(
-    body: dict[str, Any], header: str | None, priority: Priority
+    body: dict[str, Any], header: str | None, priority: Priority | None
 ) -> None:
     assert llmq.asked_priority(body, header) is priority
 
