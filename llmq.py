@@ -1148,12 +1148,6 @@ def client_name(
     return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
 
 
-def asking_address(peer: str, forwarded: str | None, proxies: Names) -> str:
-    """Where a request comes from: a trusted proxy tells it, last in X-Forwarded-For."""
-    told = forwarded.rpartition(",")[2] if forwarded and peer in proxies else ""
-    return plain_address(told) or peer
-
-
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or literal can only be this box itself."""
@@ -1176,42 +1170,8 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     return not (local or scheme in PROGRAM_SCHEMES or origin in trusted)
 
 
+BLOCKED = "this client, or its address, is blocked here"
 NOTHING_SET = ClientSettings()
-
-
-class Changed:
-    """What the file says of some names, and what was changed of that at run time.
-
-    A change holds until the file's own value changes: with each is kept what that was.
-    """
-
-    def __init__(self) -> None:
-        self.rows: Mapping[str, ClientSettings] = {}  # of the file
-        self.changes: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
-
-    def of(self, name: str) -> ClientSettings:
-        """What holds now."""
-        row = self.rows.get(name, NOTHING_SET)
-        if name not in self.changes:
-            return row
-        return replace(row, **{key: value for key, (value, _) in self.changes[name].items()})
-
-    def changed(self, name: str, values: Facts) -> Facts:
-        """The changes of a name once these are among them; None is the file's own value again."""
-        row, facts = self.rows.get(name, NOTHING_SET), dict(self.changes.get(name, {}))
-        facts.update({key: [value, getattr(row, key)] for key, value in values.items()})
-        return {key: one for key, one in facts.items() if one[0] not in (None, one[1])}
-
-    def configure(self, rows: Mapping[str, ClientSettings]) -> list[str]:
-        """Have these rows of the file; the names of which a change no longer holds."""
-        self.rows, fallen = rows, []
-        for name, facts in self.changes.items():
-            row = rows.get(name, NOTHING_SET)
-            gone = [key for key, one in facts.items() if one[1] != getattr(row, key, None)]
-            for key in gone:
-                del facts[key]
-            fallen += [name] if gone else []
-        return fallen
 
 
 @dataclass(eq=False)
@@ -1235,22 +1195,13 @@ class Clients:
 
     def __init__(self) -> None:
         self.known: OrderedDict[str, Client] = OrderedDict()
-        self.settings = Changed()
-        self.addresses = Changed()  # of which only `blocked` counts
+        self.settings: Mapping[str, ClientSettings] = {}  # by name, `ip:` + address among them
 
-    def check_blocked(self, caller: Caller) -> None:
-        """`forbidden` for a client that is blocked, or its address."""
-        for table, name in ((self.settings, caller.client), (self.addresses, caller.address)):
-            if table.of(name).blocked:
-                raise LlmqError(f"{name} is blocked here", "forbidden")
+    def of(self, name: str) -> ClientSettings:
+        return self.settings.get(name, NOTHING_SET)
 
-    def configure(self, settings: Settings) -> list[tuple[str, Changed, str]]:
-        """Have what the file says of them; kind, table and name of what no longer holds."""
-        refused = dict.fromkeys(settings.ips.blocked, ClientSettings(blocked=True))
-        fallen = [
-            ("clients", self.settings, one) for one in self.settings.configure(settings.clients)
-        ]
-        return fallen + [("ips", self.addresses, one) for one in self.addresses.configure(refused)]
+    def is_blocked(self, caller: Caller) -> bool:
+        return self.of(caller.client).blocked or self.of("ip:" + caller.address).blocked
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -1261,7 +1212,7 @@ class Clients:
                 idle = [client.name for client in known if not client.waiting + client.running]
                 for silent in idle[:surplus]:
                     del self.known[silent]
-            self.known[name] = Client(name, self.settings.of(name))
+            self.known[name] = Client(name, self.of(name))
         self.known.move_to_end(name)
         return self.known[name]
 
@@ -4654,18 +4605,17 @@ class Exchange:
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
-        return is_loopback(self.address) or self.address == self.connection.own_address != ""
+        own = self.connection.stream.transport.get_extra_info("sockname")[0]
+        return is_loopback(self.address) or self.address == plain_address(own)
 
     async def person(self) -> str:
         """Who asks, as far as the connection tells: another box, or another user of this one."""
         connection = self.connection
         if not self.is_local:
             return "ip:" + self.address
-        if self.address != connection.address:  # it is the proxy's
-            return ""
         if connection.person is None:
             connection.person = await other_user(connection.stream.transport)
-        return connection.person
+        return connection.person if self.address == connection.address else ""  # it is the proxy's
 
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
@@ -4750,17 +4700,18 @@ class Exchange:
 
 async def other_user(transport: asyncio.BaseTransport) -> str:
     """`unix:` + the user at the other end of a connection on this box, if it is not our own."""
-    uid = -1
     try:
         uid = peer_uid(*map(transport.get_extra_info, ("peername", "sockname")))
-        import pwd  # which may ask a directory on another box
-
-        own = uid == os.geteuid()
-        return "" if own else "unix:" + (await in_thread(lambda: pwd.getpwuid(uid))).pw_name
-    except KeyError:  # it has no name
-        return f"unix:{uid}"
+        if uid == os.geteuid():
+            return ""
     except (AttributeError, OSError, TypeError, ValueError, struct.error):  # no Linux, or it left
         return ""
+    import pwd  # which may ask a directory on another box
+
+    try:
+        return "unix:" + (await in_thread(functools.partial(pwd.getpwuid, uid))).pw_name
+    except KeyError:  # it has no name
+        return f"unix:{uid}"
 
 
 def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
@@ -4794,16 +4745,15 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "above_cap", "address", "arrived", "deadline", "last_drained", "last_received",
-        "own_address", "person", "phase", "reset_at_end", "seen", "sent", "server", "since",
-        "stream", "used", "written",
+        "above_cap", "address", "arrived", "deadline", "last_drained", "last_received", "person",
+        "phase", "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
         self.above_cap = False  # it came above the cap
-        self.address = self.own_address = ""  # of the client, and that at which it reached us
+        self.address = ""  # of the client
         self.person: str | None = None  # `unix:NAME` of another user, once that was asked for
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
@@ -5037,10 +4987,8 @@ class HttpServer:
             return
         connection = Connection(self, stream)
         connection.above_cap = len(self.connections) >= self.most
-        ends = map(stream.transport.get_extra_info, ("peername", "sockname"))
-        connection.address, connection.own_address = [
-            plain_address((one or "-")[0]) for one in ends
-        ]
+        peer = stream.transport.get_extra_info("peername") or ("",)  # it may have gone
+        connection.address = plain_address(peer[0])
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -6213,6 +6161,8 @@ class Admission:
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
             await self.check_supported(call, values)
+        if self.clients.is_blocked(caller):  # since it came
+            raise LlmqError(BLOCKED, "forbidden")
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
@@ -6383,7 +6333,6 @@ class Gateway:
             raise ClientLeft("the client left")
         if self.draining:
             raise LlmqError("llmq is shutting down", "shutting_down")
-        self.clients.check_blocked(call.caller)
         now, limits = self.now(), self.settings.server
         stream = call.question.stream
         call.patience = limits.heartbeat_after if stream else limits.whole_heartbeat_after
@@ -6564,20 +6513,6 @@ class Gateway:
         self.journal.flush()
 
     # ---- orders from outside
-
-    def note_clients(self) -> None:
-        """Let hold what has changed of clients; who is blocked now is sent away."""
-        for client in self.clients.known.values():
-            client.settings = self.clients.settings.of(client.name)
-        for call in list(self.calls.values()):
-            self.stop_blocked(call)
-        self.pump()
-
-    def stop_blocked(self, call: Call) -> None:
-        try:
-            self.clients.check_blocked(call.caller)
-        except LlmqError as error:
-            self.stop(call, error)
 
     def set_mode(self, mode: Mode) -> None:
         self.scheduler.mode = mode
@@ -6820,12 +6755,15 @@ class Passthrough:
 
 
 # ==== 26. Store ===================================================================================
-# What outlives a restart: one SQLite file, opened once there is something to keep, by a thread of
-# its own, so that the event loop never waits for a disk.  One llmq at a time has it.
+# What outlives a restart: one SQLite file, opened once there is something to keep, and only beside
+# the event loop, which never waits for a disk.  One llmq at a time has it.
 
 SCHEMA = 1  # of the file; a later one has more tables
 CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
     CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
+KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
+FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
+CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
 
 class Store:
@@ -6840,29 +6778,25 @@ class Store:
     async def load(self) -> dict[str, dict[str, Facts]]:
         """What was kept, by kind and name; nothing where there is no file, or no use of it."""
         kept: dict[str, dict[str, Facts]] = {}
+        read = functools.partial(self._execute, "SELECT * FROM changes")
         if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
-            with contextlib.suppress(LlmqError):
-                for kind, name, facts in await self._run("SELECT * FROM changes"):
+            with contextlib.suppress(LlmqError, ValueError):
+                for kind, name, facts in await in_thread(read):
                     kept.setdefault(kind, {})[name] = json.loads(facts)
         return kept
 
     async def put(self, kind: str, name: str, facts: Facts | None) -> None:
-        """Keep this of a name, or nothing with None: the file has it when this returns."""
-        if self.path and facts is None:
-            await self._run("DELETE FROM changes WHERE kind = ? AND name = ?", kind, name)
-        elif self.path:
-            values = (kind, name, json.dumps(facts))
-            await self._run("REPLACE INTO changes VALUES (?, ?, ?)", *values)
+        """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
+        told = (KEEP, kind, name, json.dumps(facts)) if facts else (FORGET, kind, name)
+        if self.path:
+            await in_thread(functools.partial(self._execute, *told))
 
     async def close(self) -> None:
         if self._database is not None:
             await in_thread(self._database.close)
 
-    async def _run(self, sql: str, *values: str) -> list[Any]:
-        return await in_thread(functools.partial(self._execute, sql, values))
-
-    def _execute(self, sql: str, values: Names) -> list[Any]:
-        """The rows that this gives, in a thread."""
+    def _execute(self, sql: str, *values: str) -> list[Any]:
+        """The rows that this gives."""
         import sqlite3
 
         with self._lock:
@@ -6905,6 +6839,58 @@ class Store:
                 os.replace(self.path + end, free + end)
         self._database = None
         return free
+
+
+class Changes:
+    """What is changed of clients at run time, also of addresses: kept first, then it holds."""
+
+    def __init__(self, gateway: Gateway, store: Store) -> None:
+        self.gateway, self.store = gateway, store
+        self.file: dict[str, ClientSettings] = {}  # what the file says
+        self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
+        self._turn = asyncio.Lock()  # one after the other
+        self._forgetting: Any = None
+
+    async def change(self, name: str, values: Facts) -> None:
+        """Settings of a client by the names that the file has for them; None: as in the file."""
+        given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
+        try:
+            row = parse_rows("request", "clients", {name: given})[name]
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        async with self._turn:
+            own, facts = self.file.get(name, NOTHING_SET), dict(self.kept.get(name, {}))
+            for key in values:
+                fact = "class_" if key == "class" else key
+                facts[fact] = [getattr(row, fact), getattr(own, fact)]
+                if values[key] is None or facts[fact][0] == facts[fact][1]:
+                    del facts[fact]
+            if facts and name not in self.kept and len(self.kept) >= MOST_CLIENTS:
+                raise LlmqError("too many clients are changed already", "conflict")
+            await self.store.put("clients", name, facts)
+            self.kept[name] = facts
+        self.apply()
+
+    def apply(self) -> None:
+        """Let hold what the file says, and each change until that says otherwise."""
+        settings, clients = self.gateway.settings, self.gateway.clients
+        refused = {f"ip:{one}": ClientSettings(blocked=True) for one in settings.ips.blocked}
+        self.file = {**settings.clients, **refused}
+        found = dict(self.file)
+        for name, facts in self.kept.items():
+            row = self.file.get(name, NOTHING_SET)
+            holds = {key: one for key, one in facts.items() if one[1] == getattr(row, key, None)}
+            found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
+            if holds != facts:
+                self.kept[name] = holds
+                self._forgetting = asyncio.ensure_future(self.store.put("clients", name, holds))
+        clients.settings = found
+        for client in clients.known.values():
+            client.settings = clients.of(client.name)
+        for call in list(self.gateway.calls.values()):
+            if clients.is_blocked(call.caller):
+                self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
+        self.gateway.pump()
 
 
 # ==== 27. Background ==============================================================================
@@ -7065,6 +7051,26 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
     return True
 
 
+async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
+    """Who asks; the connection is asked only where the request says nothing better."""
+    headers, trusted = exchange.request.headers, settings.trusted_proxies
+    if exchange.address in trusted:  # the last entry is its own word
+        told = headers.get("x-forwarded-for", "").rpartition(",")[2]
+        exchange.address = plain_address(told) or exchange.address
+    user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
+    origin, agent = headers.get("origin"), headers.get("user-agent")
+    foreign = origin is not None and is_foreign(origin, settings.cors_origins)
+    person = "" if user or foreign else await exchange.person()
+    return identify(user, origin, agent, foreign, (exchange.address, person))
+
+
+def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
+    """Refuse who is blocked; on this box they can still undo it."""
+    undoing = exchange.is_local and path.startswith("/llmq")
+    if not undoing and clients.is_blocked(exchange.caller):
+        raise LlmqError(BLOCKED, "forbidden")
+
+
 def check_origin(exchange: Exchange, access: Access) -> None:
     """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
@@ -7096,7 +7102,7 @@ def members(source: object, *names: str) -> Facts:
 def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
-    ips = gateway.clients.addresses
+    known = gateway.clients.settings.items()
     waiting, running = scheduler.in_order(), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
@@ -7116,7 +7122,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": [show_client(client) for client in gateway.clients.known.values()],
-        "ips": [one for one in {**ips.rows, **ips.changes} if ips.of(one).blocked],
+        "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
@@ -7288,7 +7294,6 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
-CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 CONTROL_BODY = 64 * KIB
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
@@ -7306,11 +7311,10 @@ class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
     def __init__(
-        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], store: Store
+        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], changes: Changes
     ) -> None:
         self.gateway = gateway
-        self.store = store
-        self.changing = asyncio.Lock()  # one change at run time after the other
+        self.changes = changes
         self.settings = gateway.settings
         self.stream = SnapshotStream(gateway)
         self.names = frozenset(names)  # of this box, lower case
@@ -7348,18 +7352,6 @@ class Api:
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    async def identify(self, exchange: Exchange) -> Caller:
-        """Who asks; the connection is asked only where the request says nothing better."""
-        headers, server = exchange.request.headers, self.settings.server
-        if server.trusted_proxies:
-            forwarded = headers.get("x-forwarded-for")
-            exchange.address = asking_address(exchange.address, forwarded, server.trusted_proxies)
-        user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
-        origin, agent = headers.get("origin"), headers.get("user-agent")
-        foreign = origin is not None and is_foreign(origin, server.cors_origins)
-        person = "" if user or foreign else await exchange.person()
-        return identify(user, origin, agent, foreign, (exchange.address, person))
-
     async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
         request, headers = exchange.request, exchange.request.headers
@@ -7367,7 +7359,7 @@ class Api:
         keep_alive, exchange.keep_alive = exchange.keep_alive, False
         check_host(exchange, self.names)
         exchange.keep_alive = keep_alive
-        exchange.caller = await self.identify(exchange)
+        exchange.caller = await find_caller(exchange, self.settings.server)
         route, argument = match_route(request)
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
@@ -7382,8 +7374,7 @@ class Api:
             message = f"{route.path} takes {', '.join(route.methods)}"
             raise LlmqError(message, "method_not_allowed")
         check_origin(exchange, route.access)
-        if not (exchange.is_local and route.path.startswith("/llmq")):  # to undo it from this box
-            self.gateway.clients.check_blocked(exchange.caller)
+        check_blocked(exchange, route.path, self.gateway.clients)
         if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
@@ -7590,39 +7581,6 @@ class Api:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
-    async def post_client(self, exchange: Exchange, name: str) -> Facts:
-        clients = self.gateway.clients
-        await self.change("clients", clients.settings, name, await read_control(exchange))
-        return show_client(clients.named(name))
-
-    async def post_ip(self, exchange: Exchange, _: str) -> Facts:
-        values, addresses = await read_control(exchange), self.gateway.clients.addresses
-        address = plain_address(str(values.get("ip")))
-        if not address or set(values) != {"ip", "blocked"}:
-            raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
-        await self.change("ips", addresses, address, {"blocked": values["blocked"]})
-        return {"ip": address, "blocked": addresses.of(address).blocked}
-
-    async def change(self, kind: str, table: Changed, name: str, values: Facts) -> None:
-        """Keep a change, then let it hold; what cannot be kept does not.  null: as in the file."""
-        given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
-        try:
-            row = parse_rows("request", "clients", {name: given})[name]
-        except ConfigError as error:
-            raise BadRequest(str(error)) from None
-        names = {key: "class_" if key == "class" else key for key in values}
-        changes = {
-            names[key]: None if one is None else getattr(row, names[key])
-            for key, one in values.items()
-        }
-        async with self.changing:
-            facts = table.changed(name, changes)
-            if facts and name not in table.changes and len(table.changes) >= MOST_CLIENTS:
-                raise LlmqError(f"{MOST_CLIENTS} {kind} are changed already", "conflict")
-            await self.store.put(kind, name, facts or None)
-            table.changes[name] = facts
-        self.gateway.note_clients()
-
     async def post_model(self, exchange: Exchange, _: str) -> Facts:
         values = await read_control(exchange)
         model = values.get("model")
@@ -7648,6 +7606,20 @@ class Api:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
+
+
+async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
+    await api.changes.change(name, await read_control(exchange))
+    return show_client(api.gateway.clients.named(name))
+
+
+async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
+    values = await read_control(exchange)
+    address = plain_address(str(values.get("ip")))
+    if not address or set(values) != {"ip", "blocked"}:
+        raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
+    await api.changes.change("ip:" + address, {"blocked": values["blocked"]})
+    return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
@@ -7738,9 +7710,9 @@ ROUTES = (
           '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
     owned("POST /llmq/clients/{id...}",
           "change its `class`, `weight`, `boost`, `blocked`, `max_concurrent`, `max_waiting`; "
-          "`null`: as in the file", Api.post_client),
+          "`null`: as in the file", post_client),
     owned("POST /llmq/ips", '`{"ip":ADDRESS,"blocked":true}`: refuse who comes from there',
-          Api.post_ip),
+          post_ip),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -8346,7 +8318,8 @@ class Service:
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
         self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
         self.store = Store("" if self.demo else self.settings.server.state)
-        self.api = Api(self.gateway, self.own_names(), self.reload, self.store)
+        self.changes = Changes(self.gateway, self.store)
+        self.api = Api(self.gateway, self.own_names(), self.reload, self.changes)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -8373,9 +8346,8 @@ class Service:
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
-        gateway, kept = self.gateway, await self.store.load()
-        gateway.clients.settings.changes = kept.get("clients", {})
-        gateway.clients.addresses.changes = kept.get("ips", {})
+        gateway = self.gateway
+        self.changes.kept = (await self.store.load()).get("clients", {})
         self.apply()
         await self.listen(server)
         loops = (
@@ -8386,7 +8358,7 @@ class Service:
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
-        self._tasks += [asyncio.ensure_future(every(*loop)) for loop in loops]
+        self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -8430,10 +8402,7 @@ class Service:
         places = {name: device_name(row) for name, row in rows.items()}
         self.gateway.fleet.configure(rows, places, self.settings, time.monotonic())
         self.gateway.monitor.probe_due()
-        for kind, table, name in self.gateway.clients.configure(self.settings):
-            forgetting = self.store.put(kind, name, table.changes[name] or None)
-            self._tasks.append(asyncio.ensure_future(forgetting))
-        self.gateway.note_clients()
+        self.changes.apply()
 
     def reload(self) -> None:
         """Read the settings again; a mistake changes nothing and is shown."""

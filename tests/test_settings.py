@@ -26,7 +26,7 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
     "Size": [("4096", 4096), ("8MiB", 8 * 2**20), ("1GB", 10**9)],
     "str": [("one", "one"), ("two", "two"), ("three", "three")],
     "bool": [("true", True), ("false", False), ("1", True)],
-    "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+    "Names": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
 }
 
 
