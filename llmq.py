@@ -4412,8 +4412,14 @@ class Stream(asyncio.Protocol):
         self.on_end = None
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """What a function gives that would hold the event loop, from a thread of its own.
+def start_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
+async def in_thread(
+    work: Callable[[], T], start: Callable[[Callable[[], None]], None] = start_thread
+) -> T:
+    """What a function gives that would hold the event loop, from a thread, mostly of its own.
 
     Unlike those of asyncio's executor it keeps no other work waiting, nor the end of the program.
     """
@@ -4432,7 +4438,7 @@ async def in_thread(work: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
             loop.call_soon_threadsafe(settle, settled)
 
-    threading.Thread(target=run, daemon=True).start()
+    start(run)
     return await result
 
 
@@ -6755,8 +6761,8 @@ class Passthrough:
 
 
 # ==== 26. Store ===================================================================================
-# What outlives a restart: one SQLite file, opened once there is something to keep, and only beside
-# the event loop, which never waits for a disk.  One llmq at a time has it.
+# What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
+# it, so that the event loop never waits for a disk, and one llmq at a time.
 
 SCHEMA = 1  # of the file; a later one has more tables
 CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
@@ -6773,15 +6779,15 @@ class Store:
         home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
         self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
         self._database: Any = None
-        self._lock = threading.Lock()  # one thread at a time has it
+        self._told = ""  # the last trouble with it
+        self._work: queue.SimpleQueue[Callable[[], None]] | None = None  # of its thread
 
     async def load(self) -> dict[str, dict[str, Facts]]:
         """What was kept, by kind and name; nothing where there is no file, or no use of it."""
         kept: dict[str, dict[str, Facts]] = {}
-        read = functools.partial(self._execute, "SELECT * FROM changes")
         if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
             with contextlib.suppress(LlmqError, ValueError):
-                for kind, name, facts in await in_thread(read):
+                for kind, name, facts in await self._do("SELECT * FROM changes"):
                     kept.setdefault(kind, {})[name] = json.loads(facts)
         return kept
 
@@ -6789,25 +6795,44 @@ class Store:
         """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
         told = (KEEP, kind, name, json.dumps(facts)) if facts else (FORGET, kind, name)
         if self.path:
-            await in_thread(functools.partial(self._execute, *told))
+            await self._do(*told)
 
     async def close(self) -> None:
+        if self._work is not None:
+            await in_thread(self._close, self._work.put)
+
+    async def _do(self, *told: str) -> list[Any]:
+        if self._work is None:
+            self._work = queue.SimpleQueue()
+            start_thread(functools.partial(self._run, self._work.get))
+        return await in_thread(functools.partial(self._execute, *told), self._work.put)
+
+    # ---- in its thread
+
+    def _run(self, get: Callable[[], Callable[[], None]]) -> None:
+        while self._work is not None:
+            get()()
+
+    def _close(self) -> None:
+        self._work = None
         if self._database is not None:
-            await in_thread(self._database.close)
+            self._database.close()
 
     def _execute(self, sql: str, *values: str) -> list[Any]:
         """The rows that this gives."""
         import sqlite3
 
-        with self._lock:
-            try:
-                self._database = self._database or self._open()
-                return list(self._database.execute(sql, values))
-            except (OSError, sqlite3.Error) as error:
-                why = f"state file {self.path}: {error}"
-                if type(error) is sqlite3.DatabaseError:  # it is broken
-                    why += ", set aside as " + self._set_aside()
-        log.warning("%s", why)
+        try:
+            self._database = self._database or self._open()
+            return list(self._database.execute(sql, values))
+        except (OSError, sqlite3.Error) as error:
+            why = f"state file {self.path}: {error}"
+            why = why.replace("database is locked", "another llmq has it")
+            if type(error) is sqlite3.DatabaseError:  # it is broken
+                why += ", set aside as " + self._set_aside()
+        if why != self._told:  # once is enough
+            log.warning("%s", why)
+        self._told = why
         raise LlmqError(why, "insufficient_storage")
 
     def _open(self) -> Any:
@@ -6816,7 +6841,7 @@ class Store:
 
         os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        base = sqlite3.connect(self.path, 0, isolation_level=None, check_same_thread=False)
+        base = sqlite3.connect(self.path, 0, isolation_level=None)
         try:
             base.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
             base.execute("BEGIN EXCLUSIVE").execute("COMMIT")  # or another llmq has it
@@ -6837,6 +6862,8 @@ class Store:
         for end in ("", "-wal"):
             with contextlib.suppress(OSError):
                 os.replace(self.path + end, free + end)
+        if self._database is not None:
+            self._database.close()
         self._database = None
         return free
 
@@ -6879,7 +6906,9 @@ class Changes:
         found = dict(self.file)
         for name, facts in self.kept.items():
             row = self.file.get(name, NOTHING_SET)
-            holds = {key: one for key, one in facts.items() if one[1] == getattr(row, key, None)}
+            holds = {
+                key: one for key, one in facts.items() if one[1] == vars(row).get(key, MISSING)
+            }
             found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
             if holds != facts:
                 self.kept[name] = holds

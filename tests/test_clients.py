@@ -229,6 +229,65 @@ def test_a_bad_field_is_told_although_the_header_is_good() -> None:
         llmq.asked_priority({"priority": 5}, "high")
 
 
+RULE = llmq.RuleSettings
+ASKS = ("/api/chat", "qwen3:8b", "user:alice")
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        (RULE(), True),
+        (RULE(route="/api/*"), True),
+        (RULE(route="/api"), False),
+        (RULE(model="QWEN3:*"), True),
+        (RULE(model="qwen3"), False),
+        (RULE(client="user:*"), True),
+        (RULE(client="*bob"), False),
+        (RULE(route="/api/*", model="qwen*", client="user:alice"), True),
+        (RULE(route="/api/*", model="qwen*", client="user:bob"), False),
+        (RULE(header="X-OpenWebUI-Task"), True),
+        (RULE(header="x-openwebui-task : Title*"), True),
+        (RULE(header="X-OpenWebUI-Task: tags*"), False),
+        (RULE(header="X-Other"), False),
+        (RULE(header="X-Other:*"), False),
+        (RULE(header="X-Empty"), True),
+        (RULE(header="X-Empty:"), True),
+        (RULE(header="X-OpenWebUI-Task:"), False),
+        (RULE(header="X-OpenWebUI-Task", client="user:bob"), False),
+    ],
+)
+def test_a_rule_holds_where_all_that_it_says_does(rule: llmq.RuleSettings, holds: bool) -> None:
+    headers = {"x-openwebui-task": "title_generation", "x-empty": ""}
+    rules = {"1": llmq.replace(rule, class_="low"), "2": RULE(class_="high")}
+    assert llmq.find_rule(rules, ASKS, headers) == (("1", "low") if holds else ("2", "high"))
+
+
+def test_without_a_rule_that_holds_there_is_none() -> None:
+    assert llmq.find_rule({}, ASKS, {}) == ("", "")
+    assert llmq.find_rule({"1": RULE(client="x", class_="low")}, ASKS, {}) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("user_id", "origin", "agent", "person", "name"),
+    [
+        ("alice", None, "curl/8", "ip:10.0.0.9", "user:alice"),
+        (None, None, "curl/8", "ip:10.0.0.9", "ip:10.0.0.9"),
+        (None, "http://localhost", "curl/8", "unix:bob", "unix:bob"),
+        (None, None, "curl/8", "ip:fe80::1%eth0", "ip:fe80::1-eth0"),
+        (None, None, None, "unix:bob", "unix:bob"),
+    ],
+)
+def test_a_person_that_the_connection_tells_goes_before_the_program(
+    user_id: str | None, origin: str | None, agent: str | None, person: str, name: str
+) -> None:
+    assert llmq.client_name(user_id, origin, agent, person) == name
+
+
+def test_a_foreign_page_cannot_speak_for_a_person() -> None:
+    caller = llmq.identify("alice", "https://page.example", "x", True, ("10.0.0.9", ""))
+    assert caller == ("app:https://page.example", True, "10.0.0.9")
+
+
 def test_a_smaller_class_goes_first() -> None:
     assert sorted(Priority) == [Priority.HIGH, Priority.NORMAL, Priority.LOW]
     assert [one.word for one in Priority] == ["high", "normal", "low"]
