@@ -105,6 +105,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
@@ -4412,14 +4413,8 @@ class Stream(asyncio.Protocol):
         self.on_end = None
 
 
-def start_thread(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, daemon=True).start()
-
-
-async def in_thread(
-    work: Callable[[], T], start: Callable[[Callable[[], None]], None] = start_thread
-) -> T:
-    """What a function gives that would hold the event loop, from a thread, mostly of its own.
+async def in_thread(work: Callable[[], T]) -> T:
+    """What a function gives that would hold the event loop, from a thread of its own.
 
     Unlike those of asyncio's executor it keeps no other work waiting, nor the end of the program.
     """
@@ -4438,7 +4433,7 @@ async def in_thread(
         with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
             loop.call_soon_threadsafe(settle, settled)
 
-    start(run)
+    threading.Thread(target=run, daemon=True).start()
     return await result
 
 
@@ -6765,30 +6760,31 @@ class Passthrough:
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
 SCHEMA = 1  # of the file; a later one has more tables
+ALONE = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT"
 CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
     CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
 KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
 FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
-CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
 
 class Store:
-    """The file; `insufficient_storage` where something cannot be kept, which the log tells too."""
+    """The file; `insufficient_storage` where something cannot be kept."""
 
     def __init__(self, path: str) -> None:
         home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
         self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
+        self._thread = ThreadPoolExecutor(1)
         self._database: Any = None
-        self._told = ""  # the last trouble with it
-        self._work: queue.SimpleQueue[Callable[[], None]] | None = None  # of its thread
 
     async def load(self) -> dict[str, dict[str, Facts]]:
-        """What was kept, by kind and name; nothing where there is no file, or no use of it."""
+        """What was kept, by kind and name; nothing where one line says what is wrong with it."""
         kept: dict[str, dict[str, Facts]] = {}
         if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
-            with contextlib.suppress(LlmqError, ValueError):
+            try:
                 for kind, name, facts in await self._do("SELECT * FROM changes"):
                     kept.setdefault(kind, {})[name] = json.loads(facts)
+            except (LlmqError, ValueError) as error:
+                log.warning("%s", error)
         return kept
 
     async def put(self, kind: str, name: str, facts: Facts | None) -> None:
@@ -6798,74 +6794,58 @@ class Store:
             await self._do(*told)
 
     async def close(self) -> None:
-        if self._work is not None:
-            await in_thread(self._close, self._work.put)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
 
     async def _do(self, *told: str) -> list[Any]:
-        if self._work is None:
-            self._work = queue.SimpleQueue()
-            start_thread(functools.partial(self._run, self._work.get))
-        return await in_thread(functools.partial(self._execute, *told), self._work.put)
+        work = functools.partial(self._execute, *told)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     # ---- in its thread
-
-    def _run(self, get: Callable[[], Callable[[], None]]) -> None:
-        while self._work is not None:
-            get()()
-
-    def _close(self) -> None:
-        self._work = None
-        if self._database is not None:
-            self._database.close()
 
     def _execute(self, sql: str, *values: str) -> list[Any]:
         """The rows that this gives."""
         import sqlite3
 
         try:
-            self._database = self._database or self._open()
+            if self._database is None:
+                os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+                self._open()
             return list(self._database.execute(sql, values))
         except (OSError, sqlite3.Error) as error:
-            why = f"state file {self.path}: {error}"
-            why = why.replace("database is locked", "another llmq has it")
+            self._close()
+            why = str(error).replace("database is locked", "another llmq has it")
             if type(error) is sqlite3.DatabaseError:  # it is broken
                 why += ", set aside as " + self._set_aside()
-        if why != self._told:  # once is enough
-            log.warning("%s", why)
-        self._told = why
-        raise LlmqError(why, "insufficient_storage")
+        raise LlmqError(f"state file {self.path}: {why}", "insufficient_storage")
 
-    def _open(self) -> Any:
-        """The database, made where there is none."""
-        import sqlite3
+    def _open(self) -> None:
+        """Have it alone, with its tables; OSError where it is not ours to change."""
+        self._database.executescript(ALONE)
+        ((version,),) = self._database.execute("PRAGMA user_version")
+        ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
+        if version > SCHEMA or (tables and not version):
+            raise OSError("a newer llmq wrote it, or another program")
+        self._database.executescript("" if version else CREATE)
 
-        os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        base = sqlite3.connect(self.path, 0, isolation_level=None)
-        try:
-            base.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
-            base.execute("BEGIN EXCLUSIVE").execute("COMMIT")  # or another llmq has it
-            ((version,),) = base.execute("PRAGMA user_version")
-            ((tables,),) = base.execute("SELECT count(*) FROM sqlite_master")
-            if version > SCHEMA or (tables and not version):
-                raise OSError("a newer llmq wrote it, or another program")
-            base.executescript("" if version else CREATE)
-        except BaseException:
-            base.close()
-            raise
-        return base
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        self._database = None
 
     def _set_aside(self) -> str:
-        """Another name for a file that is broken, and for what SQLite keeps beside it."""
+        """Another name for a broken file, and for what SQLite keeps beside it."""
         names = (f"{self.path}.broken-{number}" for number in count(1))
         free = next(name for name in names if not os.path.exists(name))
         for end in ("", "-wal"):
             with contextlib.suppress(OSError):
                 os.replace(self.path + end, free + end)
-        if self._database is not None:
-            self._database.close()
-        self._database = None
         return free
+
+
+CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
 
 class Changes:

@@ -322,7 +322,7 @@ async def test_to_block_ends_what_waits_and_what_runs_with_403(what: str) -> Non
         await request.connection.gone.wait()  # nothing is generated for it any more
         other = await q.chat("hi", eve)
         assert other.status == 403
-        path, undo = "/llmq/clients/user:eve", {"blocked": False}
+        path, undo = "/llmq/clients/user:eve", dict[str, Any](blocked=False)
         if what == "address":
             path, undo = "/llmq/ips", {"ip": "127.0.0.1", "blocked": False}
         assert (await ask(q.port, "POST", path, json=undo)).status == 200
