@@ -1202,7 +1202,8 @@ class Clients:
         return self.settings.get(name, NOTHING_SET)
 
     def is_blocked(self, caller: Caller) -> bool:
-        return self.of(caller.client).blocked or self.of("ip:" + caller.address).blocked
+        rows = (self.of(caller.client), self.of("ip:" + caller.address))
+        return any(row.blocked for row in rows)
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -4606,8 +4607,10 @@ class Exchange:
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
+        if is_loopback(self.address):
+            return True
         own = self.connection.stream.transport.get_extra_info("sockname")[0]
-        return is_loopback(self.address) or self.address == plain_address(own)
+        return self.address == plain_address(own)
 
     async def person(self) -> str:
         """Who asks, as far as the connection tells: another box, or another user of this one."""
@@ -6760,7 +6763,7 @@ class Passthrough:
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
 SCHEMA = 1  # of the file; a later one has more tables
-ALONE = "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT"
+ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
 CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
     CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
 KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
@@ -6784,7 +6787,7 @@ class Store:
                 for kind, name, facts in await self._do("SELECT * FROM changes"):
                     kept.setdefault(kind, {})[name] = json.loads(facts)
             except (LlmqError, ValueError) as error:
-                log.warning("%s", error)
+                log.warning("state: %s", error)
         return kept
 
     async def put(self, kind: str, name: str, facts: Facts | None) -> None:
@@ -6794,7 +6797,8 @@ class Store:
             await self._do(*told)
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        if self._database is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
 
     async def _do(self, *told: str) -> list[Any]:
@@ -6819,16 +6823,16 @@ class Store:
             why = str(error).replace("database is locked", "another llmq has it")
             if type(error) is sqlite3.DatabaseError:  # it is broken
                 why += ", set aside as " + self._set_aside()
-        raise LlmqError(f"state file {self.path}: {why}", "insufficient_storage")
+        raise LlmqError(f"{self.path}: {why}", "insufficient_storage")
 
     def _open(self) -> None:
         """Have it alone, with its tables; OSError where it is not ours to change."""
-        self._database.executescript(ALONE)
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         ((version,),) = self._database.execute("PRAGMA user_version")
         ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
         if version > SCHEMA or (tables and not version):
             raise OSError("a newer llmq wrote it, or another program")
-        self._database.executescript("" if version else CREATE)
+        self._database.executescript(ALONE + ("" if version else CREATE))
 
     def _close(self) -> None:
         if self._database is not None:
@@ -6875,7 +6879,8 @@ class Changes:
             if facts and name not in self.kept and len(self.kept) >= MOST_CLIENTS:
                 raise LlmqError("too many clients are changed already", "conflict")
             await self.store.put("clients", name, facts)
-            self.kept[name] = facts
+            self.kept.pop(name, None)
+            self.kept.update({name: facts} if facts else {})
         self.apply()
 
     def apply(self) -> None:
@@ -7075,8 +7080,8 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
 
 def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
     """Refuse who is blocked; on this box they can still undo it."""
-    undoing = exchange.is_local and path.startswith("/llmq")
-    if not undoing and clients.is_blocked(exchange.caller):
+    undone_here = path.startswith("/llmq") and exchange.is_local
+    if clients.is_blocked(exchange.caller) and not undone_here:
         raise LlmqError(BLOCKED, "forbidden")
 
 

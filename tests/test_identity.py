@@ -412,6 +412,9 @@ async def test_changes_at_run_time_are_bounded(monkeypatch: pytest.MonkeyPatch) 
             assert answer.status == (200 if number < 3 else 409)
         answer = await ask(q.port, "POST", "/llmq/clients/user:0", json={"weight": 3})
         assert answer.json()["weight"] == 3
+        await ask(q.port, "POST", "/llmq/clients/user:1", json={"weight": None})
+        answer = await ask(q.port, "POST", "/llmq/clients/user:4", json={"weight": 2})
+        assert answer.status == 200  # there is room again
 
 
 async def test_a_name_that_no_client_can_have_and_a_foreign_page_are_refused() -> None:

@@ -196,7 +196,7 @@ async def test_a_broken_file_is_set_aside_with_one_line(
     (tmp_path / "state.db.broken-1").write_bytes(b"of before")
     caplog.clear()
     async with serving(state) as q:
-        (line,) = [one.message for one in caplog.records if "state file" in one.message]
+        (line,) = [one.message for one in caplog.records if "state.db" in one.message]
         assert "set aside as" in line
         assert (tmp_path / "state.db.broken-2").read_bytes() == content
         assert (await settings_of(q, "user:1")).weight == 1
@@ -216,14 +216,14 @@ async def test_a_file_of_a_newer_llmq_or_another_program_is_left_alone(
         database.execute(sql)
     before = state.read_bytes()
     async with serving(state) as q:
-        assert len([one for one in caplog.records if "state file" in one.message]) == 1
+        assert len([one for one in caplog.records if "state.db" in one.message]) == 1
         await refused(q, "a newer llmq wrote it, or another program")
+    assert state.read_bytes() == before
     with closing(sqlite3.connect(state)) as database:
         tables = database.execute("SELECT name FROM sqlite_master").fetchall()
         assert ("changes",) not in tables
         ((version,),) = database.execute("PRAGMA user_version")
         assert version == (99 if "99" in sql else 0)
-    assert before
 
 
 async def test_a_second_llmq_leaves_the_file_to_the_first(
@@ -241,7 +241,7 @@ async def test_a_second_llmq_leaves_the_file_to_the_first(
     async with serving(state) as q:
         eve = await settings_of(q)
         assert (eve.weight, eve.boost) == (2, True)
-    assert not [one for one in caplog.records if "state file" in one.message]
+    assert not [one for one in caplog.records if "state.db" in one.message]
 
 
 async def test_where_nothing_can_be_written_a_change_is_507(tmp_path: Path) -> None:
