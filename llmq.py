@@ -4612,15 +4612,6 @@ class Exchange:
         own = self.connection.stream.transport.get_extra_info("sockname")[0]
         return self.address == plain_address(own)
 
-    async def person(self) -> str:
-        """Who asks, as far as the connection tells: another box, or another user of this one."""
-        connection = self.connection
-        if not self.is_local:
-            return "ip:" + self.address
-        if connection.person is None:
-            connection.person = await other_user(connection.stream.transport)
-        return connection.person if self.address == connection.address else ""  # it is the proxy's
-
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
@@ -4704,18 +4695,14 @@ class Exchange:
 
 async def other_user(transport: asyncio.BaseTransport) -> str:
     """`unix:` + the user at the other end of a connection on this box, if it is not our own."""
-    try:
-        uid = peer_uid(*map(transport.get_extra_info, ("peername", "sockname")))
-        if uid == os.geteuid():
-            return ""
-    except (AttributeError, OSError, TypeError, ValueError, struct.error):  # no Linux, or it left
-        return ""
-    import pwd  # which may ask a directory on another box
+    uid = own = -1
+    with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):
+        uid, own = peer_uid(*map(transport.get_extra_info, ("peername", "sockname"))), os.geteuid()
+        if uid != own:
+            import pwd  # which may ask a directory on another box
 
-    try:
-        return "unix:" + (await in_thread(functools.partial(pwd.getpwuid, uid))).pw_name
-    except KeyError:  # it has no name
-        return f"unix:{uid}"
+            return "unix:" + (await in_thread(functools.partial(pwd.getpwuid, uid))).pw_name
+    return "" if uid == own else f"unix:{uid}"  # no Linux, or it left; one without a name
 
 
 def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
@@ -4728,8 +4715,8 @@ def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 4) as kernel:
         kernel.setblocking(False)
         kernel.send(request)
-        state, uid = struct.unpack_from("=17xB62xI", kernel.recv(KIB))
-    if state != 1:  # of what is no longer connected the kernel does not know whose it was
+        state, uid = struct.unpack_from("=17xB62xI", kernel.recv(KIB).ljust(84, b"\0"))
+    if state != 1:  # whose it was is not known of what is no longer connected
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return int(uid)
 
@@ -7067,14 +7054,19 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
 
 async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
     """Who asks; the connection is asked only where the request says nothing better."""
-    headers, trusted = exchange.request.headers, settings.trusted_proxies
-    if exchange.address in trusted:  # the last entry is its own word
-        told = headers.get("x-forwarded-for", "").rpartition(",")[2]
-        exchange.address = plain_address(told) or exchange.address
+    headers, connection, told = exchange.request.headers, exchange.connection, ""
+    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
+        told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
+        exchange.address = told or exchange.address
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
-    origin, agent = headers.get("origin"), headers.get("user-agent")
+    origin, agent, person = headers.get("origin"), headers.get("user-agent"), ""
     foreign = origin is not None and is_foreign(origin, settings.cors_origins)
-    person = "" if user or foreign else await exchange.person()
+    if not (user or foreign or exchange.is_local):
+        person = "ip:" + exchange.address
+    elif not (user or foreign or told):  # else the connection is the proxy's
+        if connection.person is None:
+            connection.person = await other_user(connection.stream.transport)
+        person = connection.person
     return identify(user, origin, agent, foreign, (exchange.address, person))
 
 

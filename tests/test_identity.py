@@ -133,6 +133,15 @@ async def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch
         assert await last_client(q) == "unix:4000000"
 
 
+async def test_the_user_of_a_proxy_is_not_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmq, "peer_uid", lambda *_: 4_000_000)
+    async with FakeBackend() as fake:
+        async with running(fake.url, server__trusted_proxies=PROXIES) as q:
+            headers = {"X-Forwarded-For": "127.0.0.1", "User-Agent": "curl/8"}
+            assert (await q.chat("hi", headers)).status == 200
+            assert await last_client(q) == "app:curl"
+
+
 async def test_the_kernel_is_asked_once_for_a_connection_and_only_where_it_matters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
