@@ -48,16 +48,17 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
     24. Admission      from a request to a call that may wait
     25. Gateway        the life of one request
     26. Models         what there is, and its management
-    27. Background     what runs beside the requests: deadlines, heartbeats
+    27. Store          what outlives a restart: one SQLite file, one thread
+    28. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    28. Access         which names and pages may use a route
-    29. Snapshot       what the outside sees
-    30. Routes         which path leads where
-    31. Demo           a runner that only echoes
-    32. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    33. Service        start, reload, drain, stop
-    34. Command line   serve, status, top, mode, config
-    35. Web page       what a browser is shown
+    29. Access         which names and pages may use a route
+    30. Snapshot       what the outside sees
+    31. Routes         which path leads where
+    32. Demo           a runner that only echoes
+    33. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    34. Service        start, reload, drain, stop
+    35. Command line   serve, status, top, mode, config
+    36. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
@@ -158,6 +160,7 @@ ERRORS = {
     "wait_timeout": ErrorRow(503, 30, should_retry=False),
     "backend_timeout": ErrorRow(504),
     "version_not_supported": ErrorRow(505),
+    "insufficient_storage": ErrorRow(507, should_retry=False),
     "loop_detected": ErrorRow(508),
 }
 
@@ -327,6 +330,16 @@ def fits(pattern: str, name: str) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=1024)
+def plain_address(text: str) -> str:
+    """An IP address in its one spelling, IPv4 where it is mapped into IPv6; empty if it is none."""
+    try:
+        address = ipaddress.ip_address(text.strip())
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 @dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
@@ -472,6 +485,7 @@ class ServerSettings:
     allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
     trusted_proxies: Names = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
+    state: str = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -680,9 +694,8 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
         name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
-        if self.type == "Names":  # each time it is given, one more
-            name = re.sub("ies$", "y", name) if name.endswith("ies") else name[:-1]
-        return "--" + name.replace("_", "-")
+        one = re.sub("ie$", "y", name[:-1])
+        return "--" + (one if self.type == "Names" else name).replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -815,6 +828,10 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
+        if row.key in ("server.trusted_proxies", "ips.blocked"):
+            if not all(map(plain_address, value)):
+                raise ValueError("wants IP addresses")
+            value = tuple(map(plain_address, value))
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
         secret = row.type in ("Url", "Key", "Sent")  # a url may hold a password
@@ -1100,8 +1117,8 @@ PRIORITY_WORDS = {priority.word: priority for priority in Priority}
 SERVICE_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}
 
 
-def parse_priority(value: object, param: str = "priority") -> Priority | None:
-    """The class that a `priority` field or header asks for; None where it asks for none."""
+def parse_priority(value: object) -> Priority | None:
+    """The class that a `priority` field asks for; None where it asks for none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -1109,46 +1126,63 @@ def parse_priority(value: object, param: str = "priority") -> Priority | None:
     if isinstance(value, str) and value in PRIORITY_WORDS:
         return PRIORITY_WORDS[value]
     hint = ", a number has no meaning here" if isinstance(value, (int, float)) else ""
-    raise BadRequest(f'{param} is true, "high", "normal" or "low"{hint}', param=param)
+    raise BadRequest(f'priority is true, "high", "normal" or "low"{hint}', param="priority")
 
 
-def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
-    """Body field > X-Queue-Priority > service_tier > the client's own class, normal."""
+def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority | None:
+    """Body field > X-Queue-Priority > service_tier; None where none of them names a class."""
     asked = parse_priority(body.get("priority"))
-    if asked is None:
-        asked = parse_priority(header and header.lower(), "X-Queue-Priority")
+    if asked is None and header:  # whose other values mean something to somebody else
+        asked = PRIORITY_WORDS.get(header.lower())
     if asked is None and isinstance(tier := body.get("service_tier"), str):
         asked = SERVICE_TIERS.get(tier)
-    return Priority.NORMAL if asked is None else asked
+    return asked
+
+
+def find_rule(
+    rules: Mapping[str, RuleSettings], facts: Names, headers: Mapping[str, str]
+) -> tuple[str, str]:
+    """Number and class of the first rule that fits the route, model and client in `facts`."""
+    for number, rule in rules.items():
+        patterns = zip((rule.route, rule.model, rule.client), facts)
+        name, colon, value = rule.header.partition(":")
+        told = headers.get(name.strip().lower())
+        header = told is not None and (not colon or fits(value.strip(), told))
+        if all(fits(one or "*", fact) for one, fact in patterns) and (header or not name):
+            return number, rule.class_
+    return "", ""
 
 
 class Caller(NamedTuple):
     client: str  # the name that shares and limits go by
     foreign: bool  # a web page from elsewhere
+    address: str = ""
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
 
 
-@functools.lru_cache(maxsize=256)
-def identify(user_id: str | None, origin: str | None, agent: str | None, trusted: Names) -> Caller:
-    """Who sends a request with these header fields; a foreign page cannot speak for a person."""
-    foreign = origin is not None and is_foreign(origin, trusted)
-    return Caller(client_name(None if foreign else user_id, origin, agent), foreign)
+@functools.lru_cache(maxsize=1024)
+def identify(
+    user_id: str | None, origin: str | None, agent: str | None, foreign: bool, peer: Names
+) -> Caller:
+    """Who asks; `peer` is the address it comes from, and the person that the connection tells."""
+    name = client_name(None if foreign else user_id, origin, agent, peer[1])
+    return Caller(name, foreign, peer[0])
 
 
-def client_name(user_id: str | None, origin: str | None, agent: str | None) -> str:
-    """`user:` + X-User-ID, else `app:` + Origin or first User-Agent word without its version."""
+def client_name(
+    user_id: str | None, origin: str | None, agent: str | None, person: str = ""
+) -> str:
+    """`user:` + X-User-ID, else the person, else `app:` + Origin or first User-Agent word."""
     words = (agent or "").partition("/")[0].split()
-    if user_id:
-        name = "user:" + user_id
-    elif origin or words:
+    name = "user:" + user_id if user_id else person
+    if not name and (origin or words):
         name = "app:" + (origin or words[0])
-    else:
-        return "anonymous"
-    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH]
+    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or literal can only be this box itself."""
     if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
@@ -1170,15 +1204,20 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     return not (local or scheme in PROGRAM_SCHEMES or origin in trusted)
 
 
+BLOCKED = "this client, or its address, is blocked here"
+NOTHING_SET = ClientSettings()
+
+
 @dataclass(eq=False)
 class Client:
     """One name that asks, and what it has had so far."""
 
     name: str
-    settings: ClientSettings = field(default_factory=ClientSettings)
+    settings: ClientSettings = NOTHING_SET
     tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
     credits: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # likewise
     service: Average = field(default_factory=Average)  # seconds that its requests run
+    address: str = ""  # that it asked from last
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1209,6 +1248,14 @@ class Clients:
 
     def __init__(self) -> None:
         self.known: OrderedDict[str, Client] = OrderedDict()
+        self.settings: Mapping[str, ClientSettings] = {}  # by name, `ip:` + address among them
+
+    def of(self, name: str) -> ClientSettings:
+        return self.settings.get(name, NOTHING_SET)
+
+    def is_blocked(self, caller: Caller) -> bool:
+        rows = (self.of(caller.client), self.of("ip:" + caller.address))
+        return any(row.blocked for row in rows)
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -1219,7 +1266,7 @@ class Clients:
                 idle = [client.name for client in known if not client.waiting + client.running]
                 for silent in idle[:surplus]:
                     del self.known[silent]
-            self.known[name] = Client(name)
+            self.known[name] = Client(name, self.of(name))
         self.known.move_to_end(name)
         return self.known[name]
 
@@ -3319,7 +3366,7 @@ class Question(NamedTuple):
 
     model: str  # as asked for; empty: none was named
     stream: bool
-    priority: Priority
+    priority: Priority | None  # None: it asks for none
     body: bytes  # as it came
     edits: Edits  # of its model and options; cuts out llmq's own fields
     context: int = 0  # tokens of context asked for; 0: none
@@ -3348,7 +3395,7 @@ class Question(NamedTuple):
 
 
 NO_EDITS = Edits(0, True, (), ())
-NO_QUESTION = Question("", stream=False, priority=Priority.NORMAL, body=b"", edits=NO_EDITS)
+NO_QUESTION = Question("", stream=False, priority=None, body=b"", edits=NO_EDITS)
 
 
 def check_case(values: Mapping[str, Any], names: Names) -> None:
@@ -5034,14 +5081,16 @@ class Exchange:
     """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
+        "_behind", "_chunked", "_head", "_head_status", "address", "caller", "connection",
+        "finished", "headers", "id", "keep_alive", "length", "request", "request_id", "status",
+        "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.request = request
         self.caller = NOBODY
+        self.address = connection.address  # of whoever asks
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
@@ -5115,9 +5164,10 @@ class Exchange:
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
-        transport = self.connection.stream.transport
-        peer = transport.get_extra_info("peername") or ("",)
-        return is_loopback(peer[0]) or peer[0] == transport.get_extra_info("sockname")[0]
+        if is_loopback(self.address):
+            return True
+        own = self.connection.stream.transport.get_extra_info("sockname")[0]
+        return self.address == plain_address(own)
 
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
@@ -5200,6 +5250,34 @@ class Exchange:
         self.connection.abort()
 
 
+async def other_user(transport: asyncio.BaseTransport) -> str:
+    """`unix:` + the user at the other end of a connection on this box, if it is not our own."""
+    uid = own = -1
+    with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):
+        uid, own = peer_uid(*map(transport.get_extra_info, ("peername", "sockname"))), os.geteuid()
+        if uid != own:
+            import pwd  # which may ask a directory on another box
+
+            return "unix:" + (await in_thread(functools.partial(pwd.getpwuid, uid))).pw_name
+    return "" if uid == own else f"unix:{uid}"  # no Linux, or it left; one without a name
+
+
+def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
+    """The user whose socket is at `peer`, asked of the kernel: 20 µs, see sock_diag(7)."""
+    ends = [ipaddress.ip_address(plain_address(end[0])) for end in (peer, own)]
+    family = socket.AF_INET if ends[0].version == 4 else socket.AF_INET6
+    packed = [end.packed.ljust(16, b"\0") for end in ends]
+    request = struct.pack("=IHHIIBBBBI", 72, 20, 1, 0, 0, family, socket.IPPROTO_TCP, 0, 0, 2)
+    request += struct.pack("!HH16s16siii", peer[1], own[1], *packed, 0, -1, -1)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 4) as kernel:
+        kernel.setblocking(False)
+        kernel.send(request)
+        state, uid = struct.unpack_from("=17xB62xI", kernel.recv(KIB).ljust(84, b"\0"))
+    if state != 1:  # whose it was is not known of what is no longer connected
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    return int(uid)
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -5215,14 +5293,16 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "above_cap", "arrived", "deadline", "last_drained", "last_received", "phase",
-        "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
+        "above_cap", "address", "arrived", "deadline", "last_drained", "last_received", "person",
+        "phase", "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
         self.above_cap = False  # it came above the cap
+        self.address = ""  # of the client
+        self.person: str | None = None  # `unix:NAME` of another user, once that was asked for
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
@@ -5455,6 +5535,8 @@ class HttpServer:
             return
         connection = Connection(self, stream)
         connection.above_cap = len(self.connections) >= self.most
+        peer = stream.transport.get_extra_info("peername") or ("",)  # it may have gone
+        connection.address = plain_address(peer[0])
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -6178,6 +6260,7 @@ class Call:
     blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
+    rule = ""  # that gave it its class
     lines = b""  # of the head of a request to a backend, those that every backend gets
     more: Headers = NO_HEADERS  # the header fields that some backend gets besides
     deadline = NEVER  # for the backend's next byte, monotonic
@@ -6684,16 +6767,9 @@ class Admission:
         if question.context:
             context = await self.clamp_context(model, question.context)
             call.question = question._replace(context=context)
-        priority = question.priority
-        priority = max(priority, Priority.NORMAL) if caller.foreign else priority
-        pinned = request.headers.get("x-llmq-backend", "")
-        if pinned and pinned not in self.fleet.backends:
-            raise BadRequest(f"there is no backend {printable(pinned)}")
-        if pinned and not self.fleet.named(pinned).may_have(model_key(model)):
-            raise model_not_found(f"{model} at {pinned}")
-        routes = () if call.blind else call.endpoint.routes
-        want = Want(model_key(model), routes, backend=pinned)
-        client = self.clients.named(caller.client)
+        client, want = self.clients.named(caller.client), self.want_of(call)
+        client.address = caller.address
+        priority = self.class_of(call, client, request.headers)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if self.fleet.relayed:
             names = more_names(request.headers, self.fleet.relayed)
@@ -6703,8 +6779,32 @@ class Admission:
         call.ticket.session = read_session(request.headers, values)
         if not (question.done_reason or call.blind):
             await self.check_supported(call, values)
+        if self.clients.is_blocked(caller):  # since it came
+            raise LlmqError(BLOCKED, "forbidden")
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    def want_of(self, call: Call) -> Want:
+        """What it waits for: at a backend that it names, or wherever its model is."""
+        assert call.request is not None  # it is new
+        pinned = call.request.headers.get("x-llmq-backend", "")
+        if pinned and pinned not in self.fleet.backends:
+            raise BadRequest(f"there is no backend {printable(pinned)}")
+        if pinned and not self.fleet.named(pinned).may_have(model_key(call.model)):
+            raise model_not_found(f"{call.model} at {pinned}")
+        routes = () if call.blind else call.endpoint.routes
+        return Want(model_key(call.model), routes, backend=pinned)
+
+    def class_of(self, call: Call, client: Client, headers: Headers) -> Priority:
+        """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
+        priority, word = call.question.priority, ""
+        if priority is None:
+            facts = (call.route, call.question.model or call.model, client.name)
+            number, word = find_rule(self.settings.rules, facts, headers)
+            call.rule = number and f"class {word} by rule {number}"
+            word = word or client.settings.class_ or self.fleet.policy(model_key(call.model)).class_
+            priority = PRIORITY_WORDS.get(word, Priority.NORMAL)
+        return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
@@ -7111,6 +7211,7 @@ class Gateway:
         if call.ticket.state is not TicketState.WAITING:
             raise LlmqError("only a waiting request can change its class", "conflict")
         self.scheduler.reprioritise(call.ticket, priority)
+        call.rule = ""
         self.pump()
 
     def reset_context(self, model: str) -> int:
@@ -7326,7 +7427,157 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 27. Background ==============================================================================
+# ==== 27. Store ===================================================================================
+# What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
+# it, so that the event loop never waits for a disk, and one llmq at a time.
+
+SCHEMA = 1  # of the file; a later one has more tables
+ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
+CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
+    CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
+KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
+FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
+
+
+class Store:
+    """The file; `insufficient_storage` where something cannot be kept."""
+
+    def __init__(self, path: str) -> None:
+        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
+        self._thread = ThreadPoolExecutor(1)
+        self._database: Any = None
+
+    async def load(self) -> dict[str, dict[str, Facts]]:
+        """What was kept, by kind and name; nothing where one line says what is wrong with it."""
+        kept: dict[str, dict[str, Facts]] = {}
+        if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
+            try:
+                for kind, name, facts in await self._do("SELECT * FROM changes"):
+                    kept.setdefault(kind, {})[name] = json.loads(facts)
+            except (LlmqError, ValueError) as error:
+                log.warning("state: %s", error)
+        return kept
+
+    async def put(self, kind: str, name: str, facts: Facts | None) -> None:
+        """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
+        told = (KEEP, kind, name, json.dumps(facts)) if facts else (FORGET, kind, name)
+        if self.path:
+            await self._do(*told)
+
+    async def close(self) -> None:
+        if self._database is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _do(self, *told: str) -> list[Any]:
+        work = functools.partial(self._execute, *told)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # ---- in its thread
+
+    def _execute(self, sql: str, *values: str) -> list[Any]:
+        """The rows that this gives."""
+        import sqlite3
+
+        try:
+            if self._database is None:
+                os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+                self._open()
+            return list(self._database.execute(sql, values))
+        except (OSError, sqlite3.Error) as error:
+            self._close()
+            why = str(error).replace("database is locked", "another llmq has it")
+            if type(error) is sqlite3.DatabaseError:  # it is broken
+                why += ", set aside as " + self._set_aside()
+        raise LlmqError(f"{self.path}: {why}", "insufficient_storage")
+
+    def _open(self) -> None:
+        """Have it alone, with its tables; OSError where it is not ours to change."""
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ((version,),) = self._database.execute("PRAGMA user_version")
+        ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
+        if version > SCHEMA or (tables and not version):
+            raise OSError("a newer llmq wrote it, or another program")
+        self._database.executescript(ALONE + ("" if version else CREATE))
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        self._database = None
+
+    def _set_aside(self) -> str:
+        """Another name for a broken file, and for what SQLite keeps beside it."""
+        names = (f"{self.path}.broken-{number}" for number in count(1))
+        free = next(name for name in names if not os.path.exists(name))
+        for end in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                os.replace(self.path + end, free + end)
+        return free
+
+
+CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
+
+
+class Changes:
+    """What is changed of clients at run time, also of addresses: kept first, then it holds."""
+
+    def __init__(self, gateway: Gateway, store: Store) -> None:
+        self.gateway, self.store = gateway, store
+        self.file: dict[str, ClientSettings] = {}  # what the file says
+        self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
+        self._turn = asyncio.Lock()  # one after the other
+        self._forgetting: Any = None
+
+    async def change(self, name: str, values: Facts) -> None:
+        """Settings of a client by the names that the file has for them; None: as in the file."""
+        given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
+        try:
+            row = parse_rows("request", "clients", {name: given})[name]
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        async with self._turn:
+            own, facts = self.file.get(name, NOTHING_SET), dict(self.kept.get(name, {}))
+            for key in values:
+                fact = "class_" if key == "class" else key
+                facts[fact] = [getattr(row, fact), getattr(own, fact)]
+                if values[key] is None or facts[fact][0] == facts[fact][1]:
+                    del facts[fact]
+            if facts and name not in self.kept and len(self.kept) >= MOST_CLIENTS:
+                raise LlmqError("too many clients are changed already", "conflict")
+            await self.store.put("clients", name, facts)
+            self.kept.pop(name, None)
+            self.kept.update({name: facts} if facts else {})
+        self.apply()
+
+    def apply(self) -> None:
+        """Let hold what the file says, and each change until that says otherwise."""
+        settings, clients = self.gateway.settings, self.gateway.clients
+        refused = {f"ip:{one}": ClientSettings(blocked=True) for one in settings.ips.blocked}
+        self.file = {**settings.clients, **refused}
+        found = dict(self.file)
+        for name, facts in self.kept.items():
+            row = self.file.get(name, NOTHING_SET)
+            holds = {
+                key: one for key, one in facts.items() if one[1] == vars(row).get(key, MISSING)
+            }
+            found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
+            if holds != facts:
+                self.kept[name] = holds
+                self._forgetting = asyncio.ensure_future(self.store.put("clients", name, holds))
+        clients.settings = found
+        for client in clients.known.values():
+            client.settings = clients.of(client.name)
+        for call in list(self.gateway.calls.values()):
+            if clients.is_blocked(call.caller):
+                self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
+        self.gateway.scheduler.reconsider()
+        self.gateway.pump()
+
+
+# ==== 28. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -7431,7 +7682,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 28. Access ==================================================================================
+# ==== 29. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -7485,6 +7736,31 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
     return True
 
 
+async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
+    """Who asks; the connection is asked only where the request says nothing better."""
+    headers, connection, told = exchange.request.headers, exchange.connection, ""
+    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
+        told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
+        exchange.address = told or exchange.address
+    user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
+    origin, agent, person = headers.get("origin"), headers.get("user-agent"), ""
+    foreign = origin is not None and is_foreign(origin, settings.cors_origins)
+    if not (user or foreign or exchange.is_local):
+        person = "ip:" + exchange.address
+    elif not (user or foreign or told):  # else the connection is the proxy's
+        if connection.person is None:
+            connection.person = await other_user(connection.stream.transport)
+        person = connection.person
+    return identify(user, origin, agent, foreign, (exchange.address, person))
+
+
+def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
+    """Refuse who is blocked; on this box they can still undo it."""
+    undone_here = path.startswith("/llmq") and exchange.is_local
+    if clients.is_blocked(exchange.caller) and not undone_here:
+        raise LlmqError(BLOCKED, "forbidden")
+
+
 def check_origin(exchange: Exchange, access: Access) -> None:
     """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
@@ -7499,7 +7775,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 29. Snapshot ================================================================================
+# ==== 30. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -7516,6 +7792,7 @@ def members(source: object, *names: str) -> Facts:
 def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
+    known = gateway.clients.settings.items()
     waiting, running = scheduler.in_order(), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
@@ -7535,6 +7812,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
@@ -7578,7 +7856,9 @@ def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
         "state": ticket.state.word,
         "tokens": tokens,
         "tokens_per_s": round(tokens / (now - since), 1) if tokens and since < now else None,
-        **members(expected, "position", "reason"),
+        "position": expected.position,
+        "reason": f"{expected.reason}; {call.rule}" if waits and call.rule else expected.reason,
+        "rule": call.rule or None,
         "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
         "waited_s": round(started - ticket.arrived, 3),
@@ -7623,8 +7903,11 @@ def show_backend(backend: Backend) -> Facts:
 
 
 def show_client(client: Client) -> Facts:
-    facts = members(client, "name", "waiting", "running", "done", "failed", "left")
-    return {**facts, "served_s": round(client.served, 3)}
+    return {
+        **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
+        "served_s": round(client.served, 3),
+        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
+    }
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -7693,7 +7976,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 30. Routes ==================================================================================
+# ==== 31. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -7719,8 +8002,11 @@ OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose featur
 class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
-    def __init__(self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], changes: Changes
+    ) -> None:
         self.gateway = gateway
+        self.changes = changes
         self.settings = gateway.settings
         self.stream = SnapshotStream(gateway)
         self.names = frozenset(names)  # of this box, lower case
@@ -7733,7 +8019,7 @@ class Api:
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, argument = self.enter(exchange)
+            handler, argument = await self.enter(exchange)
             facts = await handler(self, exchange, argument)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
@@ -7758,15 +8044,14 @@ class Api:
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
         keep_alive, exchange.keep_alive = exchange.keep_alive, False
         check_host(exchange, self.names)
         exchange.keep_alive = keep_alive
-        user, agent = headers.get("x-user-id"), headers.get("user-agent")
-        exchange.caller = identify(user, origin, agent, trusted)
+        exchange.caller = await find_caller(exchange, self.settings.server)
         route, argument = match_route(request)
         if argument and route is None and self.settings.server.allow_all_routes:
             route = OTHER_ROUTE
@@ -7783,6 +8068,7 @@ class Api:
             message = f"{route.path} takes {', '.join(route.methods)}"
             raise LlmqError(message, "method_not_allowed")
         check_origin(exchange, route.access)
+        check_blocked(exchange, route.path, self.gateway.clients)
         if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
@@ -8004,12 +8290,12 @@ class Api:
         device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
         if device not in devices:
             raise BadRequest("device is one of " + ", ".join(devices), param="device")
-        priority = parse_priority(values.get("class"), "class")
+        word = values.get("class", "normal")
+        if word not in CLASSES:
+            raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
         call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
         client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
-        call.ticket = Ticket(
-            call.id, client, want, Priority.NORMAL if priority is None else priority
-        )
+        call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
         call.request = None
         await gateway.lease(call, seconds)
         if exchange.gone:
@@ -8052,6 +8338,20 @@ def read_seconds(values: Facts) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
         raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
     return float(seconds)
+
+
+async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
+    await api.changes.change(name, await read_control(exchange))
+    return show_client(api.gateway.clients.named(name))
+
+
+async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
+    values = await read_control(exchange)
+    address = plain_address(str(values.get("ip")))
+    if not address or set(values) != {"ip", "blocked"}:
+        raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
+    await api.changes.change("ip:" + address, {"blocked": values["blocked"]})
+    return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
@@ -8112,6 +8412,7 @@ async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
         parse_rows("request", "backends", {name: row})
     except ConfigError as error:
         raise BadRequest(str(error)) from None
+    await api.changes.store.put("backends", name, row)
     added[name] = row
     api.gateway.discovery.configure()
     api.gateway.monitor.probe_due()
@@ -8120,9 +8421,11 @@ async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
 
 async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
     await read_control(exchange)
-    if api.gateway.fleet.named(name) and api.gateway.added.pop(name, None) is None:
+    if api.gateway.fleet.named(name) and name not in api.gateway.added:
         cure = 'take it out of the file, or drain it: POST {"draining":true}'
         raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
+    await api.changes.store.put("backends", name, None)
+    api.gateway.added.pop(name, None)
     api.gateway.discovery.configure()
     return {"deleted": name}
 
@@ -8211,6 +8514,11 @@ ROUTES = (
     owned("DELETE POST /llmq/backends/{name}",
           'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
           delete_backend, post_backend),
+    owned("POST /llmq/clients/{id...}",
+          "change its `class`, `weight`, `boost`, `blocked`, `max_concurrent`, `max_waiting`; "
+          "`null`: as in the file", post_client),
+    owned("POST /llmq/ips", '`{"ip":ADDRESS,"blocked":true}`: refuse who comes from there',
+          post_ip),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -8258,7 +8566,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 31. Demo ====================================================================================
+# ==== 32. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -8317,7 +8625,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 32. Terminal view ===========================================================================
+# ==== 33. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -8658,7 +8966,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 33. Service =================================================================================
+# ==== 34. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -8806,7 +9114,9 @@ class Service:
         self.has_looked = False  # around this box, for runners
         self.seen = self.stamp() if self.stamp else None
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
-        self.api = Api(self.gateway, self.own_names(), self.reload)
+        self.store = Store("" if self.demo else self.settings.server.state)
+        self.changes = Changes(self.gateway, self.store)
+        self.api = Api(self.gateway, self.own_names(), self.reload, self.changes)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -8833,9 +9143,12 @@ class Service:
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
+        gateway = self.gateway
+        kept = await self.store.load()
+        self.changes.kept = kept.get("clients", {})
+        self.gateway.added.update(kept.get("backends", {}))
         self.apply()
         await self.listen(server)
-        gateway = self.gateway
         loops = (
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
@@ -8887,7 +9200,7 @@ class Service:
         self.api.names = frozenset(self.own_names())
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
-        self.gateway.pump()
+        self.changes.apply()
 
     def reload(self) -> None:
         """Read the settings again; a mistake changes nothing and is shown."""
@@ -8901,7 +9214,7 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings.backends = self.settings.backends
-        for name in ("host", "port"):  # a reload cannot move the listening sockets
+        for name in ("host", "port", "state"):  # which stay open as they are
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
@@ -8942,6 +9255,7 @@ class Service:
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
+        await self.store.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
 
@@ -8976,7 +9290,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 34. Command line ============================================================================
+# ==== 35. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -9388,7 +9702,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 35. Web page ================================================================================
+# ==== 36. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

@@ -26,7 +26,7 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
     "Size": [("4096", 4096), ("8MiB", 8 * 2**20), ("1GB", 10**9)],
     "str": [("one", "one"), ("two", "two"), ("three", "three")],
     "bool": [("true", True), ("false", False), ("1", True)],
-    "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+    "Names": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
 }
 
 
@@ -107,8 +107,8 @@ def test_setting_changes_nothing_but_itself(row: Any) -> None:
     "row", [row for row in ROWS if row.type == "Names"], ids=lambda row: row.key
 )
 def test_flag_of_a_list_may_be_repeated(row: Any) -> None:
-    flags = flags_of(row.flag, "a", row.flag, "b")
-    assert value_of(read(**flags)[0], row.key) == ("a", "b")
+    flags = flags_of(row.flag, "::a", row.flag, "::b")
+    assert value_of(read(**flags)[0], row.key) == ("::a", "::b")
 
 
 def test_file_may_say_numbers_switches_and_lists_as_json_has_them(tmp_path: Path) -> None:
@@ -465,6 +465,9 @@ EFFECTS = {
     "server.allow_all_routes": "test_fleet.py"
     "::test_unknown_paths_are_404_unless_all_routes_are_allowed",
     "server.watch": "test_fleet.py::test_watch_off_leaves_the_file_alone",
+    "server.trusted_proxies": "test_identity.py"
+    "::test_trusted_proxies_tell_the_address_in_the_last_entry",
+    "server.state": "test_store.py::test_changes_at_run_time_outlive_a_kill",
     "server.head_timeout": "test_wire_deadlines.py"
     "::test_heads_that_are_never_complete_end_at_the_deadline",
     "server.body_timeout": "test_wire_deadlines.py::test_body_timeout_counts_from_the_last_byte",
@@ -507,6 +510,22 @@ EFFECTS = {
     "::test_backend_that_does_not_answer_a_look_in_time_is_down",
     "log.format": "test_service.py::test_log_as_json_has_one_object_with_these_facts_a_line",
     "log.level": "test_service.py::test_log_level_is_the_least_that_is_logged",
+    "ips.blocked": "test_identity.py::test_blocked_ips_are_refused_also_behind_a_proxy",
+    "clients.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "clients.blocked": "test_identity.py::test_blocked_by_the_file_holds_for_that_one_alone",
+    "models.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.route": "test_identity.py"
+    "::test_the_reason_of_who_waits_names_the_rule_until_the_class_is_changed",
+    "rules.model": "test_identity.py"
+    "::test_the_reason_of_who_waits_names_the_rule_until_the_class_is_changed",
+    "rules.client": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.header": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
     "devices.slots": "test_service.py::test_slots_of_a_device_are_the_most_at_once_there",
     "backends.url": "test_upstream_faults.py::test_two_backends_on_one_host_share_one_slot",
     "backends.device": "test_upstream_faults.py"
