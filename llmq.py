@@ -130,6 +130,7 @@ class ErrorRow(NamedTuple):
 
 ERRORS = {
     "bad_request": ErrorRow(400),
+    "context_length_exceeded": ErrorRow(400),
     "forbidden": ErrorRow(403),
     "forbidden_host": ErrorRow(403),
     "forbidden_origin": ErrorRow(403),
@@ -345,6 +346,7 @@ COUNT_TOKENS, TRANSCRIPTIONS = "/v1/messages/count_tokens", "/v1/audio/transcrip
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
 LMSTUDIO = "/api/v0/models"
+LMSTUDIO_LOAD, ROUTER_LOAD = "/api/v1/models/load", "/models/load"
 COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, TRANSCRIPTIONS})
 EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context only if they ask
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
@@ -368,6 +370,8 @@ class Kind(NamedTuple):
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
     options: Mapping[str, str] = USUAL_OPTIONS
+    # The routes that load and unload a model; its context at the former, its name at the latter.
+    errands: tuple[str, ...] = ()
 
 
 RUNNERS = (
@@ -378,21 +382,25 @@ RUNNERS = (
         mark=("/api/version", "version"),
         loaded_path="/api/ps",
         native=True,
+        errands=(OLLAMA_GENERATE, OLLAMA_GENERATE, "", "model"),
     ),
     Kind(
         "lmstudio",
-        COMMON,
+        COMMON | {LMSTUDIO_LOAD},
         "http://127.0.0.1:1234",
         mark=(LMSTUDIO, "data"),
         loaded_path=LMSTUDIO,
         options=LMSTUDIO_OPTIONS,
+        errands=(LMSTUDIO_LOAD, "/api/v1/models/unload", "context_length", "instance_id"),
     ),
     Kind(
         "llamacpp",
+        EVERY | {ROUTER_LOAD},
         url="http://127.0.0.1:8080",
         owner="llamacpp",
         counts_tokens=True,
         options=LLAMACPP_OPTIONS,
+        errands=(ROUTER_LOAD, "/models/unload", "", "model"),  # it may lack them
     ),
     Kind("vllm", EVERY, "http://127.0.0.1:8000", "vllm", counts_tokens=True, options=VLLM_OPTIONS),
     Kind("openai"),  # whatever else has /v1/models
@@ -444,6 +452,8 @@ Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Key = str  # a secret: never shown
+Tokens = str  # a number of them, or "fit"
+KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
 Url = str  # a base URL without path, query, credentials or slash at its end
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
@@ -547,9 +557,9 @@ class ModelSettings:
     exclusive: bool = setting(False, "nothing else runs on its device meanwhile")
     backends: Names = setting((), "the only backends asked for it; none: all that have it")
     class_: str = setting("", "class of requests that have no other", choices=("", *CLASSES))
-    keep_alive: str = setting("", "how long Ollama keeps it loaded, unless the request says")
+    keep_alive: KeepAlive = setting("", "how long Ollama keeps it loaded, unless the request says")
     keep_alive_force: bool = setting(False, "the same, whatever the request says")
-    num_ctx: str = setting("", 'its context in tokens, or "fit": as long as the prompt needs')
+    num_ctx: Tokens = setting("", 'its context in tokens, or "fit": as long as the prompt needs')
     preload: bool = setting(False, "loaded from the start, where a backend has it")
     set: Facts = setting({}, "members put into its requests, also over what is there")
     strip: Names = setting((), "members cut out of its requests")
@@ -699,6 +709,17 @@ def parse_text(raw: Any) -> str:
     return raw
 
 
+def parse_form(form: str, wanted: str, raw: Any) -> str:
+    """A text of this form, or what a file has as a number."""
+    if not re.fullmatch(form, str(raw)):
+        raise ValueError(f"wants {wanted}")
+    return str(raw)
+
+
+KEEP_ALIVE = r"|-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)){1,9}"
+FORMS = ("|fit|[1-9][0-9]{0,8}", 'a number, or "fit"'), (KEEP_ALIVE, "seconds, or a time like 5m")
+
+
 def parse_bool(raw: Any) -> bool:
     word, yes = str(raw).lower(), ("true", "1", "yes", "on")
     if word not in (*yes, "false", "0", "no", "off"):
@@ -764,6 +785,8 @@ TYPES = {
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
+    "Tokens": SettingType(functools.partial(parse_form, *FORMS[0]), {"metavar": "N"}),
+    "KeepAlive": SettingType(functools.partial(parse_form, *FORMS[1]), {"metavar": "TIME"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
 }
@@ -1244,6 +1267,7 @@ class Contexts:
 
     def __init__(self) -> None:
         self.start = 0  # what every model starts with, as configured; 0: the backend's choice
+        self.policy: Callable[[str], ModelSettings] = lambda _: NO_POLICY
         self.max: dict[str, int] = {}  # the longest that a model can have
         self.loaded: dict[str, int] = {}  # what it is loaded with
         self.requested: dict[str, int] = {}  # the largest that was asked for and started
@@ -1251,7 +1275,9 @@ class Contexts:
 
     def shared(self, key: str) -> int:
         """What was asked for or configured; what a model is loaded with by itself binds nobody."""
-        start = min(self.start, self.max.get(key) or self.start)
+        own = self.policy(key).num_ctx
+        start = int(own) if own.isdecimal() else self.start
+        start = min(start, self.max.get(key) or start)
         return max(start, self.requested.get(key, 0))
 
     def request(self, key: str, tokens: int, now: float) -> int:
@@ -1350,6 +1376,9 @@ class Backend:
 
     def is_loaded(self, key: str) -> bool:
         return self.report is not None and key in map(model_key, self.report.loaded)
+
+    def loaded_now(self, key: str) -> None:
+        """The first byte of an answer of this model has come."""
 
     def supports(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
@@ -1556,6 +1585,7 @@ class Fleet:
             backend.slots = row.slots
             backend.kind = row.kind or backend.kind
             backend.contexts.start = settings.upstream.num_ctx
+            backend.contexts.policy = self.policy
             backend.set_key(row.key)
         self.drop_unused()
 
@@ -2757,12 +2787,16 @@ def rewrite(found: JsonObject, put: Mapping[str, str], cut: Names = ()) -> str:
     return find_edits(found, put, cut).apply(found.text, put)
 
 
+def with_options(text: str, put: Mapping[str, str], cut: Names = ()) -> str:
+    """Ollama's `options` with these members put in, as JSON, and these cut out."""
+    there = text.startswith("{")  # else there are none, or null
+    return rewrite(read_object(text if there else "{}"), put, cut) if there or put else text
+
+
 def with_num_ctx(text: str, tokens: int) -> str:
     """Ollama's `options` with this context, with none for 0."""
-    if not text.startswith("{"):  # there are none, or null
-        return f'{{"num_ctx":{tokens}}}' if tokens else text
     put = {"num_ctx": str(tokens)} if tokens else {}
-    return rewrite(read_object(text), put, () if tokens else ("num_ctx",))
+    return with_options(text, put, () if tokens else ("num_ctx",))
 
 
 class Question(NamedTuple):
@@ -3263,6 +3297,7 @@ class Endpoint(NamedTuple):
     streams: bool | None = False  # when a body does not say; None: never
     options: bool = False  # it can carry a context in its `options`
     content: str = ""  # the member without which it only loads or unloads a model
+    limits: Names = ()  # what bounds an answer: members, of `options` if it has them
 
     @property
     def path(self) -> str:
@@ -3372,11 +3407,14 @@ def needs(name: str, other: str) -> Callable[[Mapping[str, Any]], None]:
 
 
 OPENAI = OpenAi()
+LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # which llama.cpp has, too
+check_prompt = needs("prompt", "prompt_embeds")
 OPENAI_ENDPOINTS = (
-    Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, needs("prompt", "prompt_embeds")),
+    Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages, limits=LIMITS),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt, limits=LIMITS),
     Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
-    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
+    # The backend knows best.
+    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None, limits=("max_output_tokens",)),
     Endpoint((RERANK,), OPENAI, lambda _: None),
     Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
 )
@@ -3435,9 +3473,10 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 
 OLLAMA = Ollama()
+PREDICT = ("num_predict",)
 OLLAMA_ENDPOINTS = (
-    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages"),
-    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt"),
+    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages", PREDICT),
+    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt", PREDICT),
     Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
     Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
 )
@@ -3485,7 +3524,7 @@ def estimate_tokens(values: Mapping[str, Any]) -> int:
 
 
 ANTHROPIC = Anthropic()
-MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages)
+MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages, limits=("max_tokens",))
 COUNT_ENDPOINT = Endpoint((COUNT_TOKENS,), ANTHROPIC, check_messages)  # which never waits
 ENDPOINTS = {row.path: row for row in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
 SHORT_PATHS = {  # other paths that clients take to the same
@@ -4641,6 +4680,23 @@ class Exchange:
         self.connection.abort()
 
 
+class Nobody:
+    """A Reply to nobody: of what llmq asks a runner by itself."""
+
+    status, gone, started, blocked = 0, False, False, False
+
+    def __init__(self) -> None:
+        self.waiter = Waiter()
+
+    def ignore(self, *_: object, **__: object) -> None: ...
+
+    watch = start = send = finish = fail = respond = abort = ignore
+
+    async def nothing(self, *_: object) -> Any: ...
+
+    read_body = catch_up = nothing
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -5575,7 +5631,71 @@ def relayed_type(head: ResponseHead) -> str:
     return told if plain in RELAYED_TYPES else "application/octet-stream"
 
 
+ERRAND = Request("POST", "/llmq/models", 1, NO_HEADERS)  # of models to be loaded or unloaded
 TOO_MANY = "the request holds more values than llmq translates"
+TOO_LONG = re.compile("exceeds the (available )?context")  # how Ollama refuses a prompt
+
+
+class Errand(NamedTuple):
+    """Of a backend to load or unload a model."""
+
+    action: str
+    backend: Backend
+    model: str  # as it is called there
+    context: int = 0  # tokens asked for
+    keep_alive: str = ""
+
+    def request(self, usual: str) -> tuple[str, Facts]:
+        """Where it is asked, and what; `usual` is how long an Ollama keeps the model."""
+        kind, loads = self.backend.traits, self.action == "load"
+        load, unload, length, instance = kind.errands
+        path = load if loads else unload
+        facts: Facts = {"model" if loads else instance: self.model}
+        if kind.native:
+            path = OLLAMA_EMBED if loads and EMBEDDING.search(self.model) else path
+            keep_alive = as_keep_alive(self.keep_alive or usual) if loads else 0
+            facts.update(stream=False, input="" if path in EMBEDS else None, keep_alive=keep_alive)
+        elif loads and length:
+            shared = self.backend.contexts.shared(model_key(self.model))
+            facts[length] = self.context or shared or None
+        return path, facts
+
+
+def bounded(asked: Facts, limits: Names, most: int) -> Facts:
+    """What those limits are to be that ask for more tokens than this, or for any number."""
+    counts = {name: whole_number(asked.get(name)) or 0 for name in limits}
+    good = [tokens for tokens in counts.values() if 0 < tokens <= most]
+    odd = [name for name in limits if counts[name] not in good]
+    return {name: min([*good, most]) for name in odd if name in (*asked, limits[0])}
+
+
+def with_policy(body: bytes, route: str, policy: ModelSettings) -> bytes:
+    """A request for this route as the settings of its model want it; all else as it was."""
+    if policy is NO_POLICY:
+        return body
+    found, endpoint, put = read_object(decode_json(body)), ENDPOINTS[route], dict(policy.set)
+    inner = put.get("options") if endpoint.options else None
+    options = dict(inner) if isinstance(inner, dict) else {}
+    if policy.max_output and endpoint.limits:
+        place = options if endpoint.options else put
+        asked = (found.values.get("options") or {}) if endpoint.options else found.values
+        place.update(bounded({**asked, **place}, endpoint.limits, policy.max_output))
+    said = "keep_alive" in found.values and not policy.keep_alive_force
+    if route in NATIVE and policy.keep_alive and not said:
+        put["keep_alive"] = as_keep_alive(policy.keep_alive)
+    if route in NATIVE and policy.overflow == "refuse":
+        put.update(truncate=False, shift=False)
+    texts = {name: json.dumps(put[name]) for name in put if name not in ("model", "options")}
+    if options:
+        old = found.text[slice(*found.places.get("options", (0, 0, 0))[1:])]
+        new = {name: json.dumps(options[name]) for name in options}
+        texts["options"] = with_options(old, new)
+    return rewrite(found, texts, tuple({*policy.strip}.difference(texts, ["model"]))).encode()
+
+
+def as_keep_alive(text: str) -> int | str | None:
+    """Ollama takes seconds as a number, all else as a text."""
+    return int(text) if text.lstrip("-").isdecimal() else text or None
 
 
 class Call:
@@ -5593,6 +5713,8 @@ class Call:
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
+    policy = NO_POLICY  # the settings of its model
+    context = 0  # tokens that it was told to have
     told = ""  # the name that the backend knows the model by, where it is another
     echo: Callable[[bytes], bytes] | None = None  # then puts the client's in its place
     upstream: Upstream | None = None
@@ -5642,7 +5764,8 @@ class Call:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
         question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
-        if backend.traits.native and (question.context or question.keep_alive or shared):
+        needs = shared or self.policy.keep_alive or self.policy.overflow == "refuse"
+        if backend.traits.native and (question.context or question.keep_alive or needs):
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
@@ -5655,6 +5778,7 @@ class Call:
         context = 0
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
+        self.context = context
         self.translator = self.echo = None
         if route == self.endpoint.path:
             if question.model not in ("", name):
@@ -5666,12 +5790,17 @@ class Call:
                 raise Untranslatable(TOO_MANY)
             target = route
             body = functools.partial(self.translated, route, name, context, backend.traits)
-        return lambda: render_request(backend, "POST", target, self.lines, body())
+
+        def write() -> bytes:
+            wanted = with_policy(body(), route, self.policy)
+            return render_request(backend, "POST", target, self.lines, wanted)
+
+        return write
 
     def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
         """The body for another route."""
         translator = TRANSLATORS[self.endpoint.path, route]
-        asked = json.loads(self.question.body)
+        asked = json.loads(with_policy(self.question.body, self.endpoint.path, self.policy))
         self.translator = translator(asked, name, context, time.time)
         self.translator.runner = runner
         return self.translator.body()
@@ -5748,6 +5877,9 @@ class Call:
             model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:
                 return error.answer  # something else is meant
+        elif self.policy.overflow == "refuse" and TOO_LONG.search(error.message):
+            words = error_text(error_of(parse_json(error.message.encode())))
+            return LlmqError(words or error.message, "context_length_exceeded")
         return error
 
     def route_supported(self, backend: Backend) -> None:
@@ -5786,7 +5918,9 @@ class Call:
     def received(self, backend: Backend, limits: UpstreamSettings) -> None:
         """A piece of the answer's body has come."""
         now = backend.last_received = time.monotonic()
-        self.first_byte = self.first_byte or now
+        if not self.first_byte:
+            self.first_byte = now
+            backend.loaded_now(self.ticket.model)
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
@@ -5871,6 +6005,7 @@ class Record(NamedTuple):
     error: str | None = None  # its sentence: llmq's own, a runner's for 5xx
     tokens_in: int | None = None
     tokens_per_s: float | None = None
+    cut: bool = False  # the prompt fills its context: it may have lost its front
 
     def facts(self) -> dict[str, Any]:
         facts = self._asdict()
@@ -5889,7 +6024,7 @@ class Record(NamedTuple):
             f"{self.status} {self.route} id={self.id} client={self.client} class={self.priority} "
             f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
             f"first={first} total={self.total_s:.3f} tokens_in={tokens_in} tokens_per_s={rate} "
-            f"tokens={tokens} outcome={self.outcome}{error}"
+            f"tokens={tokens} outcome={self.outcome}{error}{' cut?' * self.cut}"
         )
 
 
@@ -5919,7 +6054,16 @@ def record_of(call: Call, now: float) -> Record:
         # The runner's own word; else of a stream while it came, of a whole answer since its start.
         tokens_per_s=source.rate
         or (tokens / (now - since) if tokens and since and now > since else None),
+        cut=may_be_cut(call, source.tokens_in or 0),
     )
+
+
+def may_be_cut(call: Call, tokens_in: int) -> bool:
+    """Whether the prompt fills its context: Ollama drops the front of what is longer, unsaid."""
+    if not tokens_in or call.ticket.backend is None or EMBEDDINGS in call.endpoint.routes:
+        return False
+    context = call.context or call.ticket.backend.contexts.loaded.get(call.ticket.model, 0)
+    return 0 < context <= tokens_in + 1
 
 
 def order_record(
@@ -6056,6 +6200,9 @@ class Admission:
             question, values = await beside(read, heavy=is_heavy(body))
         call.question = question
         call.model = model = await self.resolve_model(question.model)
+        policy = self.fleet.policy(model_key(model))
+        if policy != NO_POLICY and values and question.done_reason != "unload":
+            call.policy = policy
         if question.context:
             context = await self.clamp_context(model, question.context)
             call.question = question._replace(context=context)
@@ -6166,6 +6313,7 @@ class Gateway:
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
         self.changes = 0  # counts up with everything that a snapshot shows
+        self.errands: dict[Names, asyncio.Future[None]] = {}  # by action, backend and model key
         self.draining = False
         self.config_error: str | None = None  # what the last reload complained about
         self._forecast: Forecast = {}
@@ -6177,7 +6325,8 @@ class Gateway:
         """The life of one request: read it, wait, ask, answer; again where that is allowed."""
         done = False
         try:
-            await self.admission.admit(call)
+            if not call.admitted:
+                await self.admission.admit(call)
             if call.question.done_reason and await self.answer_load(call):
                 done = True
                 return
@@ -6204,6 +6353,8 @@ class Gateway:
         reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
         natives = [backend for backend in serving if backend.traits.native]
         able = [backend for backend in natives if backend.usable]
+        if call.ticket.backend is not None:  # it is an errand there
+            serving = natives = able = [call.ticket.backend]
         if not serving or (natives and (reason == "load" or not able)):
             return False
         named = call.question.model or call.model
@@ -6214,7 +6365,8 @@ class Gateway:
         for backend in able:
             body = call.question.body_for(backend.name_for(call.model))
             lines = self.admission.via_lines
-            facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
+            path = call.endpoint.path
+            facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
         return True
@@ -6280,7 +6432,9 @@ class Gateway:
             self.scheduler.retry(ticket, now, counted=not isinstance(failure, Untranslatable))
             self.metrics.add("llmq_retries_total", backend.name)
         else:
-            if failure is None:
+            if call.route == ERRAND.path:
+                self.monitor.probe_now(backend)
+            elif failure is None:
                 device = backend.device.name
                 self.scheduler.note_service(ticket.model, now - ticket.started, device)
                 if backend.traits.native and not backend.is_loaded(ticket.model):
@@ -6433,15 +6587,6 @@ class Gateway:
         self.scheduler.reprioritise(call.ticket, priority)
         self.pump()
 
-    def reset_context(self, model: str) -> int:
-        """Forget the context that the requests for a model share; the backends it has been at."""
-        if self.fleet.knows(model) is False:
-            raise model_not_found(model)
-        serving = self.fleet.serving(Want(model_key(model)))
-        for backend in serving:
-            backend.contexts.reset(model_key(model))
-        return len(serving)
-
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
         self.draining = True
@@ -6559,6 +6704,86 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
         if not able:
             raise model_not_found(model)
     return able[0]
+
+
+def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any) -> list[Errand]:
+    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded.
+
+    `named`, if not "any", is the name or url of the only backend meant.
+    """
+    able = [one for one in fleet.backends.values() if named in (None, "any", one.name, one.url)]
+    if not able:
+        raise LlmqError(f"there is no backend {printable(str(named))}", "not_found")
+    key = model_key(model)
+    able = [one for one in able if model == "*" or one.has(key)]
+    if not able:
+        raise model_not_found(model)
+    able = [one for one in able if one.traits.errands]
+    if not able:
+        raise Untranslatable("no backend that has it loads and unloads models on request")
+    if action == "load":
+        best = min(able, key=lambda one: (not one.usable, one.is_loaded(key)))
+        return [Errand(action, best, best.name_for(model), *how)]
+    loaded = [(one, name) for one in able if one.report for name in one.report.loaded]
+    return [Errand(action, *one) for one in loaded if model == "*" or model_key(one[1]) == key]
+
+
+def run_errand(
+    gateway: Gateway, errand: Errand, caller: Caller, ident: str, priority: Priority
+) -> None:
+    """Have a model loaded by a ticket like any other, or unloaded beside the queue.
+
+    Raises `conflict` where the same is under way, Untranslatable where the kind cannot.
+    """
+    action, backend, model, context, keep_alive = errand
+    kind, same = backend.traits, (action, backend.name, key := model_key(model))
+    if same in gateway.errands:
+        raise LlmqError(f"{backend.name} is to {action} {model} already", "conflict")
+    path, facts = errand.request(gateway.fleet.policy(key).keep_alive)
+    if not kind.native and (keep_alive or (context and not kind.errands[2])):
+        raise Untranslatable(f"{backend.name} takes no such keep_alive or num_ctx")
+    found = read_object(render_json(chosen(facts)).decode())
+    body, edits = found.text.encode(), find_edits(found, REPLACED)
+    endpoint = ENDPOINTS.get(path) or Endpoint((path,), OPENAI, lambda _: None)
+    call = Call(Nobody(), endpoint, ERRAND, caller, (ident, ident))
+    asked = Question(model, False, priority, body, edits, context, kind.native)
+    call.question, call.model, call.request = asked._replace(done_reason=action), model, None
+    call.lines = gateway.admission.via_lines + b"Content-Type: application/json\r\n"
+    client, want = gateway.clients.named(caller.client), Want(key, (path,), backend=backend.name)
+    call.ticket = Ticket(ident, client, want, priority, len(body))
+    call.ticket.backend = backend
+    task = gateway.errands[same] = asyncio.ensure_future(gateway.serve(call))
+    task.add_done_callback(lambda _: gateway.errands.pop(same))
+
+
+def reset_context(fleet: Fleet, model: str) -> int:
+    """Forget the context that the requests for a model share; the backends it has been at."""
+    if fleet.knows(model) is False:
+        raise model_not_found(model)
+    serving = fleet.serving(Want(model_key(model)))
+    for backend in serving:
+        backend.contexts.reset(model_key(model))
+    return len(serving)
+
+
+async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: str) -> Facts:
+    """Send the errands that somebody orders; what was ordered where."""
+    action, model, named = map(values.get, ("action", "model", "backend"))
+    if action not in ("load", "unload") or not isinstance(model, str):
+        raise BadRequest('action is "load", "unload" or "reset_context", model a name')
+    keep_alive = str(values.get("keep_alive", ""))
+    if not re.fullmatch(KEEP_ALIVE, keep_alive):
+        raise BadRequest("keep_alive is seconds, or a time like 5m", param="keep_alive")
+    context = parse_context(values.get("num_ctx"), "num_ctx")
+    if model != "*" or action == "load":
+        model = await gateway.admission.resolve_model(model)
+        context = context and await gateway.admission.clamp_context(model, context)
+    errands = pick_errands(gateway.fleet, action, model, named, context, keep_alive)
+    for number, errand in enumerate(errands):
+        own = ident + f".{number}" * (number > 0)
+        run_errand(gateway, errand, caller, own, Priority.HIGH)
+    names = ", ".join(dict.fromkeys(errand.backend.name for errand in errands))
+    return {"action": action, "model": model, "backend": names}
 
 
 def read_name(values: Mapping[str, Any], member: str = "model") -> str:
@@ -7304,12 +7529,13 @@ class Api:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
-    async def post_model(self, exchange: Exchange, _: str) -> Facts:
+    async def post_model(self, exchange: Exchange, _: str) -> Facts | None:
         values = await read_control(exchange)
-        model = values.get("model")
-        if values.get("action") != "reset_context" or not isinstance(model, str):
-            raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
-        return {"reset": self.gateway.reset_context(model)}
+        if values.get("action") == "reset_context":
+            return {"reset": reset_context(self.gateway.fleet, read_name(values))}
+        told = await order_models(self.gateway, values, exchange.caller, exchange.id)
+        exchange.respond(202, render_json({"id": exchange.id, **told}))
+        return None
 
     async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
         await read_control(exchange)
@@ -7416,7 +7642,8 @@ ROUTES = (
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
     owned("POST /llmq/models",
-          '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+          '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
+          Api.post_model),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),

@@ -25,7 +25,7 @@ SNAPSHOT = {
     "backends": "name url kind device state slots busy models loaded context latency_ms error",
     "clients": "name waiting running served_s done failed left",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
-    "status outcome error tokens_in tokens_per_s",
+    "status outcome error tokens_in tokens_per_s cut",
 }
 
 

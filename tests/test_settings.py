@@ -509,6 +509,16 @@ EFFECTS = {
     "::test_a_backend_may_have_fewer_slots_than_its_device",
     "backends.kind": "test_background.py::test_kind_that_is_set_is_not_asked_for",
     "backends.key": "test_upstream_faults.py::test_the_key_of_a_backend_comes_from_the_settings",
+    "models.keep_alive": "test_models.py"
+    "::test_keep_alive_is_what_ollama_is_told_where_the_request_says_none",
+    "models.keep_alive_force": "test_models.py"
+    "::test_keep_alive_that_is_forced_holds_over_the_requests_and_lets_it_be_unloaded",
+    "models.num_ctx": "test_models.py"
+    "::test_num_ctx_of_a_model_is_what_it_starts_with_instead_of_the_usual",
+    "models.set": "test_models.py::test_set_and_strip_reach_the_runner",
+    "models.strip": "test_models.py::test_set_and_strip_reach_the_runner",
+    "models.max_output": "test_models.py::test_max_output_holds_in_each_dialect_and_translated",
+    "models.overflow": "test_models.py::test_overflow_refused_is_an_error_in_the_callers_dialect",
     "aliases": "test_reads.py::test_alias_leads_to_its_model_in_every_dialect",
 }
 
