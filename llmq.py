@@ -1116,6 +1116,7 @@ class Caller(NamedTuple):
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
+LLMQ = Caller("llmq", foreign=False)  # by itself
 
 
 @functools.lru_cache(maxsize=256)
@@ -6878,6 +6879,7 @@ class Passthrough:
 REAP_SECONDS = 0.25
 DISCOVERY_SECONDS = 60.0
 MEMORY_SECONDS = 1.0
+PRELOAD_SECONDS = 0.5
 CROWD = 500  # calls at once, after which their memory is worth giving back
 
 
@@ -6899,6 +6901,31 @@ async def dispatch_on_news(gateway: Gateway) -> None:
     await news.wait()
     news.clear()
     gateway.pump()
+
+
+class Preloader:
+    """Has models loaded that are to be from the start: once a backend is up, or a reload is."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.rows: Mapping[str, ModelSettings] = {}
+        self.seen: set[tuple[Backend, str]] = set()  # with a model that it was seen to need, or not
+
+    def step(self) -> None:
+        """Order what is not loaded, or with less context than it is to have, where all is idle."""
+        scheduler, rows = self.gateway.scheduler, self.gateway.settings.models
+        up = [one for one in self.gateway.fleet.backends.values() if one.usable]
+        self.seen = {one for one in self.seen if one[0] in up and rows is self.rows}
+        self.rows = rows
+        keys = [model_key(name) for name in rows if rows[name].preload and "*" not in name]
+        for backend, key in [(one, key) for one in up for key in keys if key in one.models]:
+            idle = not (backend.device.busy or scheduler.waiting)
+            if idle and backend.traits.errands and (backend, key) not in self.seen:
+                self.seen.add((backend, key))
+                known = backend.contexts.loaded.get(key, NEVER)
+                if not backend.is_loaded(key) or known < backend.num_ctx(key):
+                    errand = Errand("load", backend, backend.models[key][0])
+                    run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
@@ -8284,6 +8311,7 @@ class Service:
             (STREAM_SECONDS, self.api.stream.step),
             (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
+            (PRELOAD_SECONDS, Preloader(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]

@@ -17,6 +17,7 @@ from tests.fake_ollama import (
     chat_end,
     ended,
     exchange,
+    generate_end,
     least,
     line,
     post,
@@ -231,6 +232,56 @@ async def test_kind_that_cannot_is_501(kind: str, action: str) -> None:
     async with Runner(kind=kind) as fake, running(fake.url) as q:
         await known(q)
         assert (await order(q, action)).status == 501
+
+
+# ---- Preload ---------------------------------------------------------------------------------
+
+
+async def test_preload_loads_at_the_start_and_after_a_return_with_its_own_context() -> None:
+    row = having(preload=True, num_ctx=8192, keep_alive=-1)
+    async with Ollama() as fake, running(fake.url, **QUICK, **row) as q:
+        await loaded(q, ["m:latest"])
+        assert fake.loads == [("m:latest", 8192)]
+        assert fake.requests[-1].json["keep_alive"] == -1
+        (record,) = await ended(q)
+        assert (record["client"], record["class"]) == ("llmq", "low")
+        await fake.stop_listening()
+        fake.drop_connections()
+        while (await q.status())["backends"][0]["state"] == "up":
+            pass
+        fake.contexts.clear()
+        await fake.listen_again()
+        await loaded(q, ["m:latest"])
+        await ended(q, 2)
+        assert fake.loads == [("m:latest", 8192)] * 2
+
+
+async def test_preload_of_what_is_loaded_asks_nothing_unless_its_context_is_too_short() -> None:
+    async with Ollama(["m", "n"]) as fake:
+        fake.contexts.update({"m:latest": 4096, "n:latest": 4096})
+        rows = {"m": {"preload": True, "num_ctx": 8192}, "n": {"preload": True}}
+        async with running(fake.url, models=rows) as q:
+            await ended(q)
+            assert fake.loads == [("m:latest", 8192)]
+
+
+async def test_preload_waits_until_its_backend_is_idle() -> None:
+    async with Runner() as fake, running(fake.url) as q:
+        await known(q)
+        busy = post(q, NATIVE_CHAT, least(NATIVE_CHAT))
+        request = await arrival(busy, fake)
+        preloader = llmq.Preloader(q.gateway)
+        q.service.settings.models["m"] = llmq.ModelSettings(preload=True)
+        preloader.step()
+        assert not q.gateway.errands
+        await whole(request, chat_end())
+        await busy
+        preloader.step()
+        assert list(q.gateway.errands) == [("load", (await q.status())["backends"][0]["name"], "m")]
+        await whole(await fake.arrived(), generate_end("load"))
+        await ended(q, 2)
+        preloader.step()
+        assert not q.gateway.errands, "once"
 
 
 # ---- The rows: pass-through ------------------------------------------------------------------

@@ -515,6 +515,8 @@ EFFECTS = {
     "::test_keep_alive_that_is_forced_holds_over_the_requests_and_lets_it_be_unloaded",
     "models.num_ctx": "test_models.py"
     "::test_num_ctx_of_a_model_is_what_it_starts_with_instead_of_the_usual",
+    "models.preload": "test_models.py"
+    "::test_preload_loads_at_the_start_and_after_a_return_with_its_own_context",
     "models.set": "test_models.py::test_set_and_strip_reach_the_runner",
     "models.strip": "test_models.py::test_set_and_strip_reach_the_runner",
     "models.max_output": "test_models.py::test_max_output_holds_in_each_dialect_and_translated",
