@@ -3509,13 +3509,16 @@ class Anthropic(Dialect):
         return {"type": "error", "error": facts, "request_id": request_id or None}
 
 
-def count_characters(value: Any) -> int:
+PICTURES = ("source", "image_url", "images", "input_audio")  # the members that have them
+
+
+def count_characters(value: Any, measure: Callable[[str], int] = len) -> int:
     """Characters of all texts in a request, without pictures."""
     if isinstance(value, str):
-        return len(value)
+        return measure(value)
     if isinstance(value, dict):
-        return sum(count_characters(inner) for name, inner in value.items() if name != "source")
-    return sum(map(count_characters, value)) if isinstance(value, list) else 0
+        value = [inner for name, inner in value.items() if name not in PICTURES]
+    return sum(count_characters(one, measure) for one in value) if isinstance(value, list) else 0
 
 
 def estimate_tokens(values: Mapping[str, Any]) -> int:
@@ -6173,6 +6176,9 @@ def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     return None
 
 
+LEAST_CONTEXT = 4096  # that an Ollama gives a model by itself
+
+
 class Admission:
     """Reads requests and gives them tickets."""
 
@@ -6204,8 +6210,12 @@ class Admission:
         policy = self.fleet.policy(model_key(model))
         if policy != NO_POLICY and values and question.done_reason != "unload":
             call.policy = policy
-        if question.context:
-            context = await self.clamp_context(model, question.context)
+        context = question.context
+        if policy.num_ctx == "fit" and call.endpoint.limits and not caller.foreign:
+            look = functools.partial(fitting, values, call.endpoint)
+            context = max(context, await beside(look, heavy=is_heavy(body)))
+        if context:
+            context = await self.clamp_context(model, context)
             call.question = question._replace(context=context)
         priority = question.priority
         priority = max(priority, Priority.NORMAL) if caller.foreign else priority
@@ -6280,6 +6290,17 @@ class Admission:
             translator = TRANSLATORS[want.routes[0], route]
             write = translator(dict(values), call.model, 0, time.time).body
             await beside(write, heavy=call.question.long)
+
+
+def fitting(values: Mapping[str, Any], endpoint: Endpoint) -> int:
+    """The power of two that holds the prompt as estimated and the answer asked for; 0: any does."""
+    asked = (values.get("options") or {}) if endpoint.options else values
+    answer = max(whole_number(asked.get(name)) or 0 for name in endpoint.limits)
+    texts = [values.get(name) for name in ("system", "messages", "tools", "prompt", "suffix")]
+    # Three bytes a token: a third more than English has, and what Chinese has.
+    tokens = count_characters(texts, lambda text: len(text.encode("utf-8", "replace"))) // 3
+    tokens += answer
+    return 1 << (tokens - 1).bit_length() if tokens > LEAST_CONTEXT else 0
 
 
 def model_not_found(asked: str) -> LlmqError:

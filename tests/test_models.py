@@ -24,7 +24,7 @@ from tests.fake_ollama import (
     refuse,
     whole,
 )
-from tests.fakes import Answer, ask, eventually, running
+from tests.fakes import Answer, ask, chat, completion, eventually, running
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
@@ -483,6 +483,32 @@ async def test_other_refusals_are_the_runners_own() -> None:
         assert request.json["truncate"] is False
         await refuse(request, 400, {"error": "illegal base64 data at input byte 0"})
         assert (await asked).json() == {"error": "illegal base64 data at input byte 0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "context"),
+    [("x" * 300, 0, None), ("x" * 30_000, 0, 16384), ("x" * 3000, 5000, 8192),
+     ("日" * 9000, 0, 16384), ("x" * 900_000, 0, 32768)],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, NATIVE_CHAT])
+async def test_num_ctx_fit_is_the_power_of_two_that_holds_prompt_and_answer(
+    path: str, text: str, asked: int, context: int | None
+) -> None:
+    body = chat(text)
+    if asked:
+        body.update({"options": {"num_predict": asked}} if path == NATIVE_CHAT else {})
+        body.update({"max_tokens": asked} if path == CHAT else {})
+    request = await sent(path, body, "ollama", num_ctx="fit")
+    assert (request.json.get("options") or {}).get("num_ctx") == context
+
+
+async def test_fit_is_not_for_foreign_pages() -> None:
+    async with Runner() as fake, running(fake.url, **having(num_ctx="fit")) as q:
+        asked = post(q, CHAT, chat("x" * 30_000), {"Origin": "https://evil.example"})
+        request = await arrival(asked, fake)
+        assert request.path == CHAT
+        await whole(request, completion("m", "no"))
+        await asked
 
 
 @pytest.mark.parametrize("stream", [True, False])
