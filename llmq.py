@@ -7832,6 +7832,7 @@ KEY_HELP = """
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
+MODELS = {"MODEL": 0, "AT": 0, "LOADED AT": 0, " CONTEXT": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
@@ -8541,9 +8542,13 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
-    for asking in (status, mode, top):
+    models = commands.add_parser("models", help="show the models, load or unload one")
+    models.add_argument("action", nargs="?", choices=("load", "unload"))
+    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
+    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
+    for asking in (status, mode, top, models):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
-    for showing in (status, top):
+    for showing in (status, top, models):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
@@ -8735,6 +8740,30 @@ def cmd_mode(options: argparse.Namespace) -> None:
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
+def cmd_models(options: argparse.Namespace) -> None:
+    url = llmq_url(options.url)
+    if options.action:
+        change = {"action": options.action, "model": options.name, "backend": options.on}
+        answer = ask_llmq(url, ("POST", "/llmq/models", change))
+        where = answer.get("backend") or "no backend has it loaded"
+        say(printable(f"{options.action} {answer.get('model')}: {where}"))
+        return
+    found: dict[str, Any] = {}
+    for backend in understood(ask_llmq(url, STATUS), url)["backends"]:
+        for name in backend["models"]:
+            row = found.setdefault(name, {"backends": [], "loaded": [], "context": 0})
+            row["backends"].append(backend["name"])
+            row["loaded"] += [backend["name"]] * (name in backend["loaded"])
+            row["context"] = max(row["context"], backend["context"].get(name, 0))
+    if options.json:
+        say(json.dumps(found, indent=2))
+        return
+    facts = [(name, *row.values()) for name, row in found.items()]
+    shown = [[one, ", ".join(at), ", ".join(up), f" {size or '-'}"] for one, at, up, size in facts]
+    for _, text in table(MODELS, [("", cells) for cells in shown], 140, "none")[1:]:
+        say(printable(text.strip(), 1000))
+
+
 def cmd_top(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
@@ -8774,6 +8803,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
+    "models": cmd_models,
     "config": cmd_config,
 }
 

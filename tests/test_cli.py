@@ -104,7 +104,7 @@ def test_odd_arguments_end_with_2_and_the_usage(
         (
             ("dance",),
             "config",
-            "unknown command dance; known: config, mode, serve, status, top",
+            "unknown command dance; known: config, mode, models, serve, status, top",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from typing import Any
@@ -24,7 +25,7 @@ from tests.fake_ollama import (
     refuse,
     whole,
 )
-from tests.fakes import Answer, ask, chat, completion, eventually, running
+from tests.fakes import Answer, ask, chat, completion, eventually, run_llmq, running
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
@@ -536,3 +537,35 @@ async def test_context_of_a_model_as_loaded_tells_it_too_and_embeddings_are_neve
         vectors = {"model": "m", "embeddings": [[0.5]], "prompt_eval_count": 9999}
         await exchange(q, fake, EMBED, least(EMBED), vectors)
         assert [one["cut"] for one in await ended(q, 2)] == [False, True]
+
+
+# ---- The command -----------------------------------------------------------------------------
+
+
+async def in_thread(*arguments: str) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, run_llmq, *arguments)
+
+
+async def test_command_shows_loads_and_unloads_models() -> None:
+    async with Ollama(["m", "n"]) as fake, running(fake.url) as q:
+        await known(q)
+        at = ("--url", q.base)
+        done = await in_thread("models", "load", "m", *at)
+        name = (await q.status())["backends"][0]["name"]
+        assert (done.returncode, done.stdout) == (0, f"load m: {name}\n")
+        await loaded(q, ["m:latest"])
+        done = await in_thread("models", *at)
+        head, *rows = [text.split() for text in done.stdout.splitlines()]
+        assert head == ["MODEL", "AT", "LOADED", "AT", "CONTEXT"]
+        assert rows == [["m:latest", name, name, "-"], ["n:latest", name, "-"]]
+        done = await in_thread("models", "--json", *at)
+        facts = json.loads(done.stdout)
+        assert facts["m:latest"] == {"backends": [name], "loaded": [name], "context": 0}
+        done = await in_thread("models", "unload", "*", "--on", name, *at)
+        assert done.stdout == f"unload *: {name}\n"
+        await loaded(q, [])
+        done = await in_thread("models", "unload", "m", *at)
+        assert done.stdout == "unload m: no backend has it loaded\n"
+        done = await in_thread("models", "load", "nobody's", *at)
+        assert done.returncode == 1
+        assert "not found" in done.stderr
