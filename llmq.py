@@ -5675,7 +5675,8 @@ def bounded(asked: Facts, limits: Names, most: int) -> Facts:
 
 def with_policy(body: bytes, route: str, policy: ModelSettings) -> bytes:
     """A request for this route as the settings of its model want it; all else as it was."""
-    if policy is NO_POLICY:
+    wished = policy.set or policy.strip or policy.max_output or policy.keep_alive
+    if not wished and policy.overflow != "refuse":
         return body
     found, endpoint, put = read_object(decode_json(body)), ENDPOINTS[route], dict(policy.set)
     inner = put.get("options") if endpoint.options else None
@@ -6208,7 +6209,7 @@ class Admission:
         call.question = question
         call.model = model = await self.resolve_model(question.model)
         policy = self.fleet.policy(model_key(model))
-        if policy != NO_POLICY and values and question.done_reason != "unload":
+        if values and question.done_reason != "unload":
             call.policy = policy
         context = question.context
         if policy.num_ctx == "fit" and call.endpoint.limits and not caller.foreign:
@@ -6274,7 +6275,7 @@ class Admission:
 
     async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
-        want = call.ticket.want
+        want, question = call.ticket.want, call.question
         able = self.fleet.serving(want)
         if not able and self.fleet.serving(Want(want.model)):
             raise Untranslatable(self.fleet.why_unsupported(want))
@@ -6283,13 +6284,16 @@ class Admission:
             route = call.route_at(backend)
             if route is None or route == want.routes[0]:
                 return
+            wanted = question.context or question.keep_alive or backend.num_ctx(want.model)
+            if not wanted and backend.supports(want.routes[0], want.model):
+                return  # it need not be translated: only the model's settings have it so
             routes.add(route)
-        if call.question.skipped:
+        if question.skipped:
             raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
             write = translator(dict(values), call.model, 0, time.time).body
-            await beside(write, heavy=call.question.long)
+            await beside(write, heavy=question.long)
 
 
 def fitting(values: Mapping[str, Any], endpoint: Endpoint) -> int:

@@ -417,6 +417,17 @@ async def test_keep_alive_that_is_forced_holds_over_the_requests_and_lets_it_be_
         assert answer.json()["done_reason"] == "unload"
 
 
+@pytest.mark.parametrize("row", [{"keep_alive": "30m"}, {"overflow": "refuse"}], ids=str)
+async def test_settings_take_nothing_from_who_asks_what_cannot_be_translated(row: Any) -> None:
+    body = least(COMPLETIONS, prompt=["one", "two"])
+    async with Runner() as fake, running(fake.url, **having(**row)) as q:
+        asked = post(q, COMPLETIONS, body)
+        request = await arrival(asked, fake)
+        assert (request.path, request.json) == (COMPLETIONS, body)
+        await whole(request, completion("m", "both"))
+        assert (await asked).status == 200
+
+
 async def test_other_runners_are_told_nothing_of_keep_alive_and_overflow() -> None:
     request = await sent(CHAT, least(CHAT), keep_alive="30m", overflow="refuse")
     assert (request.path, request.json) == (CHAT, least(CHAT))
