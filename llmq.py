@@ -717,7 +717,8 @@ def parse_form(form: str, wanted: str, raw: Any) -> str:
 
 
 KEEP_ALIVE = r"|-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)){1,9}"
-FORMS = ("|fit|[1-9][0-9]{0,8}", 'a number, or "fit"'), (KEEP_ALIVE, "seconds, or a time like 5m")
+parse_tokens = functools.partial(parse_form, "|fit|[1-9][0-9]{0,8}", 'a number, or "fit"')
+parse_keep_alive = functools.partial(parse_form, KEEP_ALIVE, "seconds, or a time like 5m")
 
 
 def parse_bool(raw: Any) -> bool:
@@ -785,8 +786,8 @@ TYPES = {
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
-    "Tokens": SettingType(functools.partial(parse_form, *FORMS[0]), {"metavar": "N"}),
-    "KeepAlive": SettingType(functools.partial(parse_form, *FORMS[1]), {"metavar": "TIME"}),
+    "Tokens": SettingType(parse_tokens, {"metavar": "N"}),
+    "KeepAlive": SettingType(parse_keep_alive, {"metavar": "TIME"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
 }
@@ -6763,8 +6764,9 @@ def run_errand(
     """
     action, backend, model, context, keep_alive = errand
     kind, same = backend.traits, (action, backend.name, key := model_key(model))
-    if same in gateway.errands:
-        raise LlmqError(f"{backend.name} is to {action} {model} already", "conflict")
+    again = action == "load" and not kind.native and backend.is_loaded(key)  # it would be a second
+    if again or same in gateway.errands:
+        raise LlmqError(f"{backend.name} was told to {action} {model} already", "conflict")
     path, facts = errand.request(gateway.fleet.policy(key).keep_alive)
     if not kind.native and (keep_alive or (context and not kind.errands[2])):
         raise Untranslatable(f"{backend.name} takes no such keep_alive or num_ctx")
@@ -6797,7 +6799,8 @@ async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: s
     action, model, named = map(values.get, ("action", "model", "backend"))
     if action not in ("load", "unload") or not isinstance(model, str):
         raise BadRequest('action is "load", "unload" or "reset_context", model a name')
-    keep_alive = str(values.get("keep_alive", ""))
+    told = values.get("keep_alive")
+    keep_alive = "" if told is None else str(told)
     if not re.fullmatch(KEEP_ALIVE, keep_alive):
         raise BadRequest("keep_alive is seconds, or a time like 5m", param="keep_alive")
     context = parse_context(values.get("num_ctx"), "num_ctx")

@@ -212,14 +212,18 @@ async def test_lmstudio_loads_and_unloads_at_its_own_routes() -> None:
 
 
 async def test_router_of_llamacpp_loads_and_unloads_and_another_says_that_it_cannot() -> None:
+    row = {"id": "m", "object": "model", "owned_by": "llamacpp", "status": {"value": "loaded"}}
     async with Runner(kind="llamacpp") as fake, running(fake.url) as q:
-        await known(q)
+        fake.probe_answers["/v1/models"] = 200, {"object": "list", "data": [row]}
+        await loaded(q, ["m"])
+        assert (await order(q, "load")).status == 409, "it is loaded"
         await order(q, "unload")
         request = await fake.arrived()
         assert (request.path, request.json) == ("/models/unload", {"model": "m"})
+        row["status"] = {"value": "unloaded"}
         await whole(request, {"success": True})
-        await ended(q)
-        await order(q, "load")
+        await loaded(q, [])
+        await order(q, "load", keep_alive=None)
         request = await fake.arrived()
         assert (request.path, request.json) == ("/models/load", {"model": "m"})
         await request.status(404, {"error": {"message": "File Not Found", "code": 404}})
