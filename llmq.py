@@ -3513,19 +3513,19 @@ class Anthropic(Dialect):
 PICTURES = ("source", "image_url", "images", "input_audio")  # the members that have them
 
 
-def count_characters(value: Any, measure: Callable[[str], int] = len) -> int:
-    """Characters of all texts in a request, without pictures."""
+def count_bytes(value: Any) -> int:
+    """UTF-8 bytes of all texts in a request, without pictures."""
     if isinstance(value, str):
-        return measure(value)
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):
         value = [inner for name, inner in value.items() if name not in PICTURES]
-    return sum(count_characters(one, measure) for one in value) if isinstance(value, list) else 0
+    return sum(map(count_bytes, value)) if isinstance(value, list) else 0
 
 
 def estimate_tokens(values: Mapping[str, Any]) -> int:
-    """What a request for messages costs, where no backend can count it."""
-    texts = [values.get(name) for name in ("system", "messages", "tools")]
-    return max(1, count_characters(texts) // 4)  # a token of English prose, roughly
+    """What a prompt costs, where no backend can count it."""
+    texts = [values.get(name) for name in ("system", "messages", "tools", "prompt", "suffix")]
+    return max(1, count_bytes(texts) // 4)  # a token of English prose, roughly
 
 
 ANTHROPIC = Anthropic()
@@ -6301,10 +6301,7 @@ def fitting(values: Mapping[str, Any], endpoint: Endpoint) -> int:
     """The power of two that holds the prompt as estimated and the answer asked for; 0: any does."""
     asked = (values.get("options") or {}) if endpoint.options else values
     answer = max(whole_number(asked.get(name)) or 0 for name in endpoint.limits)
-    texts = [values.get(name) for name in ("system", "messages", "tools", "prompt", "suffix")]
-    # Three bytes a token: a third more than English has, and what Chinese has.
-    tokens = count_characters(texts, lambda text: len(text.encode("utf-8", "replace"))) // 3
-    tokens += answer
+    tokens = estimate_tokens(values) * 4 // 3 + answer  # by a third more: code and Chinese need it
     return 1 << (tokens - 1).bit_length() if tokens > LEAST_CONTEXT else 0
 
 
@@ -7839,7 +7836,7 @@ KEY_HELP = """
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
-MODELS = {"MODEL": 0, "AT": 0, "LOADED AT": 0, " CONTEXT": 0}
+MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
@@ -8755,19 +8752,15 @@ def cmd_models(options: argparse.Namespace) -> None:
         where = answer.get("backend") or "no backend has it loaded"
         say(printable(f"{options.action} {answer.get('model')}: {where}"))
         return
-    found: dict[str, Any] = {}
-    for backend in understood(ask_llmq(url, STATUS), url)["backends"]:
-        for name in backend["models"]:
-            row = found.setdefault(name, {"backends": [], "loaded": [], "context": 0})
-            row["backends"].append(backend["name"])
-            row["loaded"] += [backend["name"]] * (name in backend["loaded"])
-            row["context"] = max(row["context"], backend["context"].get(name, 0))
+    backends = understood(ask_llmq(url, STATUS), url)["backends"]
+    pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
+    rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
     if options.json:
-        say(json.dumps(found, indent=2))
+        titles = ("model", "backend", "loaded", "context")
+        say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
         return
-    facts = [(name, *row.values()) for name, row in found.items()]
-    shown = [[one, ", ".join(at), ", ".join(up), f" {size or '-'}"] for one, at, up, size in facts]
-    for _, text in table(MODELS, [("", cells) for cells in shown], 140, "none")[1:]:
+    shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
+    for _, text in table(MODELS, [("", row) for row in shown], 140, "none")[1:]:
         say(printable(text.strip(), 1000))
 
 

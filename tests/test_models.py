@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import llmq
+from tests.derived import build_settings
 from tests.documents import documents, strict
 from tests.fake_ollama import (
     Ollama,
@@ -268,6 +269,14 @@ async def test_preload_of_what_is_loaded_asks_nothing_unless_its_context_is_too_
         async with running(fake.url, models=rows) as q:
             await ended(q)
             assert fake.loads == [("m:latest", 8192)]
+
+
+async def test_preload_follows_a_reload() -> None:
+    async with Ollama() as fake, running(fake.url) as q:
+        await known(q)
+        q.service.read = lambda: build_settings({**q.values, **having(preload=True)})
+        q.service.reload()
+        await loaded(q, ["m:latest"])
 
 
 async def test_preload_waits_until_its_backend_is_idle() -> None:
@@ -571,11 +580,11 @@ async def test_command_shows_loads_and_unloads_models() -> None:
         await loaded(q, ["m:latest"])
         done = await in_thread("models", *at)
         head, *rows = [text.split() for text in done.stdout.splitlines()]
-        assert head == ["MODEL", "AT", "LOADED", "AT", "CONTEXT"]
-        assert rows == [["m:latest", name, name, "-"], ["n:latest", name, "-"]]
+        assert head == ["MODEL", "BACKEND", "LOADED", "CONTEXT"]
+        assert rows == [["m:latest", name, "yes", "-"], ["n:latest", name, "-", "-"]]
         done = await in_thread("models", "--json", *at)
-        facts = json.loads(done.stdout)
-        assert facts["m:latest"] == {"backends": [name], "loaded": [name], "context": 0}
+        facts = {"model": "m:latest", "backend": name, "loaded": True, "context": None}
+        assert json.loads(done.stdout)[0] == facts
         done = await in_thread("models", "unload", "*", "--on", name, *at)
         assert done.stdout == f"unload *: {name}\n"
         await loaded(q, [])
