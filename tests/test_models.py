@@ -17,6 +17,7 @@ from tests.fake_ollama import (
     Runner,
     arrival,
     chat_end,
+    chat_line,
     ended,
     exchange,
     generate_end,
@@ -24,6 +25,7 @@ from tests.fake_ollama import (
     line,
     post,
     refuse,
+    staged,
     whole,
 )
 from tests.fakes import Answer, ask, chat, completion, eventually, run_llmq, running
@@ -186,6 +188,16 @@ async def test_load_that_fails_is_recorded_as_it_is() -> None:
         assert "more system memory" in record["error"]
 
 
+async def test_backend_is_told_once_that_a_model_answers(monkeypatch: Any) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(llmq.Backend, "loaded_now", lambda _, key: told.append(key))
+    async with Runner() as fake, running(fake.url) as q:
+        for number in (1, 2):
+            pieces = [line(chat_line("a")), line(chat_line("b")), line(chat_end())]
+            await exchange(q, fake, NATIVE_CHAT, least(NATIVE_CHAT), staged(pieces))
+            assert told == ["m"] * number
+
+
 # ---- Errands: other kinds --------------------------------------------------------------------
 
 
@@ -271,9 +283,13 @@ async def test_preload_of_what_is_loaded_asks_nothing_unless_its_context_is_too_
             assert fake.loads == [("m:latest", 8192)]
 
 
-async def test_preload_follows_a_reload() -> None:
-    async with Ollama() as fake, running(fake.url) as q:
-        await known(q)
+async def test_preload_follows_a_reload_and_not_an_unload() -> None:
+    async with Ollama() as fake, running(fake.url, **having(preload=True)) as q:
+        await loaded(q, ["m:latest"])
+        await order(q, "unload")
+        await loaded(q, [])
+        await ended(q, 2)
+        assert len(fake.loads) == 1, "whoever unloads it is not contradicted"
         q.service.read = lambda: build_settings({**q.values, **having(preload=True)})
         q.service.reload()
         await loaded(q, ["m:latest"])
