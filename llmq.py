@@ -1279,8 +1279,9 @@ class Clients:
         return self.settings.get(name, NOTHING_SET)
 
     def is_blocked(self, caller: Caller) -> bool:
-        rows = (self.of(caller.client), self.of("ip:" + caller.address))
-        return any(row.blocked for row in rows)
+        if not self.settings:
+            return False
+        return self.of(caller.client).blocked or self.of("ip:" + caller.address).blocked
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -6954,12 +6955,13 @@ class Admission:
     def class_of(self, call: Call, client: Client, headers: Headers) -> Priority:
         """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
         priority, word = call.question.priority, ""
-        if priority is None:
+        if priority is None and self.settings.rules:
             facts = (call.route, call.question.model or call.model, client.name)
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
+        if priority is None:
             word = word or client.settings.class_ or self.fleet.policy(model_key(call.model)).class_
-            priority = PRIORITY_WORDS.get(word, Priority.NORMAL)
+            priority = PRIORITY_WORDS[word] if word else Priority.NORMAL
         return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def resolve_model(self, asked: str) -> str:
