@@ -1595,8 +1595,8 @@ class Fleet:
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
 
     def policy(self, key: str) -> ModelSettings:
-        """What is configured for a model."""
-        if not self.model_settings:
+        """What is configured for a model; a lease has none."""
+        if not self.model_settings or not key:
             return NO_POLICY
         if key not in self._policies:
             if len(self._policies) >= MODELS_LIMIT:
@@ -1617,8 +1617,11 @@ class Fleet:
 
     def move(self, backend: Backend, device: Device) -> None:
         """The backend is on another device from now on, and so is what runs there."""
-        backend.device.busy -= backend.busy
+        old = backend.device
+        old.busy -= backend.busy
         device.busy += backend.busy
+        if old.held and not old.busy and device is not old:  # what had it whole has gone along
+            old.held, device.held = False, True
         backend.device = device
 
     def remove(self, name: str, now: float) -> None:
@@ -1693,6 +1696,11 @@ class Fleet:
         if devices:
             min(devices, key=lambda device: device.busy).claimed = True
 
+    def unclaim(self) -> None:
+        """Whoever claimed a device has to say so again: it may have left."""
+        for device in self.devices.values():
+            device.claimed = False
+
     def lessor(self, name: str) -> list[Backend]:
         """What stands for the whole of a device when it is leased; none if there is none."""
         device = self.devices.get(name)
@@ -1729,10 +1737,10 @@ class Fleet:
         backend.busy -= ticket.took
         device.busy -= ticket.took
         device.held = device.held and device.busy > 0
-        backend.at_work[key] -= 1
-        self.at_work[key] -= 1
-        if not self.at_work[key]:
-            del self.at_work[key]
+        for at_work in (backend.at_work, self.at_work):
+            at_work[key] -= 1
+            if not at_work[key]:
+                del at_work[key]
         backend.ends(ticket)
 
     def served_last(self, ticket: Ticket) -> Backend | None:
@@ -2075,14 +2083,18 @@ class Scheduler:
     def start(self, ticket: Ticket, now: float) -> Backend | None:
         """Start a new ticket at once, if nobody waits and a backend has room; where it has started.
 
-        So no queue is built for it, to be torn down again.
+        So no queue is built for it, to be torn down again; who is boosted takes turns in it.
         """
-        if self.waiting or not self._may_start(ticket.priority) or ticket.client.at_cap:
+        client = ticket.client
+        if self.waiting or client.at_cap or client.settings.boost:
             return None
+        if not self._may_start(ticket.priority):
+            return None
+        self.fleet.unclaim()
         backend = self._place(ticket, urgent=ticket.priority is Priority.HIGH)
         if backend is not None:
             self._arrive(ticket, now)
-            self._join(ticket, [backend.device])
+            self._join(ticket)
             self._start(ticket, backend, now, fair=True)
         return backend
 
@@ -2171,7 +2183,7 @@ class Scheduler:
         known = fleet.knows(want.model)
         if known is False:
             return self._why_gone
-        if known and not fleet.serving(want) and fleet.serving(Want(want.model)):
+        if known and not fleet.serving(want) and fleet.serving(want._replace(routes=())):
             return lambda want: Untranslatable(fleet.why_unsupported(want))
         return None
 
@@ -2190,8 +2202,7 @@ class Scheduler:
         started: list[Start] = []
         if not self.waiting:
             return started
-        for device in self.fleet.devices.values():
-            device.claimed = False
+        self.fleet.unclaim()
         while self.waiting and self.fleet.has_room():
             found = self._pick(now)
             if found is None:
@@ -2348,9 +2359,10 @@ class Scheduler:
         seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
         return max(1, min(60, round(seconds)))
 
-    def _join(self, ticket: Ticket, devices: Sequence[Device]) -> None:
+    def _join(self, ticket: Ticket) -> None:
         """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
         client, priority = ticket.client, ticket.priority
+        devices = [backend.device for backend in self.fleet.serving(ticket.want)]
         for device in devices:
             if not device.busy:  # nobody has moved its time: it is where the others are
                 behind = self._least_tag(priority, client)
@@ -2368,7 +2380,7 @@ class Scheduler:
         client, priority, want = ticket.client, ticket.priority, ticket.want
         ticket.move(TicketState.WAITING)
         if not self._backlogs[priority][client]:
-            self._join(ticket, [backend.device for backend in self.fleet.serving(want)])
+            self._join(ticket)
             if client.settings.boost:
                 self._boosted[priority].add(client.name)
         self._backlogs[priority][client] += 1
@@ -2410,8 +2422,8 @@ class Scheduler:
 
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
-        assert backend is not None  # a running ticket has one
         del self.running[ticket.id]
+        assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
         client.correct(ticket.priority, ticket.charged, seconds)
