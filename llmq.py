@@ -1406,8 +1406,9 @@ class Backend:
 
     def must_load(self, key: str) -> bool:
         """Whether a request for this model makes it load here, as far as is known."""
-        unloaded = self.report is not None and key not in self.loaded
-        return unloaded and self.traits.on_demand and key not in self.remote
+        if self.report is None or key in self.loaded:
+            return False
+        return self.traits.on_demand and key not in self.remote
 
     def starts(self, ticket: Ticket, now: float) -> None:
         """A request starts here; where its model is not loaded, it is from now on alone there."""
@@ -1668,7 +1669,7 @@ class Fleet:
         return [
             each
             for each in self.backends.values()
-            if each.may_have(key)
+            if (key in each.models or each.may_have(key))
             and not (each.state is State.REFUSED or each.draining)
             and (not only or each.name in only)
             and (not routes or each.route_for(routes, key))
@@ -1720,8 +1721,8 @@ class Fleet:
             device.held = bool(ticket.want.device) or self.policy(key).exclusive
         backend.busy += ticket.took
         device.busy += ticket.took
-        backend.at_work[key] += 1
-        self.at_work[key] += 1
+        for at_work in (backend.at_work, self.at_work):
+            at_work[key] = at_work.get(key, 0) + 1
         backend.starts(ticket, now)
         self.turn = max(self.turn, backend.turn)
         backend.turn = self.turn + 1 / backend.weight
@@ -1738,9 +1739,9 @@ class Fleet:
         device.busy -= ticket.took
         device.held = device.held and device.busy > 0
         for at_work in (backend.at_work, self.at_work):
-            at_work[key] -= 1
-            if not at_work[key]:
-                del at_work[key]
+            left = at_work.pop(key) - 1
+            if left:
+                at_work[key] = left
         backend.ends(ticket)
 
     def served_last(self, ticket: Ticket) -> Backend | None:
@@ -1963,6 +1964,8 @@ class Group:
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
         ticket.aged += self.clock
+        if 0 <= newest < number:
+            return  # the first of its lane is the same
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
                 lane.tickets.move_to_end(later)
@@ -2056,7 +2059,7 @@ class Scheduler:
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
-        self._backlogs: dict[Priority, Counter[Client]] = {one: Counter() for one in Priority}
+        self._backlogs: dict[Priority, dict[Client, int]] = {one: {} for one in Priority}
         self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
         self._unaged = 0  # starts since one went to an overdue request
@@ -2218,9 +2221,7 @@ class Scheduler:
         """Start the next one: one that is overdue, where it is due, else by class and share."""
         found = self._pick_overdue(now) if self._overdue else None
         for priority, models in self._groups.items():
-            if found is not None or not self._may_start(priority):
-                return found
-            if models:
+            if found is None and models and self._may_start(priority):
                 found = self._pick_boosted(priority, now) if self._boosted[priority] else None
                 found = found or self._pick_fair(priority, now)
         return found
@@ -2251,7 +2252,7 @@ class Scheduler:
     def _pick_fair(self, priority: Priority, now: float) -> Start | None:
         """The first by share that can start; what needs a whole device waits for it alone."""
         heads = [group.head(group.fair) for group in self._startable(priority)]
-        for head in in_turn(head for head in heads if head is not None):
+        for head in in_turn([head for head in heads if head is not None]):
             if (found := self._try(head, now, fair=True)) is not None:
                 return found
             self.fleet.claim(head.want)
@@ -2286,9 +2287,9 @@ class Scheduler:
 
     def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
         """Who goes before it for a while: of its class, for a model that the backend has loaded."""
-        bound = self.affinity(backend)
-        if not bound or not backend.must_load(head.want.model):
+        if not self.limits.affinity or not backend.must_load(head.want.model):
             return None
+        bound = self.affinity(backend)
         alike = [self._groups[head.priority].get(key, {}) for key in backend.loaded]
         heads = [group.head(group.fair) for groups in alike for group in groups.values()]
         urgent = head.priority is Priority.HIGH
@@ -2362,12 +2363,15 @@ class Scheduler:
     def _join(self, ticket: Ticket) -> None:
         """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
         client, priority = ticket.client, ticket.priority
-        devices = [backend.device for backend in self.fleet.serving(ticket.want)]
-        for device in devices:
-            if not device.busy:  # nobody has moved its time: it is where the others are
-                behind = self._least_tag(priority, client)
+        devices = list(self.fleet.devices.values())
+        if len(devices) > 1:
+            devices = [backend.device for backend in self.fleet.serving(ticket.want)]
+        idle = [device for device in devices if not device.busy]
+        if idle and (self.running or self.waiting):  # nobody moves its time: it is at the others'
+            behind = self._least_tag(priority, client)
+            for device in idle:
                 device.virtual[priority] = max(device.virtual[priority], behind)
-        reached = min((device.virtual[priority] for device in devices), default=0.0)
+        reached = min([device.virtual[priority] for device in devices], default=0.0)
         client.tags[priority] = max(client.tags[priority], reached)
 
     def _least_tag(self, priority: Priority, but: Client) -> float:
@@ -2379,11 +2383,12 @@ class Scheduler:
     def _enter(self, ticket: Ticket) -> None:
         client, priority, want = ticket.client, ticket.priority, ticket.want
         ticket.move(TicketState.WAITING)
-        if not self._backlogs[priority][client]:
+        backlog = self._backlogs[priority]
+        if client not in backlog:
             self._join(ticket)
             if client.settings.boost:
                 self._boosted[priority].add(client.name)
-        self._backlogs[priority][client] += 1
+        backlog[client] = backlog.get(client, 0) + 1
         groups = self._groups[priority].setdefault(want.model, {})
         if want not in groups:
             groups[want] = Group(want, priority)
@@ -2449,7 +2454,10 @@ class Scheduler:
 
 def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
     """First tickets of several groups: by tag, then by arrival."""
-    return sorted(heads, key=lambda one: (one.client.tags[one.priority], one.number))
+    found = list(heads)
+    if len(found) > 1:
+        found.sort(key=lambda one: (one.client.tags[one.priority], one.number))
+    return found
 
 
 def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:

@@ -1363,6 +1363,7 @@ class Account:
     virtual: dict[tuple[str, Priority], float] = field(default_factory=dict)
     runners: list[Runner] = field(default_factory=list)
     devices: dict[Backend, str] = field(default_factory=dict)  # of all that ever were
+    known: set[str] = field(default_factory=set)  # devices that there are now
     waiting: list[Entry] = field(default_factory=list)
     running: list[Entry] = field(default_factory=list)
     removed: float = 0.0  # when a backend was last taken out
@@ -1395,6 +1396,7 @@ class Account:
         mine = [one for one in self.waiting if one.client == entry.client]
         if all(one.priority is not entry.priority for one in mine):
             devices = {one.device for one in self.serving(entry)}
+            devices = self.known if len(self.known) == 1 else devices
             for device in devices:
                 if not self.busy(device):
                     least = self.least_of_others(entry.client, entry.priority)
@@ -1867,6 +1869,7 @@ class World(Box):
             self.account.runners.append(Runner(backend, device, own, backend.weight))
             self.account.devices[backend] = device
             self.account.slots[device] = slots
+            self.account.known.add(device)
 
     def remove_backend(self) -> None:
         """A device that nobody uses any more is forgotten, and so is how far it had come."""
@@ -1876,10 +1879,12 @@ class World(Box):
             account.runners.remove(runner)
             self.fleet.remove(runner.backend.name, self.now)
             account.removed = self.now
-            used = {one.device for one in account.runners}
-            used |= {one for one in self.DEVICES if account.busy(one)}
-            kept = {place: time for place, time in account.virtual.items() if place[0] in used}
-            account.virtual = kept
+            account.known &= {one.device for one in account.runners} | {
+                one for one in self.DEVICES if account.busy(one)
+            }
+            for place in list(account.virtual):
+                if place[0] not in account.known:
+                    del account.virtual[place]
 
     # what must hold
 
