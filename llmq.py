@@ -2372,7 +2372,8 @@ class Scheduler:
             for device in idle:
                 device.virtual[priority] = max(device.virtual[priority], behind)
         reached = min([device.virtual[priority] for device in devices], default=0.0)
-        client.tags[priority] = max(client.tags[priority], reached)
+        client.tags[priority] = tag = max(client.tags[priority], reached)
+        client.credits[priority] = max(client.credits[priority], reached - tag)
 
     def _least_tag(self, priority: Priority, but: Client) -> float:
         """The least tag of the others that wait or run in a class; 0 where there are none."""
