@@ -2434,11 +2434,11 @@ class Scheduler:
         seconds = now - ticket.started
         client.correct(ticket.priority, ticket.charged, seconds)
         client.service.add(seconds)
-        client.running -= 1
         client.served += seconds
-        if client.settings.max_concurrent:
+        if client.at_cap:  # until now
             for group in self.groups():
                 group.unpark(client.name)
+        client.running -= 1
 
     def in_order(self) -> list[Ticket]:
         """The waiting tickets as they would start if each could: by class, share and arrival."""

@@ -1205,7 +1205,14 @@ def one_more_comes(box: Box) -> None:
     assert box.started(1.0) == []
 
 
-@pytest.mark.parametrize("step", [one_goes_through, one_more_comes])
+def one_of_a_capped_client_goes_through(box: Box) -> None:
+    box.client("c").settings = llmq.ClientSettings(max_concurrent=2)
+    one_goes_through(box)
+
+
+@pytest.mark.parametrize(
+    "step", [one_goes_through, one_more_comes, one_of_a_capped_client_goes_through]
+)
 def test_names_of_models_that_were_invented_cost_others_nothing(step: Any) -> None:
     calls = []
     for names in (50, 5000):
