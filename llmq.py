@@ -1825,7 +1825,8 @@ class Fleet:
 # seconds.  A client has a tag for each class, its virtual time: the seconds that it was served
 # there, divided by its weight.  The least tag goes first.  A start charges what the client's
 # requests take on average, the end corrects that.  Who comes back joins at the virtual time of the
-# devices that can serve it, the tag of the latest fair start there: a pause earns no credit, one
+# devices that can serve it, the tag of the latest fair start that could have been there (as in
+# SFQ(D), Jin, Chase, Kaur 2004: a long request stops no clock): a pause earns no credit, one
 # low request that waits holds nothing up, and what one device had is no debt on another.
 #
 # A group is all of one class that wants the same, and so can start at the same backends.  In it a
@@ -2310,8 +2311,8 @@ class Scheduler:
         ticket.backend, ticket.started = backend, now
         ticket.attempts += 1
         if fair:  # others ran ahead of their turn
-            virtual = backend.device.virtual
-            virtual[priority] = max(virtual[priority], client.tags[priority])
+            for device in self._devices(ticket.want):
+                device.virtual[priority] = max(device.virtual[priority], client.tags[priority])
         ticket.charged = client.service.value or self.service.value or 1.0
         client.charge(priority, ticket.charged)
         client.running += 1
@@ -2360,12 +2361,17 @@ class Scheduler:
         seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
         return max(1, min(60, round(seconds)))
 
+    def _devices(self, want: Want) -> list[Device]:
+        """What can serve it; where there is one device, that, without a look."""
+        devices = list(self.fleet.devices.values())
+        if len(devices) < 2:
+            return devices
+        return [backend.device for backend in self.fleet.serving(want)]
+
     def _join(self, ticket: Ticket) -> None:
         """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
         client, priority = ticket.client, ticket.priority
-        devices = list(self.fleet.devices.values())
-        if len(devices) > 1:
-            devices = [backend.device for backend in self.fleet.serving(ticket.want)]
+        devices = self._devices(ticket.want)
         idle = [device for device in devices if not device.busy]
         if idle and (self.running or self.waiting):  # nobody moves its time: it is at the others'
             behind = self._least_tag(priority, client)

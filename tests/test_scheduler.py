@@ -173,6 +173,28 @@ def test_a_pause_earns_no_credit_by_what_was_charged_in_vain_before() -> None:
     assert Counter(run_one() for _ in range(20))["x"] <= 11
 
 
+def test_who_comes_late_is_not_before_all_because_a_device_is_busy_for_long() -> None:
+    """One request has a slot for an hour; what the others had meanwhile counts all the same."""
+    box = Box()
+    box.add("a", "m")
+    box.add("b", "m")
+    box.submit(client="one for an hour")
+    box.started()
+    for number in range(60):
+        box.submit(client="y", now=60.0 * number)
+        (ticket,) = box.started(60.0 * number)
+        box.queue.finish(ticket, 60.0 * (number + 1))
+    for _ in range(10):
+        box.submit(client="y", now=3600.0)
+        box.submit(client="late", now=3600.0)
+    names = []
+    for number in range(60, 70):
+        (ticket,) = box.started(60.0 * number)
+        names.append(ticket.client.name)
+        box.queue.finish(ticket, 60.0 * (number + 1))
+    assert 4 <= names.count("y") <= 6
+
+
 # ---- Slots
 
 
@@ -1429,8 +1451,7 @@ class Account:
         """It waits; who had nothing waiting in the class joins where the class has come to."""
         mine = [one for one in self.waiting if one.client == entry.client]
         if all(one.priority is not entry.priority for one in mine):
-            devices = {one.device for one in self.serving(entry)}
-            devices = self.known if len(self.known) == 1 else devices
+            devices = self.places(entry)
             for device in devices:
                 if not self.busy(device):
                     least = self.least_of_others(entry.client, entry.priority)
@@ -1453,8 +1474,9 @@ class Account:
         person, priority = self.people[entry.client], entry.priority
         self.leave(entry)
         if rule == "share":
-            place = (runner.device, priority)
-            self.virtual[place] = max(self.virtual.get(place, 0.0), person.tags[priority])
+            for device in self.places(entry):
+                reached = self.virtual.get((device, priority), 0.0)
+                self.virtual[device, priority] = max(reached, person.tags[priority])
         entry.charged = self.estimate(person)
         owed = entry.charged / person.weight + person.credit[priority]
         person.credit[priority] = min(0.0, owed)
@@ -1512,6 +1534,11 @@ class Account:
 
     def serving(self, entry: Entry) -> list[Runner]:
         return [one for one in self.runners if one.models is None or entry.model in one.models]
+
+    def places(self, entry: Entry) -> set[str]:
+        """The devices that can serve it; where there is only one, that."""
+        able = {one.device for one in self.serving(entry)}
+        return self.known if len(self.known) == 1 else able
 
     def options(self, entry: Entry, *, urgent: bool) -> list[Runner]:
         """The backends where it could start now."""
