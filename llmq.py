@@ -1903,11 +1903,8 @@ class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
     client: Client
+    head: Ticket  # the oldest
     tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
-
-    @property
-    def head(self) -> Ticket:
-        return next(iter(self.tickets.values()))
 
 
 class Ranking:
@@ -1961,16 +1958,17 @@ class Group:
         name, number = ticket.client.name, ticket.number
         lane = self.lanes.get(name)
         if lane is None:
-            lane = self.lanes[name] = Lane(ticket.client)
+            lane = self.lanes[name] = Lane(ticket.client, ticket)
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
         ticket.aged += self.clock
-        if 0 <= newest < number:
-            return  # the first of its lane is the same
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
                 lane.tickets.move_to_end(later)
-        if lane.head is ticket and name not in self.parked:
+        if number > lane.head.number:
+            return
+        lane.head = ticket
+        if name not in self.parked:
             self.fair.push(lane)
             self.oldest.push(lane)
 
@@ -1978,7 +1976,9 @@ class Group:
         lane = self.lanes[ticket.client.name]
         del lane.tickets[ticket.number]
         ticket.aged -= self.clock
-        if not lane.tickets:
+        if lane.tickets:
+            lane.head = next(iter(lane.tickets.values()))
+        else:
             self._drop(lane)
             self.parked.discard(ticket.client.name)
             del self.lanes[ticket.client.name]
