@@ -1512,8 +1512,9 @@ class Backend:
 
     def must_load(self, key: str) -> bool:
         """Whether a request for this model makes it load here, as far as is known."""
-        unloaded = self.report is not None and key not in self.loaded
-        return unloaded and self.traits.on_demand and key not in self.remote
+        if self.report is None or key in self.loaded:
+            return False
+        return self.traits.on_demand and key not in self.remote
 
     def starts(self, ticket: Ticket, now: float) -> None:
         """A request starts here; where its model is not loaded, it is from now on alone there."""
@@ -1709,8 +1710,8 @@ class Fleet:
         self.relayed: Names = ()  # header fields of a client that some backend is to get
 
     def policy(self, key: str) -> ModelSettings:
-        """What is configured for a model."""
-        if not self.model_settings:
+        """What is configured for a model; a lease has none."""
+        if not self.model_settings or not key:
             return NO_POLICY
         if key not in self._policies:
             if len(self._policies) >= MODELS_LIMIT:
@@ -1731,8 +1732,11 @@ class Fleet:
 
     def move(self, backend: Backend, device: Device) -> None:
         """The backend is on another device from now on, and so is what runs there."""
-        backend.device.busy -= backend.busy
+        old = backend.device
+        old.busy -= backend.busy
         device.busy += backend.busy
+        if old.held and not old.busy and device is not old:  # what had it whole has gone along
+            old.held, device.held = False, True
         backend.device = device
 
     def remove(self, name: str, now: float) -> None:
@@ -1781,7 +1785,7 @@ class Fleet:
         return [
             each
             for each in self.backends.values()
-            if each.may_have(key)
+            if (key in each.models or each.may_have(key))
             and not (each.state is State.REFUSED or each.draining)
             and (not only or each.name in only)
             and (not routes or each.route_for(routes, key))
@@ -1809,6 +1813,11 @@ class Fleet:
         if devices:
             min(devices, key=lambda device: device.busy).claimed = True
 
+    def unclaim(self) -> None:
+        """Whoever claimed a device has to say so again: it may have left."""
+        for device in self.devices.values():
+            device.claimed = False
+
     def lessor(self, name: str) -> list[Backend]:
         """What stands for the whole of a device when it is leased; none if there is none."""
         device = self.devices.get(name)
@@ -1828,8 +1837,8 @@ class Fleet:
             device.held = bool(ticket.want.device) or self.policy(key).exclusive
         backend.busy += ticket.took
         device.busy += ticket.took
-        backend.at_work[key] += 1
-        self.at_work[key] += 1
+        for at_work in (backend.at_work, self.at_work):
+            at_work[key] = at_work.get(key, 0) + 1
         backend.starts(ticket, now)
         self.turn = max(self.turn, backend.turn)
         backend.turn = self.turn + 1 / backend.weight
@@ -1845,10 +1854,10 @@ class Fleet:
         backend.busy -= ticket.took
         device.busy -= ticket.took
         device.held = device.held and device.busy > 0
-        backend.at_work[key] -= 1
-        self.at_work[key] -= 1
-        if not self.at_work[key]:
-            del self.at_work[key]
+        for at_work in (backend.at_work, self.at_work):
+            left = at_work.pop(key) - 1
+            if left:
+                at_work[key] = left
         backend.ends(ticket)
 
     def served_last(self, ticket: Ticket) -> Backend | None:
@@ -1937,7 +1946,8 @@ class Fleet:
 # seconds.  A client has a tag for each class, its virtual time: the seconds that it was served
 # there, divided by its weight.  The least tag goes first.  A start charges what the client's
 # requests take on average, the end corrects that.  Who comes back joins at the virtual time of the
-# devices that can serve it, the tag of the latest fair start there: a pause earns no credit, one
+# devices that can serve it, the tag of the latest fair start that could have been there (as in
+# SFQ(D), Jin, Chase, Kaur 2004: a long request stops no clock): a pause earns no credit, one
 # low request that waits holds nothing up, and what one device had is no debt on another.
 #
 # A group is all of one class that wants the same, and so can start at the same backends.  In it a
@@ -2019,11 +2029,8 @@ class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
     client: Client
+    head: Ticket  # the oldest
     tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
-
-    @property
-    def head(self) -> Ticket:
-        return next(iter(self.tickets.values()))
 
 
 class Ranking:
@@ -2077,14 +2084,17 @@ class Group:
         name, number = ticket.client.name, ticket.number
         lane = self.lanes.get(name)
         if lane is None:
-            lane = self.lanes[name] = Lane(ticket.client)
+            lane = self.lanes[name] = Lane(ticket.client, ticket)
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
         ticket.aged += self.clock
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
                 lane.tickets.move_to_end(later)
-        if lane.head is ticket and name not in self.parked:
+        if number > lane.head.number:
+            return
+        lane.head = ticket
+        if name not in self.parked:
             self.fair.push(lane)
             self.oldest.push(lane)
 
@@ -2092,7 +2102,9 @@ class Group:
         lane = self.lanes[ticket.client.name]
         del lane.tickets[ticket.number]
         ticket.aged -= self.clock
-        if not lane.tickets:
+        if lane.tickets:
+            lane.head = next(iter(lane.tickets.values()))
+        else:
             self._drop(lane)
             self.parked.discard(ticket.client.name)
             del self.lanes[ticket.client.name]
@@ -2175,7 +2187,7 @@ class Scheduler:
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
-        self._backlogs: dict[Priority, Counter[Client]] = {one: Counter() for one in Priority}
+        self._backlogs: dict[Priority, dict[Client, int]] = {one: {} for one in Priority}
         self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
         self._unaged = 0  # starts since one went to an overdue request
@@ -2202,14 +2214,18 @@ class Scheduler:
     def start(self, ticket: Ticket, now: float) -> Backend | None:
         """Start a new ticket at once, if nobody waits and a backend has room; where it has started.
 
-        So no queue is built for it, to be torn down again.
+        So no queue is built for it, to be torn down again; who is boosted takes turns in it.
         """
-        if self.waiting or not self._may_start(ticket.priority) or ticket.client.at_cap:
+        client = ticket.client
+        if self.waiting or client.at_cap or client.settings.boost:
             return None
+        if not self._may_start(ticket.priority):
+            return None
+        self.fleet.unclaim()
         backend = self._place(ticket, urgent=ticket.priority is Priority.HIGH)
         if backend is not None:
             self._arrive(ticket, now)
-            self._join(ticket, [backend.device])
+            self._join(ticket)
             self._start(ticket, backend, now, fair=True)
         return backend
 
@@ -2298,7 +2314,7 @@ class Scheduler:
         known = fleet.knows(want.model)
         if known is False:
             return self._why_gone
-        if known and not fleet.serving(want) and fleet.serving(Want(want.model)):
+        if known and not fleet.serving(want) and fleet.serving(want._replace(routes=())):
             return lambda want: Untranslatable(fleet.why_unsupported(want))
         return None
 
@@ -2317,8 +2333,7 @@ class Scheduler:
         started: list[Start] = []
         if not self.waiting:
             return started
-        for device in self.fleet.devices.values():
-            device.claimed = False
+        self.fleet.unclaim()
         while self.waiting and self.fleet.has_room():
             found = self._pick(now)
             if found is None:
@@ -2334,9 +2349,7 @@ class Scheduler:
         """Start the next one: one that is overdue, where it is due, else by class and share."""
         found = self._pick_overdue(now) if self._overdue else None
         for priority, models in self._groups.items():
-            if found is not None or not self._may_start(priority):
-                return found
-            if models:
+            if found is None and models and self._may_start(priority):
                 found = self._pick_boosted(priority, now) if self._boosted[priority] else None
                 found = found or self._pick_fair(priority, now)
         return found
@@ -2367,7 +2380,7 @@ class Scheduler:
     def _pick_fair(self, priority: Priority, now: float) -> Start | None:
         """The first by share that can start; what needs a whole device waits for it alone."""
         heads = [group.head(group.fair) for group in self._startable(priority)]
-        for head in in_turn(head for head in heads if head is not None):
+        for head in in_turn([head for head in heads if head is not None]):
             if (found := self._try(head, now, fair=True)) is not None:
                 return found
             self.fleet.claim(head.want)
@@ -2402,9 +2415,9 @@ class Scheduler:
 
     def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
         """Who goes before it for a while: of its class, for a model that the backend has loaded."""
-        bound = self.affinity(backend)
-        if not bound or not backend.must_load(head.want.model):
+        if not self.limits.affinity or not backend.must_load(head.want.model):
             return None
+        bound = self.affinity(backend)
         alike = [self._groups[head.priority].get(key, {}) for key in backend.loaded]
         heads = [group.head(group.fair) for groups in alike for group in groups.values()]
         urgent = head.priority is Priority.HIGH
@@ -2425,8 +2438,8 @@ class Scheduler:
         ticket.backend, ticket.started = backend, now
         ticket.attempts += 1
         if fair:  # others ran ahead of their turn
-            virtual = backend.device.virtual
-            virtual[priority] = max(virtual[priority], client.tags[priority])
+            for device in self._devices(ticket.want):
+                device.virtual[priority] = max(device.virtual[priority], client.tags[priority])
         ticket.charged = client.service.value or self.service.value or 1.0
         client.charge(priority, ticket.charged)
         client.running += 1
@@ -2476,15 +2489,25 @@ class Scheduler:
         seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
         return max(1, min(60, round(seconds)))
 
-    def _join(self, ticket: Ticket, devices: Sequence[Device]) -> None:
+    def _devices(self, want: Want) -> list[Device]:
+        """What can serve it; where there is one device, that, without a look."""
+        devices = list(self.fleet.devices.values())
+        if len(devices) < 2:
+            return devices
+        return [backend.device for backend in self.fleet.serving(want)]
+
+    def _join(self, ticket: Ticket) -> None:
         """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
         client, priority = ticket.client, ticket.priority
-        for device in devices:
-            if not device.busy:  # nobody has moved its time: it is where the others are
-                behind = self._least_tag(priority, client)
+        devices = self._devices(ticket.want)
+        idle = [device for device in devices if not device.busy]
+        if idle and (self.running or self.waiting):  # nobody moves its time: it is at the others'
+            behind = self._least_tag(priority, client)
+            for device in idle:
                 device.virtual[priority] = max(device.virtual[priority], behind)
-        reached = min((device.virtual[priority] for device in devices), default=0.0)
-        client.tags[priority] = max(client.tags[priority], reached)
+        reached = min([device.virtual[priority] for device in devices], default=0.0)
+        client.tags[priority] = tag = max(client.tags[priority], reached)
+        client.credits[priority] = max(client.credits[priority], reached - tag)
 
     def _least_tag(self, priority: Priority, but: Client) -> float:
         """The least tag of the others that wait or run in a class; 0 where there are none."""
@@ -2495,11 +2518,12 @@ class Scheduler:
     def _enter(self, ticket: Ticket) -> None:
         client, priority, want = ticket.client, ticket.priority, ticket.want
         ticket.move(TicketState.WAITING)
-        if not self._backlogs[priority][client]:
-            self._join(ticket, [backend.device for backend in self.fleet.serving(want)])
+        backlog = self._backlogs[priority]
+        if client not in backlog:
+            self._join(ticket)
             if client.settings.boost:
                 self._boosted[priority].add(client.name)
-        self._backlogs[priority][client] += 1
+        backlog[client] = backlog.get(client, 0) + 1
         groups = self._groups[priority].setdefault(want.model, {})
         if want not in groups:
             groups[want] = Group(want, priority)
@@ -2538,17 +2562,17 @@ class Scheduler:
 
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
-        assert backend is not None  # a running ticket has one
         del self.running[ticket.id]
+        assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
         client.correct(ticket.priority, ticket.charged, seconds)
         client.service.add(seconds)
-        client.running -= 1
         client.served += seconds
-        if client.settings.max_concurrent:
+        if client.at_cap:  # until now
             for group in self.groups():
                 group.unpark(client.name)
+        client.running -= 1
 
     def in_order(self) -> list[Ticket]:
         """The waiting tickets as they would start if each could: by class, share and arrival."""
@@ -2565,7 +2589,10 @@ class Scheduler:
 
 def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
     """First tickets of several groups: by tag, then by arrival."""
-    return sorted(heads, key=lambda one: (one.client.tags[one.priority], one.number))
+    found = list(heads)
+    if len(found) > 1:
+        found.sort(key=lambda one: (one.client.tags[one.priority], one.number))
+    return found
 
 
 def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:

@@ -685,16 +685,19 @@ def test_the_context_of_a_recorded_ollama_is_read() -> None:
 # ---- The choice
 
 
-def choose(**facts: tuple[bool, int, float]) -> str | None:
-    """The name of the picked backend among those with (loaded, room, last used)."""
-    options = []
-    for name, (loaded, room, used) in facts.items():
+def choose(last: str = "", **facts: tuple[bool, int, float]) -> str | None:
+    """The name of the picked backend among those with (loaded, room, turn).
+
+    `last` is the one that served the conversation before.
+    """
+    options = {}
+    for name, (loaded, room, turn) in facts.items():
         one = backend("m", device=Device(name, 8))
-        one.name, one.used, one.busy = name, used, 8 - room
+        one.name, one.turn, one.busy = name, turn, 8 - room
         one.device.busy = one.busy
         one.succeeded(0.0, report("m", loaded=("m",) if loaded else ()), INTERVAL)
-        options.append(one)
-    picked = llmq.pick_backend(options, "m")
+        options[name] = one
+    picked = llmq.pick_backend(list(options.values()), "m", options.get(last))
     return picked.name if picked else None
 
 
@@ -704,13 +707,19 @@ def test_there_may_be_none() -> None:
 
 def test_one_that_has_the_model_loaded_goes_before_all() -> None:
     assert choose(empty=(False, 8, 0.0), warm=(True, 1, 99.0)) == "warm"
+    assert choose("empty", empty=(False, 8, 0.0), warm=(True, 1, 99.0)) == "warm"
+
+
+def test_then_the_one_that_served_the_conversation_last() -> None:
+    assert choose("same", free=(True, 5, 0.0), same=(True, 1, 9.0)) == "same"
+    assert choose("same", free=(False, 5, 0.0), same=(False, 1, 9.0)) == "same"
 
 
 def test_then_the_one_with_most_room() -> None:
     assert choose(full=(True, 1, 0.0), free=(True, 5, 99.0), cold=(False, 8, 0.0)) == "free"
 
 
-def test_then_the_one_longest_unused() -> None:
+def test_then_the_one_whose_turn_it_is() -> None:
     assert choose(late=(True, 3, 20.0), early=(True, 3, 10.0), less=(True, 2, 1.0)) == "early"
 
 
@@ -721,12 +730,176 @@ def test_any_choice_keeps_the_order_of_the_rules() -> None:
             f"b{number}": (rng.random() < 0.4, rng.randint(1, 4), float(number * 7 % 5))
             for number in range(rng.randint(1, 5))
         }
-        loaded, room, used = facts[choose(**facts) or ""]
-        for other in facts.values():
+        last = rng.choice(("", "b0", "b3", "gone"))
+        name = choose(last, **facts) or ""
+        loaded, room, turn = facts[name]
+        for each, other in facts.items():
             assert loaded or not other[0]
             if loaded == other[0]:
-                assert room >= other[1]
-                assert room > other[1] or used <= other[2]
+                assert each != last or name == last
+                if name != last:
+                    assert room >= other[1]
+                    assert room > other[1] or turn <= other[2]
+
+
+def run_one(at: Fleet, client: str = "c", session: str = "") -> str:
+    """Where a request goes that ends at once."""
+    ticket = llmq.Ticket("t", llmq.Client(client), Want("m"), llmq.Priority.NORMAL)
+    ticket.session = session
+    picked = llmq.pick_backend(at.candidates(ticket.want), "m", at.served_last(ticket))
+    assert picked is not None
+    at.starts(ticket, picked, 0.0)
+    at.ends(ticket, picked)
+    return picked.name
+
+
+def test_equal_backends_take_turns_by_their_weight() -> None:
+    three = fleet(a=("m",), b=("m",), c=("m",))
+    three.backends["b"].weight = 3.0
+    turns = [run_one(three) for _ in range(500)]
+    assert [turns.count(name) for name in "abc"] == [100, 300, 100]
+
+
+def test_a_backend_that_comes_late_has_no_turns_to_make_up_for() -> None:
+    both = fleet(a=("m",), b=("m",))
+    for _ in range(100):
+        run_one(both)
+    add(both, "late", device="late").succeeded(0.0, report("m"), INTERVAL)
+    turns = [run_one(both) for _ in range(30)]
+    assert 10 <= turns.count("late") <= 11
+
+
+def test_a_conversation_goes_back_to_where_its_prompt_is_cached() -> None:
+    both = fleet(a=("m",), b=("m",))
+    where = run_one(both, session="s")
+    assert {run_one(both), run_one(both)} == {"a", "b"}, "others take turns"
+    assert [run_one(both, session="s") for _ in range(5)] == [where] * 5
+    other = run_one(both, "d", session="s")
+    assert both.sessions["d", "s"].name == other, "another's conversation of that name is its own"
+
+
+def test_a_thousand_conversations_are_remembered_and_no_more() -> None:
+    both = fleet(a=("m",), b=("m",))
+    for number in range(1100):
+        run_one(both, session=f"s{number}")
+        run_one(both, session="the first, still going on")
+    assert len(both.sessions) == 1000
+    assert ("c", "the first, still going on") in both.sessions
+    assert ("c", "s0") not in both.sessions
+
+
+def test_a_request_may_want_one_backend_only() -> None:
+    both = fleet(a=("m",), b=("m",))
+    assert both.candidates(Want("m", backend="b")) == [both.backends["b"]]
+    assert both.candidates(Want("m", (), both.backends["b"], "b")) == [both.backends["b"]]
+    assert both.candidates(Want("m", backend="no such")) == []
+
+
+def test_a_model_may_be_asked_for_at_some_backends_only() -> None:
+    both = fleet(a=("m", "n"), b=("m", "n"))
+    both.model_settings = {"m": llmq.ModelSettings(backends=("b",))}
+    assert both.candidates(Want("m")) == [both.backends["b"]]
+    assert both.candidates(Want("n")) == [*both.backends.values()]
+
+
+# ---- Models that are loaded when they are asked for
+
+
+def on_demand(*models: str, loaded: tuple[str, ...] = (), slots: int = 4) -> tuple[Fleet, Backend]:
+    made = Fleet()
+    one = add(made, "a", shared=slots)
+    one.succeeded(0.0, report(*models, loaded=loaded, kind="ollama"), INTERVAL)
+    return made, one
+
+
+def begin(at: Fleet, one: Backend, model: str = "m", now: float = 1.0) -> llmq.Ticket:
+    ticket = llmq.Ticket("t", llmq.Client("c"), Want(model), llmq.Priority.NORMAL)
+    at.starts(ticket, one, now)
+    return ticket
+
+
+def test_one_request_loads_the_model_and_the_others_wait_for_it() -> None:
+    made, one = on_demand("m", "n", loaded=("n",))
+    first = begin(made, one)
+    assert made.candidates(Want("m")) == []
+    assert one.is_loaded("m"), "it is about to be"
+    one.last_received = 4.0
+    one.loaded_now("m")
+    assert made.candidates(Want("m")) == [one]
+    assert one.load_seconds.value == 3.0
+    made.ends(first, one)
+    assert one.is_loaded("m")
+
+
+def test_a_request_that_ended_without_a_byte_has_loaded_nothing() -> None:
+    made, one = on_demand("m")
+    first = begin(made, one)
+    made.ends(first, one)
+    assert made.candidates(Want("m")) == [one]
+    assert not one.is_loaded("m")
+    assert one.load_seconds.value is None
+
+
+@pytest.mark.parametrize(("began", "loaded"), [(0.5, ()), (2.0, ("m",))], ids=["before", "after"])
+def test_a_look_at_what_is_loaded_counts_if_it_began_after_the_load(
+    began: float, loaded: tuple[str, ...]
+) -> None:
+    made, one = on_demand("m", "n", loaded=("n",))
+    begin(made, one)
+    news = dataclasses.replace(report("m", "n", loaded=("n", *loaded), kind="ollama"), began=began)
+    one.succeeded(3.0, news, INTERVAL)
+    assert one.is_loaded("m")
+    assert made.candidates(Want("m")) == ([one] if loaded else [])
+    assert one.is_loaded("n") == bool(loaded)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "openai"])
+def test_what_loads_nothing_by_itself_lets_all_start(kind: str) -> None:
+    made = Fleet()
+    one = add(made, "a", shared=4)
+    one.succeeded(0.0, report("m", kind=kind), INTERVAL)
+    begin(made, one)
+    assert made.candidates(Want("m")) == [one]
+    assert one.loading == {}
+
+
+# ---- What takes a whole device
+
+
+def test_what_bears_nothing_beside_it_waits_until_its_device_is_empty() -> None:
+    made, one = on_demand("m", "n", loaded=("m", "n"))
+    made.model_settings = {"m": llmq.ModelSettings(exclusive=True)}
+    other = begin(made, one, "n")
+    assert made.candidates(Want("m")) == []
+    made.ends(other, one)
+    alone = begin(made, one, "m")
+    assert made.candidates(Want("n")) == made.candidates(Want("m")) == []
+    made.ends(alone, one)
+    assert made.candidates(Want("n")) == [one]
+
+
+def test_a_device_is_free_again_though_what_took_it_whole_was_moved_to_another() -> None:
+    """By a reload that names another device for the backend while it runs."""
+    made = fleet(a=("m",))
+    made.model_settings = {"m": llmq.ModelSettings(exclusive=True)}
+    a, old = made.backends["a"], made.backends["a"].device
+    ticket = begin(made, a)
+    made.move(a, made.device_of("new", 2))
+    assert (old.room(), a.device.room()) == (1, 0), "it has the other one for itself now"
+    made.ends(ticket, a)
+    assert (old.room(), a.device.room()) == (1, 2)
+
+
+def test_a_cap_under_a_pattern_is_none_for_leases() -> None:
+    """A lease is of a device, whatever model; `*` means every model, each by itself."""
+    both = fleet(a=("m",), b=("n",))
+    both.model_settings = {"*": llmq.ModelSettings(max_concurrent=1)}
+    first, second = (Want("", device=f"device of {name}") for name in "ab")
+    (lessor,) = both.candidates(first)
+    ticket = llmq.Ticket("t", llmq.Client("c"), first, llmq.Priority.NORMAL)
+    both.starts(ticket, lessor, 0.0)
+    assert both.candidates(first) == []
+    assert len(both.candidates(second)) == 1
 
 
 def test_candidates_are_up_have_the_model_and_room() -> None:
