@@ -182,6 +182,7 @@ class Simulation:
 
     def run(self, until: float = math.inf) -> None:
         """Go on until that time, or until nothing is left to happen."""
+        self.pump()
         while self._events and self._events[0][0] <= until:
             self.now, _, act, what = heapq.heappop(self._events)
             visit = act(*what)
@@ -191,6 +192,11 @@ class Simulation:
                 visit.eta = foretold and foretold.eta
         if until < math.inf:
             self.now = until
+
+    def set_mode(self, mode: llmq.Mode) -> None:
+        self.pump()
+        self.queue.mode = mode
+        self.pump()
 
     def pump(self) -> None:
         for ticket, backend in self.queue.dispatch(self.now):
