@@ -27,36 +27,37 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
   B  The queue
      6. Identity       who asks, and how urgently
      7. Backends       who serves: runners, their devices, slots, models and health
-     8. Scheduler      who goes next
-     9. Forecast       when, and why not yet
+     8. Fair share     whose turn it is
+     9. Scheduler      who goes next
+    10. Forecast       when, and why not yet
   C  HTTP
-    10. Messages       bytes to heads and bodies, and back
-    11. Bodies         JSON read without losing a byte of it
-    12. Dialects       what all of them share: errors, streams, questions
-    13. OpenAI         its endpoints, its errors, how its streams end
-    14. Ollama         the same for Ollama's own routes
-    15. Anthropic      the same for messages
-    16. Translation    one dialect in the words of another
-    17. Streams        how a coroutine reads a connection, and is woken
-    18. Server         sockets towards the clients; whom a call answers
-    19. Upstream       sockets towards the runners
+    11. Messages       bytes to heads and bodies, and back
+    12. Bodies         JSON read without losing a byte of it
+    13. Dialects       what all of them share: errors, streams, questions
+    14. OpenAI         its endpoints, its errors, how its streams end
+    15. Ollama         the same for Ollama's own routes
+    16. Anthropic      the same for messages
+    17. Translation    one dialect in the words of another
+    18. Streams        how a coroutine reads a connection, and is woken
+    19. Server         sockets towards the clients; whom a call answers
+    20. Upstream       sockets towards the runners
   D  The gateway
-    20. Probes         what a backend has and how it does
-    21. Calls          one request on its way, and its answer from a backend
-    22. Records        what remains of it: log, metrics, the latest
-    23. Admission      from a request to a call that may wait
-    24. Gateway        the life of one request
-    25. Models         what there is, and its management
-    26. Background     what runs beside the requests: deadlines, heartbeats
+    21. Probes         what a backend has and how it does
+    22. Calls          one request on its way, and its answer from a backend
+    23. Records        what remains of it: log, metrics, the latest
+    24. Admission      from a request to a call that may wait
+    25. Gateway        the life of one request
+    26. Models         what there is, and its management
+    27. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    27. Access         which names and pages may use a route
-    28. Snapshot       what the outside sees
-    29. Routes         which path leads where
-    30. Demo           a runner that only echoes
-    31. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    32. Service        start, reload, drain, stop
-    33. Command line   serve, status, top, mode, config
-    34. Web page       what a browser is shown
+    28. Access         which names and pages may use a route
+    29. Snapshot       what the outside sees
+    30. Routes         which path leads where
+    31. Demo           a runner that only echoes
+    32. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    33. Service        start, reload, drain, stop
+    34. Command line   serve, status, top, mode, config
+    35. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ from collections.abc import (
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from http import HTTPStatus
 from itertools import accumulate, count
+from operator import attrgetter
 from textwrap import wrap
 from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
@@ -365,6 +367,7 @@ class Kind(NamedTuple):
     owner: str = ""  # `owned_by` in its /v1/models, where that tells it from others
     mark: tuple[str, str] = ("", "")  # else a path that it alone has, and a member found there
     loaded_path: str = ""  # what tells the loaded models; none: its list of models does
+    on_demand: bool = False  # it loads a model when it is asked for it
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
     options: Mapping[str, str] = USUAL_OPTIONS
@@ -377,6 +380,7 @@ RUNNERS = (
         "http://127.0.0.1:11434",
         mark=("/api/version", "version"),
         loaded_path="/api/ps",
+        on_demand=True,
         native=True,
     ),
     Kind(
@@ -385,12 +389,14 @@ RUNNERS = (
         "http://127.0.0.1:1234",
         mark=(LMSTUDIO, "data"),
         loaded_path=LMSTUDIO,
+        on_demand=True,
         options=LMSTUDIO_OPTIONS,
     ),
     Kind(
         "llamacpp",
         url="http://127.0.0.1:8080",
         owner="llamacpp",
+        on_demand=True,  # in router mode; else it lists only what is loaded
         counts_tokens=True,
         options=LLAMACPP_OPTIONS,
     ),
@@ -612,6 +618,9 @@ class Settings:
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
+
+    def reserve_of(self, device: str) -> int:
+        return self.devices[device].reserve_high if device in self.devices else 0
 
 
 def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
@@ -1141,6 +1150,9 @@ class Client:
 
     name: str
     settings: ClientSettings = field(default_factory=ClientSettings)
+    tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+    credits: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # likewise
+    service: Average = field(default_factory=Average)  # seconds that its requests run
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1148,6 +1160,22 @@ class Client:
     done: int = 0
     failed: int = 0
     left: int = 0  # requests that it gave up itself
+
+    @property
+    def at_cap(self) -> bool:
+        return 0 < self.settings.max_concurrent <= self.running
+
+    def charge(self, priority: Priority, seconds: float) -> None:
+        """Move its tag by what it is about to be served, less what it was charged too much."""
+        owed = seconds / self.settings.weight + self.credits[priority]
+        self.credits[priority] = min(0.0, owed)
+        self.tags[priority] += max(0.0, owed)
+
+    def correct(self, priority: Priority, charged: float, seconds: float) -> None:
+        """It was charged so much and has been served so much; a tag never falls."""
+        owed = (seconds - charged) / self.settings.weight
+        self.credits[priority] += min(0.0, owed)
+        self.tags[priority] += max(0.0, owed)
 
 
 class Clients:
@@ -1205,6 +1233,16 @@ class Device:
     name: str
     slots: int
     busy: int = 0
+    reserve_high: int = 0  # slots that only class high and the overdue may take
+    held: bool = False  # by what bears nothing beside it
+    claimed: bool = False  # by what is next, and waits until the device is empty
+    virtual: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+
+    def room(self, *, urgent: bool = False, alone: bool = False) -> int:
+        """Slots for one more request, that may be urgent or bears nothing beside it."""
+        if self.held or self.claimed or (alone and self.busy):
+            return 0
+        return self.slots - self.busy - (0 if urgent else min(self.reserve_high, self.slots - 1))
 
 
 @dataclass(frozen=True)
@@ -1237,6 +1275,7 @@ class Want(NamedTuple):
     routes: Names = ()  # where a backend may be asked it, the best first; none: anywhere
     avoid: Backend | None = None  # where the last attempt failed
     backend: str = ""  # the name of the only one that may serve it; none: any
+    device: str = ""  # that a lease wants for itself, in place of a model
 
 
 class Contexts:
@@ -1288,6 +1327,7 @@ class Backend:
         self.name, self.device = name, device
         self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
         self.set_key(settings.key)
+        self.weight = settings.weight
         self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.changed = 0.0  # no probe that began before this tells how it is, monotonic
@@ -1302,6 +1342,13 @@ class Backend:
         self.report: Report | None = None
         self.last_received = float("-inf")  # when it last sent bytes of an answer, monotonic
         self.used = 0.0  # when it was last given a request
+        self.turn = 0.0  # rises with each, the less the greater its weight
+        self.loaded: frozenset[str] = frozenset()  # model keys, as far as is known
+        self.loading: dict[str, Ticket] = {}  # by model key what makes it load
+        self.load_seconds = Average()  # from such a start to the first byte
+        self.switched = 0.0  # when it last began to load a model, monotonic
+        self.passed: dict[int, tuple[Ticket, float]] = {}  # over, and since when: see section 9
+        self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
         self.at_work: Counter[str] = Counter()  # model key -> requests that run
         self.contexts = Contexts()
         # By (route, model key, or "" for any): its words where it said that it has no such route,
@@ -1326,11 +1373,17 @@ class Backend:
         """Requests that it may have at once."""
         return min(self.slots or self.device.slots, self.device.slots)
 
-    @property
-    def room(self) -> int:
-        device = self.device
-        shared, own = device.slots - device.busy, (self.slots or device.slots) - self.busy
+    def room(self, *, urgent: bool = False, alone: bool = False) -> int:
+        """Slots for one more request, here and on its device."""
+        shared = self.device.room(urgent=urgent, alone=alone)
+        own = (self.slots or self.device.slots) - self.busy
         return own if own < shared else shared
+
+    def takes(self, key: str, *, urgent: bool = False, alone: bool = False) -> bool:
+        """Whether a request for this model can start here; while one loads it, no other does."""
+        if key in self.loading:
+            return False
+        return key in self.remote or self.room(urgent=urgent, alone=alone) > 0
 
     @property
     def usable(self) -> bool:
@@ -1349,7 +1402,36 @@ class Backend:
         return asked if asked in names or self.traits.native else names[0]
 
     def is_loaded(self, key: str) -> bool:
-        return self.report is not None and key in map(model_key, self.report.loaded)
+        return key in self.loaded
+
+    def must_load(self, key: str) -> bool:
+        """Whether a request for this model makes it load here, as far as is known."""
+        unloaded = self.report is not None and key not in self.loaded
+        return unloaded and self.traits.on_demand and key not in self.remote
+
+    def starts(self, ticket: Ticket, now: float) -> None:
+        """A request starts here; where its model is not loaded, it is from now on alone there."""
+        key = ticket.want.model
+        self.used = now
+        if not self.must_load(key):
+            return
+        self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
+        self.passed.clear()
+
+    def loaded_now(self, key: str) -> bool:
+        """The first byte of an answer has come; True if it was to load its model, and has."""
+        if self.loading.pop(key, None) is None:
+            return False
+        self.load_seconds.add(self.last_received - self.switched)
+        self.changed = self.next_probe = self.last_received  # another may have gone for it
+        return True
+
+    def ends(self, ticket: Ticket) -> None:
+        """A request has ended here; if it was to load its model and got no byte, it has not."""
+        key = ticket.want.model
+        if self.loading.get(key) is ticket:
+            del self.loading[key]
+            self.loaded -= {key}
 
     def supports(self, route: str, key: str) -> bool:
         """Whether requests for this model can be sent to that route, as far as is known."""
@@ -1397,6 +1479,10 @@ class Backend:
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
+        if report.began >= self.switched:
+            self.loaded = frozenset(map(model_key, report.loaded))
+            self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
+            self.loaded |= self.loading.keys()
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
         """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
@@ -1481,11 +1567,20 @@ def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) ->
 NO_POLICY = ModelSettings()
 
 
-def pick_backend(candidates: Sequence[Backend], key: str) -> Backend | None:
-    """Among backends with room: the model already loaded, then most room, then longest unused."""
+def pick_backend(
+    candidates: Sequence[Backend], key: str, last: Backend | None = None
+) -> Backend | None:
+    """Among backends with room: the model loaded, who served it last, most room, longest unused."""
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    return min(candidates, key=lambda each: (not each.is_loaded(key), -each.room, each.used))
+
+    def rank(each: Backend) -> tuple[bool, bool, int, float]:
+        return not each.is_loaded(key), each is not last, -each.room(urgent=True), each.turn
+
+    return min(candidates, key=rank)
+
+
+SESSIONS = 1000  # conversations whose backend is remembered, at most
 
 
 class Fleet:
@@ -1497,6 +1592,10 @@ class Fleet:
         self.backends: dict[str, Backend] = {}
         self.devices: dict[str, Device] = {}
         self.shrunk = 0.0  # when a backend was last removed, monotonic
+        self.at_work: Counter[str] = Counter()  # model key -> requests that run anywhere
+        self.turn = 0.0  # of the backend that was given the last request
+        self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
+        self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
 
     def policy(self, key: str) -> ModelSettings:
         """What is configured for a model."""
@@ -1553,7 +1652,8 @@ class Fleet:
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             self.move(backend, self.device_of(places[name], slots))
-            backend.slots = row.slots
+            backend.slots, backend.weight = row.slots, row.weight
+            backend.device.reserve_high = settings.reserve_of(places[name])
             backend.kind = row.kind or backend.kind
             backend.contexts.start = settings.upstream.num_ctx
             backend.set_key(row.key)
@@ -1561,39 +1661,104 @@ class Fleet:
 
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
-        key, routes = want.model, want.routes
-        able = [backend for backend in self.backends.values() if backend.may_have(key)]
-        able = [each for each in able if each.state is not State.REFUSED and not each.draining]
-        return [each for each in able if each.route_for(routes, key)] if routes else able
-
-    def candidates(self, want: Want) -> list[Backend]:
-        """Backends where a request could start now, without the one it failed at unless alone."""
-        key, routes, avoid = want.model, want.routes, want.avoid
-        able = [
-            backend
-            for backend in self.backends.values()
-            if backend.may_have(key)
-            and backend.usable
-            and (not routes or backend.route_for(routes, key))
+        key, routes, pinned = want.model, want.routes, want.backend
+        if want.device:
+            return self.lessor(want.device)
+        only = (pinned,) if pinned else self.policy(key).backends
+        return [
+            each
+            for each in self.backends.values()
+            if each.may_have(key)
+            and not (each.state is State.REFUSED or each.draining)
+            and (not only or each.name in only)
+            and (not routes or each.route_for(routes, key))
         ]
+
+    def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
+        """Backends where a request could start now, without the one it failed at unless alone."""
+        key, avoid, policy = want.model, want.avoid, self.policy(want.model)
+        if 0 < policy.max_concurrent <= self.at_work[key]:
+            return []
+        able = [backend for backend in self.serving(want) if backend.usable]
         if avoid is not None:
             able = [backend for backend in able if backend is not avoid] or able
-        return [backend for backend in able if backend.room > 0]
+        alone = policy.exclusive or bool(want.device)
+        return [each for each in able if each.takes(key, urgent=urgent, alone=alone)]
+
+    def claim(self, want: Want) -> None:
+        """Let a device run empty for what is next and bears nothing beside it there."""
+        policy = self.policy(want.model)
+        if not (policy.exclusive or want.device):
+            return
+        if 0 < policy.max_concurrent <= self.at_work[want.model]:
+            return
+        devices = [backend.device for backend in self.serving(want) if backend.usable]
+        if devices:
+            min(devices, key=lambda device: device.busy).claimed = True
+
+    def lessor(self, name: str) -> list[Backend]:
+        """What stands for the whole of a device when it is leased; none if there is none."""
+        device = self.devices.get(name)
+        if device is None:
+            return []
+        lessor = self.lessors.get(name)
+        if lessor is None or lessor.device is not device:
+            self.lessors[name] = lessor = Backend(name, BackendSettings(url="http://-"), device)
+            lessor.state = State.UP
+        return [lessor]
+
+    def starts(self, ticket: Ticket, backend: Backend, now: float) -> None:
+        """A request starts at a backend: it takes a slot there, and what else it needs."""
+        key, device = ticket.want.model, backend.device
+        ticket.took = 0 if key in backend.remote else 1
+        if ticket.took:
+            device.held = bool(ticket.want.device) or self.policy(key).exclusive
+        backend.busy += ticket.took
+        device.busy += ticket.took
+        backend.at_work[key] += 1
+        self.at_work[key] += 1
+        backend.starts(ticket, now)
+        self.turn = max(self.turn, backend.turn)
+        backend.turn = self.turn + 1 / backend.weight
+        if ticket.session:
+            self.sessions[ticket.client.name, ticket.session] = backend
+            self.sessions.move_to_end((ticket.client.name, ticket.session))
+            if len(self.sessions) > SESSIONS:
+                self.sessions.popitem(last=False)
+
+    def ends(self, ticket: Ticket, backend: Backend) -> None:
+        """It gives back what it took."""
+        key, device = ticket.want.model, backend.device
+        backend.busy -= ticket.took
+        device.busy -= ticket.took
+        device.held = device.held and device.busy > 0
+        backend.at_work[key] -= 1
+        self.at_work[key] -= 1
+        if not self.at_work[key]:
+            del self.at_work[key]
+        backend.ends(ticket)
+
+    def served_last(self, ticket: Ticket) -> Backend | None:
+        """Where the conversation was last: its prompt may be cached there."""
+        if not ticket.session:
+            return None
+        return self.sessions.get((ticket.client.name, ticket.session))
 
     def startable_models(self, waiting: Iterable[str]) -> set[str]:
         """Of these keys of models those that a request could start for, as far as slots go."""
-        free = [each for each in self.backends.values() if each.usable and each.room > 0]
+        free = [one for one in self.backends.values() if one.usable and one.room(urgent=True) > 0]
         if not all(each.models_known for each in free):
             return set(waiting)
         listed = {key for each in free for key in each.models}
-        cloud = any(each.traits.native for each in free)
-        return {key for key in waiting if key in listed or (cloud and key.endswith(CLOUD))}
+        native = any(each.traits.native for each in self.backends.values())
+        listed |= {key for each in self.backends.values() for key in each.remote} | {""}  # leases
+        return {key for key in waiting if key in listed or (native and key.endswith(CLOUD))}
 
     def has_room(self) -> bool:
-        for device in self.devices.values():  # noqa: SIM110 - at half the cost
+        for device in self.devices.values():
             if device.busy < device.slots:
                 return True
-        return False
+        return any(backend.remote for backend in self.backends.values())
 
     def trouble(self) -> str | None:
         """What everybody is told while no runner answers."""
@@ -1649,29 +1814,17 @@ class Fleet:
         return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
-# ==== 8. Scheduler ================================================================================
-# Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
-# grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
-# exactly once, and each way gives back what the ticket held.
+# ==== 8. Fair share ===============================================================================
+# Whose turn it is inside a class: start-time fair queueing (Goyal, Vin, Cheng 1996) by served
+# seconds.  A client has a tag for each class, its virtual time: the seconds that it was served
+# there, divided by its weight.  The least tag goes first.  A start charges what the client's
+# requests take on average, the end corrects that.  Who comes back joins at the virtual time of the
+# devices that can serve it, the tag of the latest fair start there: a pause earns no credit, one
+# low request that waits holds nothing up, and what one device had is no debt on another.
 #
 # A group is all of one class that wants the same, and so can start at the same backends.  In it a
-# lane is what one client has waiting, oldest first; a heap of (tag, client) orders the lanes, and a
-# lane's tag is the number of its oldest ticket: first come, first served.  Tags rise while a lane
-# waits, so a stale top is re-keyed where it stands, and picking costs the same at any depth.  (Fair
-# share is to replace the tag by the client's served time, caps to pass over a lane that surfaces,
-# overdue starts and affinity to choose among the heads in `_pick`: each has its place, none is here
-# yet.)
-
-
-FEW = 8  # models; with fewer waiting a pick looks at all of them
-MODELS_MEASURED = 1000  # models whose requests' times are known, at most
-MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
-
-
-class Mode(enum.Enum):
-    OPEN = "open"
-    PRIORITY = "priority"  # only high starts, the rest waits safely
-    PAUSED = "paused"  # none starts
+# lane is what one client has waiting, oldest first.  Keys of lanes only rise while they wait, so
+# that a stale top is put right where it stands, and picking costs the same at any depth.
 
 
 class TicketState(enum.IntEnum):
@@ -1697,8 +1850,8 @@ class Ticket:
     """One request in the queue."""
 
     __slots__ = (
-        "arrived", "attempts", "backend", "client", "deadline", "foreign", "id", "number",
-        "priority", "session", "size", "started", "state", "want",
+        "aged", "arrived", "attempts", "backend", "charged", "client", "deadline", "foreign", "id",
+        "number", "priority", "session", "size", "started", "state", "took", "want",
     )  # fmt: skip
 
     def __init__(
@@ -1719,9 +1872,12 @@ class Ticket:
         self.session = ""  # the conversation that it belongs to, if it says so
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
+        self.aged = 0.0  # what its group's clock said when it came, less what it had waited before
         self.deadline: float | None = None  # while it waits, if it may not wait for ever
         self.attempts = 0
         self.backend: Backend | None = None
+        self.took = 0  # slots that it holds
+        self.charged = 0.0  # seconds, when it started
         self.state = TicketState.NEW
 
     def move(self, state: TicketState) -> None:
@@ -1734,61 +1890,156 @@ class Ticket:
         """The key of its model."""
         return self.want.model
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """What takes alike among requests for a model: the same route, a size within four times."""
+        return self.want.routes[0] if self.want.routes else "", self.size.bit_length() // 2
+
 
 @dataclass(eq=False)
 class Lane:
     """What one client has waiting in a group, by number, oldest first."""
 
+    client: Client
     tickets: OrderedDict[int, Ticket] = field(default_factory=OrderedDict)
-    tag: int = -1  # its key in the heap; other entries of this lane there are stale
 
     @property
     def head(self) -> Ticket:
         return next(iter(self.tickets.values()))
 
 
-class Group:
-    """All that waits with the same candidates; its first lane is found in constant time."""
+class Ranking:
+    """The lanes of a group by a key; the least is found without a look at the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Callable[[Lane], Any]) -> None:
+        self.key = key
+        self._heap: list[tuple[Any, str]] = []  # (key, client)
+        self._latest: dict[str, Any] = {}  # by client the key that counts; others are stale
+
+    def push(self, lane: Lane) -> None:
+        name = lane.client.name
+        self._latest[name] = key = self.key(lane)
+        heapq.heappush(self._heap, (key, name))
+        if len(self._heap) > 2 * len(self._latest) + 64:  # mostly stale
+            self._heap = [(key, name) for name, key in self._latest.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, lane: Lane) -> None:
+        self._latest.pop(lane.client.name, None)
+
+    def first(self, lanes: Mapping[str, Lane]) -> Lane | None:
+        """The lane with the least key; cleans the heap as it looks."""
+        while self._heap:
+            key, name = self._heap[0]
+            if self._latest.get(name) != key:
+                heapq.heappop(self._heap)
+                continue
+            lane = lanes[name]
+            now = self.key(lane)
+            if now == key:
+                return lane
+            self._latest[name] = now
+            heapq.heapreplace(self._heap, (now, name))
+        return None
+
+
+class Group:
+    """All of a class that waits with the same candidates, in lanes."""
+
+    def __init__(self, want: Want, priority: Priority) -> None:
+        self.want = want
+        self.priority = priority
         self.lanes: dict[str, Lane] = {}  # by client
-        self._heap: list[tuple[int, str]] = []  # (tag, client), one valid entry per lane
+        self.fair = Ranking(lambda lane: (lane.client.tags[priority], lane.head.number))
+        self.oldest = Ranking(lambda lane: lane.head.number)
+        self.parked: set[str] = set()  # clients at their cap, in neither order
+        self.clock = 0.0  # seconds in which a backend was up for it, and the mode open
 
     def add(self, ticket: Ticket) -> None:
-        lane, number = self.lanes.get(ticket.client.name), ticket.number
+        name, number = ticket.client.name, ticket.number
+        lane = self.lanes.get(name)
         if lane is None:
-            lane = self.lanes[ticket.client.name] = Lane()
+            lane = self.lanes[name] = Lane(ticket.client)
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
+        ticket.aged += self.clock
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
                 lane.tickets.move_to_end(later)
-        if lane.head is ticket:
-            lane.tag = number
-            heapq.heappush(self._heap, (number, ticket.client.name))
-            if len(self._heap) > 2 * len(self.lanes) + 64:  # mostly stale
-                self._heap = [(lane.tag, client) for client, lane in self.lanes.items()]
-                heapq.heapify(self._heap)
+        if lane.head is ticket and name not in self.parked:
+            self.fair.push(lane)
+            self.oldest.push(lane)
 
     def remove(self, ticket: Ticket) -> None:
         lane = self.lanes[ticket.client.name]
         del lane.tickets[ticket.number]
+        ticket.aged -= self.clock
         if not lane.tickets:
+            self._drop(lane)
+            self.parked.discard(ticket.client.name)
             del self.lanes[ticket.client.name]
 
-    def head(self) -> Ticket:
-        """The oldest ticket of the first lane; cleans the heap as it looks."""
-        while True:
-            tag, client = self._heap[0]
-            lane = self.lanes.get(client)
-            if lane is None or lane.tag != tag:
-                heapq.heappop(self._heap)
-                continue
-            head = lane.head
-            if head.number == tag:
-                return head
-            lane.tag = head.number
-            heapq.heapreplace(self._heap, (head.number, client))
+    def head(self, order: Ranking) -> Ticket | None:
+        """The first ticket of the first lane whose client may have another request running."""
+        while (lane := order.first(self.lanes)) is not None:
+            if not lane.client.at_cap:
+                return lane.head
+            self._drop(lane)
+            self.parked.add(lane.client.name)
+        return None
+
+    def overdue(self, aging: float) -> Ticket | None:
+        """Its oldest ticket, if that has waited so many seconds; 0: none ever has."""
+        head = self.head(self.oldest) if aging else None
+        return head if head is not None and self.clock - head.aged >= aging else None
+
+    def heads(self, names: Iterable[str]) -> Iterator[Ticket]:
+        """The first tickets of these clients, as far as they may start."""
+        for name in names:
+            lane = self.lanes.get(name)
+            if lane is not None and not lane.client.at_cap:
+                yield lane.head
+
+    def unpark(self, name: str) -> None:
+        """The client may have more running now."""
+        if name in self.parked:
+            self.parked.remove(name)
+            self.fair.push(self.lanes[name])
+            self.oldest.push(self.lanes[name])
+
+    def _drop(self, lane: Lane) -> None:
+        self.fair.drop(lane)
+        self.oldest.drop(lane)
+
+
+# ==== 9. Scheduler ================================================================================
+# Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
+# grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
+# exactly once, and each way gives back what the ticket held.
+#
+# A pick goes class by class, in each to the client with the least tag that can start.  Four things
+# bend that: one start in eight goes to the oldest overdue request; a boosted client has every
+# second start of its class; what needs a whole device lets it run empty when its turn has come; and
+# requests for a model that is loaded go, for a while, before one that would have another loaded.
+
+
+FEW = 8  # models; with fewer waiting a pick looks at all of them
+OVERDUE_SHARE = 8  # of so many starts one may go to an overdue request
+AFFINITY_LEAST = 5.0  # seconds that a loaded model's requests may go first, however fast it loads
+LOADS_WORTH = 20  # and of the time that a load takes: so at most a twentieth is spent on loads
+MODELS_MEASURED = 2000  # models and kinds of requests whose times are known, at most
+MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
+MAX_DEPTHS = ("max_depth_high", "max_depth_normal", "max_depth_low")
+
+
+class Mode(enum.Enum):
+    OPEN = "open"
+    PRIORITY = "priority"  # only high starts, the rest waits safely
+    PAUSED = "paused"  # none starts
+
+
+Start = tuple[Ticket, Backend]
+Facet = tuple[Any, ...]  # what requests for a model may have alike, see `Ticket.kind`
 
 
 class Scheduler:
@@ -1802,15 +2053,26 @@ class Scheduler:
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
-        self.services: dict[tuple[str, str], Average] = {}  # the same by model key and device
+        self.services: dict[tuple[Any, ...], Average] = {}  # by model key, device and kind
         self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
+        self._backlogs: dict[Priority, Counter[Client]] = {one: Counter() for one in Priority}
+        self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
+        self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self._unaged = 0  # starts since one went to an overdue request
+        self._judged: float | None = None  # when the clocks of the groups were last moved
+        self._overdue: list[Group] = []  # that had overdue requests then
         self._deadlines: list[tuple[float, int, Ticket]] = []
 
     @property
     def limits(self) -> QueueSettings:
         return self.settings.queue
+
+    def groups(self) -> Iterator[Group]:
+        for models in self._groups.values():
+            for alike in models.values():
+                yield from alike.values()
 
     # ---- coming and going
 
@@ -1824,12 +2086,13 @@ class Scheduler:
 
         So no queue is built for it, to be torn down again.
         """
-        if self.waiting or not self._may_start(ticket.priority):
+        if self.waiting or not self._may_start(ticket.priority) or ticket.client.at_cap:
             return None
-        backend = pick_backend(self.fleet.candidates(ticket.want), ticket.want.model)
+        backend = self._place(ticket, urgent=ticket.priority is Priority.HIGH)
         if backend is not None:
             self._arrive(ticket, now)
-            self._start(ticket, backend, now)
+            self._join(ticket, [backend.device])
+            self._start(ticket, backend, now, fair=True)
         return backend
 
     def _arrive(self, ticket: Ticket, now: float) -> None:
@@ -1863,8 +2126,19 @@ class Scheduler:
         ticket.priority = priority
         self._enter(ticket)
 
+    def reconsider(self) -> None:
+        """What the settings say of clients has changed: caps and boosts are judged anew."""
+        for group in self.groups():
+            for name in list(group.parked):
+                group.unpark(name)
+        for priority, clients in self._backlogs.items():
+            self._boosted[priority] = {one.name for one in clients if one.settings.boost}
+
     def expire(self, now: float) -> list[tuple[Ticket, LlmqError]]:
-        """End the tickets that have waited as long as they may, each with what to say."""
+        """End the tickets that have waited as long as they may, each with what to say.
+
+        To be called a few times a second: by it the clocks go that make requests overdue.
+        """
         ended: list[tuple[Ticket, LlmqError]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
@@ -1872,44 +2146,65 @@ class Scheduler:
                 message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
                 ended.append((ticket, LlmqError(message, "wait_timeout")))
                 self.cancel(ticket)
-        return ended + self._expire_down(now)
+        return ended + self._judge(now)
 
-    def _expire_down(self, now: float) -> list[tuple[Ticket, LlmqError]]:
-        """End what no backend will serve: the model is gone, its backends are down or unable."""
+    def _judge(self, now: float) -> list[tuple[Ticket, LlmqError]]:
+        """Let the others grow older; end what no backend will serve: it is gone, down, unable."""
         ended: list[tuple[Ticket, LlmqError]] = []
-        alike: dict[Want, list[Ticket]] = {}
-        for ticket in self.waiting.values():
-            alike.setdefault(ticket.want, []).append(ticket)
-        for want, tickets in alike.items():
-            since, known = self.fleet.down_since(want), self.fleet.knows(want.model)
-            unsupported = known and not self.fleet.serving(want)
-            for ticket in tickets:
-                error: LlmqError | None = None
-                if known is False:
-                    error = LlmqError(f"model {want.model!r} is gone", "model_not_found")
-                elif unsupported and self.fleet.serving(Want(want.model)):
-                    error = Untranslatable(self.fleet.why_unsupported(want))
-                elif (
-                    since is not None and now - max(since, ticket.arrived) >= self.limits.down_wait
-                ):
-                    message = f"every backend of model {want.model!r} is down"
-                    error = LlmqError(self.fleet.trouble() or message, "backend_down")
-                if error:
-                    ended.append((ticket, error))
-                    self.cancel(ticket)
+        still = self._judged is None or self.mode is not Mode.OPEN
+        passed = 0.0 if still else now - cast(float, self._judged)
+        self._judged, self._overdue = now, []
+        for group in list(self.groups()):
+            want, error = group.want, self._why_never(group.want)
+            since = self.fleet.down_since(want)
+            if error is None and since is None:
+                group.clock += passed
+                if group.overdue(self.limits.aging) is not None:
+                    self._overdue.append(group)
+                continue
+            for lane in list(group.lanes.values()):
+                for ticket in list(lane.tickets.values()):
+                    late = since is not None and (
+                        now - max(since, ticket.arrived) >= self.limits.down_wait
+                    )
+                    if error or late:
+                        ended.append((ticket, (error or self._why_down)(want)))
+                        self.cancel(ticket)
         return ended
+
+    def _why_never(self, want: Want) -> Callable[[Want], LlmqError] | None:
+        """What to tell those whose want no backend will ever serve, as it seems."""
+        fleet = self.fleet
+        if want.device:
+            return None if want.device in fleet.devices else self._why_gone
+        known = fleet.knows(want.model)
+        if known is False:
+            return self._why_gone
+        if known and not fleet.serving(want) and fleet.serving(Want(want.model)):
+            return lambda want: Untranslatable(fleet.why_unsupported(want))
+        return None
+
+    def _why_gone(self, want: Want) -> LlmqError:
+        what = f"device {want.device!r}" if want.device else f"model {want.model!r}"
+        return LlmqError(f"{what} is gone", "not_found" if want.device else "model_not_found")
+
+    def _why_down(self, want: Want) -> LlmqError:
+        message = f"every backend of model {want.model!r} is down"
+        return LlmqError(self.fleet.trouble() or message, "backend_down")
 
     # ---- who goes next
 
-    def dispatch(self, now: float) -> list[tuple[Ticket, Backend]]:
+    def dispatch(self, now: float) -> list[Start]:
         """Start every ticket that can start now; the caller sends each to its backend."""
-        started: list[tuple[Ticket, Backend]] = []
+        started: list[Start] = []
+        if not self.waiting:
+            return started
+        for device in self.fleet.devices.values():
+            device.claimed = False
         while self.waiting and self.fleet.has_room():
-            found = self._pick()
+            found = self._pick(now)
             if found is None:
                 break
-            self._leave(found[0])
-            self._start(*found, now)
             started.append(found)
         return started
 
@@ -1917,47 +2212,124 @@ class Scheduler:
         """Whether the mode lets requests of this class start."""
         return self.mode is Mode.OPEN or (self.mode is Mode.PRIORITY and priority is Priority.HIGH)
 
-    def _pick(self) -> tuple[Ticket, Backend] | None:
-        """The most urgent class first; inside it, over the models that can start, the least tag."""
+    def _pick(self, now: float) -> Start | None:
+        """Start the next one: one that is overdue, where it is due, else by class and share."""
+        found = self._pick_overdue(now) if self._overdue else None
         for priority, models in self._groups.items():
-            if not self._may_start(priority):
-                return None
-            if not models:
-                continue
-            best: tuple[Ticket, Backend] | None = None
-            names = models if len(models) < FEW else self.fleet.startable_models(models)
-            for want, group in [item for name in names for item in models[name].items()]:
-                head = group.head()
-                if best is not None and best[0].number < head.number:
-                    continue
-                backend = pick_backend(self.fleet.candidates(want), want.model)
-                if backend is not None:
-                    best = head, backend
-            if best is not None:
-                return best
+            if found is not None or not self._may_start(priority):
+                return found
+            if models:
+                found = self._pick_boosted(priority, now) if self._boosted[priority] else None
+                found = found or self._pick_fair(priority, now)
+        return found
+
+    def _pick_overdue(self, now: float) -> Start | None:
+        """The oldest request that has waited long enough and can start, in whatever class."""
+        if self._unaged < OVERDUE_SHARE - 1 or self.mode is not Mode.OPEN:
+            return None
+        heads = (group.overdue(self.limits.aging) for group in self._overdue)
+        for head in sorted(filter(None, heads), key=attrgetter("number")):
+            if (found := self._try(head, now, urgent=True)) is not None:
+                self._unaged = 0
+                return found
         return None
 
-    def _start(self, ticket: Ticket, backend: Backend, now: float) -> None:
+    def _pick_boosted(self, priority: Priority, now: float) -> Start | None:
+        """A boosted client's request, every second time."""
+        names = self._boosted[priority]
+        if not self._boost_due[priority]:
+            return None
+        groups = self._startable(priority)
+        for head in in_turn(head for group in groups for head in group.heads(names)):
+            if (found := self._try(head, now)) is not None:
+                self._boost_due[priority] = False
+                return found
+        return None
+
+    def _pick_fair(self, priority: Priority, now: float) -> Start | None:
+        """The first by share that can start; what needs a whole device waits for it alone."""
+        heads = [group.head(group.fair) for group in self._startable(priority)]
+        for head in in_turn(head for head in heads if head is not None):
+            if (found := self._try(head, now, fair=True)) is not None:
+                return found
+            self.fleet.claim(head.want)
+        return None
+
+    def _startable(self, priority: Priority) -> list[Group]:
+        """The groups of a class, without those that no slot is free for."""
+        models = self._groups[priority]
+        names = models if len(models) < FEW else self.fleet.startable_models(models)
+        return [group for name in names for group in models[name].values()]
+
+    def _try(
+        self, head: Ticket, now: float, *, urgent: bool = False, fair: bool = False
+    ) -> Start | None:
+        """Start this ticket, or one that goes before it because its model is loaded there."""
+        urgent = urgent or head.priority is Priority.HIGH
+        backend = self._place(head, urgent=urgent)
+        if backend is None:
+            if urgent:
+                self.fleet.claim(head.want)
+            return None
+        other = self._before(head, backend, now)
+        ticket = other or head
+        self._leave(ticket)
+        self._start(ticket, backend, now, fair=fair and other is None)
+        return ticket, backend
+
+    def _place(self, ticket: Ticket, *, urgent: bool) -> Backend | None:
+        """The backend where it would start now."""
+        able = self.fleet.candidates(ticket.want, urgent=urgent)
+        return pick_backend(able, ticket.want.model, self.fleet.served_last(ticket))
+
+    def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
+        """Who goes before it for a while: of its class, for a model that the backend has loaded."""
+        bound = self.affinity(backend)
+        if not bound or not backend.must_load(head.want.model):
+            return None
+        alike = [self._groups[head.priority].get(key, {}) for key in backend.loaded]
+        heads = [group.head(group.fair) for groups in alike for group in groups.values()]
+        urgent = head.priority is Priority.HIGH
+        for other in in_turn(filter(None, heads)):
+            if backend in self.fleet.candidates(other.want, urgent=urgent):
+                return other if now - passed_since(backend, head, now) < bound else None
+        return None
+
+    def affinity(self, backend: Backend) -> float:
+        """Seconds for which requests for what it has loaded may go before others."""
+        load = backend.load_seconds.value
+        bound = self.limits.affinity
+        return bound if load is None else min(bound, max(AFFINITY_LEAST, LOADS_WORTH * load))
+
+    def _start(self, ticket: Ticket, backend: Backend, now: float, *, fair: bool) -> None:
+        client, priority = ticket.client, ticket.priority
         ticket.move(TicketState.RUNNING)
         ticket.backend, ticket.started = backend, now
         ticket.attempts += 1
-        ticket.client.running += 1
-        backend.busy += 1
-        backend.device.busy += 1
-        backend.at_work[ticket.want.model] += 1
-        backend.used = now
+        if fair:  # others ran ahead of their turn
+            virtual = backend.device.virtual
+            virtual[priority] = max(virtual[priority], client.tags[priority])
+        ticket.charged = client.service.value or self.service.value or 1.0
+        client.charge(priority, ticket.charged)
+        client.running += 1
+        self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
+        self._unaged += 1
+        self._boost_due[priority] = True
 
     # ---- bookkeeping
 
     def _check_room(self, ticket: Ticket) -> None:
-        limits, client = self.limits, ticket.client
+        limits, client, priority = self.limits, ticket.client, ticket.priority
+        in_class = getattr(limits, MAX_DEPTHS[priority])
         if len(self.waiting) >= limits.max_depth:
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
+        elif in_class and sum(self._backlogs[priority].values()) >= in_class:
+            message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= max(1, limits.max_depth // 2):
-            message = f"{client.name} has {client.waiting} requests waiting, half the queue"
+        elif client.waiting >= (client.settings.max_waiting or max(1, limits.max_depth // 2)):
+            message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
         elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
@@ -1965,18 +2337,19 @@ class Scheduler:
         else:
             return
         error = LlmqError(message, "queue_full")
-        error.retry_after = self.predicted_wait()
+        error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
         raise error
 
-    def note_service(self, key: str, seconds: float, device: str) -> None:
-        """A request for this model has run so long there."""
+    def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
+        """A request has run so long there: so will others for its model, above all its like."""
         self.service.add(seconds)
-        if len(self.services) < MODELS_MEASURED or (key, device) in self.services:
-            self.services.setdefault((key, device), Average()).add(seconds)
+        for place in {(key, device), (key, device, *kind)}:
+            if len(self.services) < MODELS_MEASURED or place in self.services:
+                self.services.setdefault(place, Average()).add(seconds)
 
-    def service_of(self, key: str, device: str) -> float | None:
-        """Seconds that requests for this model run there; None before the first has ended."""
-        average = self.services.get((key, device))
+    def service_of(self, key: str, device: str, kind: Facet = ()) -> float | None:
+        """Seconds that requests like it run there, or those for its model; None if none has yet."""
+        average = self.services.get((key, device, *kind)) or self.services.get((key, device))
         return None if average is None else average.value
 
     def predicted_wait(self) -> int:
@@ -1985,17 +2358,39 @@ class Scheduler:
         seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
         return max(1, min(60, round(seconds)))
 
+    def _join(self, ticket: Ticket, devices: Sequence[Device]) -> None:
+        """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
+        client, priority = ticket.client, ticket.priority
+        for device in devices:
+            if not device.busy:  # nobody has moved its time: it is where the others are
+                behind = self._least_tag(priority, client)
+                device.virtual[priority] = max(device.virtual[priority], behind)
+        reached = min((device.virtual[priority] for device in devices), default=0.0)
+        client.tags[priority] = max(client.tags[priority], reached)
+
+    def _least_tag(self, priority: Priority, but: Client) -> float:
+        """The least tag of the others that wait or run in a class; 0 where there are none."""
+        active = {one.client for one in self.running.values() if one.priority is priority}
+        active.update(self._backlogs[priority])
+        return min((one.tags[priority] for one in active if one is not but), default=0.0)
+
     def _enter(self, ticket: Ticket) -> None:
+        client, priority, want = ticket.client, ticket.priority, ticket.want
         ticket.move(TicketState.WAITING)
-        groups = self._groups[ticket.priority].setdefault(ticket.want.model, {})
-        if ticket.want not in groups:
-            groups[ticket.want] = Group()
-        groups[ticket.want].add(ticket)
+        if not self._backlogs[priority][client]:
+            self._join(ticket, [backend.device for backend in self.fleet.serving(want)])
+            if client.settings.boost:
+                self._boosted[priority].add(client.name)
+        self._backlogs[priority][client] += 1
+        groups = self._groups[priority].setdefault(want.model, {})
+        if want not in groups:
+            groups[want] = Group(want, priority)
+        groups[want].add(ticket)
         self.waiting[ticket.id] = ticket
         self.queued_bytes += ticket.size
-        ticket.client.waiting += 1
-        ticket.client.queued_bytes += ticket.size
-        longest = getattr(self.limits, MAX_WAITS[ticket.priority])
+        client.waiting += 1
+        client.queued_bytes += ticket.size
+        longest = getattr(self.limits, MAX_WAITS[priority])
         if longest:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
@@ -2004,35 +2399,70 @@ class Scheduler:
                 self._deadlines = sorted(alive)
 
     def _leave(self, ticket: Ticket) -> None:
-        models, want = self._groups[ticket.priority], ticket.want
+        client, priority, want = ticket.client, ticket.priority, ticket.want
+        models = self._groups[priority]
         groups = models[want.model]
         groups[want].remove(ticket)
         if not groups[want].lanes:
             del groups[want]
         if not groups:
             del models[want.model]
+        backlog = self._backlogs[priority]
+        backlog[client] -= 1
+        if not backlog[client]:
+            del backlog[client]
+            self._boosted[priority].discard(client.name)
         del self.waiting[ticket.id]
         ticket.deadline = None
         self.queued_bytes -= ticket.size
-        ticket.client.waiting -= 1
-        ticket.client.queued_bytes -= ticket.size
+        client.waiting -= 1
+        client.queued_bytes -= ticket.size
 
     def _free(self, ticket: Ticket, now: float) -> None:
-        backend = ticket.backend
-        del self.running[ticket.id]
+        client, backend = ticket.client, ticket.backend
         assert backend is not None  # a running ticket has one
-        backend.busy -= 1
-        backend.device.busy -= 1
-        backend.at_work[ticket.want.model] -= 1
-        ticket.client.running -= 1
-        ticket.client.served += now - ticket.started
+        del self.running[ticket.id]
+        self.fleet.ends(ticket, backend)
+        seconds = now - ticket.started
+        client.correct(ticket.priority, ticket.charged, seconds)
+        client.service.add(seconds)
+        client.running -= 1
+        client.served += seconds
+        if client.settings.max_concurrent:
+            for group in self.groups():
+                group.unpark(client.name)
 
     def in_order(self) -> list[Ticket]:
-        """The waiting tickets as they would start if each could: by class, then by arrival."""
-        return sorted(self.waiting.values(), key=lambda one: (one.priority, one.number))
+        """The waiting tickets as they would start if each could: by class, share and arrival."""
+        ahead: dict[tuple[Client, Priority], float] = {}
+        keys = {}
+        for ticket in sorted(self.waiting.values(), key=attrgetter("number")):
+            client, priority = ticket.client, ticket.priority
+            tag = ahead.get((client, priority), client.tags[priority])
+            each = client.service.value or self.service.value or 1.0
+            ahead[client, priority] = tag + each / client.settings.weight
+            keys[ticket] = (priority, tag, ticket.number)
+        return sorted(keys, key=keys.__getitem__)
 
 
-# ==== 9. Forecast =================================================================================
+def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
+    """First tickets of several groups: by tag, then by arrival."""
+    return sorted(heads, key=lambda one: (one.client.tags[one.priority], one.number))
+
+
+def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:
+    """Since when the backend has passed over somebody who waits still, this one included."""
+    passed = backend.passed
+    passed.setdefault(ticket.number, (ticket, now))
+    for number in list(passed):
+        first, since = passed[number]
+        if first.state is TicketState.WAITING:
+            return since
+        del passed[number]
+    return now
+
+
+# ==== 10. Forecast ================================================================================
 # What those who wait may know: their position, when they can expect to start, and why not yet.
 
 
@@ -2045,63 +2475,142 @@ class Expected(NamedTuple):
 
 
 Forecast = dict[str, Expected]  # by ticket id
-HELD = ("paused", "priority mode: only high starts", "model is loading", "backend down")
+MODEL_LOADS, IS_NEXT = "model is loading", "next"
+
+
+class Timetable:
+    """When the slots of a device are free: of those that nobody can tell nothing is said."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.model = ""  # the last that starts there
+        self.free: list[float] = []  # a heap of seconds from now, one of each slot
+
+    def take(self, key: str, backend: Backend, took: float | None) -> float | None:
+        """When a request can start there that runs so long; it has the slot from then on."""
+        if not self.free:
+            return None
+        eta = self.free[0]
+        loads = backend.must_load(key) if not self.model else key != self.model
+        self.model = key
+        if took is None:
+            heapq.heappop(self.free)
+        else:
+            load = (
+                (backend.load_seconds.value or 0.0) if loads and backend.traits.on_demand else 0.0
+            )
+            heapq.heapreplace(self.free, eta + load + took)
+        return eta
+
+
+def timetables(scheduler: Scheduler, now: float) -> dict[Device, Timetable]:
+    """What runs, and for how long still as far as that is known; what overruns may run for ever."""
+    tables = {device: Timetable(device) for device in scheduler.fleet.devices.values()}
+    for device, table in tables.items():
+        table.free = [0.0] * max(0, device.slots - device.busy)
+    for ticket in scheduler.running.values():
+        if ticket.backend is not None and ticket.took and ticket.backend.device in tables:
+            device = ticket.backend.device
+            took = scheduler.service_of(ticket.model, device.name, ticket.kind)
+            if took is not None and took >= now - ticket.started:
+                tables[device].free.append(took - (now - ticket.started))
+    for table in tables.values():
+        heapq.heapify(table.free)
+    return tables
 
 
 def forecast(scheduler: Scheduler, now: float) -> Forecast:
     """What every waiting ticket can expect, in one pass.
 
-    The time is the sum of what its device has before it, by the averages of their models: of those
-    that run what is left.  None when it is not known: held back, a model never measured, or one
-    that runs for longer than it mostly does.
+    The order is that of the shares.  The time is when a slot of its device is free, by the averages
+    of what has it before; None when that is not known: it is held back, or behind what was never
+    measured or takes longer than it mostly does.
     """
-    ahead: dict[str, float | None] = {}  # seconds of work that each device has before it
-    for ticket in scheduler.running.values():
-        if ticket.backend is not None:
-            device = ticket.backend.device.name
-            took = scheduler.service_of(ticket.model, device)
-            left = None if took is None else took - (now - ticket.started)
-            left = None if left is None or left < 0 else left
-            ahead[device] = add_known(ahead.get(device, 0.0), left)
-    # What all of one class share that want the same is found once.
-    alike: dict[tuple[Want, Priority], tuple[str, int, str]] = {}
+    tables = timetables(scheduler, now)
+    alike: dict[tuple[Any, ...], Outlook] = {}  # what many share is found once
     result: Forecast = {}
     for position, ticket in enumerate(scheduler.in_order(), 1):
-        kind = (ticket.want, ticket.priority)
-        if kind not in alike:
-            able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
-            name, slots = (able[0].device.name, able[0].device.slots) if able else ("", 1)
-            alike[kind] = (name, slots, wait_reason(scheduler, ticket, able))
-        name, slots, reason = alike[kind]
-        before = ahead.get(name, 0.0)
-        eta = None if before is None or reason in HELD else before / slots
-        result[ticket.id] = Expected(position, eta, reason)
-        ahead[name] = add_known(before, scheduler.service_of(ticket.model, name))
+        kind = (ticket.want, ticket.priority, ticket.kind)
+        outlook = alike.get(kind)
+        if outlook is None:
+            outlook = alike[kind] = look_out(scheduler, ticket, tables)
+        held, reason, eta = outlook.held, outlook.reason, None
+        if outlook.table is not None and outlook.backend is not None:
+            eta = outlook.table.take(ticket.want.model, outlook.backend, outlook.took)
+        if not held and ticket.client.at_cap:
+            held, reason = True, f"{ticket.client.name} has as many running as it may"
+        result[ticket.id] = Expected(position, None if held else eta, reason)
     return result
 
 
-def add_known(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
+class Outlook(NamedTuple):
+    """What tickets share that want the same, in one class, and take alike."""
+
+    backend: Backend | None  # where they may go first
+    table: Timetable | None  # of its device
+    took: float | None  # seconds that each takes there
+    held: bool  # for a time that nobody knows
+    reason: str
 
 
-def wait_reason(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
-    """Why it does not start yet; `able` are the backends that are up and have what it wants."""
+def look_out(scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timetable]) -> Outlook:
+    able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
+    held = why_held(scheduler, ticket, able)
+    reason = held or why_busy(scheduler, ticket, able)
+    if not able:
+        return Outlook(None, None, None, held is not None, reason)
+    device = able[0].device
+    took = scheduler.service_of(ticket.model, device.name, ticket.kind)
+    return Outlook(able[0], tables.get(device), took, held is not None, reason)
+
+
+def why_held(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str | None:
+    """What keeps it from starting for a time that nobody knows, however many end before it."""
+    fleet, want = scheduler.fleet, ticket.want
     if scheduler.mode is Mode.PAUSED:
         return "paused"
     if scheduler.mode is Mode.PRIORITY and ticket.priority is not Priority.HIGH:
         return "priority mode: only high starts"
     if not able:
-        states = {one.state for one in scheduler.fleet.serving(ticket.want)}
-        return "model is loading" if State.LOADING in states else "backend down"
-    busy = able[0].device
-    if busy.busy >= busy.slots:
-        return f"{busy.name} busy ({busy.busy}/{busy.slots})"
-    if all(one.room <= 0 for one in able):
-        return f"{able[0].name} busy ({able[0].busy}/{able[0].most})"
-    return "next"
+        serving = fleet.serving(want)
+        if any(backend.state is State.LOADING for backend in serving):
+            return MODEL_LOADS
+        names = " and ".join(backend.name for backend in serving) or "every backend of its model"
+        return f"{names} is down, waited for {scheduler.limits.down_wait:g} s"
+    if all(want.model in backend.loading for backend in able):
+        return MODEL_LOADS
+    return None
 
 
-# ==== 10. Messages ================================================================================
+def why_busy(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str:
+    """What it waits for where its turn will come by itself; some backend is able."""
+    fleet, backend, device = scheduler.fleet, able[0], able[0].device
+    policy, key, runs = fleet.policy(ticket.model), ticket.model, who_runs(scheduler, device)
+    alone, taken = policy.exclusive or bool(ticket.want.device), device.held
+    most = f"for {scheduler.affinity(backend):g} s at most"
+    urgent = ticket.priority is Priority.HIGH
+    reasons = (  # the first that holds
+        (0 < policy.max_concurrent <= fleet.at_work[key], "as many of its model run as may"),
+        (taken, f"{device.name} is taken whole: {runs}"),
+        (device.busy >= device.slots, f"{device.name} busy ({device.busy}/{device.slots}): {runs}"),
+        (alone and device.busy, f"waits until {device.name} is empty: {runs}"),
+        (device.claimed, f"{device.name} runs empty for what takes it whole"),
+        (backend.room(urgent=True) <= 0, f"{backend.name} busy ({backend.busy}/{backend.most})"),
+        (backend.room(urgent=urgent) <= 0, f"what {device.name} has left is for class high"),
+        (backend.passed and backend.must_load(key), f"{backend.name} keeps its model {most}"),
+    )
+    return next((words for holds, words in reasons if holds), IS_NEXT)
+
+
+def who_runs(scheduler: Scheduler, device: Device) -> str:
+    """Whose request has had its slot longest there, and the model of it."""
+    for ticket in scheduler.running.values():
+        if ticket.backend is not None and ticket.backend.device is device:
+            return f"{ticket.client.name}, {printable(ticket.model) or 'a lease'}"
+    return "nobody"
+
+
+# ==== 11. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -2417,7 +2926,7 @@ def render_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# ==== 11. Bodies ==================================================================================
+# ==== 12. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -2837,7 +3346,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 12. Dialects ================================================================================
+# ==== 13. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -3330,7 +3839,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 13. OpenAI ==================================================================================
+# ==== 14. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -3382,7 +3891,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 14. Ollama ==================================================================================
+# ==== 15. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -3443,7 +3952,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 15. Anthropic ===============================================================================
+# ==== 16. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -3508,7 +4017,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 16. Translation =============================================================================
+# ==== 17. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -4101,7 +4610,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 17. Streams =================================================================================
+# ==== 18. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -4416,7 +4925,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 18. Server ==================================================================================
+# ==== 19. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -4975,7 +5484,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 19. Upstream ================================================================================
+# ==== 20. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -5235,7 +5744,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 20. Probes ==================================================================================
+# ==== 21. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -5544,7 +6053,7 @@ class Discovery:
             self.fleet.configure(self.found, places, self.settings, time.monotonic())
 
 
-# ==== 21. Calls ===================================================================================
+# ==== 22. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -5590,6 +6099,7 @@ class Call:
     heartbeats = 0  # that it got
     patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
+    on_load: Callable[[], object] | None = None  # told that others may start: its model is loaded
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -5786,7 +6296,10 @@ class Call:
     def received(self, backend: Backend, limits: UpstreamSettings) -> None:
         """A piece of the answer's body has come."""
         now = backend.last_received = time.monotonic()
-        self.first_byte = self.first_byte or now
+        if not self.first_byte:
+            self.first_byte = now
+            if backend.loaded_now(self.ticket.model) and self.on_load is not None:
+                self.on_load()
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
@@ -5844,7 +6357,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 22. Records =================================================================================
+# ==== 23. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -6007,7 +6520,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 23. Admission ===============================================================================
+# ==== 24. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -6018,6 +6531,21 @@ def check_way(request: Request, instance: str) -> None:
         raise LlmqError("send the body without Content-Encoding", "unsupported_media_type")
     if f"llmq-{instance}" in request.headers.get("via", ""):
         raise LlmqError("this request has been through this llmq before", "loop_detected")
+
+
+SESSION_HEADERS = (
+    "x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity",
+    "x-openwebui-chat-id",
+)  # fmt: skip
+
+
+def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
+    """The conversation that a request belongs to, as far as it says so."""
+    for name in SESSION_HEADERS:
+        if headers.get(name):
+            return headers[name][:NAME_LENGTH]
+    told = values.get("prompt_cache_key")
+    return told[:NAME_LENGTH] if isinstance(told, str) else ""
 
 
 def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
@@ -6064,6 +6592,7 @@ class Admission:
         want = Want(model_key(model), call.endpoint.routes)
         client = self.clients.named(caller.client)
         call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
+        call.ticket.session = read_session(request.headers, values)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if not question.done_reason:
             await self.check_supported(call, values)
@@ -6138,7 +6667,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 24. Gateway =================================================================================
+# ==== 25. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -6282,9 +6811,8 @@ class Gateway:
         else:
             if failure is None:
                 device = backend.device.name
-                self.scheduler.note_service(ticket.model, now - ticket.started, device)
-                if backend.traits.native and not backend.is_loaded(ticket.model):
-                    backend.changed = now  # it is now: whoever asks what is loaded has it looked at
+                took = now - ticket.started
+                self.scheduler.note_service(ticket.model, took, device, ticket.kind)
             self.scheduler.finish(ticket, now)
         self.pump()
         return again
@@ -6304,14 +6832,51 @@ class Gateway:
         self.changes += 1
         self.journal.keep(record_of(call, self.now()))
 
+    async def lease(self, call: Call, seconds: float) -> None:
+        """The life of a lease up to its start: it waits like a request, and has no answer."""
+        done = False
+        try:
+            self.enqueue(call)
+            call.heartbeat_at = NEVER
+            while call.ticket.state is TicketState.WAITING:
+                await call.turn
+                if call.reply.gone:
+                    self.leave(call)
+            if call.ticket.state is TicketState.ENDED:
+                raise call.error or LlmqError("the lease broke off")
+            done = True
+        finally:
+            if not done:
+                self.settle(call, done=False)
+        self.renew(call, seconds)
+
+    def renew(self, call: Call, seconds: float) -> None:
+        """The lease ends that long from now, unless it is renewed again."""
+        call.deadline = self.now() + seconds
+
+    def find_lease(self, ident: str) -> Call:
+        """That has started and not ended; while it waits it is a request like any other."""
+        ticket = self.scheduler.running.get(ident)
+        if ticket is None or not ticket.want.device:
+            raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
+        return self.calls[ident]
+
+    def end_lease(self, call: Call) -> None:
+        """The device is everybody's again."""
+        self.scheduler.finish(call.ticket, self.now())
+        self.settle(call, done=call.error is None)
+        self.pump()
+
     # ---- what the steps share
 
     def pump(self) -> None:
-        """Start whatever can start."""
-        now = self.now()
+        """Something has changed: start whatever can start."""
+        self.changes += 1
+        self.start_ready(self.now())
+
+    def start_ready(self, now: float) -> None:
         for ticket, backend in self.scheduler.dispatch(now):
             self.begin(self.calls[ticket.id], backend, now)
-        self.changes += 1
 
     def begin(self, call: Call, backend: Backend, now: float) -> None:
         """The call's turn has come.
@@ -6321,6 +6886,7 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + self.settings.upstream.first_byte_timeout
+        call.on_load = self.monitor.news.set
         upstream = None if call.question.long else self.pool.take(backend.url, now)
         if upstream is not None:
             try:
@@ -6374,6 +6940,8 @@ class Gateway:
             self.end_wait(call, error)
         elif call.ticket.state is TicketState.RUNNING:
             call.error = error
+            if call.ticket.want.device:
+                self.end_lease(call)
             if call.upstream is not None:
                 call.upstream.stream.interrupt(error)
             if call.connecting is not None:
@@ -6397,13 +6965,17 @@ class Gateway:
         limits = self.settings.upstream
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
-            if now >= call.deadline:
+            if now >= call.deadline and ticket.want.device:
+                self.end_lease(call)
+            elif now >= call.deadline:
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
         for backend in self.fleet.backends.values():
             backend.forget_unsupported(now)
         self.pool.reap(now)
         self.journal.flush()
+        if self.scheduler.waiting:
+            self.start_ready(now)  # what an event should have started, and time alone has
 
     # ---- orders from outside
 
@@ -6445,11 +7017,12 @@ class Gateway:
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
         self.draining = True
-        for ticket in list(self.scheduler.waiting.values()):
+        leases = [one for one in self.scheduler.running.values() if one.want.device]
+        for ticket in (*self.scheduler.waiting.values(), *leases):
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 25. Models ==================================================================================
+# ==== 26. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -6646,7 +7219,7 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 26. Background ==============================================================================
+# ==== 27. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -6750,7 +7323,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 27. Access ==================================================================================
+# ==== 28. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -6818,7 +7391,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("models are managed from this box only", "forbidden")
 
 
-# ==== 28. Snapshot ================================================================================
+# ==== 29. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -7012,7 +7585,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 29. Routes ==================================================================================
+# ==== 30. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -7020,6 +7593,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
+LEASE = Endpoint(("/llmq/leases",), OPENAI, check_common)  # what it is shown as
+DAY = 86400.0  # seconds
 CONTROL_BODY = 64 * KIB
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
@@ -7311,6 +7886,35 @@ class Api:
             raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
         return {"reset": self.gateway.reset_context(model)}
 
+    async def post_lease(self, exchange: Exchange, _: str) -> Facts:
+        """A whole device for a while, answered when its turn has come."""
+        values, gateway = await read_control(exchange), self.gateway
+        seconds, devices = read_seconds(values), gateway.fleet.devices
+        device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
+        if device not in devices:
+            raise BadRequest("device is one of " + ", ".join(devices), param="device")
+        priority = parse_priority(values.get("class"), "class")
+        call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
+        client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
+        call.ticket = Ticket(
+            call.id, client, want, Priority.NORMAL if priority is None else priority
+        )
+        call.request = None
+        await gateway.lease(call, seconds)
+        if exchange.gone:
+            gateway.end_lease(call)
+        return {"id": call.id, "device": device, "expires_s": seconds}
+
+    async def renew_lease(self, exchange: Exchange, ident: str) -> Facts:
+        seconds = read_seconds(await read_control(exchange))
+        self.gateway.renew(self.gateway.find_lease(ident), seconds)
+        return {"id": ident, "expires_s": seconds}
+
+    async def end_lease(self, exchange: Exchange, ident: str) -> Facts:
+        await read_control(exchange)
+        self.gateway.end_lease(self.gateway.find_lease(ident))
+        return {"ended": ident}
+
     async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
         await read_control(exchange)
         query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
@@ -7329,6 +7933,14 @@ class Api:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
+
+
+def read_seconds(values: Facts) -> float:
+    """How long a lease holds, unless it is renewed."""
+    seconds = values.get("ttl_s", 60)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
+        raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
+    return float(seconds)
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
@@ -7423,6 +8035,11 @@ ROUTES = (
     owned("DELETE POST /llmq/requests/{id}",
           'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
+    owned("POST /llmq/leases",
+          '`{"device":NAME,"class":"low","ttl_s":60}`: the whole device, when its turn has come',
+          Api.post_lease),
+    owned("DELETE POST /llmq/leases/{id}",
+          'end it, or with `{"ttl_s":60}` renew it', Api.end_lease, Api.renew_lease),
 )  # fmt: skip
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
@@ -7456,7 +8073,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 30. Demo ====================================================================================
+# ==== 31. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -7515,7 +8132,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 31. Terminal view ===========================================================================
+# ==== 32. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -7856,7 +8473,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 32. Service =================================================================================
+# ==== 33. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -8184,7 +8801,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 33. Command line ============================================================================
+# ==== 34. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -8192,6 +8809,7 @@ REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service m
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
 
 
+LEASE_SECONDS = 60.0  # that a command has the device for without a word
 ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
 MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
@@ -8265,7 +8883,14 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
-    for asking in (status, mode, top):
+    run = commands.add_parser("run", help="run a command that has a whole device meanwhile")
+    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
+    run.add_argument(
+        "--class", dest="priority", choices=CLASSES, default="normal", help="its class"
+    )
+    run.add_argument("--unload", **switch, help="unload the device's models first")
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+    for asking in (status, mode, top, run):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
     for showing in (status, top):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
@@ -8414,7 +9039,7 @@ def llmq_url(url: str | None) -> str:
     return base_url(settings.server.host or "127.0.0.1", settings.server.port)
 
 
-def ask_llmq(url: str, order: Order) -> Any:
+def ask_llmq(url: str, order: Order, seconds: float | None = ANSWER_SECONDS) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
     from urllib.error import HTTPError
@@ -8422,10 +9047,10 @@ def ask_llmq(url: str, order: Order) -> Any:
 
     method, path, change = order
     data = None if change is None else render_json(change)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
     try:
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        with build_opener(ProxyHandler({})).open(request, timeout=ANSWER_SECONDS) as answer:
+        with build_opener(ProxyHandler({})).open(request, timeout=seconds) as answer:
             facts = json.loads(read_bounded(answer))
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
@@ -8473,6 +9098,60 @@ def cmd_top(options: argparse.Namespace) -> None:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
 
+def cmd_run(options: argparse.Namespace) -> int:
+    """Run a command that has a device for itself meanwhile; its exit code is what this returns."""
+    import subprocess
+
+    argv = options.argv[options.argv[:1] == ["--"] :]
+    if not argv:
+        raise ConfigError("run: write the command behind --")
+    ask, place = functools.partial(ask_llmq, llmq_url(options.url)), "/llmq/leases"
+    wish = {"class": options.priority, "ttl_s": LEASE_SECONDS, "unload": options.unload}
+    wish.update({"device": options.device} if options.device else {})
+    lease = ask(("POST", place, wish), None)
+    place = f"{place}/{lease['id']}"
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(LEASE_SECONDS / 4):
+            try:
+                ask(("POST", place, {"ttl_s": LEASE_SECONDS}))
+            except StartError as error:  # noqa: PERF203 - the next one may get through
+                say(f"llmq: the device may be in use by others: {error}", error=True)
+
+    try:
+        with subprocess.Popen(argv) as process:  # noqa: S603 - the user's own
+            threading.Thread(target=renew, daemon=True).start()
+            with forwarded_signals(process.pid):
+                code = process.wait()
+    except OSError as error:
+        raise StartError(f"{argv[0]}: {error.strerror}") from None
+    finally:
+        ended.set()
+        with contextlib.suppress(StartError):  # else it ends by itself
+            ask(("DELETE", place, None))
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def forwarded_signals(pid: int) -> Iterator[None]:
+    """A wish to stop goes to that process, which has Ctrl-C from the terminal itself."""
+
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    before = [
+        (signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)),
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, forward)),
+    ]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 def cmd_config(options: argparse.Namespace) -> None:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
@@ -8498,6 +9177,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
+    "run": cmd_run,
     "config": cmd_config,
 }
 
@@ -8524,7 +9204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 34. Web page ================================================================================
+# ==== 35. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

@@ -322,7 +322,7 @@ def test_room_is_what_backend_and_device_both_leave(
     device = Device("d", shared)
     one = backend("m", slots=own, device=device)
     one.busy, device.busy = busy_here, busy_device
-    assert (one.most, one.room) == (most, room)
+    assert (one.most, one.room()) == (most, room)
 
 
 def test_a_lower_slot_count_leaves_no_room_and_cuts_nothing() -> None:
@@ -331,7 +331,7 @@ def test_a_lower_slot_count_leaves_no_room_and_cuts_nothing() -> None:
     one.succeeded(0.0, report("m"), INTERVAL)
     one.busy = one.device.busy = 3
     one.device.slots = 2
-    assert one.room <= 0
+    assert one.room() <= 0
     assert two.candidates(Want("m")) == []
     assert not two.has_room()
     one.busy = one.device.busy = 1

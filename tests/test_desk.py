@@ -101,7 +101,7 @@ async def test_rows_say_who_waits_for_what_and_where_it_runs() -> None:
         assert {row["state"] for row in waits} == {"waiting"}
         assert {row["backend"] for row in waits} == {None}
         assert all(row["waited_s"] >= 0 for row in waits)
-        assert {row["reason"] for row in waits} == {"local busy (1/1)"}
+        assert {row["reason"] for row in waits} == {"local busy (1/1): user:alice, m"}
         assert len({row["id"] for row in snapshot["requests"]}) == 4
         queue = snapshot["queue"]
         assert (queue["waiting"], queue["running"]) == (3, 1)
@@ -127,7 +127,7 @@ async def test_row_says_why_it_waits() -> None:
         clients.append(await begin(q, "b"))
         await waiting(q, 1)
         for mode, reason in (
-            ("open", "local busy (1/1)"),
+            ("open", "local busy (1/1): anonymous, m"),
             ("priority", "priority mode: only high starts"),
             ("paused", "paused"),
         ):
@@ -151,7 +151,7 @@ async def test_row_says_that_its_backend_loads_or_is_down() -> None:
             client = await begin(q, "a")
             await settled(q, lambda seen: reasons(seen) == ["model is loading"])
             await fake.stop_listening()
-            await settled(q, lambda seen: reasons(seen) == ["backend down"])
+            await settled(q, lambda seen: "is down, waited for 60 s" in reasons(seen)[0])
             (row,) = (await q.status())["backends"]
             assert row["state"] == "down"
             assert "connect" in row["error"].lower()

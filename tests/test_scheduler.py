@@ -978,9 +978,9 @@ class CountingFleet(Fleet):
 
     asked = 0
 
-    def candidates(self, want: Want) -> list[Backend]:
+    def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
         self.asked += 1
-        return super().candidates(want)
+        return super().candidates(want, urgent=urgent)
 
 
 class CountingTicket(Ticket):
