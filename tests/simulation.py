@@ -17,6 +17,7 @@ import llmq
 from llmq import Backend, Client, ClientSettings, Fleet, Priority, Scheduler, Settings, Ticket, Want
 
 PROBE = 10.0  # seconds between two looks at a runner
+TICK = 0.5  # seconds between two looks at who has waited too long
 
 
 @dataclass(eq=False)
@@ -90,7 +91,7 @@ class Simulation:
         self.fleet = Fleet()
         self.fleet.model_settings = self.settings.models
         self.queue = queue(self.fleet, self.settings)
-        self.now = 0.0
+        self.now = self._ticked = 0.0
         self.clients: dict[str, Client] = {}
         self.memories: dict[str, Memory] = {}
         self.models: dict[str, tuple[str, ...]] = {}
@@ -117,7 +118,8 @@ class Simulation:
         load: Mapping[str, float] | None = None,
     ) -> Backend:
         """A backend that is up; with `load` (seconds by model) it holds one model at a time."""
-        row = llmq.BackendSettings(url=f"http://{name}:1", weight=weight)
+        kind = "openai" if load is None else "ollama"
+        row = llmq.BackendSettings(url=f"http://{name}:1", kind=kind, weight=weight)
         backend = self.fleet.add(name, row, device or name, slots)
         place = self.settings.devices.get(device or name)
         if place is not None:
@@ -130,14 +132,16 @@ class Simulation:
         return backend
 
     def told(self, name: str) -> None:
-        """A probe of this backend got through."""
+        """A probe of this backend gets through."""
+        if name not in self.fleet.backends:
+            return
         memory = self.memories.get(name)
-        models = self.models[name]
+        backend, models = self.fleet.backends[name], self.models[name]
         loaded = models
         if memory is not None:
             loaded = (memory.model,) if memory.model and memory.ready <= self.now else ()
-        news = llmq.Report("openai", (), models, loaded, 0.0, began=self.now)
-        self.fleet.backends[name].succeeded(self.now, news, PROBE)
+        news = llmq.Report(backend.kind, (), models, loaded, 0.0, began=self.now)
+        backend.succeeded(self.now, news, PROBE)
 
     def _probe(self, name: str) -> None:
         if name in self.fleet.backends:
@@ -162,7 +166,9 @@ class Simulation:
 
     def arrive(self, job: Job) -> Visit:
         """Start the job at once if nobody is before it, else let it wait."""
-        want = Want("", device=job.device) if job.device else Want(job.model, backend=job.pin)
+        want = Want(job.model, (llmq.CHAT,), backend=job.pin)
+        if job.device:
+            want = Want("", device=job.device)
         ticket = Ticket(f"t{next(self._numbers)}", self.client(job.client), want, job.priority)
         visit = Visit(job, ticket, self.now)
         self.visits.append(visit)
@@ -184,17 +190,29 @@ class Simulation:
         """Go on until that time, or until nothing is left to happen."""
         self.pump()
         while self._events and self._events[0][0] <= until:
-            self.now, _, act, what = heapq.heappop(self._events)
+            when, _, act, what = heapq.heappop(self._events)
+            self._tick(when)
+            self.now = when
             visit = act(*what)
             self.pump()
             if self._foretell and isinstance(visit, Visit) and visit.started is None:
                 foretold = llmq.forecast(self.queue, self.now).get(visit.ticket.id)
                 visit.eta = foretold and foretold.eta
         if until < math.inf:
+            self._tick(until)
             self.now = until
 
+    def _tick(self, until: float) -> None:
+        """Let those who wait grow older."""
+        if not self.settings.queue.aging:
+            return
+        while self._ticked + TICK <= until:
+            self._ticked += TICK
+            self.now = max(self.now, self._ticked)
+            self.expire()
+
     def set_mode(self, mode: llmq.Mode) -> None:
-        self.pump()
+        self.expire()
         self.queue.mode = mode
         self.pump()
 
@@ -222,7 +240,9 @@ class Simulation:
             self.after(ready - self.now + job.seconds, self._finish, visit, backend)
 
     def _first_byte(self, backend: Backend, key: str) -> None:
-        backend.loaded_now(key)
+        backend.last_received = self.now
+        if backend.loaded_now(key):
+            self.after(0.01, self.told, backend.name)
 
     def _finish(self, visit: Visit, backend: Backend) -> None:
         ticket = visit.ticket
