@@ -102,6 +102,7 @@ class Simulation:
         self.on_end: list[Callable[[Visit], None]] = []
         self.on_pump: list[Callable[[], None]] = []
         self._foretell = foretell
+        self._probes = 0  # that are planned
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = count()
 
@@ -127,6 +128,7 @@ class Simulation:
         self.models[name] = tuple(models)
         if load is not None:
             self.memories[name] = Memory(lambda model: load.get(model, 0.0))
+            self._probes += 1
             self.after(PROBE, self._probe, name)
         self.told(name)
         return backend
@@ -144,10 +146,11 @@ class Simulation:
         backend.succeeded(self.now, news, PROBE)
 
     def _probe(self, name: str) -> None:
-        if name in self.fleet.backends:
-            self.told(name)
-            if self.by_id or self._events:
-                self.after(PROBE, self._probe, name)
+        self.told(name)
+        self._probes -= 1
+        if name in self.fleet.backends and (self.by_id or len(self._events) > self._probes):
+            self._probes += 1
+            self.after(PROBE, self._probe, name)
 
     # ---- what happens
 

@@ -157,6 +157,15 @@ class Served:
     outcome: str = "done"
 
 
+MODELS = ("embed", "small", "large", "code")
+LOADS = {"embed": 1.0, "small": 4.0, "large": 12.0, "code": 20.0}  # seconds
+LENGTHS = {"embed": (0.1, 0.6), "small": (0.5, 3.0), "large": (1.0, 6.0), "code": (2.0, 7.0)}
+
+
+def length(rng: random.Random, model: str) -> float:
+    return rng.uniform(*LENGTHS[model])
+
+
 def chain(jobs: Sequence[Job], think: Callable[[], float]) -> Job:
     """The first of these; each of the others comes some seconds after the one before has ended."""
     for job, follower in zip(jobs, jobs[1:]):
@@ -164,14 +173,16 @@ def chain(jobs: Sequence[Job], think: Callable[[], float]) -> Job:
     return jobs[0]
 
 
-def burst(rng: random.Random, client: str, model: str, number: int, at: float) -> list[Job]:
-    """A batch thrown at the queue at once."""
-    return [Job(client, model, rng.uniform(1.0, 4.0), Priority.NORMAL, at) for _ in range(number)]
+def batch(rng: random.Random, client: str, model: str, number: int, at: float) -> list[Job]:
+    """A program that has so many requests to ask, a few at a time."""
+    jobs = [Job(client, model, length(rng, model), arrives=at) for _ in range(number)]
+    several = min(number, rng.randint(3, 8))
+    return [chain(jobs[place::several], lambda: rng.uniform(0.01, 0.3)) for place in range(several)]
 
 
 def conversation(rng: random.Random, client: str, model: str, turns: int, at: float) -> Job:
     """Somebody who reads what came and asks again."""
-    jobs = [Job(client, model, rng.uniform(2.0, 8.0), Priority.NORMAL, at) for _ in range(turns)]
+    jobs = [Job(client, model, length(rng, model), arrives=at) for _ in range(turns)]
     return chain(jobs, lambda: rng.uniform(4.0, 40.0))
 
 
@@ -181,54 +192,46 @@ def homelab(seed: int, hours: float = 4.0) -> list[Job]:
     jobs: list[Job] = []
     at = 0.0
     while at < hours * 3600.0:
-        batch = rng.sample(("embed", "small", "large"), rng.choice((2, 2, 3)))
-        for place, model in enumerate(batch):
-            jobs += burst(rng, f"batch{place}", model, rng.randint(20, 50), at + rng.random())
+        for place, model in enumerate(rng.sample(("embed", "small", "large"), rng.choice((2, 3)))):
+            jobs += batch(rng, f"batch{place}", model, rng.randint(40, 90), at + rng.uniform(0, 20))
         for client, model in (("alice", "large"), ("bob", "small")):
-            if rng.random() < 0.7:
+            if rng.random() < 0.6:
                 start = at + rng.uniform(0.0, 200.0)
                 jobs.append(conversation(rng, client, model, rng.randint(2, 6), start))
         if rng.random() < 0.4:
-            turns = [Job("agent", "large", rng.uniform(1.0, 6.0), arrives=at) for _ in range(15)]
+            turns = [Job("agent", "large", length(rng, "large"), arrives=at) for _ in range(15)]
             jobs.append(chain(turns, lambda: rng.uniform(0.1, 1.0)))
-        at += rng.uniform(500.0, 900.0)
-    leave(rng, jobs)
-    return mixed(rng, jobs)
+        at += rng.uniform(700.0, 1200.0)
+    return unsure(rng, jobs)
 
 
 def lab(seed: int, hours: float = 4.0) -> list[Job]:
-    """Five people with four models, each asking a handful at a time."""
+    """Five people with four models, each with a batch now and then, and one who only chats."""
     rng = random.Random(seed)
     jobs: list[Job] = []
-    models = ("embed", "small", "large", "code")
-    for place, client in enumerate(("ann", "ben", "cleo", "dan", "eve")):
+    models = ("embed", "small", "large", "code", "small")
+    for client, model in zip(("ann", "ben", "cleo", "dan", "eve"), models):
         at = rng.uniform(0.0, 60.0)
         while at < hours * 3600.0:
-            for _ in range(rng.randint(1, 3)):
-                jobs += burst(rng, client, models[place % 4], rng.randint(3, 10), at)
-                at += rng.uniform(1.0, 20.0)
-            at += rng.expovariate(1 / 200.0)
-    leave(rng, jobs)
-    return mixed(rng, jobs)
+            jobs += batch(rng, client, model, rng.randint(20, 70), at)
+            at += rng.uniform(300.0, 700.0)
+    for start in range(100, int(hours * 3600.0), 900):
+        jobs.append(conversation(rng, "fay", "large", rng.randint(2, 6), start))
+    return unsure(rng, jobs)
 
 
-def mixed(rng: random.Random, jobs: list[Job]) -> list[Job]:
-    """Who arrives at the same time comes in any order."""
-    rng.shuffle(jobs)
-    return sorted(jobs, key=lambda one: round(one.arrives))
-
-
-def leave(rng: random.Random, jobs: Iterable[Job]) -> None:
-    """A few give up, and a few attempts fail halfway."""
-    for job in jobs:
+def unsure(rng: random.Random, firsts: list[Job]) -> list[Job]:
+    """A few give up, and a few attempts fail halfway; of chains too."""
+    todo = list(firsts)
+    while todo:
+        job = todo.pop()
+        todo += [follower for _, follower in job.followers]
         if rng.random() < 0.03:
             job.patience = rng.uniform(20.0, 200.0)
-        if rng.random() < 0.02:
-            job.fails = 1
+        job.fails = int(rng.random() < 0.02)
+    return firsts
 
 
-MODELS = ("embed", "small", "large", "code")
-LOADS = {"embed": 1.0, "small": 4.0, "large": 12.0, "code": 20.0}
 TRACES = {
     "homelab": lambda seed: Trace("homelab", lambda: homelab(seed), LOADS, {"a": MODELS}),
     "lab": lambda seed: Trace("lab", lambda: lab(seed), LOADS, {"a": MODELS, "b": MODELS}),
