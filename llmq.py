@@ -6533,17 +6533,16 @@ def check_way(request: Request, instance: str) -> None:
         raise LlmqError("this request has been through this llmq before", "loop_detected")
 
 
-SESSION_HEADERS = (
+SESSION_HEADERS = {
     "x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity",
     "x-openwebui-chat-id",
-)  # fmt: skip
+}  # fmt: skip
 
 
 def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
     """The conversation that a request belongs to, as far as it says so."""
-    for name in SESSION_HEADERS:
-        if headers.get(name):
-            return headers[name][:NAME_LENGTH]
+    for name in SESSION_HEADERS & headers.keys():
+        return headers[name][:NAME_LENGTH]
     told = values.get("prompt_cache_key")
     return told[:NAME_LENGTH] if isinstance(told, str) else ""
 
