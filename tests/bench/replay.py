@@ -31,7 +31,7 @@ from typing import Any, Callable
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import llmq
-from llmq import Backend, Fleet, Mode, Priority, Settings, Ticket, TicketState
+from llmq import Backend, Fleet, Mode, Settings, Ticket, TicketState
 from tests.simulation import Job, Simulation, percentile
 
 DAY = 86400.0
@@ -113,7 +113,8 @@ class Plain:
         for ticket in order:
             able = [each for each in free if each.may_have(ticket.model)]
             if able:
-                return ticket, min(able, key=lambda one: (not one.is_loaded(ticket.model), one.used))
+                key = ticket.model
+                return ticket, min(able, key=lambda one: (not one.is_loaded(key), one.used))
         return None
 
     @staticmethod
@@ -333,25 +334,6 @@ def eta_hits(sim: Simulation) -> tuple[int, int]:
     return sum(good), len(good)
 
 
-def passed_over(sim: Simulation) -> float:
-    """The longest that a change of model was put off: seconds in which the oldest request of a
-    class waited while its backend served later ones of the loaded model."""
-    longest = 0.0
-    since: dict[str, float] = {}
-    model: dict[str, str] = {}
-    order = sorted(sim.order, key=lambda each: each.ticket.started)
-    for visit in order:
-        at = visit.ticket.started
-        if visit.job.model != model.get(visit.backend):
-            model[visit.backend] = visit.job.model
-            since.pop(visit.backend, None)
-        elif visit.backend in since:
-            longest = max(longest, at - since[visit.backend])
-        else:
-            since[visit.backend] = at
-    return longest
-
-
 # ---- llmq's log
 
 
@@ -397,10 +379,9 @@ def load_costs(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], set
         if facts["first_s"] is not None:
             firsts[model, changed].append(facts["first_s"] - facts["wait_s"])
     models = {model for model, _ in firsts}
-    return {
-        model: max(0.0, percentile(firsts[model, True], 0.5) - percentile(firsts[model, False], 0.5))
-        for model in models
-    }, paid
+    cold = {model: percentile(firsts[model, True], 0.5) for model in models}
+    warm = {model: percentile(firsts[model, False], 0.5) for model in models}
+    return {model: max(0.0, cold[model] - warm[model]) for model in models}, paid
 
 
 def jobs_of_log(
