@@ -48,16 +48,17 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
     24. Admission      from a request to a call that may wait
     25. Gateway        the life of one request
     26. Models         what there is, and its management
-    27. Background     what runs beside the requests: deadlines, heartbeats
+    27. Store          what outlives a restart: one SQLite file, one thread
+    28. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    28. Access         which names and pages may use a route
-    29. Snapshot       what the outside sees
-    30. Routes         which path leads where
-    31. Demo           a runner that only echoes
-    32. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    33. Service        start, reload, drain, stop
-    34. Command line   serve, status, top, mode, config
-    35. Web page       what a browser is shown
+    29. Access         which names and pages may use a route
+    30. Snapshot       what the outside sees
+    31. Routes         which path leads where
+    32. Demo           a runner that only echoes
+    33. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    34. Service        start, reload, drain, stop
+    35. Command line   serve, status, top, mode, config
+    36. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
@@ -158,6 +160,7 @@ ERRORS = {
     "wait_timeout": ErrorRow(503, 30, should_retry=False),
     "backend_timeout": ErrorRow(504),
     "version_not_supported": ErrorRow(505),
+    "insufficient_storage": ErrorRow(507, should_retry=False),
     "loop_detected": ErrorRow(508),
 }
 
@@ -327,6 +330,16 @@ def fits(pattern: str, name: str) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=1024)
+def plain_address(text: str) -> str:
+    """An IP address in its one spelling, IPv4 where it is mapped into IPv6; empty if it is none."""
+    try:
+        address = ipaddress.ip_address(text.strip())
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 @dataclass
 class Average:
     """A moving average over the last ten or so values; None before the first."""
@@ -426,18 +439,15 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
     A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
     mode says it of each.
     """
-    try:
-        if KINDS[kind].native:
-            return tuple(str(row["name"]) for row in payload["models"])
-        rows = payload["data"]
-        if KINDS[kind].loaded_path:
-            return tuple(str(row["id"]) for row in rows if row.get("state") == "loaded")
-        unsaid = {"value": "loaded"}
-        return tuple(
-            str(row["id"]) for row in rows if row.get("status", unsaid)["value"] == "loaded"
-        )
-    except (TypeError, KeyError, AttributeError):
-        return ()
+    name, member = ("name", "models") if KINDS[kind].native else ("id", "data")
+    told, unsaid = ("state", "") if kind == "lmstudio" else ("status", "loaded")
+    rows = payload.get(member) if isinstance(payload, dict) else None
+    found = []
+    for row in rows if isinstance(rows, (list, tuple)) else ():
+        state = row.get(told, unsaid) if isinstance(row, dict) and name in row else None
+        state = state.get("value") if isinstance(state, dict) else state
+        found += [str(row[name])] if state == "loaded" else []
+    return tuple(found)
 
 
 # ==== 4. Settings =================================================================================
@@ -450,7 +460,8 @@ Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Key = str  # a secret: never shown
-Url = str  # a base URL without path, query, credentials or slash at its end
+Url = str  # a base URL without query, credentials, /v1 or slash at its end
+Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 SHORT = 0.01  # seconds; no deadline makes sense below
@@ -474,6 +485,7 @@ class ServerSettings:
     allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
     trusted_proxies: Names = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
+    state: str = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -583,13 +595,13 @@ class IpSettings:
 class BackendSettings:
     """[backends.NAME]: one runner."""
 
-    url: Url = setting("", "http://host:port of the runner")
+    url: Url = setting("", "http://host:port of the runner; a path goes before each route")
     device: str = setting("", "the device it shares; empty: its host")
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
     kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
     key: Key = setting("", "sent to it as bearer token; never taken from a client")
-    headers: Facts = setting({}, "further header fields that it is sent")
-    relay_headers: Names = setting((), "header fields of a client passed on; *: nearly all")
+    headers: Sent = setting({}, "further header fields that it is sent")
+    relay_headers: Names = setting((), "header fields of clients passed on, no keys; *: nearly all")
     models: Names = setting((), "its models, where it cannot tell them")
     weight: float = setting(1.0, "share among equal backends", minimum=0.01)
     probe_interval: Duration = setting(0.0, "between two looks at it; 0: as for all")
@@ -597,7 +609,7 @@ class BackendSettings:
     first_byte_timeout: Duration = setting(0.0, "to an answer's first byte; 0: as for all")
     idle_timeout: Duration = setting(0.0, "between two pieces of an answer; 0: as for all")
     failures_to_open: int = setting(3, "failures in a row until it counts as down", minimum=1)
-    reset_after: Duration = setting(10.0, "until it is tried again then", minimum=SHORT)
+    reset_after: Duration = setting(10.0, "longest until it is tried again then", minimum=SHORT)
 
 
 @dataclass
@@ -621,6 +633,12 @@ class Settings:
 
     def reserve_of(self, device: str) -> int:
         return self.devices[device].reserve_high if device in self.devices else 0
+
+    def limits_of(self, row: BackendSettings) -> UpstreamSettings:
+        """What holds at this backend: what its row says, else what holds at all."""
+        names = ("probe_interval", "probe_timeout", "first_byte_timeout", "idle_timeout")
+        own = {name: getattr(row, name) for name in names if getattr(row, name)}
+        return replace(self.upstream, **own) if own else self.upstream
 
 
 def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
@@ -676,7 +694,8 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
         name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
-        return "--" + (name[:-1] if self.type == "Names" else name).replace("_", "-")
+        one = re.sub("ie$", "y", name[:-1])
+        return "--" + (one if self.type == "Names" else name).replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -723,7 +742,7 @@ def parse_names(raw: Any) -> Names:
 
 
 def parse_url(raw: Any) -> Url:
-    """`http://box:8080`, also as `box:8080` or with an empty or /v1 path."""
+    """`http://box:8080`, also as `box:8080`; a path is kept, but for the /v1 that routes have."""
     text = parse_text(raw)
     try:
         parts = urlsplit(text if "//" in text else "http://" + text)
@@ -733,9 +752,10 @@ def parse_url(raw: Any) -> Url:
         raise ValueError("wants a url like http://host:port") from None
     if parts.username or parts.password:
         raise ValueError("put the password into `key`, not into the url")
-    if parts.path.strip("/") not in ("", "v1") or parts.query:
-        raise ValueError("wants a url without a path")
-    return f"{parts.scheme}://{parts.netloc}"
+    path = parts.path.rstrip("/")
+    if parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]*", path):
+        raise ValueError("wants a url without a query, its path in visible ASCII")
+    return f"{parts.scheme}://{parts.netloc}{path[: -len('/v1')] if path.endswith('/v1') else path}"
 
 
 def parse_key(raw: Any) -> Key:
@@ -758,6 +778,24 @@ def parse_facts(raw: Any) -> Facts:
     return raw
 
 
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
+KEY_FIELDS = ("authorization", "proxy-authorization", "x-api-key", "api-key")
+OWN_FIELDS = (  # hop-by-hop (RFC 9110 s.7.6.1), or what llmq itself says to a backend
+    "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "via",
+)  # fmt: skip
+
+
+def parse_sent(raw: Any) -> Sent:
+    """Header fields as a request may carry them beside llmq's own, RFC 9110 s.5."""
+    for name, value in parse_facts(raw).items():
+        if not re.fullmatch(TOKEN, name) or name.lower() in OWN_FIELDS:
+            raise ValueError(f"{printable(name)} is no header field that may be added")
+        if value == HIDDEN or not re.fullmatch(r"[\t\x20-\x7e\x80-\xff]*", parse_text(value)):
+            raise ValueError(f"the value of {name} is not one that a header field can have")
+    return {name.lower(): value.strip() for name, value in raw.items()}
+
+
 class SettingType(NamedTuple):
     parse: Callable[[Any], Any]  # a text, or what a file has in its place
     flag: dict[str, Any]  # what argparse is told of its flag
@@ -772,6 +810,7 @@ TYPES = {
     "Facts": SettingType(parse_facts, {"metavar": "TABLE"}, json.dumps),
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
+    "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
@@ -789,9 +828,13 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
+        if row.key in ("server.trusted_proxies", "ips.blocked"):
+            if not all(map(plain_address, value)):
+                raise ValueError("wants IP addresses")
+            value = tuple(map(plain_address, value))
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        secret = row.type in ("Url", "Key")  # a url may hold a password
+        secret = row.type in ("Url", "Key", "Sent")  # a url may hold a password
         written = "" if secret else f" = {printable(str(raw), 60)}"
         raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
@@ -1074,8 +1117,8 @@ PRIORITY_WORDS = {priority.word: priority for priority in Priority}
 SERVICE_TIERS = {"priority": Priority.HIGH, "flex": Priority.LOW}
 
 
-def parse_priority(value: object, param: str = "priority") -> Priority | None:
-    """The class that a `priority` field or header asks for; None where it asks for none."""
+def parse_priority(value: object) -> Priority | None:
+    """The class that a `priority` field asks for; None where it asks for none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -1083,46 +1126,63 @@ def parse_priority(value: object, param: str = "priority") -> Priority | None:
     if isinstance(value, str) and value in PRIORITY_WORDS:
         return PRIORITY_WORDS[value]
     hint = ", a number has no meaning here" if isinstance(value, (int, float)) else ""
-    raise BadRequest(f'{param} is true, "high", "normal" or "low"{hint}', param=param)
+    raise BadRequest(f'priority is true, "high", "normal" or "low"{hint}', param="priority")
 
 
-def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority:
-    """Body field > X-Queue-Priority > service_tier > the client's own class, normal."""
+def asked_priority(body: Mapping[str, Any], header: str | None) -> Priority | None:
+    """Body field > X-Queue-Priority > service_tier; None where none of them names a class."""
     asked = parse_priority(body.get("priority"))
-    if asked is None:
-        asked = parse_priority(header and header.lower(), "X-Queue-Priority")
+    if asked is None and header:  # whose other values mean something to somebody else
+        asked = PRIORITY_WORDS.get(header.lower())
     if asked is None and isinstance(tier := body.get("service_tier"), str):
         asked = SERVICE_TIERS.get(tier)
-    return Priority.NORMAL if asked is None else asked
+    return asked
+
+
+def find_rule(
+    rules: Mapping[str, RuleSettings], facts: Names, headers: Mapping[str, str]
+) -> tuple[str, str]:
+    """Number and class of the first rule that fits the route, model and client in `facts`."""
+    for number, rule in rules.items():
+        patterns = zip((rule.route, rule.model, rule.client), facts)
+        name, colon, value = rule.header.partition(":")
+        told = headers.get(name.strip().lower())
+        header = told is not None and (not colon or fits(value.strip(), told))
+        if all(fits(one or "*", fact) for one, fact in patterns) and (header or not name):
+            return number, rule.class_
+    return "", ""
 
 
 class Caller(NamedTuple):
     client: str  # the name that shares and limits go by
     foreign: bool  # a web page from elsewhere
+    address: str = ""
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
 
 
-@functools.lru_cache(maxsize=256)
-def identify(user_id: str | None, origin: str | None, agent: str | None, trusted: Names) -> Caller:
-    """Who sends a request with these header fields; a foreign page cannot speak for a person."""
-    foreign = origin is not None and is_foreign(origin, trusted)
-    return Caller(client_name(None if foreign else user_id, origin, agent), foreign)
+@functools.lru_cache(maxsize=1024)
+def identify(
+    user_id: str | None, origin: str | None, agent: str | None, foreign: bool, peer: Names
+) -> Caller:
+    """Who asks; `peer` is the address it comes from, and the person that the connection tells."""
+    name = client_name(None if foreign else user_id, origin, agent, peer[1])
+    return Caller(name, foreign, peer[0])
 
 
-def client_name(user_id: str | None, origin: str | None, agent: str | None) -> str:
-    """`user:` + X-User-ID, else `app:` + Origin or first User-Agent word without its version."""
+def client_name(
+    user_id: str | None, origin: str | None, agent: str | None, person: str = ""
+) -> str:
+    """`user:` + X-User-ID, else the person, else `app:` + Origin or first User-Agent word."""
     words = (agent or "").partition("/")[0].split()
-    if user_id:
-        name = "user:" + user_id
-    elif origin or words:
+    name = "user:" + user_id if user_id else person
+    if not name and (origin or words):
         name = "app:" + (origin or words[0])
-    else:
-        return "anonymous"
-    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH]
+    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether a host name or literal can only be this box itself."""
     if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
@@ -1144,15 +1204,20 @@ def is_foreign(origin: str, trusted: Names) -> bool:
     return not (local or scheme in PROGRAM_SCHEMES or origin in trusted)
 
 
+BLOCKED = "this client, or its address, is blocked here"
+NOTHING_SET = ClientSettings()
+
+
 @dataclass(eq=False)
 class Client:
     """One name that asks, and what it has had so far."""
 
     name: str
-    settings: ClientSettings = field(default_factory=ClientSettings)
+    settings: ClientSettings = NOTHING_SET
     tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
     credits: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # likewise
     service: Average = field(default_factory=Average)  # seconds that its requests run
+    address: str = ""  # that it asked from last
     waiting: int = 0
     queued_bytes: int = 0
     running: int = 0
@@ -1183,6 +1248,14 @@ class Clients:
 
     def __init__(self) -> None:
         self.known: OrderedDict[str, Client] = OrderedDict()
+        self.settings: Mapping[str, ClientSettings] = {}  # by name, `ip:` + address among them
+
+    def of(self, name: str) -> ClientSettings:
+        return self.settings.get(name, NOTHING_SET)
+
+    def is_blocked(self, caller: Caller) -> bool:
+        rows = (self.of(caller.client), self.of("ip:" + caller.address))
+        return any(row.blocked for row in rows)
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -1193,7 +1266,7 @@ class Clients:
                 idle = [client.name for client in known if not client.waiting + client.running]
                 for silent in idle[:surplus]:
                     del self.known[silent]
-            self.known[name] = Client(name)
+            self.known[name] = Client(name, self.of(name))
         self.known.move_to_end(name)
         return self.known[name]
 
@@ -1205,7 +1278,6 @@ class Clients:
 
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
-FAILURES_TO_OPEN = 3  # resets or time-outs in a row that open the breaker: the backend is down
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried again there
@@ -1324,10 +1396,8 @@ class Backend:
     """One runner: where it is, what it has, how it does."""
 
     def __init__(self, name: str, settings: BackendSettings, device: Device) -> None:
-        self.name, self.device = name, device
-        self.url, self.kind, self.slots = settings.url, settings.kind, settings.slots
-        self.set_key(settings.key)
-        self.weight = settings.weight
+        self.name, self.device, self.kind = name, device, ""
+        self.configure(settings, UpstreamSettings())
         self.busy, self.draining = 0, False
         self.needs_probe = False  # it hung up without a word: no request before a probe got through
         self.changed = 0.0  # no probe that began before this tells how it is, monotonic
@@ -1357,12 +1427,19 @@ class Backend:
         self.unsupported_until = 0.0  # when they are tried again, monotonic
         self.supported: set[tuple[str, str]] = set()
 
-    def set_key(self, key: str) -> None:
-        """What it is sent as bearer token; kept as the lines that each request to it gets."""
-        lines = f"Host: {self.url.partition('://')[2]}\r\n"
-        lines += f"Authorization: Bearer {key}\r\n" if key else ""
-        self.key = key
-        self.request_lines = lines.encode("latin-1", "replace")
+    def configure(self, settings: BackendSettings, limits: UpstreamSettings) -> None:
+        """What its row says and what else holds for it; kept as the lines of each request to it."""
+        self.settings, self.limits, self.url = settings, limits, settings.url
+        self.slots, self.weight = settings.slots, settings.weight
+        self.kind = settings.kind or self.kind
+        self.base = urlsplit(self.url).path  # goes before each route
+        self.origin = self.url[: len(self.url) - len(self.base)]
+        token = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+        self.headers = {"host": self.origin.partition("://")[2], **token, **settings.headers}
+        keys = [self.headers[name] for name in KEY_FIELDS if name in self.headers]
+        self.key = keys[0].rpartition(" ")[2] if keys else ""  # no client is to see it
+        lines = [f"{name.title()}: {value}\r\n" for name, value in self.headers.items()]
+        self.request_lines = "".join(lines).encode("latin-1", "replace")
 
     @property
     def traits(self) -> Kind:
@@ -1475,6 +1552,8 @@ class Backend:
         self.models = {}
         for name in dict.fromkeys(report.models):
             self.models.setdefault(model_key(name), []).append(name)
+        sent_on = [row for row in report.tags if row.get("remote_host")]
+        self.remote = frozenset(model_key(str(row.get("name"))) for row in sent_on)
         self._become(State.UP, None)
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
@@ -1485,15 +1564,17 @@ class Backend:
             self.loaded |= self.loading.keys()
 
     def failed(self, now: float, why: str, interval: float, *, refused: bool = False) -> None:
-        """A probe or request failed.  Three in a row, or nobody listening: only probes go there."""
+        """A probe or request failed.  Many in a row, or nobody listening: only probes go there."""
         self.failures += 1
+        opens = self.failures >= self.settings.failures_to_open
         self.error, self.next_probe = printable(why, ERROR_SHOWN), now  # look again at once
         if self.state is State.DOWN:
-            self.backoff = min(2 * self.backoff, interval)
+            self.backoff = min(2 * self.backoff, self.settings.reset_after)
             self.next_probe = now + self.backoff
-        elif refused or self.state is State.UNKNOWN or self.failures >= FAILURES_TO_OPEN:
+        elif refused or opens or self.state is State.UNKNOWN:
             self._become(State.DOWN, why)
-            self.since, self.next_probe = now, now + min(self.backoff, interval)
+            self.backoff = min(self.backoff, interval, self.settings.reset_after)
+            self.since, self.next_probe = now, now + self.backoff
 
     def answered(self, now: float, why: str, interval: float) -> None:
         """It was asked for its models and said something else: what it serves, it serves still."""
@@ -1596,6 +1677,7 @@ class Fleet:
         self.turn = 0.0  # of the backend that was given the last request
         self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
+        self.relayed: Names = ()  # header fields of a client that some backend is to get
 
     def policy(self, key: str) -> ModelSettings:
         """What is configured for a model."""
@@ -1644,6 +1726,7 @@ class Fleet:
     ) -> None:
         """Have the backends of these rows and no others, on the devices that `places` names."""
         self.model_settings, self._policies = settings.models, {}
+        self.relayed = tuple({name for row in rows.values() for name in row.relay_headers})
         for name, backend in list(self.backends.items()):
             row = rows.get(name)
             if row is None or row.url != backend.url:
@@ -1652,11 +1735,11 @@ class Fleet:
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             self.move(backend, self.device_of(places[name], slots))
-            backend.slots, backend.weight = row.slots, row.weight
             backend.device.reserve_high = settings.reserve_of(places[name])
-            backend.kind = row.kind or backend.kind
+            if row != backend.settings:  # its list of models may be another
+                backend.changed, backend.next_probe = now, 0.0
+            backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
-            backend.set_key(row.key)
         self.drop_unused()
 
     def serving(self, want: Want) -> list[Backend]:
@@ -1798,6 +1881,11 @@ class Fleet:
             if len(names) > 1 and asked not in names:
                 message = f"model {printable(asked)!r} means {' or '.join(names)}"
                 raise BadRequest(message, param="model")
+
+    def named(self, name: str) -> Backend:
+        if name not in self.backends:
+            raise LlmqError(f"there is no backend {printable(name)}", "not_found")
+        return self.backends[name]
 
     def why_unsupported(self, want: Want) -> str:
         """Why no backend takes these routes for this model."""
@@ -2623,7 +2711,6 @@ CHUNK_LINE_LIMIT = 256  # size and extension of one chunk
 EXTENSIONS_LIMIT = 64 * KIB
 TRAILER_LIMIT = 8 * KIB
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 s.5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 # No obs-fold (RFC 9112 s.5.2), no control characters (RFC 9110 s.5.5), no space before the colon
@@ -3279,7 +3366,7 @@ class Question(NamedTuple):
 
     model: str  # as asked for; empty: none was named
     stream: bool
-    priority: Priority
+    priority: Priority | None  # None: it asks for none
     body: bytes  # as it came
     edits: Edits  # of its model and options; cuts out llmq's own fields
     context: int = 0  # tokens of context asked for; 0: none
@@ -3308,7 +3395,7 @@ class Question(NamedTuple):
 
 
 NO_EDITS = Edits(0, True, (), ())
-NO_QUESTION = Question("", stream=False, priority=Priority.NORMAL, body=b"", edits=NO_EDITS)
+NO_QUESTION = Question("", stream=False, priority=None, body=b"", edits=NO_EDITS)
 
 
 def check_case(values: Mapping[str, Any], names: Names) -> None:
@@ -3669,6 +3756,16 @@ class StreamWatch:
         if not self.ended:
             raise BackendError("the backend's answer ended before it was complete")
         return shown + self.ended
+
+
+class BlindWatch(StreamWatch):
+    """Of an answer of which nothing is known but that it has come when its body has."""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def finish(self) -> bytes:
+        return b""
 
 
 Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
@@ -4984,14 +5081,16 @@ class Exchange:
     """One HTTP request, and the one way to answer it: a Reply."""
 
     __slots__ = (
-        "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
+        "_behind", "_chunked", "_head", "_head_status", "address", "caller", "connection",
+        "finished", "headers", "id", "keep_alive", "length", "request", "request_id", "status",
+        "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.request = request
         self.caller = NOBODY
+        self.address = connection.address  # of whoever asks
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
@@ -5065,9 +5164,10 @@ class Exchange:
     @property
     def is_local(self) -> bool:
         """Whether the client is on this box: it has the address that it has reached us at."""
-        transport = self.connection.stream.transport
-        peer = transport.get_extra_info("peername") or ("",)
-        return is_loopback(peer[0]) or peer[0] == transport.get_extra_info("sockname")[0]
+        if is_loopback(self.address):
+            return True
+        own = self.connection.stream.transport.get_extra_info("sockname")[0]
+        return self.address == plain_address(own)
 
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
@@ -5090,7 +5190,7 @@ class Exchange:
 
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
-        self._chunked = self.request.minor >= 1
+        self._chunked = self.request.minor >= 1 and status not in (204, 304)
         framing = f"Content-Type: {content_type}\r\n{STREAM_LINES}"
         if self._chunked:
             framing += "Transfer-Encoding: chunked\r\n"
@@ -5150,6 +5250,34 @@ class Exchange:
         self.connection.abort()
 
 
+async def other_user(transport: asyncio.BaseTransport) -> str:
+    """`unix:` + the user at the other end of a connection on this box, if it is not our own."""
+    uid = own = -1
+    with contextlib.suppress(AttributeError, KeyError, OSError, TypeError, ValueError):
+        uid, own = peer_uid(*map(transport.get_extra_info, ("peername", "sockname"))), os.geteuid()
+        if uid != own:
+            import pwd  # which may ask a directory on another box
+
+            return "unix:" + (await in_thread(functools.partial(pwd.getpwuid, uid))).pw_name
+    return "" if uid == own else f"unix:{uid}"  # no Linux, or it left; one without a name
+
+
+def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
+    """The user whose socket is at `peer`, asked of the kernel: 20 µs, see sock_diag(7)."""
+    ends = [ipaddress.ip_address(plain_address(end[0])) for end in (peer, own)]
+    family = socket.AF_INET if ends[0].version == 4 else socket.AF_INET6
+    packed = [end.packed.ljust(16, b"\0") for end in ends]
+    request = struct.pack("=IHHIIBBBBI", 72, 20, 1, 0, 0, family, socket.IPPROTO_TCP, 0, 0, 2)
+    request += struct.pack("!HH16s16siii", peer[1], own[1], *packed, 0, -1, -1)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 4) as kernel:
+        kernel.setblocking(False)
+        kernel.send(request)
+        state, uid = struct.unpack_from("=17xB62xI", kernel.recv(KIB).ljust(84, b"\0"))
+    if state != 1:  # whose it was is not known of what is no longer connected
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    return int(uid)
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -5165,14 +5293,16 @@ class Connection:
     """A client's connection: requests one after the other, each answered before the next."""
 
     __slots__ = (
-        "above_cap", "arrived", "deadline", "last_drained", "last_received", "phase",
-        "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
+        "above_cap", "address", "arrived", "deadline", "last_drained", "last_received", "person",
+        "phase", "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
         self.above_cap = False  # it came above the cap
+        self.address = ""  # of the client
+        self.person: str | None = None  # `unix:NAME` of another user, once that was asked for
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
@@ -5405,6 +5535,8 @@ class HttpServer:
             return
         connection = Connection(self, stream)
         connection.above_cap = len(self.connections) >= self.most
+        peer = stream.transport.get_extra_info("peername") or ("",)  # it may have gone
+        connection.address = plain_address(peer[0])
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 
@@ -5501,7 +5633,10 @@ def render_request(
 ) -> bytes:
     """A request to this backend, with these header lines; without a body it has no length."""
     length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
-    first = f"{method} {target} HTTP/1.1\r\n".encode("latin-1")
+    first = f"{method} {backend.base}{target} HTTP/1.1\r\n".encode("latin-1")
+    if backend.settings.headers:  # they go in place of any other of the same names
+        named = [(line, line.partition(b":")[0].decode()) for line in lines.splitlines(True)]
+        lines = b"".join(line for line, name in named if name.lower() not in backend.headers)
     return b"".join([first, backend.request_lines, lines, length, b"\r\n", body or b""])
 
 
@@ -5682,7 +5817,7 @@ async def fetch(
     backend: Backend, path: str, body: bytes | None = None, lines: bytes = b""
 ) -> tuple[ResponseHead, bytes]:
     """What a GET, or a POST of this JSON, is answered with; raises OSError, BackendError."""
-    upstream = await dial(backend.url)
+    upstream = await dial(backend.origin)
     try:
         method = "GET" if body is None else "POST"
         lines += FETCH_LINES + (b"" if body is None else b"Content-Type: application/json\r\n")
@@ -5706,7 +5841,7 @@ async def parse_answer(body: bytes) -> Any:
 
 
 class Pool:
-    """Idle connections to the backends by url, the latest used first."""
+    """Idle connections to the backends by origin, the latest used first."""
 
     def __init__(self) -> None:
         self._idle: dict[str, list[Upstream]] = {}
@@ -5767,9 +5902,11 @@ async def inspect(backend: Backend, instance: str) -> Report:
         version = printable(str(look_up(answer, "version") or ""))
     head, body = await fetch(backend, "/v1/models")
     latency = time.monotonic() - began
-    if head.status != HTTPStatus.OK:
+    facts = {"object": "model", "created": 0, "owned_by": "llmq"}
+    fixed = tuple({"id": name, **facts} for name in backend.settings.models)
+    if head.status != HTTPStatus.OK and not fixed:  # else whatever it answers will do
         raise read_refusal(head, body, backend.key)
-    entries = read_models(await parse_answer(body))
+    entries = fixed or read_models(await parse_answer(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
     path = KINDS[kind].loaded_path
@@ -5867,7 +6004,7 @@ class Monitor:
         self.refreshed = float("-inf")
         self.closed = False
         self._flights: dict[Backend, asyncio.Task[None]] = {}
-        self._turns: dict[str, asyncio.Semaphore] = {}  # by url
+        self._turns: dict[str, asyncio.Semaphore] = {}  # by origin
         self._asked: dict[Any, Asked] = {}  # by all that is said
 
     def probe_due(self) -> None:
@@ -5914,8 +6051,7 @@ class Monitor:
 
     async def probe(self, backend: Backend) -> None:
         """Look at a backend, and tell it what came of that."""
-        limits = self.settings.upstream
-        limit, interval = limits.probe_timeout, limits.probe_interval
+        limit, interval = backend.limits.probe_timeout, backend.limits.probe_interval
         looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
             report = await within(limit, looking, BackendTimeout("does not answer"))
@@ -5953,13 +6089,13 @@ class Monitor:
         Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
         at a time is asked once, and ends when the clients of all its replies have left.
         """
-        turns = self._turns.setdefault(backend.url, asyncio.Semaphore(BESIDE))
+        turns = self._turns.setdefault(backend.origin, asyncio.Semaphore(BESIDE))
 
         async def take_turn() -> tuple[ResponseHead, bytes]:
             async with turns:
                 return await fetch(backend, path, body, lines)
 
-        key = (backend.url, path, body, lines)
+        key = (backend, path, body, lines)
         asked = self._asked.get(key)
         if asked is None:
             late = BackendTimeout(f"{backend.name} did not answer {path} in {seconds:g} s")
@@ -5987,7 +6123,7 @@ class Monitor:
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
         if failure is None:
-            backend.succeeded(now, None, self.settings.upstream.probe_interval)
+            backend.succeeded(now, None, backend.limits.probe_interval)
         elif isinstance(failure, BackendError) and failure.unhealthy:
             if not isinstance(failure, BackendLoading):
                 backend.needs_probe |= isinstance(failure, BackendUnreached)
@@ -5996,7 +6132,7 @@ class Monitor:
             self.probe_due()
 
     def record_failure(self, backend: Backend, error: Exception, now: float) -> None:
-        interval = self.settings.upstream.probe_interval
+        interval = backend.limits.probe_interval
         if isinstance(error, SelfFound):
             backend.refuse(now, str(error), interval)
         elif isinstance(error, BackendLoading):
@@ -6013,20 +6149,40 @@ class Monitor:
             flight.cancel()
 
 
+def is_this_box(host: str) -> bool:
+    """Whether a backend's host is a name or address of this very box."""
+    own = socket.gethostname().lower()
+    if is_loopback(host) or host.lower() in (own, own + ".local"):
+        return True
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        if is_address(host):  # looking up a name could take long
+            probe.bind((host, 0))  # only an address of one's own can be bound
+            return True
+    return False
+
+
+def device_name(settings: BackendSettings) -> str:
+    """Backends on one host share one device, all names of this box are one host."""
+    host = urlsplit(settings.url).hostname or ""
+    return settings.device or ("local" if is_this_box(host) else host)
+
+
 class Discovery:
     """Looks for runners on this box while none is configured."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, instance: str) -> None:
-        self.settings = settings
-        self.fleet = fleet
-        self.instance = instance
+    def __init__(self, monitor: Monitor, added: Mapping[str, Facts]) -> None:
+        self.monitor, self.added = monitor, added  # raw rows of [backends], at run time
+        self.settings, self.fleet = monitor.settings, monitor.fleet
         # An Ollama may come at any time; the others must identify themselves.
         self.found = {"ollama": BackendSettings(url=KINDS["ollama"].url)}
 
-    @property
-    def rows(self) -> dict[str, BackendSettings]:
-        """The backends that there are to be: those configured, else those found."""
-        return self.settings.backends or self.found
+    def configure(self) -> None:
+        """Have the backends that are configured, else those found, and those that were added."""
+        own = self.settings.backends or self.found
+        rows = {**own, **parse_rows("added", "backends", self.added), **own}
+        places = {name: device_name(row) for name, row in rows.items()}
+        self.fleet.configure(rows, places, self.settings, time.monotonic())
 
     async def step(self) -> None:
         """One round over the places where runners listen by default."""
@@ -6044,13 +6200,12 @@ class Discovery:
     async def try_place(self, kind: Kind) -> None:
         probe = Backend(kind.name, BackendSettings(url=kind.url), Device("", 1))
         try:
-            report = await inspect(probe, self.instance)
+            report = await inspect(probe, self.monitor.instance)
         except (OSError, LlmqError, ValueError, SelfFound):
             return
         if report.kind == kind.name and not self.settings.backends:  # else configured since
             self.found[kind.name] = BackendSettings(url=kind.url, kind=kind.name)
-            places = dict.fromkeys(self.found, "local")
-            self.fleet.configure(self.found, places, self.settings, time.monotonic())
+            self.configure()
 
 
 # ==== 22. Calls ===================================================================================
@@ -6074,6 +6229,17 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     return "".join(lines).encode("latin-1")
 
 
+NEVER_RELAYED = {*KEY_FIELDS, *OWN_FIELDS, *RELAYED_REQUEST}  # or in any case
+UNASKED = re.compile("cookie|origin|x-llmq-.*|x-queue-priority")  # which `*` does not mean
+
+
+def more_names(headers: Headers, wanted: Names) -> Names:
+    """The names of the header fields that are relayed because `relay_headers` says so."""
+    never = NEVER_RELAYED | connection_options(headers)
+    every = {name for name in headers if "*" in wanted and not UNASKED.fullmatch(name)}
+    return tuple(name for name in every.union(map(str.lower, wanted)) - never if name in headers)
+
+
 RELAYED_TYPES = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 
 
@@ -6091,9 +6257,12 @@ class Call:
     """One request on its way, and the Reply that it answers."""
 
     ticket: Ticket  # once it is admitted
+    blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
+    rule = ""  # that gave it its class
     lines = b""  # of the head of a request to a backend, those that every backend gets
+    more: Headers = NO_HEADERS  # the header fields that some backend gets besides
     deadline = NEVER  # for the backend's next byte, monotonic
     heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
     heartbeats = 0  # that it got
@@ -6151,6 +6320,8 @@ class Call:
     def route_at(self, backend: Backend) -> str | None:
         """Where to ask: at the client's own route, or at Ollama's where only that can carry it."""
         question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
+        if self.blind:
+            return self.route
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
         if backend.traits.native and (question.context or question.keep_alive or shared):
             routes = (*(one for one in routes if one in NATIVE), *routes)
@@ -6167,7 +6338,7 @@ class Call:
             context = backend.contexts.request(key, question.context, backend.used)
         self.translator = self.echo = None
         if route == self.endpoint.path:
-            if question.model not in ("", name):
+            if question.model not in ("", name) and not self.blind:
                 self.told, self.echo = name, model_echo(name, question.model)
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
@@ -6176,7 +6347,10 @@ class Call:
                 raise Untranslatable(TOO_MANY)
             target = route
             body = functools.partial(self.translated, route, name, context, backend.traits)
-        return lambda: render_request(backend, "POST", target, self.lines, body())
+        lines = self.lines
+        if self.more:
+            lines += relayed_lines(self.more, more_names(self.more, backend.settings.relay_headers))
+        return lambda: render_request(backend, "POST", target, lines, body())
 
     def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
         """The body for another route."""
@@ -6212,7 +6386,7 @@ class Call:
         wire = await beside(write, heavy=self.question.long)
         if self.error is not None:  # nobody waits for it any more
             raise self.error
-        self.connecting = asyncio.ensure_future(dial(backend.url))
+        self.connecting = asyncio.ensure_future(dial(backend.origin))
         self.upstream = await connect_within(seconds, self.connecting, backend)
         if self.error is not None:
             raise self.error
@@ -6224,6 +6398,11 @@ class Call:
         """The answer behind a head: a stream passes by here, a whole one is read first."""
         upstream, received = self.upstream, functools.partial(self.received, backend, limits)
         assert upstream is not None  # `ask` has it
+        if self.blind:  # whatever it is, it passes by
+            self.watch = BlindWatch(self.endpoint.dialect)
+            self.reply.start(head.status, relayed_type(head), self.headers)
+            self.answer = await self.relay(self.watch, upstream, received)
+            return
         if head.status != HTTPStatus.OK:
             raise self.refusal(backend, head, await upstream.read_rest(ERROR_BODY))
         if head.headers.get("content-encoding", "identity").lower() != "identity":
@@ -6576,6 +6755,8 @@ class Admission:
         values: Mapping[str, Any] = {}
         if call.endpoint.path == TRANSCRIPTIONS:
             question: Question = read_form(body, request.headers.get("content-type", ""), header)
+        elif call.blind:
+            question = call.question  # which was read to find that out
         else:
             read = functools.partial(
                 read_question, body, call.endpoint, header, foreign=caller.foreign
@@ -6586,17 +6767,44 @@ class Admission:
         if question.context:
             context = await self.clamp_context(model, question.context)
             call.question = question._replace(context=context)
-        priority = question.priority
-        priority = max(priority, Priority.NORMAL) if caller.foreign else priority
-        want = Want(model_key(model), call.endpoint.routes)
-        client = self.clients.named(caller.client)
-        call.ticket = Ticket(call.id, client, want, priority, len(body), caller.foreign)
-        call.ticket.session = read_session(request.headers, values)
+        client, want = self.clients.named(caller.client), self.want_of(call)
+        client.address = caller.address
+        priority = self.class_of(call, client, request.headers)
         call.lines = self.via_lines + relayed_lines(request.headers)
-        if not question.done_reason:
+        if self.fleet.relayed:
+            names = more_names(request.headers, self.fleet.relayed)
+            call.more = {name: request.headers[name] for name in names}
+        size = len(body) + sum(map(len, call.more.values()))
+        call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
+        call.ticket.session = read_session(request.headers, values)
+        if not (question.done_reason or call.blind):
             await self.check_supported(call, values)
+        if self.clients.is_blocked(caller):  # since it came
+            raise LlmqError(BLOCKED, "forbidden")
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    def want_of(self, call: Call) -> Want:
+        """What it waits for: at a backend that it names, or wherever its model is."""
+        assert call.request is not None  # it is new
+        pinned = call.request.headers.get("x-llmq-backend", "")
+        if pinned and pinned not in self.fleet.backends:
+            raise BadRequest(f"there is no backend {printable(pinned)}")
+        if pinned and not self.fleet.named(pinned).may_have(model_key(call.model)):
+            raise model_not_found(f"{call.model} at {pinned}")
+        routes = () if call.blind else call.endpoint.routes
+        return Want(model_key(call.model), routes, backend=pinned)
+
+    def class_of(self, call: Call, client: Client, headers: Headers) -> Priority:
+        """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
+        priority, word = call.question.priority, ""
+        if priority is None:
+            facts = (call.route, call.question.model or call.model, client.name)
+            number, word = find_rule(self.settings.rules, facts, headers)
+            call.rule = number and f"class {word} by rule {number}"
+            word = word or client.settings.class_ or self.fleet.policy(model_key(call.model)).class_
+            priority = PRIORITY_WORDS.get(word, Priority.NORMAL)
+        return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
@@ -6632,7 +6840,7 @@ class Admission:
         key, longest = model_key(model), backend.contexts.max
         if key not in longest and backend.usable:
             body = render_json({"model": backend.name_for(model)})
-            limit = self.settings.upstream.probe_timeout
+            limit = backend.limits.probe_timeout
             facts: Facts = {}
             with contextlib.suppress(LlmqError):
                 facts = await self.monitor.ask(limit, backend, "/api/show", body)
@@ -6690,6 +6898,8 @@ class Gateway:
         self.journal = Journal(self.metrics)
         self.scheduler = Scheduler(self.fleet, settings)
         self.monitor = Monitor(settings, self.fleet, self.metrics, instance)
+        self.added: dict[str, Facts] = {}  # raw rows of [backends], at run time
+        self.discovery = Discovery(self.monitor, self.added)
         self.admission = Admission(settings, self.monitor, self.clients)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
@@ -6738,10 +6948,9 @@ class Gateway:
         facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
         empty: Facts = {"message": {"role": "assistant", "content": ""}}
         facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
-        limit = self.settings.upstream.first_byte_timeout
         for backend in able:
+            limit, lines = backend.limits.first_byte_timeout, self.admission.via_lines
             body = call.question.body_for(backend.name_for(call.model))
-            lines = self.admission.via_lines
             facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
@@ -6778,7 +6987,7 @@ class Gateway:
         again = False
         try:
             call.reply.watch(functools.partial(self.leave, call))
-            await call.ask(backend, self.settings.upstream)
+            await call.ask(backend, backend.limits)
             failure = None
         except LlmqError as error:
             failure = call.error or error
@@ -6884,9 +7093,9 @@ class Gateway:
         turn of the loop; the call is woken by the first bytes of the answer.  A fresh connection it
         makes itself.
         """
-        call.deadline = now + self.settings.upstream.first_byte_timeout
+        call.deadline = now + backend.limits.first_byte_timeout
         call.on_load = self.monitor.news.set
-        upstream = None if call.question.long else self.pool.take(backend.url, now)
+        upstream = None if call.question.long else self.pool.take(backend.origin, now)
         if upstream is not None:
             try:
                 upstream.send(call.writer(backend)())
@@ -6961,12 +7170,12 @@ class Gateway:
         """End what has waited too long, for a slot or for a backend's next byte."""
         for ticket, error in self.scheduler.expire(now):
             self.end_wait(self.calls[ticket.id], error)
-        limits = self.settings.upstream
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
             if now >= call.deadline and ticket.want.device:
                 self.end_lease(call)
-            elif now >= call.deadline:
+            elif now >= call.deadline and ticket.backend is not None:
+                limits = ticket.backend.limits
                 limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
                 self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
         for backend in self.fleet.backends.values():
@@ -7002,6 +7211,7 @@ class Gateway:
         if call.ticket.state is not TicketState.WAITING:
             raise LlmqError("only a waiting request can change its class", "conflict")
         self.scheduler.reprioritise(call.ticket, priority)
+        call.rule = ""
         self.pump()
 
     def reset_context(self, model: str) -> int:
@@ -7116,9 +7326,7 @@ def anthropic_list(entries: Sequence[Facts]) -> Facts:
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
     """The Ollama that a request of model management is for."""
-    if named is not None and named not in fleet.backends:
-        raise LlmqError(f"there is no backend {printable(named)}", "not_found")
-    asked = [fleet.backends[named]] if named else list(fleet.backends.values())
+    asked = [fleet.named(named)] if named is not None else list(fleet.backends.values())
     ollamas = [backend for backend in asked if backend.traits.native]
     if not ollamas and all(backend.models_known for backend in asked):
         raise Untranslatable("that is no Ollama, which alone manages its models")
@@ -7155,7 +7363,7 @@ class Passthrough:
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
-        exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.url))
+        exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.origin))
         limit = self.settings.upstream.connect_timeout
         upstream = await connect_within(limit, dialling, self.backend)
         try:
@@ -7193,7 +7401,8 @@ class Passthrough:
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
         lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
-        lines += relayed_lines(request.headers)
+        more = more_names(request.headers, self.backend.settings.relay_headers)
+        lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
         limit = self.settings.server.stall_timeout
@@ -7218,7 +7427,157 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 27. Background ==============================================================================
+# ==== 27. Store ===================================================================================
+# What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
+# it, so that the event loop never waits for a disk, and one llmq at a time.
+
+SCHEMA = 1  # of the file; a later one has more tables
+ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
+CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
+    CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
+KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
+FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
+
+
+class Store:
+    """The file; `insufficient_storage` where something cannot be kept."""
+
+    def __init__(self, path: str) -> None:
+        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
+        self._thread = ThreadPoolExecutor(1)
+        self._database: Any = None
+
+    async def load(self) -> dict[str, dict[str, Facts]]:
+        """What was kept, by kind and name; nothing where one line says what is wrong with it."""
+        kept: dict[str, dict[str, Facts]] = {}
+        if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
+            try:
+                for kind, name, facts in await self._do("SELECT * FROM changes"):
+                    kept.setdefault(kind, {})[name] = json.loads(facts)
+            except (LlmqError, ValueError) as error:
+                log.warning("state: %s", error)
+        return kept
+
+    async def put(self, kind: str, name: str, facts: Facts | None) -> None:
+        """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
+        told = (KEEP, kind, name, json.dumps(facts)) if facts else (FORGET, kind, name)
+        if self.path:
+            await self._do(*told)
+
+    async def close(self) -> None:
+        if self._database is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _do(self, *told: str) -> list[Any]:
+        work = functools.partial(self._execute, *told)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # ---- in its thread
+
+    def _execute(self, sql: str, *values: str) -> list[Any]:
+        """The rows that this gives."""
+        import sqlite3
+
+        try:
+            if self._database is None:
+                os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+                self._open()
+            return list(self._database.execute(sql, values))
+        except (OSError, sqlite3.Error) as error:
+            self._close()
+            why = str(error).replace("database is locked", "another llmq has it")
+            if type(error) is sqlite3.DatabaseError:  # it is broken
+                why += ", set aside as " + self._set_aside()
+        raise LlmqError(f"{self.path}: {why}", "insufficient_storage")
+
+    def _open(self) -> None:
+        """Have it alone, with its tables; OSError where it is not ours to change."""
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ((version,),) = self._database.execute("PRAGMA user_version")
+        ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
+        if version > SCHEMA or (tables and not version):
+            raise OSError("a newer llmq wrote it, or another program")
+        self._database.executescript(ALONE + ("" if version else CREATE))
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        self._database = None
+
+    def _set_aside(self) -> str:
+        """Another name for a broken file, and for what SQLite keeps beside it."""
+        names = (f"{self.path}.broken-{number}" for number in count(1))
+        free = next(name for name in names if not os.path.exists(name))
+        for end in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                os.replace(self.path + end, free + end)
+        return free
+
+
+CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
+
+
+class Changes:
+    """What is changed of clients at run time, also of addresses: kept first, then it holds."""
+
+    def __init__(self, gateway: Gateway, store: Store) -> None:
+        self.gateway, self.store = gateway, store
+        self.file: dict[str, ClientSettings] = {}  # what the file says
+        self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
+        self._turn = asyncio.Lock()  # one after the other
+        self._forgetting: Any = None
+
+    async def change(self, name: str, values: Facts) -> None:
+        """Settings of a client by the names that the file has for them; None: as in the file."""
+        given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
+        try:
+            row = parse_rows("request", "clients", {name: given})[name]
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        async with self._turn:
+            own, facts = self.file.get(name, NOTHING_SET), dict(self.kept.get(name, {}))
+            for key in values:
+                fact = "class_" if key == "class" else key
+                facts[fact] = [getattr(row, fact), getattr(own, fact)]
+                if values[key] is None or facts[fact][0] == facts[fact][1]:
+                    del facts[fact]
+            if facts and name not in self.kept and len(self.kept) >= MOST_CLIENTS:
+                raise LlmqError("too many clients are changed already", "conflict")
+            await self.store.put("clients", name, facts)
+            self.kept.pop(name, None)
+            self.kept.update({name: facts} if facts else {})
+        self.apply()
+
+    def apply(self) -> None:
+        """Let hold what the file says, and each change until that says otherwise."""
+        settings, clients = self.gateway.settings, self.gateway.clients
+        refused = {f"ip:{one}": ClientSettings(blocked=True) for one in settings.ips.blocked}
+        self.file = {**settings.clients, **refused}
+        found = dict(self.file)
+        for name, facts in self.kept.items():
+            row = self.file.get(name, NOTHING_SET)
+            holds = {
+                key: one for key, one in facts.items() if one[1] == vars(row).get(key, MISSING)
+            }
+            found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
+            if holds != facts:
+                self.kept[name] = holds
+                self._forgetting = asyncio.ensure_future(self.store.put("clients", name, holds))
+        clients.settings = found
+        for client in clients.known.values():
+            client.settings = clients.of(client.name)
+        for call in list(self.gateway.calls.values()):
+            if clients.is_blocked(call.caller):
+                self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
+        self.gateway.scheduler.reconsider()
+        self.gateway.pump()
+
+
+# ==== 28. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -7300,11 +7659,12 @@ class MemoryKeeper:
 def send_heartbeats(gateway: Gateway, now: float) -> None:
     """Keep those patient who wait long, so that their clients do not give up.
 
-    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.
+    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.  Never in an answer of
+    which nothing is known.
     """
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
-        if now >= call.heartbeat_at and call.error is None:
+        if now >= call.heartbeat_at and call.error is None and not call.blind:
             call.heartbeats += 1
             call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
             send_heartbeat(gateway, call, now)
@@ -7322,7 +7682,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 28. Access ==================================================================================
+# ==== 29. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -7376,6 +7736,31 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
     return True
 
 
+async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
+    """Who asks; the connection is asked only where the request says nothing better."""
+    headers, connection, told = exchange.request.headers, exchange.connection, ""
+    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
+        told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
+        exchange.address = told or exchange.address
+    user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
+    origin, agent, person = headers.get("origin"), headers.get("user-agent"), ""
+    foreign = origin is not None and is_foreign(origin, settings.cors_origins)
+    if not (user or foreign or exchange.is_local):
+        person = "ip:" + exchange.address
+    elif not (user or foreign or told):  # else the connection is the proxy's
+        if connection.person is None:
+            connection.person = await other_user(connection.stream.transport)
+        person = connection.person
+    return identify(user, origin, agent, foreign, (exchange.address, person))
+
+
+def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
+    """Refuse who is blocked; on this box they can still undo it."""
+    undone_here = path.startswith("/llmq") and exchange.is_local
+    if clients.is_blocked(exchange.caller) and not undone_here:
+        raise LlmqError(BLOCKED, "forbidden")
+
+
 def check_origin(exchange: Exchange, access: Access) -> None:
     """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
@@ -7387,10 +7772,10 @@ def check_origin(exchange: Exchange, access: Access) -> None:
     if exchange.caller.foreign or (cross_site and not safe):
         raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
     if access is Access.LOCAL and not exchange.is_local:
-        raise LlmqError("models are managed from this box only", "forbidden")
+        raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 29. Snapshot ================================================================================
+# ==== 30. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -7407,6 +7792,7 @@ def members(source: object, *names: str) -> Facts:
 def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
+    known = gateway.clients.settings.items()
     waiting, running = scheduler.in_order(), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
@@ -7426,6 +7812,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
@@ -7469,7 +7856,9 @@ def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
         "state": ticket.state.word,
         "tokens": tokens,
         "tokens_per_s": round(tokens / (now - since), 1) if tokens and since < now else None,
-        **members(expected, "position", "reason"),
+        "position": expected.position,
+        "reason": f"{expected.reason}; {call.rule}" if waits and call.rule else expected.reason,
+        "rule": call.rule or None,
         "eta_s": expected.eta and round(expected.eta, 1),
         "backend": ticket.backend.name if ticket.backend and not waits else None,
         "waited_s": round(started - ticket.arrived, 3),
@@ -7514,8 +7903,11 @@ def show_backend(backend: Backend) -> Facts:
 
 
 def show_client(client: Client) -> Facts:
-    facts = members(client, "name", "waiting", "running", "done", "failed", "left")
-    return {**facts, "served_s": round(client.served, 3)}
+    return {
+        **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
+        "served_s": round(client.served, 3),
+        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
+    }
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -7584,7 +7976,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 30. Routes ==================================================================================
+# ==== 31. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -7610,8 +8002,11 @@ OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose featur
 class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
-    def __init__(self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], changes: Changes
+    ) -> None:
         self.gateway = gateway
+        self.changes = changes
         self.settings = gateway.settings
         self.stream = SnapshotStream(gateway)
         self.names = frozenset(names)  # of this box, lower case
@@ -7624,7 +8019,7 @@ class Api:
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, argument = self.enter(exchange)
+            handler, argument = await self.enter(exchange)
             facts = await handler(self, exchange, argument)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
@@ -7649,16 +8044,17 @@ class Api:
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
         """Everything that is checked before a handler runs."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
         keep_alive, exchange.keep_alive = exchange.keep_alive, False
         check_host(exchange, self.names)
         exchange.keep_alive = keep_alive
-        user, agent = headers.get("x-user-id"), headers.get("user-agent")
-        exchange.caller = identify(user, origin, agent, trusted)
+        exchange.caller = await find_caller(exchange, self.settings.server)
         route, argument = match_route(request)
+        if argument and route is None and self.settings.server.allow_all_routes:
+            route = OTHER_ROUTE
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
             return Api.preflight, argument
@@ -7672,6 +8068,7 @@ class Api:
             message = f"{route.path} takes {', '.join(route.methods)}"
             raise LlmqError(message, "method_not_allowed")
         check_origin(exchange, route.access)
+        check_blocked(exchange, route.path, self.gateway.clients)
         if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
@@ -7768,7 +8165,7 @@ class Api:
         for backend in serving:
             if backend.traits.native and backend.usable:
                 asked = {"model": backend.name_for(model), "verbose": values.get("verbose") is True}
-                limit, body = self.settings.upstream.first_byte_timeout, render_json(asked)
+                limit, body = backend.limits.first_byte_timeout, render_json(asked)
                 try:
                     return await monitor.ask(limit, backend, "/api/show", body, b"", exchange)
                 except LlmqError as error:
@@ -7815,11 +8212,12 @@ class Api:
         question, values = await beside(read, heavy=is_heavy(body))
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(question.model)
-        key, limit = model_key(model), self.settings.upstream.probe_timeout
+        key = model_key(model)
         lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
         for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
             if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
                 body = question.body_for(backend.name_for(model))
+                limit = backend.limits.probe_timeout
                 with contextlib.suppress(LlmqError):
                     counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                     if isinstance(counted.get("input_tokens"), int):
@@ -7892,12 +8290,12 @@ class Api:
         device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
         if device not in devices:
             raise BadRequest("device is one of " + ", ".join(devices), param="device")
-        priority = parse_priority(values.get("class"), "class")
+        word = values.get("class", "normal")
+        if word not in CLASSES:
+            raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
         call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
         client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
-        call.ticket = Ticket(
-            call.id, client, want, Priority.NORMAL if priority is None else priority
-        )
+        call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
         call.request = None
         await gateway.lease(call, seconds)
         if exchange.gone:
@@ -7942,6 +8340,20 @@ def read_seconds(values: Facts) -> float:
     return float(seconds)
 
 
+async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
+    await api.changes.change(name, await read_control(exchange))
+    return show_client(api.gateway.clients.named(name))
+
+
+async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
+    values = await read_control(exchange)
+    address = plain_address(str(values.get("ip")))
+    if not address or set(values) != {"ip", "blocked"}:
+        raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
+    await api.changes.change("ip:" + address, {"blocked": values["blocked"]})
+    return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
+
+
 async def read_values(exchange: Exchange, limit: int) -> Facts:
     """The members of a request's body."""
     body = await exchange.read_body(limit)
@@ -7960,6 +8372,74 @@ async def read_control(exchange: Exchange) -> Facts:
     if media != "application/json":
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
+
+
+async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
+    """To a backend and back as it is; what names a model waits in the queue."""
+    request, gateway, headers = exchange.request, api.gateway, exchange.request.headers
+    check_way(request, gateway.instance)
+    values, named = {}, headers.get("x-llmq-backend")
+    if request.method == "POST" and "multipart/" not in headers.get("content-type", "").lower():
+        limit = api.settings.server.max_body
+        if re.match(rb"\s*\{", (await exchange.read_body(limit))[:KIB]):
+            values = await read_values(exchange, limit)
+            check_common(values)
+    if values.get("model"):
+        endpoint = Endpoint((request.path,), dialect_of(request.path, headers), check_common)
+        ids = (exchange.id, exchange.request_id)
+        call = Call(exchange, endpoint, request, exchange.caller, ids)
+        priority = asked_priority({}, headers.get("x-queue-priority"))
+        call.question = FormQuestion(values["model"], False, priority, request.body, NO_EDITS)
+        call.blind = True
+        values.clear()  # what waits keeps little memory
+        await gateway.serve(call)
+        return
+    backends = [gateway.fleet.named(named)] if named else gateway.fleet.backends.values()
+    backend = next((each for each in backends if each.usable), None)
+    if backend is None:
+        raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
+    rest = (request.path, api.settings, gateway.instance, lambda: None)
+    await Passthrough(exchange, backend, *rest).run()
+
+
+async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
+    """Add a backend, or change one that was added."""
+    row = dict(await read_control(exchange))
+    name, added = str(row.pop("name", "")), api.gateway.added
+    if name in api.gateway.fleet.backends.keys() - added or name in api.settings.backends:
+        raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
+    try:
+        parse_rows("request", "backends", {name: row})
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    await api.changes.store.put("backends", name, row)
+    added[name] = row
+    api.gateway.discovery.configure()
+    api.gateway.monitor.probe_due()
+    return show_backend(api.gateway.fleet.named(name))
+
+
+async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    await read_control(exchange)
+    if api.gateway.fleet.named(name) and name not in api.gateway.added:
+        cure = 'take it out of the file, or drain it: POST {"draining":true}'
+        raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
+    await api.changes.store.put("backends", name, None)
+    api.gateway.added.pop(name, None)
+    api.gateway.discovery.configure()
+    return {"deleted": name}
+
+
+async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
+    draining = (await read_control(exchange)).get("draining")
+    if not isinstance(draining, bool):
+        raise BadRequest('say {"draining":true}, or false', param="draining")
+    backend = api.gateway.fleet.named(name)
+    if draining and not backend.draining:
+        api.gateway.fleet.shrunk = api.gateway.now()
+    backend.draining = draining
+    api.gateway.pump()
+    return show_backend(backend)
 
 
 # ---- the table
@@ -8028,6 +8508,17 @@ ROUTES = (
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
     owned("POST /llmq/models",
           '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+    local("POST /llmq/backends",
+          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
+          post_backends),
+    owned("DELETE POST /llmq/backends/{name}",
+          'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
+          delete_backend, post_backend),
+    owned("POST /llmq/clients/{id...}",
+          "change its `class`, `weight`, `boost`, `blocked`, `max_concurrent`, `max_waiting`; "
+          "`null`: as in the file", post_client),
+    owned("POST /llmq/ips", '`{"ip":ADDRESS,"blocked":true}`: refuse who comes from there',
+          post_ip),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
@@ -8040,6 +8531,7 @@ ROUTES = (
     owned("DELETE POST /llmq/leases/{id}",
           'end it, or with `{"ttl_s":60}` renew it', Api.end_lease, Api.renew_lease),
 )  # fmt: skip
+OTHER_ROUTE = owned("GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on)
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
 
@@ -8048,7 +8540,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     """The row of a path, and what fills its {...}.
 
     Paths match exactly, once decoded, and go by that spelling from here on; dot segments and empty
-    ones match nothing.  A model's name may be a path itself, with its first slash encoded.
+    ones match nothing; a path without a row is given back.  A model's name may be a path itself,
+    with its first slash encoded.
     """
     path = request.path
     if path in EXACT_ROUTES:
@@ -8067,12 +8560,13 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         if tail and (longer.path.endswith("...}") or "/" not in tail):
             route, rest = longer, tail
             break
-    if route is not None:
-        request.path = decoded
+    if route is None:
+        return None, "" if decoded.startswith("/llmq/") else decoded
+    request.path = decoded
     return route, rest
 
 
-# ==== 31. Demo ====================================================================================
+# ==== 32. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -8131,7 +8625,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 32. Terminal view ===========================================================================
+# ==== 33. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -8472,7 +8966,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 33. Service =================================================================================
+# ==== 34. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -8482,6 +8976,7 @@ FIRST_INHERITED = 3  # file descriptor, sd_listen_fds(3)
 RESERVED_FILES = 16  # open files that are not client connections, besides two per slot
 LOG_PIECE = 1024  # characters: a pipe that has room takes 4,096 bytes without waiting
 LOG_PATIENCE = 0.05  # seconds in which the loop may wait for whoever reads the log
+WATCH_SECONDS = 2.0  # between two looks at whether the file has changed
 CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
@@ -8569,25 +9064,6 @@ def raise_file_limit(wanted: int) -> int:
     return soft
 
 
-def is_this_box(host: str) -> bool:
-    """Whether a backend's host is a name or address of this very box."""
-    own = socket.gethostname().lower()
-    if is_loopback(host) or host.lower() in (own, own + ".local"):
-        return True
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        if is_address(host):  # looking up a name could take long
-            probe.bind((host, 0))  # only an address of one's own can be bound
-            return True
-    return False
-
-
-def device_name(settings: BackendSettings) -> str:
-    """Backends on one host share one device, all names of this box are one host."""
-    host = urlsplit(settings.url).hostname or ""
-    return settings.device or ("local" if is_this_box(host) else host)
-
-
 def inherited_sockets() -> list[socket.socket]:
     """The listening sockets that a service manager opened for this process, sd_listen_fds(3)."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -8624,6 +9100,7 @@ class Service:
     settings: Settings
     demo: bool = False
     read: Callable[[], Settings] | None = None  # reads the settings again
+    stamp: Callable[[], object] | None = None  # tells one state of the file from another
     sockets: Sequence[socket.socket] = ()  # that a service manager holds too, in place of our own
 
     def __post_init__(self) -> None:
@@ -8635,9 +9112,11 @@ class Service:
         self.most_connections = 0
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
         self.has_looked = False  # around this box, for runners
+        self.seen = self.stamp() if self.stamp else None
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
-        self.discovery = Discovery(self.settings, self.gateway.fleet, self.gateway.instance)
-        self.api = Api(self.gateway, self.own_names(), self.reload)
+        self.store = Store("" if self.demo else self.settings.server.state)
+        self.changes = Changes(self.gateway, self.store)
+        self.api = Api(self.gateway, self.own_names(), self.reload, self.changes)
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -8664,15 +9143,19 @@ class Service:
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
+        gateway = self.gateway
+        kept = await self.store.load()
+        self.changes.kept = kept.get("clients", {})
+        self.gateway.added.update(kept.get("backends", {}))
         self.apply()
         await self.listen(server)
-        gateway = self.gateway
         loops = (
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
             (STREAM_SECONDS, self.api.stream.step),
             (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
+            (WATCH_SECONDS, self.watch),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
@@ -8699,7 +9182,7 @@ class Service:
                 self.addresses.append(base_url("::1", self.port))
 
     async def look_around(self) -> None:
-        await self.discovery.step()
+        await self.gateway.discovery.step()
         self.has_looked = True
 
     async def first_look(self) -> None:
@@ -8715,11 +9198,9 @@ class Service:
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
         self.api.names = frozenset(self.own_names())
-        rows = self.discovery.rows
-        places = {name: device_name(row) for name, row in rows.items()}
-        self.gateway.fleet.configure(rows, places, self.settings, time.monotonic())
+        self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
-        self.gateway.pump()
+        self.changes.apply()
 
     def reload(self) -> None:
         """Read the settings again; a mistake changes nothing and is shown."""
@@ -8733,7 +9214,7 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings.backends = self.settings.backends
-        for name in ("host", "port"):  # a reload cannot move the listening sockets
+        for name in ("host", "port", "state"):  # which stay open as they are
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
         if settings.log != self.settings.log:
@@ -8742,6 +9223,14 @@ class Service:
         vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
         log.info("reload: done")
+
+    async def watch(self) -> None:
+        """Reload when the file is another; while it is gone, a new one is on its way."""
+        if self.settings.server.watch and self.stamp is not None:
+            stamp = await in_thread(self.stamp)  # its disk may be far away
+            if stamp not in (None, self.seen):
+                self.seen = stamp
+                self.reload()
 
     def on_signal(self) -> None:
         """The first asks to stop, the second to stop now."""
@@ -8766,6 +9255,7 @@ class Service:
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
+        await self.store.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
 
@@ -8800,7 +9290,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 34. Command line ============================================================================
+# ==== 35. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -8850,6 +9340,14 @@ def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Se
     layers, notes = environment_layers(environ)
     file = [read_file(path)] if path else []
     return merge_layers([*file, *layers, ("command line", given)]), notes
+
+
+def file_stamp(flags: Mapping[str, Any]) -> object:
+    """What tells one state of the configuration file from another; None while there is none."""
+    with contextlib.suppress(OSError):
+        facts = os.stat(flags.get("config") or find_file(os.environ) or "")
+        return facts.st_mtime_ns, facts.st_size, facts.st_ino
+    return None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -8929,8 +9427,9 @@ async def serve(options: argparse.Namespace) -> int:
     set_up_log(settings.log)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
+    sockets, stamp = inherited_sockets(), functools.partial(file_stamp, flags)
     service = Service(
-        settings, options.demo, lambda: read_settings(flags, os.environ)[0], inherited_sockets()
+        settings, options.demo, lambda: read_settings(flags, os.environ)[0], stamp, sockets
     )
     await service.start()
     if os.name == "posix":
@@ -9203,7 +9702,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 35. Web page ================================================================================
+# ==== 36. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

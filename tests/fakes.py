@@ -808,6 +808,7 @@ class running:  # noqa: N801 - reads as a sentence: async with running(fake.url)
 
     def __init__(self, *urls: str, **settings: Any) -> None:
         self.values: dict[str, Any] = {"server.port": 0, "server.drain_timeout": 1}
+        self.values["server.state"] = ""  # not the user's own
         if urls:
             self.values["backends"] = list(urls)
         self.values.update({name.replace("__", "."): value for name, value in settings.items()})

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,11 +191,12 @@ def test_where_nobody_listens_it_is_down_at_once() -> None:
     assert up.since == 1.0
 
 
-@pytest.mark.parametrize("interval", [0.1, 0.5, 3.0, 10.0])
-def test_a_backend_that_is_down_is_looked_at_later_and_later_up_to_the_interval(
+@pytest.mark.parametrize("interval", [0.1, 0.5, 3.0, 10.0, 60.0])
+def test_a_backend_that_is_down_is_looked_at_later_and_later_up_to_reset_after(
     interval: float,
 ) -> None:
     down, now, gaps = backend("m"), 100.0, []
+    down.configure(replace(down.settings, reset_after=interval), down.limits)
     down.failed(now, "refused", interval, refused=True)
     for _ in range(12):
         gaps.append(down.next_probe - now)

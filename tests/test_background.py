@@ -33,12 +33,14 @@ def listen_at(monkeypatch: pytest.MonkeyPatch, places: dict[str, str]) -> None:
 
 
 def discovery_of(gateway: Any) -> Any:
-    return llmq.Discovery(gateway.settings, gateway.fleet, gateway.instance)
+    return llmq.Discovery(gateway.monitor, gateway.added)
 
 
 def add(gateway: Any, fake: FakeBackend, name: str = "box", **settings: Any) -> Any:
     one = llmq.BackendSettings(url=fake.url, **settings)
-    return gateway.fleet.add(name, one, "local", 1)
+    backend = gateway.fleet.add(name, one, "local", 1)
+    backend.configure(one, gateway.settings.limits_of(one))
+    return backend
 
 
 async def probe(gateway: Any, fake: FakeBackend, **settings: Any) -> Any:

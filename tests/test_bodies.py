@@ -659,7 +659,7 @@ def test_bare_chat_has_the_defaults():
     question = read_chat(chat())
     assert question.model == ""
     assert question.stream is False
-    assert question.priority is Priority.NORMAL
+    assert question.priority is None
     assert question.body == sent(question) == chat()
 
 

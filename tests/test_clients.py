@@ -191,35 +191,35 @@ def test_a_number_is_a_bad_request_with_a_hint(value: float) -> None:
         llmq.parse_priority(value)
 
 
-def test_a_bad_header_is_named_in_the_error() -> None:
-    with pytest.raises(llmq.BadRequest, match="X-Queue-Priority") as caught:
-        llmq.asked_priority({}, "urgent")
-    assert caught.value.param == "X-Queue-Priority"
+@pytest.mark.parametrize("header", ["urgent", "", "true", "1", "high low"])
+def test_another_value_of_the_header_counts_as_absent(header: str) -> None:
+    assert llmq.asked_priority({}, header) is None
+    assert llmq.asked_priority({"service_tier": "flex"}, header) is Priority.LOW
 
 
 @pytest.mark.parametrize(
     ("body", "header", "priority"),
     [
-        ({}, None, Priority.NORMAL),
+        ({}, None, None),
         ({"priority": "low"}, "high", Priority.LOW),
         ({"priority": "low", "service_tier": "priority"}, None, Priority.LOW),
         ({"priority": False}, "high", Priority.NORMAL),
         ({"priority": None}, "high", Priority.HIGH),
-        ({"priority": None, "service_tier": None}, None, Priority.NORMAL),
+        ({"priority": None, "service_tier": None}, None, None),
         ({}, "low", Priority.LOW),
         ({}, "High", Priority.HIGH),
         ({"service_tier": "priority"}, "low", Priority.LOW),
         ({"service_tier": "priority"}, "normal", Priority.NORMAL),
         ({"service_tier": "priority"}, None, Priority.HIGH),
         ({"service_tier": "flex"}, None, Priority.LOW),
-        ({"service_tier": "auto"}, None, Priority.NORMAL),
-        ({"service_tier": "default"}, None, Priority.NORMAL),
-        ({"service_tier": ["priority"]}, None, Priority.NORMAL),
-        ({"service_tier": 7}, None, Priority.NORMAL),
+        ({"service_tier": "auto"}, None, None),
+        ({"service_tier": "default"}, None, None),
+        ({"service_tier": ["priority"]}, None, None),
+        ({"service_tier": 7}, None, None),
     ],
 )
 def test_the_body_goes_before_the_header_and_that_before_the_service_tier(
-    body: dict[str, Any], header: str | None, priority: Priority
+    body: dict[str, Any], header: str | None, priority: Priority | None
 ) -> None:
     assert llmq.asked_priority(body, header) is priority
 
@@ -227,6 +227,65 @@ def test_the_body_goes_before_the_header_and_that_before_the_service_tier(
 def test_a_bad_field_is_told_although_the_header_is_good() -> None:
     with pytest.raises(llmq.BadRequest):
         llmq.asked_priority({"priority": 5}, "high")
+
+
+RULE = llmq.RuleSettings
+ASKS = ("/api/chat", "qwen3:8b", "user:alice")
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        (RULE(), True),
+        (RULE(route="/api/*"), True),
+        (RULE(route="/api"), False),
+        (RULE(model="QWEN3:*"), True),
+        (RULE(model="qwen3"), False),
+        (RULE(client="user:*"), True),
+        (RULE(client="*bob"), False),
+        (RULE(route="/api/*", model="qwen*", client="user:alice"), True),
+        (RULE(route="/api/*", model="qwen*", client="user:bob"), False),
+        (RULE(header="X-OpenWebUI-Task"), True),
+        (RULE(header="x-openwebui-task : Title*"), True),
+        (RULE(header="X-OpenWebUI-Task: tags*"), False),
+        (RULE(header="X-Other"), False),
+        (RULE(header="X-Other:*"), False),
+        (RULE(header="X-Empty"), True),
+        (RULE(header="X-Empty:"), True),
+        (RULE(header="X-OpenWebUI-Task:"), False),
+        (RULE(header="X-OpenWebUI-Task", client="user:bob"), False),
+    ],
+)
+def test_a_rule_holds_where_all_that_it_says_does(rule: llmq.RuleSettings, holds: bool) -> None:
+    headers = {"x-openwebui-task": "title_generation", "x-empty": ""}
+    rules = {"1": llmq.replace(rule, class_="low"), "2": RULE(class_="high")}
+    assert llmq.find_rule(rules, ASKS, headers) == (("1", "low") if holds else ("2", "high"))
+
+
+def test_without_a_rule_that_holds_there_is_none() -> None:
+    assert llmq.find_rule({}, ASKS, {}) == ("", "")
+    assert llmq.find_rule({"1": RULE(client="x", class_="low")}, ASKS, {}) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("user_id", "origin", "agent", "person", "name"),
+    [
+        ("alice", None, "curl/8", "ip:10.0.0.9", "user:alice"),
+        (None, None, "curl/8", "ip:10.0.0.9", "ip:10.0.0.9"),
+        (None, "http://localhost", "curl/8", "unix:bob", "unix:bob"),
+        (None, None, "curl/8", "ip:fe80::1%eth0", "ip:fe80::1-eth0"),
+        (None, None, None, "unix:bob", "unix:bob"),
+    ],
+)
+def test_a_person_that_the_connection_tells_goes_before_the_program(
+    user_id: str | None, origin: str | None, agent: str | None, person: str, name: str
+) -> None:
+    assert llmq.client_name(user_id, origin, agent, person) == name
+
+
+def test_a_foreign_page_cannot_speak_for_a_person() -> None:
+    caller = llmq.identify("alice", "https://page.example", "x", True, ("10.0.0.9", ""))
+    assert caller == ("app:https://page.example", True, "10.0.0.9")
 
 
 def test_a_smaller_class_goes_first() -> None:

@@ -17,13 +17,14 @@ SECOND = 1.0
 
 SNAPSHOT = {
     "": "version mode uptime_s draining queue requests requests_total devices backends clients "
-    "recent config_error trouble",
+    "recent config_error trouble ips",
     "queue": "waiting running oldest_wait_s by_class full_at",
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
-    "reason backend tokens tokens_per_s",
+    "reason rule backend tokens tokens_per_s",
     "devices": "name slots busy",
     "backends": "name url kind device state slots busy models loaded context latency_ms error",
-    "clients": "name waiting running served_s done failed left",
+    "clients": "name address waiting running served_s done failed left class weight boost blocked "
+    "max_concurrent max_waiting",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
     "status outcome error tokens_in tokens_per_s",
 }

@@ -980,9 +980,6 @@ def test_trace_costs_a_quarter_of_the_loads_and_no_more_time_than_grouping(name:
     assert llmq_.loads <= 0.25 * arrival.loads
     assert llmq_.span <= 1.05 * grouping.span
     assert sum(llmq_.seconds.values()) < sum(arrival.seconds.values()), "loads are work too"
-    longest = max(wait for waits in llmq_.waits.values() for wait in waits)
-    passed_over = max(wait for waits in grouping.waits.values() for wait in waits)
-    assert longest < passed_over
 
 
 def log_line(number: int, client: str, at: float, wait: float, ran: float, **more: Any) -> str:

@@ -9,6 +9,7 @@ import logging
 import re
 import ssl
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -959,7 +960,7 @@ async def test_key_that_a_runner_repeats_is_shown_to_nobody(
     caplog.set_level(logging.INFO, "llmq")
     async with FakeBackend(auto=False) as fake, running(fake.url) as q:
         (backend,) = q.gateway.fleet.backends.values()
-        backend.set_key("sk-very-secret")
+        backend.configure(replace(backend.settings, key="sk-very-secret"), backend.limits)
         asking = asyncio.ensure_future(q.chat("a"))
         request = await fake.arrived()
         assert request.headers["authorization"] == "Bearer sk-very-secret"

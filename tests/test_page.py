@@ -782,7 +782,7 @@ def crowd(q: running, number: int) -> None:
     request = llmq.parse_request_head(head)
     for at in range(number):
         client = gateway.clients.named(f"user:{at % 50}")
-        connection: Any = SimpleNamespace(stream=llmq.Stream())
+        connection: Any = SimpleNamespace(stream=llmq.Stream(), address="127.0.0.1")
         exchange = llmq.Exchange(connection, request)
         exchange.id = exchange.request_id = f"x-{at}"
         ids, endpoint = (exchange.id, exchange.request_id), llmq.ENDPOINTS[llmq.CHAT]

@@ -306,6 +306,15 @@ async def test_sighup_applies_the_changed_file(tmp_path: Path) -> None:
             assert fake.max_active == 2
 
 
+async def test_a_file_that_changes_is_read_without_being_told(tmp_path: Path) -> None:
+    file = tmp_path / "llmq.json"
+    write(file, server={"port": 0}, backends={"one": {"url": "http://127.0.0.1:1"}})
+    async with Process("--config", str(file)) as p:
+        write(file, server={"port": 0}, backends={"two": {"url": "http://127.0.0.1:1"}})
+        await p.line(r"reload: done")
+        assert [one["name"] for one in (await status(p.port))["backends"]] == ["two"]
+
+
 BAD_FILES = {
     "no JSON": "{",
     "unknown key": '{"queue": {"slotz": 2}}',

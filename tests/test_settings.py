@@ -26,7 +26,7 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
     "Size": [("4096", 4096), ("8MiB", 8 * 2**20), ("1GB", 10**9)],
     "str": [("one", "one"), ("two", "two"), ("three", "three")],
     "bool": [("true", True), ("false", False), ("1", True)],
-    "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+    "Names": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
 }
 
 
@@ -107,8 +107,8 @@ def test_setting_changes_nothing_but_itself(row: Any) -> None:
     "row", [row for row in ROWS if row.type == "Names"], ids=lambda row: row.key
 )
 def test_flag_of_a_list_may_be_repeated(row: Any) -> None:
-    flags = flags_of(row.flag, "a", row.flag, "b")
-    assert value_of(read(**flags)[0], row.key) == ("a", "b")
+    flags = flags_of(row.flag, "::a", row.flag, "::b")
+    assert value_of(read(**flags)[0], row.key) == ("::a", "::b")
 
 
 def test_file_may_say_numbers_switches_and_lists_as_json_has_them(tmp_path: Path) -> None:
@@ -280,8 +280,11 @@ def test_backend_is_a_url_or_a_name_and_a_url(item: str, name: str, url: str) ->
         "http://box:0",
         "http://box:99999",
         "http://box:port",
-        "http://box/api",
+        "http://box/a b",
+        "http://box/päth",
         "http://box?x=1",
+        "http://box/v1?x=1",
+        "http://box/v1#x",
         "http://[::1",
         "gpu=",
         "",
@@ -459,6 +462,12 @@ EFFECTS = {
     "server.cors_origins": "test_wire_cors.py::test_cors_origins_narrow_the_grant_to_those_named",
     "server.allow_anonymous_lan": "test_service.py"
     "::test_listening_for_the_network_needs_leave_and_then_works",
+    "server.allow_all_routes": "test_fleet.py"
+    "::test_unknown_paths_are_404_unless_all_routes_are_allowed",
+    "server.watch": "test_fleet.py::test_watch_off_leaves_the_file_alone",
+    "server.trusted_proxies": "test_identity.py"
+    "::test_trusted_proxies_tell_the_address_in_the_last_entry",
+    "server.state": "test_store.py::test_changes_at_run_time_outlive_a_kill",
     "server.head_timeout": "test_wire_deadlines.py"
     "::test_heads_that_are_never_complete_end_at_the_deadline",
     "server.body_timeout": "test_wire_deadlines.py::test_body_timeout_counts_from_the_last_byte",
@@ -501,6 +510,22 @@ EFFECTS = {
     "::test_backend_that_does_not_answer_a_look_in_time_is_down",
     "log.format": "test_service.py::test_log_as_json_has_one_object_with_these_facts_a_line",
     "log.level": "test_service.py::test_log_level_is_the_least_that_is_logged",
+    "ips.blocked": "test_identity.py::test_blocked_ips_are_refused_also_behind_a_proxy",
+    "clients.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "clients.blocked": "test_identity.py::test_blocked_by_the_file_holds_for_that_one_alone",
+    "models.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.route": "test_identity.py"
+    "::test_the_reason_of_who_waits_names_the_rule_until_the_class_is_changed",
+    "rules.model": "test_identity.py"
+    "::test_the_reason_of_who_waits_names_the_rule_until_the_class_is_changed",
+    "rules.client": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.header": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
+    "rules.class": "test_identity.py"
+    "::test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_models",
     "devices.slots": "test_service.py::test_slots_of_a_device_are_the_most_at_once_there",
     "backends.url": "test_upstream_faults.py::test_two_backends_on_one_host_share_one_slot",
     "backends.device": "test_upstream_faults.py"
@@ -526,6 +551,25 @@ EFFECTS = {
     "models.exclusive": "test_fair.py"
     "::test_exclusive_model_runs_alone_on_its_device_and_gets_its_turn",
     "models.backends": "test_fair.py::test_model_goes_only_to_the_backends_that_are_named_for_it",
+    "backends.headers": "test_fleet.py"
+    "::test_headers_of_a_backend_are_on_every_request_in_place_of_others",
+    "backends.relay_headers": "test_fleet.py"
+    "::test_relay_headers_pass_on_what_is_named_but_never_a_key",
+    "backends.models": "test_fleet.py"
+    "::test_models_that_are_listed_are_not_asked_for_and_any_answer_is_health",
+    "backends.weight": "test_fleet.py::test_weight_of_a_backend_is_kept_and_follows_a_reload",
+    "backends.probe_interval": "test_fleet.py"
+    "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
+    "backends.probe_timeout": "test_fleet.py"
+    "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
+    "backends.first_byte_timeout": "test_fleet.py"
+    "::test_first_byte_timeout_of_a_backend_ends_what_it_does_not_answer",
+    "backends.idle_timeout": "test_fleet.py"
+    "::test_idle_timeout_of_a_backend_ends_a_stream_that_falls_silent",
+    "backends.failures_to_open": "test_fleet.py"
+    "::test_failures_to_open_are_those_in_a_row_after_which_it_is_down",
+    "backends.reset_after": "test_fleet.py"
+    "::test_reset_after_is_the_longest_until_a_backend_that_is_down_is_tried_again",
     "aliases": "test_reads.py::test_alias_leads_to_its_model_in_every_dialect",
 }
 
