@@ -802,7 +802,12 @@ class Rules:
         device, queue = backend.device, self.sim.queue
         running = [one for one in queue.running.values() if one.backend.device is device]
         free = device.slots - len(running) - (0 if ticket.priority is HIGH else device.reserve_high)
-        return free > 0 and backend.busy < backend.most and not any(map(self.alone, running))
+        if free <= 0 or backend.busy >= backend.most or any(map(self.alone, running)):
+            return False
+        memory = self.sim.memories.get(backend.name)
+        if memory is None or (memory.model == ticket.model and memory.ready <= self.sim.now):
+            return True
+        return not any(one.backend is backend and one.model == ticket.model for one in running)
 
 
 def a_story(seed: int) -> tuple[Simulation, Rules, random.Random]:
@@ -829,7 +834,9 @@ def a_story(seed: int) -> tuple[Simulation, Rules, random.Random]:
     for number in range(rng.randint(2, 6)):
         some = tuple(m for m in models if rng.random() < 0.7 or number == 0)
         device = f"gpu{number % 4}"
-        sim.add(f"b{number}", some, device=device, slots=3 if device == "gpu0" else number % 3 + 1)
+        slots = 3 if device == "gpu0" else number % 3 + 1
+        load = {model: rng.uniform(0.5, 5.0) for model in models} if seed % 2 else None
+        sim.add(f"b{number}", some, device=device, slots=slots, load=load)
     return sim, Rules(sim), rng
 
 
@@ -857,7 +864,7 @@ def shake(sim: Simulation, rng: random.Random) -> None:
         sim.client("c0").settings = ClientSettings(max_concurrent=rng.randint(0, 3))
         sim.queue.reconsider()
     elif what < 0.9:  # a reload: the same backend made anew
-        row = llmq.BackendSettings(url=f"http://{one.name}:1")
+        row = llmq.BackendSettings(url=f"http://{one.name}:1", kind=one.kind)
         device, slots = one.device.name, one.device.slots
         sim.fleet.remove(one.name, sim.now)
         fresh = sim.fleet.add(one.name, row, device, slots)

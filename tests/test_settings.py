@@ -557,7 +557,6 @@ EFFECTS = {
     "::test_relay_headers_pass_on_what_is_named_but_never_a_key",
     "backends.models": "test_fleet.py"
     "::test_models_that_are_listed_are_not_asked_for_and_any_answer_is_health",
-    "backends.weight": "test_fleet.py::test_weight_of_a_backend_is_kept_and_follows_a_reload",
     "backends.probe_interval": "test_fleet.py"
     "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
     "backends.probe_timeout": "test_fleet.py"
