@@ -515,6 +515,27 @@ def test_shares_are_of_measured_time_when_the_estimate_is_always_wrong() -> None
     assert jain([sim.served("x"), sim.served("y")]) >= 0.99
 
 
+def test_what_ran_longer_than_expected_is_paid_back() -> None:
+    sim = one_slot(aging=0.0)
+    backlog(sim, "y", 3, lambda: Job("y"))
+    sim.run(20.0)
+    sim.plan([Job("x", seconds=seconds, arrives=20.0) for seconds in (60.0, 1.0)])
+    sim.run(200.0)
+    _, second = (one for one in sim.visits if one.job.client == "x")
+    assert second.started is not None
+    assert 55.0 <= second.wait - 60.0 <= 65.0
+
+
+def test_what_was_served_while_nobody_else_asked_is_no_debt() -> None:
+    """When all is served, virtual time goes on to the last end (Goyal, Vin, Cheng 1996, rule 2)."""
+    sim = one_slot(aging=0.0)
+    sim.plan([Job("x", seconds=60.0)])
+    sim.run(100.0)
+    sim.plan([Job(name, arrives=100.0) for _ in range(20) for name in "yx"])
+    sim.run(120.5)
+    assert abs(who(sim, 100.0).count("x") - 10) <= 1
+
+
 def test_failed_work_is_not_free() -> None:
     """In ollamaMQ what failed or was cancelled counted for nothing."""
     sim = one_slot(aging=0.0)
@@ -568,6 +589,20 @@ def test_what_a_client_used_in_one_class_is_not_held_against_it_in_another() -> 
     starts = who(sim, 510.0)
     assert longest_run(starts, "y") <= 2
     assert longest_run(starts, "x") <= 2
+
+
+def test_newcomer_of_a_class_is_not_behind_for_what_another_class_was_served() -> None:
+    """Virtual time is of a class: hours of class high change nothing among those who wait."""
+    sim = one_slot(aging=0.0)
+    backlog(sim, "v", 2, lambda: Job("v", priority=HIGH))
+    sim.plan([Job("w", arrives=1.0) for _ in range(100)])
+    sim.run(500.0)
+    sim.on_end.clear()
+    sim.plan([Job("z", arrives=500.0) for _ in range(40)])
+    sim.run(560.0)
+    starts = who(sim, 502.5)
+    assert longest_run(starts, "w") <= 2
+    assert longest_run(starts, "z") <= 2
 
 
 def test_names_that_nobody_has_heard_of_are_forgotten() -> None:
