@@ -140,7 +140,8 @@ LimitNOFILE=65536
 # What needs no user namespaces; the rest is in llmq.service.d/10-sandbox.conf.
 $(on NoNewPrivileges LockPersonality MemoryDenyWriteExecute RestrictNamespaces RestrictRealtime \
         RestrictSUIDSGID)
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+# AF_NETLINK: which user of this box asks.
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
@@ -206,7 +207,13 @@ install_files() {
     put 644 "$units/llmq.service" service_unit
     [ -z "$socket" ] || put 644 "$units/llmq.socket" socket_unit
     try_sandbox
-    if [ "$sandbox" = yes ]; then put 644 "$drop_in" sandbox_unit; else drop "$drop_in"; fi
+    if [ "$sandbox" = yes ]; then
+        put 644 "$drop_in" sandbox_unit
+        # In the sandbox llmq cannot make the folder of its state itself.
+        [ -n "$dry" ] || mkdir -p "$DESTDIR$HOME/.local/state/llmq" || die 1 "cannot make its folder"
+    else
+        drop "$drop_in"
+    fi
 }
 
 start_unit() { # what runs already and has not changed is left alone
@@ -251,7 +258,10 @@ uninstall() {
         "$units/llmq.service" "$drop_in" "$units/llmq.socket" \
         "$units/default.target.wants/llmq.service" "$units/sockets.target.wants/llmq.socket"
     [ -z "$purge" ] ||
-        drop "$config/llmq.env" "$config/llmq.toml" "$config/llmq.json" "$config/tray.json"
+        drop "$config/llmq.env" "$config/llmq.toml" "$config/llmq.json" "$config/tray.json" \
+            "$state/llmq/llmq.db" "$state/llmq/llmq.db-wal" "$state/llmq/llmq.db-shm"
+    set -- "$DESTDIR$HOME/.local" && [ -n "$dry" ] ||
+        rmdir "$1/state/llmq" "$1/state" "$1" 2>/dev/null || : # those that are empty
     [ "$changed" ] || echo "nothing of llmq is here"
     case $changed in *" llmq.s"*) ! has_user_manager || systemctl --user daemon-reload ;; esac
 }

@@ -134,6 +134,7 @@ class ErrorRow(NamedTuple):
 
 ERRORS = {
     "bad_request": ErrorRow(400),
+    "context_length_exceeded": ErrorRow(400),
     "forbidden": ErrorRow(403),
     "forbidden_host": ErrorRow(403),
     "forbidden_origin": ErrorRow(403),
@@ -360,6 +361,7 @@ COUNT_TOKENS, TRANSCRIPTIONS = "/v1/messages/count_tokens", "/v1/audio/transcrip
 OLLAMA_CHAT, OLLAMA_GENERATE = "/api/chat", "/api/generate"
 OLLAMA_EMBED, OLLAMA_EMBEDDINGS = "/api/embed", "/api/embeddings"
 LMSTUDIO = "/api/v0/models"
+LMSTUDIO_LOAD, ROUTER_LOAD = "/api/v1/models/load", "/models/load"
 COMMON = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, TRANSCRIPTIONS})
 EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context only if they ask
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
@@ -384,6 +386,8 @@ class Kind(NamedTuple):
     native: bool = False  # it has Ollama's API: a context by request, management, /api/tags
     counts_tokens: bool = False  # of a request for messages
     options: Mapping[str, str] = USUAL_OPTIONS
+    # The routes that load and unload a model; its context at the former, its name at the latter.
+    errands: tuple[str, ...] = ()
 
 
 RUNNERS = (
@@ -395,23 +399,27 @@ RUNNERS = (
         loaded_path="/api/ps",
         on_demand=True,
         native=True,
+        errands=(OLLAMA_GENERATE, OLLAMA_GENERATE, "", "model"),
     ),
     Kind(
         "lmstudio",
-        COMMON,
+        COMMON | {LMSTUDIO_LOAD},
         "http://127.0.0.1:1234",
         mark=(LMSTUDIO, "data"),
         loaded_path=LMSTUDIO,
         on_demand=True,
         options=LMSTUDIO_OPTIONS,
+        errands=(LMSTUDIO_LOAD, "/api/v1/models/unload", "context_length", "instance_id"),
     ),
     Kind(
         "llamacpp",
+        EVERY | {ROUTER_LOAD},
         url="http://127.0.0.1:8080",
         owner="llamacpp",
         on_demand=True,  # in router mode; else it lists only what is loaded
         counts_tokens=True,
         options=LLAMACPP_OPTIONS,
+        errands=(ROUTER_LOAD, "/models/unload", "", "model"),  # it may lack them
     ),
     Kind("vllm", EVERY, "http://127.0.0.1:8000", "vllm", counts_tokens=True, options=VLLM_OPTIONS),
     Kind("openai"),  # whatever else has /v1/models
@@ -460,6 +468,8 @@ Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Key = str  # a secret: never shown
+Tokens = str  # a number of them, or "fit"
+KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
 Url = str  # a base URL without query, credentials, /v1 or slash at its end
 Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
@@ -565,9 +575,9 @@ class ModelSettings:
     exclusive: bool = setting(False, "nothing else runs on its device meanwhile")
     backends: Names = setting((), "the only backends asked for it; none: all that have it")
     class_: str = setting("", "class of requests that have no other", choices=("", *CLASSES))
-    keep_alive: str = setting("", "how long Ollama keeps it loaded, unless the request says")
+    keep_alive: KeepAlive = setting("", "how long Ollama keeps it loaded, unless the request says")
     keep_alive_force: bool = setting(False, "the same, whatever the request says")
-    num_ctx: str = setting("", 'its context in tokens, or "fit": as long as the prompt needs')
+    num_ctx: Tokens = setting("", 'its context in tokens, or "fit": as long as the prompt needs')
     preload: bool = setting(False, "loaded from the start, where a backend has it")
     set: Facts = setting({}, "members put into its requests, also over what is there")
     strip: Names = setting((), "members cut out of its requests")
@@ -727,6 +737,18 @@ def parse_text(raw: Any) -> str:
     return raw
 
 
+def parse_form(form: str, wanted: str, raw: Any) -> str:
+    """A text of this form, or what a file has as a number."""
+    if not re.fullmatch(form, str(raw)):
+        raise ValueError(f"wants {wanted}")
+    return str(raw)
+
+
+KEEP_ALIVE = r"|-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)){1,9}"
+parse_tokens = functools.partial(parse_form, "|fit|[1-9][0-9]{0,8}", 'a number, or "fit"')
+parse_keep_alive = functools.partial(parse_form, KEEP_ALIVE, "seconds, or a time like 5m")
+
+
 def parse_bool(raw: Any) -> bool:
     word, yes = str(raw).lower(), ("true", "1", "yes", "on")
     if word not in (*yes, "false", "0", "no", "off"):
@@ -812,6 +834,8 @@ TYPES = {
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
+    "Tokens": SettingType(parse_tokens, {"metavar": "N"}),
+    "KeepAlive": SettingType(parse_keep_alive, {"metavar": "TIME"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
 }
@@ -1160,6 +1184,7 @@ class Caller(NamedTuple):
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
+LLMQ = Caller("llmq", foreign=False)  # by itself
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1355,6 +1380,7 @@ class Contexts:
 
     def __init__(self) -> None:
         self.start = 0  # what every model starts with, as configured; 0: the backend's choice
+        self.policy: Callable[[str], ModelSettings] = lambda _: NO_POLICY
         self.max: dict[str, int] = {}  # the longest that a model can have
         self.loaded: dict[str, int] = {}  # what it is loaded with
         self.requested: dict[str, int] = {}  # the largest that was asked for and started
@@ -1362,7 +1388,9 @@ class Contexts:
 
     def shared(self, key: str) -> int:
         """What was asked for or configured; what a model is loaded with by itself binds nobody."""
-        start = min(self.start, self.max.get(key) or self.start)
+        own = self.policy(key).num_ctx
+        start = int(own) if own.isdecimal() else self.start
+        start = min(start, self.max.get(key) or start)
         return max(start, self.requested.get(key, 0))
 
     def request(self, key: str, tokens: int, now: float) -> int:
@@ -1740,6 +1768,7 @@ class Fleet:
                 backend.changed, backend.next_probe = now, 0.0
             backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
+            backend.contexts.policy = self.policy
         self.drop_unused()
 
     def serving(self, want: Want) -> list[Backend]:
@@ -3353,12 +3382,16 @@ def rewrite(found: JsonObject, put: Mapping[str, str], cut: Names = ()) -> str:
     return find_edits(found, put, cut).apply(found.text, put)
 
 
+def with_options(text: str, put: Mapping[str, str], cut: Names = ()) -> str:
+    """Ollama's `options` with these members put in, as JSON, and these cut out."""
+    there = text.startswith("{")  # else there are none, or null
+    return rewrite(read_object(text if there else "{}"), put, cut) if there or put else text
+
+
 def with_num_ctx(text: str, tokens: int) -> str:
     """Ollama's `options` with this context, with none for 0."""
-    if not text.startswith("{"):  # there are none, or null
-        return f'{{"num_ctx":{tokens}}}' if tokens else text
     put = {"num_ctx": str(tokens)} if tokens else {}
-    return rewrite(read_object(text), put, () if tokens else ("num_ctx",))
+    return with_options(text, put, () if tokens else ("num_ctx",))
 
 
 class Question(NamedTuple):
@@ -3869,6 +3902,7 @@ class Endpoint(NamedTuple):
     streams: bool | None = False  # when a body does not say; None: never
     options: bool = False  # it can carry a context in its `options`
     content: str = ""  # the member without which it only loads or unloads a model
+    limits: Names = ()  # what bounds an answer: members, of `options` if it has them
 
     @property
     def path(self) -> str:
@@ -3978,11 +4012,14 @@ def needs(name: str, other: str) -> Callable[[Mapping[str, Any]], None]:
 
 
 OPENAI = OpenAi()
+LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # which llama.cpp has, too
+check_prompt = needs("prompt", "prompt_embeds")
 OPENAI_ENDPOINTS = (
-    Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
-    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, needs("prompt", "prompt_embeds")),
+    Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages, limits=LIMITS),
+    Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt, limits=LIMITS),
     Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
-    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
+    # The backend knows best.
+    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None, limits=("max_output_tokens",)),
     Endpoint((RERANK,), OPENAI, lambda _: None),
     Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
 )
@@ -4041,9 +4078,10 @@ def check_options(values: Mapping[str, Any]) -> None:
 
 
 OLLAMA = Ollama()
+PREDICT = ("num_predict",)
 OLLAMA_ENDPOINTS = (
-    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages"),
-    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt"),
+    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages", PREDICT),
+    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt", PREDICT),
     Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
     Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
 )
@@ -4075,23 +4113,26 @@ class Anthropic(Dialect):
         return {"type": "error", "error": facts, "request_id": request_id or None}
 
 
-def count_characters(value: Any) -> int:
-    """Characters of all texts in a request, without pictures."""
+PICTURES = ("source", "image_url", "images", "input_audio")  # the members that have them
+
+
+def count_bytes(value: Any) -> int:
+    """UTF-8 bytes of all texts in a request, without pictures."""
     if isinstance(value, str):
-        return len(value)
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):
-        return sum(count_characters(inner) for name, inner in value.items() if name != "source")
-    return sum(map(count_characters, value)) if isinstance(value, list) else 0
+        value = [inner for name, inner in value.items() if name not in PICTURES]
+    return sum(map(count_bytes, value)) if isinstance(value, list) else 0
 
 
 def estimate_tokens(values: Mapping[str, Any]) -> int:
-    """What a request for messages costs, where no backend can count it."""
-    texts = [values.get(name) for name in ("system", "messages", "tools")]
-    return max(1, count_characters(texts) // 4)  # a token of English prose, roughly
+    """What a prompt costs, where no backend can count it."""
+    texts = [values.get(name) for name in ("system", "messages", "tools", "prompt", "suffix")]
+    return max(1, count_bytes(texts) // 4)  # a token of English prose, roughly
 
 
 ANTHROPIC = Anthropic()
-MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages)
+MESSAGES_ENDPOINT = Endpoint((MESSAGES,), ANTHROPIC, check_messages, limits=("max_tokens",))
 COUNT_ENDPOINT = Endpoint((COUNT_TOKENS,), ANTHROPIC, check_messages)  # which never waits
 ENDPOINTS = {row.path: row for row in (*OPENAI_ENDPOINTS, *OLLAMA_ENDPOINTS, MESSAGES_ENDPOINT)}
 SHORT_PATHS = {  # other paths that clients take to the same
@@ -5278,6 +5319,23 @@ def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
     return int(uid)
 
 
+class Nobody:
+    """A Reply to nobody: of what llmq asks a runner by itself."""
+
+    status, gone, started, blocked = 0, False, False, False
+
+    def __init__(self) -> None:
+        self.waiter = Waiter()
+
+    def ignore(self, *_: object, **__: object) -> None: ...
+
+    watch = start = send = finish = fail = respond = abort = ignore
+
+    async def nothing(self, *_: object) -> Any: ...
+
+    read_body = catch_up = nothing
+
+
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -6250,7 +6308,72 @@ def relayed_type(head: ResponseHead) -> str:
     return told if plain in RELAYED_TYPES else "application/octet-stream"
 
 
+ERRAND = Request("POST", "/llmq/models", 1, NO_HEADERS)  # of models to be loaded or unloaded
 TOO_MANY = "the request holds more values than llmq translates"
+TOO_LONG = re.compile("exceeds the (available )?context")  # how Ollama refuses a prompt
+
+
+class Errand(NamedTuple):
+    """Of a backend to load or unload a model."""
+
+    action: str
+    backend: Backend
+    model: str  # as it is called there
+    context: int = 0  # tokens asked for
+    keep_alive: str = ""
+
+    def request(self, usual: str) -> tuple[str, Facts]:
+        """Where it is asked, and what; `usual` is how long an Ollama keeps the model."""
+        kind, loads = self.backend.traits, self.action == "load"
+        load, unload, length, instance = kind.errands
+        path = load if loads else unload
+        facts: Facts = {"model" if loads else instance: self.model}
+        if kind.native:
+            path = OLLAMA_EMBED if loads and EMBEDDING.search(self.model) else path
+            keep_alive = as_keep_alive(self.keep_alive or usual) if loads else 0
+            facts.update(stream=False, input="" if path in EMBEDS else None, keep_alive=keep_alive)
+        elif loads and length:
+            shared = self.backend.contexts.shared(model_key(self.model))
+            facts[length] = self.context or shared or None
+        return path, facts
+
+
+def bounded(asked: Facts, limits: Names, most: int) -> Facts:
+    """What those limits are to be that ask for more tokens than this, or for any number."""
+    counts = {name: whole_number(asked.get(name)) or 0 for name in limits}
+    good = [tokens for tokens in counts.values() if 0 < tokens <= most]
+    odd = [name for name in limits if counts[name] not in good]
+    return {name: min([*good, most]) for name in odd if name in (*asked, limits[0])}
+
+
+def with_policy(body: bytes, route: str, policy: ModelSettings) -> bytes:
+    """A request for this route as the settings of its model want it; all else as it was."""
+    wished = policy.set or policy.strip or policy.max_output or policy.keep_alive
+    if not wished and policy.overflow != "refuse":
+        return body
+    found, endpoint, put = read_object(decode_json(body)), ENDPOINTS[route], dict(policy.set)
+    inner = put.get("options") if endpoint.options else None
+    options = dict(inner) if isinstance(inner, dict) else {}
+    if policy.max_output and endpoint.limits:
+        place = options if endpoint.options else put
+        asked = (found.values.get("options") or {}) if endpoint.options else found.values
+        place.update(bounded({**asked, **place}, endpoint.limits, policy.max_output))
+    said = "keep_alive" in found.values and not policy.keep_alive_force
+    if route in NATIVE and policy.keep_alive and not said:
+        put["keep_alive"] = as_keep_alive(policy.keep_alive)
+    if route in NATIVE and policy.overflow == "refuse":
+        put.update(truncate=False, shift=False)
+    texts = {name: json.dumps(put[name]) for name in put if name not in ("model", "options")}
+    if options:
+        old = found.text[slice(*found.places.get("options", (0, 0, 0))[1:])]
+        new = {name: json.dumps(options[name]) for name in options}
+        texts["options"] = with_options(old, new)
+    return rewrite(found, texts, tuple({*policy.strip}.difference(texts, ["model"]))).encode()
+
+
+def as_keep_alive(text: str) -> int | str | None:
+    """Ollama takes seconds as a number, all else as a text."""
+    return int(text) if text.lstrip("-").isdecimal() else text or None
 
 
 class Call:
@@ -6272,6 +6395,8 @@ class Call:
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
+    policy = NO_POLICY  # the settings of its model
+    context = 0  # tokens that it was told to have
     told = ""  # the name that the backend knows the model by, where it is another
     echo: Callable[[bytes], bytes] | None = None  # then puts the client's in its place
     upstream: Upstream | None = None
@@ -6323,7 +6448,8 @@ class Call:
         if self.blind:
             return self.route
         shared = EMBEDDINGS not in routes and backend.num_ctx(key)
-        if backend.traits.native and (question.context or question.keep_alive or shared):
+        needs = shared or self.policy.keep_alive or self.policy.overflow == "refuse"
+        if backend.traits.native and (question.context or question.keep_alive or needs):
             routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
@@ -6336,6 +6462,7 @@ class Call:
         context = 0
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
+        self.context = context
         self.translator = self.echo = None
         if route == self.endpoint.path:
             if question.model not in ("", name) and not self.blind:
@@ -6350,12 +6477,17 @@ class Call:
         lines = self.lines
         if self.more:
             lines += relayed_lines(self.more, more_names(self.more, backend.settings.relay_headers))
-        return lambda: render_request(backend, "POST", target, lines, body())
+
+        def write() -> bytes:
+            wanted = with_policy(body(), route, self.policy)
+            return render_request(backend, "POST", target, lines, wanted)
+
+        return write
 
     def translated(self, route: str, name: str, context: int, runner: Kind) -> bytes:
         """The body for another route."""
         translator = TRANSLATORS[self.endpoint.path, route]
-        asked = json.loads(self.question.body)
+        asked = json.loads(with_policy(self.question.body, self.endpoint.path, self.policy))
         self.translator = translator(asked, name, context, time.time)
         self.translator.runner = runner
         return self.translator.body()
@@ -6437,6 +6569,9 @@ class Call:
             model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:
                 return error.answer  # something else is meant
+        elif self.policy.overflow == "refuse" and TOO_LONG.search(error.message):
+            words = error_text(error_of(parse_json(error.message.encode())))
+            return LlmqError(words or error.message, "context_length_exceeded")
         return error
 
     def route_supported(self, backend: Backend) -> None:
@@ -6563,6 +6698,7 @@ class Record(NamedTuple):
     error: str | None = None  # its sentence: llmq's own, a runner's for 5xx
     tokens_in: int | None = None
     tokens_per_s: float | None = None
+    cut: bool = False  # the prompt fills its context: it may have lost its front
 
     def facts(self) -> dict[str, Any]:
         facts = self._asdict()
@@ -6581,7 +6717,7 @@ class Record(NamedTuple):
             f"{self.status} {self.route} id={self.id} client={self.client} class={self.priority} "
             f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
             f"first={first} total={self.total_s:.3f} tokens_in={tokens_in} tokens_per_s={rate} "
-            f"tokens={tokens} outcome={self.outcome}{error}"
+            f"tokens={tokens} outcome={self.outcome}{error}{' cut?' * self.cut}"
         )
 
 
@@ -6611,7 +6747,16 @@ def record_of(call: Call, now: float) -> Record:
         # The runner's own word; else of a stream while it came, of a whole answer since its start.
         tokens_per_s=source.rate
         or (tokens / (now - since) if tokens and since and now > since else None),
+        cut=may_be_cut(call, source.tokens_in or 0),
     )
+
+
+def may_be_cut(call: Call, tokens_in: int) -> bool:
+    """Whether the prompt fills its context: Ollama drops the front of what is longer, unsaid."""
+    if not tokens_in or call.ticket.backend is None or EMBEDDINGS in call.endpoint.routes:
+        return False
+    context = call.context or call.ticket.backend.contexts.loaded.get(call.ticket.model, 0)
+    return 0 < context <= tokens_in + 1
 
 
 def order_record(
@@ -6734,6 +6879,9 @@ def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     return None
 
 
+LEAST_CONTEXT = 4096  # that an Ollama gives a model by itself
+
+
 class Admission:
     """Reads requests and gives them tickets."""
 
@@ -6751,22 +6899,18 @@ class Admission:
         assert request is not None  # it is new
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
-        header = request.headers.get("x-queue-priority")
-        values: Mapping[str, Any] = {}
-        if call.endpoint.path == TRANSCRIPTIONS:
-            question: Question = read_form(body, request.headers.get("content-type", ""), header)
-        elif call.blind:
-            question = call.question  # which was read to find that out
-        else:
-            read = functools.partial(
-                read_question, body, call.endpoint, header, foreign=caller.foreign
-            )
-            question, values = await beside(read, heavy=is_heavy(body))
-        call.question = question
-        call.model = model = await self.resolve_model(question.model)
-        if question.context:
-            context = await self.clamp_context(model, question.context)
-            call.question = question._replace(context=context)
+        values = await self.read(call, request, body)
+        call.model = await self.resolve_model(call.question.model)
+        policy = self.fleet.policy(model_key(call.model))
+        if values and call.question.done_reason != "unload":
+            call.policy = policy
+        context = call.question.context
+        if policy.num_ctx == "fit" and call.endpoint.limits and not caller.foreign:
+            look = functools.partial(fitting, values, call.endpoint)
+            context = max(context, await beside(look, heavy=is_heavy(body)))
+        if context:
+            context = await self.clamp_context(call.model, context)
+            call.question = call.question._replace(context=context)
         client, want = self.clients.named(caller.client), self.want_of(call)
         client.address = caller.address
         priority = self.class_of(call, client, request.headers)
@@ -6777,12 +6921,24 @@ class Admission:
         size = len(body) + sum(map(len, call.more.values()))
         call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
         call.ticket.session = read_session(request.headers, values)
-        if not (question.done_reason or call.blind):
+        if not (call.question.done_reason or call.blind):
             await self.check_supported(call, values)
         if self.clients.is_blocked(caller):  # since it came
             raise LlmqError(BLOCKED, "forbidden")
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    async def read(self, call: Call, request: Request, body: bytes) -> Mapping[str, Any]:
+        """The call's question; and the members of its body, as far as it has such."""
+        header = request.headers.get("x-queue-priority")
+        values: Mapping[str, Any] = {}
+        if call.endpoint.path == TRANSCRIPTIONS:
+            call.question = read_form(body, request.headers.get("content-type", ""), header)
+        elif not call.blind:  # else it was read to find that out
+            foreign = call.caller.foreign
+            read = functools.partial(read_question, body, call.endpoint, header, foreign=foreign)
+            call.question, values = await beside(read, heavy=is_heavy(body))
+        return values
 
     def want_of(self, call: Call) -> Want:
         """What it waits for: at a backend that it names, or wherever its model is."""
@@ -6852,7 +7008,7 @@ class Admission:
 
     async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
-        want = call.ticket.want
+        want, question = call.ticket.want, call.question
         able = self.fleet.serving(want)
         if not able and self.fleet.serving(Want(want.model)):
             raise Untranslatable(self.fleet.why_unsupported(want))
@@ -6861,13 +7017,24 @@ class Admission:
             route = call.route_at(backend)
             if route is None or route == want.routes[0]:
                 return
+            wanted = question.context or question.keep_alive or backend.num_ctx(want.model)
+            if not wanted and backend.supports(want.routes[0], want.model):
+                return  # it need not be translated: only the model's settings have it so
             routes.add(route)
-        if call.question.skipped:
+        if question.skipped:
             raise Untranslatable(TOO_MANY)
         for route in routes:  # it has to be translated, wherever it goes
             translator = TRANSLATORS[want.routes[0], route]
             write = translator(dict(values), call.model, 0, time.time).body
-            await beside(write, heavy=call.question.long)
+            await beside(write, heavy=question.long)
+
+
+def fitting(values: Mapping[str, Any], endpoint: Endpoint) -> int:
+    """The power of two that holds the prompt as estimated and the answer asked for; 0: any does."""
+    asked = (values.get("options") or {}) if endpoint.options else values
+    answer = max(whole_number(asked.get(name)) or 0 for name in endpoint.limits)
+    tokens = estimate_tokens(values) * 4 // 3 + answer  # by a third more: code and Chinese need it
+    return 1 << (tokens - 1).bit_length() if tokens > LEAST_CONTEXT else 0
 
 
 def model_not_found(asked: str) -> LlmqError:
@@ -6904,6 +7071,7 @@ class Gateway:
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
         self.changes = 0  # counts up with everything that a snapshot shows
+        self.errands: dict[Names, asyncio.Future[None]] = {}  # by action, backend and model key
         self.draining = False
         self.config_error: str | None = None  # what the last reload complained about
         self._forecast: Forecast = {}
@@ -6915,7 +7083,8 @@ class Gateway:
         """The life of one request: read it, wait, ask, answer; again where that is allowed."""
         done = False
         try:
-            await self.admission.admit(call)
+            if not call.admitted:
+                await self.admission.admit(call)
             if call.question.done_reason and await self.answer_load(call):
                 done = True
                 return
@@ -6942,6 +7111,8 @@ class Gateway:
         reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
         natives = [backend for backend in serving if backend.traits.native]
         able = [backend for backend in natives if backend.usable]
+        if call.ticket.backend is not None:  # it is an errand there
+            serving = natives = able = [call.ticket.backend]
         if not serving or (natives and (reason == "load" or not able)):
             return False
         named = call.question.model or call.model
@@ -6951,7 +7122,8 @@ class Gateway:
         for backend in able:
             limit, lines = backend.limits.first_byte_timeout, self.admission.via_lines
             body = call.question.body_for(backend.name_for(call.model))
-            facts = await self.monitor.ask(limit, backend, call.route, body, lines, call.reply)
+            path = call.endpoint.path
+            facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
             self.monitor.probe_now(backend)
         call.reply.respond(200, render_json({**facts, "model": named}))
         return True
@@ -7017,7 +7189,9 @@ class Gateway:
             self.scheduler.retry(ticket, now, counted=not isinstance(failure, Untranslatable))
             self.metrics.add("llmq_retries_total", backend.name)
         else:
-            if failure is None:
+            if call.route == ERRAND.path:
+                self.monitor.probe_now(backend)
+            elif failure is None:
                 device = backend.device.name
                 took = now - ticket.started
                 self.scheduler.note_service(ticket.model, took, device, ticket.kind)
@@ -7214,15 +7388,6 @@ class Gateway:
         call.rule = ""
         self.pump()
 
-    def reset_context(self, model: str) -> int:
-        """Forget the context that the requests for a model share; the backends it has been at."""
-        if self.fleet.knows(model) is False:
-            raise model_not_found(model)
-        serving = self.fleet.serving(Want(model_key(model)))
-        for backend in serving:
-            backend.contexts.reset(model_key(model))
-        return len(serving)
-
     def drain(self) -> None:
         """Let nothing new in; what waits is told, what runs may finish."""
         self.draining = True
@@ -7339,6 +7504,103 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
         if not able:
             raise model_not_found(model)
     return able[0]
+
+
+def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any) -> list[Errand]:
+    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded.
+
+    `named`, if not "any", is the name or url of the only backend meant.
+    """
+    able = [one for one in fleet.backends.values() if named in (None, "any", one.name, one.url)]
+    if not able:
+        raise LlmqError(f"there is no backend {printable(str(named))}", "not_found")
+    key = model_key(model)
+    able = [one for one in able if model == "*" or one.has(key)]
+    if not able:
+        raise model_not_found(model)
+    able = [one for one in able if one.traits.errands]
+    if not able:
+        raise Untranslatable("no backend that has it loads and unloads models on request")
+    if action == "load":
+        best = min(able, key=lambda one: (not one.usable, one.is_loaded(key)))
+        return [Errand(action, best, best.name_for(model), *how)]
+    loaded = [(one, name) for one in able if one.report for name in one.report.loaded]
+    return [Errand(action, *one) for one in loaded if model == "*" or model_key(one[1]) == key]
+
+
+def run_errand(
+    gateway: Gateway, errand: Errand, caller: Caller, ident: str, priority: Priority
+) -> asyncio.Future[None]:
+    """Have a model loaded by a ticket like any other, or unloaded beside the queue.
+
+    Raises `conflict` where the same is under way, Untranslatable where the kind cannot.
+    """
+    action, backend, model, context, keep_alive = errand
+    kind, same = backend.traits, (action, backend.name, key := model_key(model))
+    again = action == "load" and not kind.native and backend.is_loaded(key)  # it would be a second
+    if again or same in gateway.errands:
+        raise LlmqError(f"{backend.name} was told to {action} {model} already", "conflict")
+    path, facts = errand.request(gateway.fleet.policy(key).keep_alive)
+    if not kind.native and (keep_alive or (context and not kind.errands[2])):
+        raise Untranslatable(f"{backend.name} takes no such keep_alive or num_ctx")
+    found = read_object(render_json(chosen(facts)).decode())
+    body, edits = found.text.encode(), find_edits(found, REPLACED)
+    endpoint = ENDPOINTS.get(path) or Endpoint((path,), OPENAI, lambda _: None)
+    call = Call(Nobody(), endpoint, ERRAND, caller, (ident, ident))
+    asked = Question(model, False, priority, body, edits, context, kind.native)
+    call.question, call.model, call.request = asked._replace(done_reason=action), model, None
+    call.lines = gateway.admission.via_lines + b"Content-Type: application/json\r\n"
+    client, want = gateway.clients.named(caller.client), Want(key, (path,), backend=backend.name)
+    call.ticket = Ticket(ident, client, want, priority, len(body))
+    call.ticket.backend = backend
+    task = gateway.errands[same] = asyncio.ensure_future(gateway.serve(call))
+    task.add_done_callback(lambda _: gateway.errands.pop(same))
+    return task
+
+
+def reset_context(fleet: Fleet, model: str) -> int:
+    """Forget the context that the requests for a model share; the backends it has been at."""
+    if fleet.knows(model) is False:
+        raise model_not_found(model)
+    serving = fleet.serving(Want(model_key(model)))
+    for backend in serving:
+        backend.contexts.reset(model_key(model))
+    return len(serving)
+
+
+async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: str) -> Facts:
+    """Send the errands that somebody orders; what was ordered where."""
+    action, model, named = map(values.get, ("action", "model", "backend"))
+    if action not in ("load", "unload") or not isinstance(model, str):
+        raise BadRequest('action is "load", "unload" or "reset_context", model a name')
+    told = values.get("keep_alive")
+    keep_alive = "" if told is None else str(told)
+    if not re.fullmatch(KEEP_ALIVE, keep_alive):
+        raise BadRequest("keep_alive is seconds, or a time like 5m", param="keep_alive")
+    context = parse_context(values.get("num_ctx"), "num_ctx")
+    if model != "*" or action == "load":
+        model = await gateway.admission.resolve_model(model)
+        context = context and await gateway.admission.clamp_context(model, context)
+    errands = pick_errands(gateway.fleet, action, model, named, context, keep_alive)
+    for number, errand in enumerate(errands):
+        own = ident + f".{number}" * (number > 0)
+        run_errand(gateway, errand, caller, own, Priority.HIGH)
+    names = ", ".join(dict.fromkeys(errand.backend.name for errand in errands))
+    return {"action": action, "model": model, "backend": names}
+
+
+async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str) -> None:
+    """Unload all that a device has loaded; what could not be is among the ended requests."""
+    backends = [one for one in gateway.fleet.backends.values() if one.device.name == device]
+    able = [one for one in backends if one.traits.errands and one.usable]
+    fleet = gateway.fleet
+    errands = [each for one in able for each in pick_errands(fleet, "unload", "*", one.name)]
+    tasks = []
+    for number, errand in enumerate(errands):
+        with contextlib.suppress(LlmqError):  # somebody else has ordered it
+            own = f"{ident}.{number}"
+            tasks.append(run_errand(gateway, errand, caller, own, Priority.HIGH))
+    await asyncio.gather(*tasks)
 
 
 def read_name(values: Mapping[str, Any], member: str = "model") -> str:
@@ -7584,6 +7846,7 @@ class Changes:
 REAP_SECONDS = 0.25
 DISCOVERY_SECONDS = 60.0
 MEMORY_SECONDS = 1.0
+PRELOAD_SECONDS = 0.5
 CROWD = 500  # calls at once, after which their memory is worth giving back
 
 
@@ -7605,6 +7868,31 @@ async def dispatch_on_news(gateway: Gateway) -> None:
     await news.wait()
     news.clear()
     gateway.pump()
+
+
+class Preloader:
+    """Has models loaded that are to be from the start: once a backend is up, or a reload is."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.rows: Mapping[str, ModelSettings] = {}
+        self.seen: set[tuple[Backend, str]] = set()  # with a model that it was seen to need, or not
+
+    def step(self) -> None:
+        """Order what is not loaded, or with less context than it is to have, where all is idle."""
+        scheduler, rows = self.gateway.scheduler, self.gateway.settings.models
+        up = [one for one in self.gateway.fleet.backends.values() if one.usable]
+        self.seen = {one for one in self.seen if one[0] in up and rows is self.rows}
+        self.rows = rows
+        keys = [model_key(name) for name in rows if rows[name].preload and "*" not in name]
+        for backend, key in [(one, key) for one in up for key in keys if key in one.models]:
+            idle = not (backend.device.busy or scheduler.waiting)
+            if idle and backend.traits.errands and (backend, key) not in self.seen:
+                self.seen.add((backend, key))
+                known = backend.contexts.loaded.get(key, NEVER)
+                if not backend.is_loaded(key) or known < backend.num_ctx(key):
+                    errand = Errand("load", backend, backend.models[key][0])
+                    run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
@@ -8276,12 +8564,13 @@ class Api:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
-    async def post_model(self, exchange: Exchange, _: str) -> Facts:
+    async def post_model(self, exchange: Exchange, _: str) -> Facts | None:
         values = await read_control(exchange)
-        model = values.get("model")
-        if values.get("action") != "reset_context" or not isinstance(model, str):
-            raise BadRequest('say {"action":"reset_context","model":NAME}', param="action")
-        return {"reset": self.gateway.reset_context(model)}
+        if values.get("action") == "reset_context":
+            return {"reset": reset_context(self.gateway.fleet, read_name(values))}
+        told = await order_models(self.gateway, values, exchange.caller, exchange.id)
+        exchange.respond(202, render_json({"id": exchange.id, **told}))
+        return None
 
     async def post_lease(self, exchange: Exchange, _: str) -> Facts:
         """A whole device for a while, answered when its turn has come."""
@@ -8298,6 +8587,9 @@ class Api:
         call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
         call.request = None
         await gateway.lease(call, seconds)
+        if values.get("unload"):
+            await empty_device(gateway, device, exchange.caller, call.id)
+            gateway.renew(call, seconds)
         if exchange.gone:
             gateway.end_lease(call)
         return {"id": call.id, "device": device, "expires_s": seconds}
@@ -8507,7 +8799,8 @@ ROUTES = (
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
     owned("POST /llmq/models",
-          '`{"action":"reset_context","model":NAME}`: forget its shared context', Api.post_model),
+          '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
+          Api.post_model),
     local("POST /llmq/backends",
           '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
           post_backends),
@@ -8667,6 +8960,7 @@ KEY_HELP = """
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
+MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
@@ -9156,6 +9450,7 @@ class Service:
             (DISCOVERY_SECONDS, self.look_around),
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (WATCH_SECONDS, self.watch),
+            (PRELOAD_SECONDS, Preloader(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
@@ -9387,9 +9682,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--unload", **switch, help="unload the device's models first")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
-    for asking in (status, mode, top, run):
+    models = commands.add_parser("models", help="show the models, load or unload one")
+    models.add_argument("action", nargs="?", choices=("load", "unload"))
+    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
+    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
+    for asking in (status, mode, top, run, models):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
-    for showing in (status, top):
+    for showing in (status, top, models):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
@@ -9582,6 +9881,26 @@ def cmd_mode(options: argparse.Namespace) -> None:
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
+def cmd_models(options: argparse.Namespace) -> None:
+    url = llmq_url(options.url)
+    if options.action:
+        change = {"action": options.action, "model": options.name, "backend": options.on}
+        answer = ask_llmq(url, ("POST", "/llmq/models", change))
+        where = answer.get("backend") or "no backend has it loaded"
+        say(printable(f"{options.action} {answer.get('model')}: {where}"))
+        return
+    backends = understood(ask_llmq(url, STATUS), url)["backends"]
+    pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
+    rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
+    if options.json:
+        titles = ("model", "backend", "loaded", "context")
+        say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
+        return
+    shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
+    for _, text in table(MODELS, [("", row) for row in shown], 140, "none")[1:]:
+        say(printable(text.strip(), 1000))
+
+
 def cmd_top(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
@@ -9676,6 +9995,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "top": cmd_top,
     "mode": cmd_mode,
     "run": cmd_run,
+    "models": cmd_models,
     "config": cmd_config,
 }
 

@@ -101,7 +101,11 @@ def test_odd_arguments_end_with_2_and_the_usage(
     ("arguments", "listed", "cure"),
     [
         (("statsu",), "status", "unknown command statsu; did you mean status?"),
-        (("dance",), "config", "unknown command dance; known: config, mode, serve, status, top"),
+        (
+            ("dance",),
+            "config",
+            "unknown command dance; known: config, mode, models, serve, status, top",
+        ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
         (("top", "--intervl=3"), "--once", "unknown flag --intervl; did you mean --interval?"),

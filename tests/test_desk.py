@@ -26,7 +26,7 @@ SNAPSHOT = {
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
     "max_concurrent max_waiting",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
-    "status outcome error tokens_in tokens_per_s",
+    "status outcome error tokens_in tokens_per_s cut",
 }
 
 

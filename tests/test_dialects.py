@@ -1098,7 +1098,9 @@ def said(text):
         ({"messages": []}, 1),
         ({"messages": [{"content": "x" * 400}]}, 100),
         ({"messages": [{"content": [{"type": "text", "text": "x" * 396}]}]}, 100),
-        ({"messages": [{"content": "日" * 400}]}, 100),
+        ({"messages": [{"content": "日" * 400}]}, 300),
+        ({"messages": [{"content": "\ud800" * 400}]}, 100),
+        ({"prompt": "x" * 396, "suffix": "x" * 4, "images": ["x" * 4000]}, 100),
         ({"system": "x" * 400}, 100),
         ({"system": [{"text": "x" * 400}]}, 100),
         ({"tools": [{"input_schema": {"a": {"b": [["x" * 400]]}}}]}, 100),
@@ -1108,7 +1110,7 @@ def said(text):
         ({"metadata": {"user_id": "x" * 400}, "model": "x" * 400}, 1),
     ],
 )
-def test_estimate_is_a_quarter_of_the_characters_of_all_that_is_text(values, tokens):
+def test_estimate_is_a_quarter_of_the_bytes_of_all_that_is_text(values, tokens):
     assert estimate_tokens(values) == tokens
 
 

@@ -244,6 +244,7 @@ async def test_served_request_has_one_line_with_all_facts(
             "tokens": 3,
             "status": 200,
             "outcome": "done",
+            "cut": False,
             "error": None,
         }
         text = str(line)

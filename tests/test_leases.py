@@ -242,3 +242,20 @@ def test_run_without_llmq_runs_nothing() -> None:
         assert p.stop(0) == 1
         assert "no llmq answers" in p.output
         assert "ran" not in p.output
+
+
+async def test_unload_frees_the_device_before_the_lease_is_granted() -> None:
+    async with FakeBackend(["m", "n"], "ollama", auto=False) as fake, running(**on_gpu(fake)) as q:
+        fake.loaded = ["m", "n"]
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.loaded == {"m", "n"})
+        waits = await wish(q, unload=True)
+        asked = [await fake.arrived(), await fake.arrived()]
+        assert sorted(one.json["model"] for one in asked) == ["m", "n"]
+        assert {one.json["keep_alive"] for one in asked} == {0}
+        for request in asked:
+            await request.status(200, {"done": True, "done_reason": "unload"})
+        granted = (await waits.response()).json()
+        assert granted["device"] == "gpu"
+        await end(q, granted["id"])
+        waits.close()

@@ -569,6 +569,18 @@ EFFECTS = {
     "::test_failures_to_open_are_those_in_a_row_after_which_it_is_down",
     "backends.reset_after": "test_fleet.py"
     "::test_reset_after_is_the_longest_until_a_backend_that_is_down_is_tried_again",
+    "models.keep_alive": "test_models.py"
+    "::test_keep_alive_is_what_ollama_is_told_where_the_request_says_none",
+    "models.keep_alive_force": "test_models.py"
+    "::test_keep_alive_that_is_forced_holds_over_the_requests_and_lets_it_be_unloaded",
+    "models.num_ctx": "test_models.py"
+    "::test_num_ctx_of_a_model_is_what_it_starts_with_instead_of_the_usual",
+    "models.preload": "test_models.py"
+    "::test_preload_loads_at_the_start_and_after_a_return_with_its_own_context",
+    "models.set": "test_models.py::test_set_and_strip_reach_the_runner",
+    "models.strip": "test_models.py::test_set_and_strip_reach_the_runner",
+    "models.max_output": "test_models.py::test_max_output_holds_in_each_dialect_and_translated",
+    "models.overflow": "test_models.py::test_overflow_refused_is_an_error_in_the_callers_dialect",
     "aliases": "test_reads.py::test_alias_leads_to_its_model_in_every_dialect",
 }
 
