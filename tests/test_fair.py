@@ -108,6 +108,16 @@ def test_boosted_client_of_two_has_half_and_no_more() -> None:
     assert 24 <= who(sim)[:50].count("b") <= 26
 
 
+def test_urgent_request_goes_before_five_hundred_that_wait() -> None:
+    """gpu-broker put it behind 450 of them."""
+    sim = one_slot(aging=0.0)
+    sim.plan([Job(f"c{number % 50}") for number in range(500)])
+    sim.run(10.5)
+    urgent = sim.arrive(Job("v", priority=HIGH))
+    sim.run(12.0)
+    assert urgent.started == pytest.approx(11.0)
+
+
 def test_boost_does_not_reach_over_classes() -> None:
     sim = one_slot(clients={"b": ClientSettings(boost=True)})
     sim.plan([Job("b", priority=LOW) for _ in range(3)] + [Job("x") for _ in range(3)])
