@@ -534,13 +534,29 @@ EFFECTS = {
     "::test_a_backend_may_have_fewer_slots_than_its_device",
     "backends.kind": "test_background.py::test_kind_that_is_set_is_not_asked_for",
     "backends.key": "test_upstream_faults.py::test_the_key_of_a_backend_comes_from_the_settings",
+    "queue.max_depth_high": "test_fair.py::test_each_class_has_its_own_depth",
+    "queue.max_depth_normal": "test_fair.py::test_each_class_has_its_own_depth",
+    "queue.max_depth_low": "test_fair.py::test_each_class_has_its_own_depth",
+    "queue.overflow_status": "test_fair.py::test_each_class_has_its_own_depth",
+    "queue.aging": "test_fair.py"
+    "::test_overdue_request_starts_within_eight_starts_and_keeps_its_class",
+    "queue.affinity": "test_fair.py::test_affinity_lets_the_loaded_model_go_first_for_so_long",
+    "devices.reserve_high": "test_fair.py::test_reserved_slots_are_for_class_high",
+    "backends.weight": "test_fair.py::test_equal_backends_share_by_their_weights",
+    "clients.weight": "test_fair.py::test_weight_two_is_two_starts_of_three",
+    "clients.boost": "test_fair.py::test_boosted_client_has_every_second_start_of_its_class",
+    "clients.max_concurrent": "test_fair.py::test_client_at_its_max_concurrent_holds_up_nobody",
+    "clients.max_waiting": "test_fair.py::test_client_may_have_max_waiting_and_no_more",
+    "models.max_concurrent": "test_fair.py::test_model_at_its_max_concurrent_holds_up_nobody",
+    "models.exclusive": "test_fair.py"
+    "::test_exclusive_model_runs_alone_on_its_device_and_gets_its_turn",
+    "models.backends": "test_fair.py::test_model_goes_only_to_the_backends_that_are_named_for_it",
     "backends.headers": "test_fleet.py"
     "::test_headers_of_a_backend_are_on_every_request_in_place_of_others",
     "backends.relay_headers": "test_fleet.py"
     "::test_relay_headers_pass_on_what_is_named_but_never_a_key",
     "backends.models": "test_fleet.py"
     "::test_models_that_are_listed_are_not_asked_for_and_any_answer_is_health",
-    "backends.weight": "test_fleet.py::test_weight_of_a_backend_is_kept_and_follows_a_reload",
     "backends.probe_interval": "test_fleet.py"
     "::test_probe_timeout_and_interval_of_a_backend_are_its_own",
     "backends.probe_timeout": "test_fleet.py"
