@@ -1261,11 +1261,17 @@ class Client:
         self.credits[priority] = min(0.0, owed)
         self.tags[priority] += max(0.0, owed)
 
-    def correct(self, priority: Priority, charged: float, seconds: float) -> None:
-        """It was charged so much and has been served so much; a tag never falls."""
+    def correct(self, priority: Priority, charged: float, seconds: float) -> float:
+        """It was charged so much and has been served so much: where that has brought it.
+
+        A tag never falls; what it is ahead is a credit.
+        """
         owed = (seconds - charged) / self.settings.weight
-        self.credits[priority] += min(0.0, owed)
-        self.tags[priority] += max(0.0, owed)
+        if owed < 0:
+            self.credits[priority] += owed
+        else:
+            self.tags[priority] += owed
+        return self.tags[priority] + self.credits[priority]
 
 
 class Clients:
@@ -1525,12 +1531,13 @@ class Backend:
         self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
         self.passed.clear()
 
-    def loaded_now(self, key: str) -> bool:
+    def loaded_now(self, key: str, now: float) -> bool:
         """The first byte of an answer has come; True if it was to load its model, and has."""
-        if self.loading.pop(key, None) is None:
+        loader = self.loading.pop(key, None)
+        if loader is None:
             return False
-        self.load_seconds.add(self.last_received - self.switched)
-        self.changed = self.next_probe = self.last_received  # another may have gone for it
+        self.load_seconds.add(now - loader.started)
+        self.changed = self.next_probe = now  # another may have gone for it
         return True
 
     def ends(self, ticket: Ticket) -> None:
@@ -2189,6 +2196,7 @@ class Scheduler:
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
         self._backlogs: dict[Priority, dict[Client, int]] = {one: {} for one in Priority}
         self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
+        self._ended = dict.fromkeys(Priority, 0.0)  # the furthest that an end has brought anybody
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
@@ -2501,19 +2509,20 @@ class Scheduler:
         client, priority = ticket.client, ticket.priority
         devices = self._devices(ticket.want)
         idle = [device for device in devices if not device.busy]
-        if idle and (self.running or self.waiting):  # nobody moves its time: it is at the others'
-            behind = self._least_tag(priority, client)
+        if idle:  # nobody moves its time: it is where the others are, or where the last one ended
+            behind = self._least_tag(priority, client) if self.running or self.waiting else None
+            behind = self._ended[priority] if behind is None else behind
             for device in idle:
                 device.virtual[priority] = max(device.virtual[priority], behind)
         reached = min([device.virtual[priority] for device in devices], default=0.0)
         client.tags[priority] = tag = max(client.tags[priority], reached)
         client.credits[priority] = max(client.credits[priority], reached - tag)
 
-    def _least_tag(self, priority: Priority, but: Client) -> float:
-        """The least tag of the others that wait or run in a class; 0 where there are none."""
+    def _least_tag(self, priority: Priority, but: Client) -> float | None:
+        """The least tag of the others that wait or run in a class."""
         active = {one.client for one in self.running.values() if one.priority is priority}
         active.update(self._backlogs[priority])
-        return min((one.tags[priority] for one in active if one is not but), default=0.0)
+        return min((one.tags[priority] for one in active if one is not but), default=None)
 
     def _enter(self, ticket: Ticket) -> None:
         client, priority, want = ticket.client, ticket.priority, ticket.want
@@ -2566,7 +2575,8 @@ class Scheduler:
         assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
-        client.correct(ticket.priority, ticket.charged, seconds)
+        served = client.correct(ticket.priority, ticket.charged, seconds)
+        self._ended[ticket.priority] = max(self._ended[ticket.priority], served)
         client.service.add(seconds)
         client.served += seconds
         if client.at_cap:  # until now
@@ -2623,90 +2633,126 @@ Forecast = dict[str, Expected]  # by ticket id
 MODEL_LOADS, IS_NEXT = "model is loading", "next"
 
 
+FORESEEN = 500  # starts that are foreseen as they are picked; what comes later just adds up
+
+
 class Timetable:
-    """When the slots of a device are free: of those that nobody can tell nothing is said."""
+    """When the slots of a device are free: of those that nobody can tell of it knows nothing."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.model = ""  # the last that starts there
-        self.free: list[float] = []  # a heap of seconds from now, one of each slot
+        self.free = [0.0] * max(0, device.slots - device.busy)  # a heap of seconds from now
+        self.loaded: frozenset[str] | None = None  # model keys; None: as it is now
+        self.passed: float | None = None  # when somebody was first passed over for them
 
-    def take(self, key: str, backend: Backend, took: float | None) -> float | None:
-        """When a request can start there that runs so long; it has the slot from then on."""
-        if not self.free:
-            return None
-        eta = self.free[0]
-        loads = backend.must_load(key) if not self.model else key != self.model
-        self.model = key
+    def take(self, line: Alike) -> float:
+        """When the next of this line starts here; from then on it has the slot."""
+        backend, took = line.backends[self], line.took[self]
+        eta, load = self.free[0], 0.0
+        if self.must_load(line):
+            load, self.passed = backend.load_seconds.value or 0.0, None
+            self.loaded = frozenset((line.key,))
         if took is None:
             heapq.heappop(self.free)
         else:
-            load = (
-                (backend.load_seconds.value or 0.0) if loads and backend.traits.on_demand else 0.0
-            )
             heapq.heapreplace(self.free, eta + load + took)
         return eta
+
+    def must_load(self, line: Alike) -> bool:
+        backend = line.backends[self]
+        if self.loaded is None:
+            return backend.must_load(line.key)
+        return line.key not in self.loaded and backend.traits.on_demand
+
+    def pick(self, lines: Sequence[Alike], scheduler: Scheduler) -> Alike:
+        """Whose turn it is here: the first by share, but for a while what is loaded."""
+        first = min(lines, key=lambda line: line.tickets[0])
+        ready = [line for line in lines if not self.must_load(line)]
+        if not ready or first in ready:
+            return first
+        self.passed = self.free[0] if self.passed is None else self.passed
+        late = self.free[0] - self.passed >= scheduler.affinity(first.backends[self])
+        return first if late else min(ready, key=lambda line: line.tickets[0])
+
+
+class Alike:
+    """Tickets of one class that want the same and take alike, in the order of their shares."""
+
+    def __init__(
+        self, scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timetable]
+    ) -> None:
+        able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
+        self.key = ticket.model
+        self.held = why_held(scheduler, ticket, able)
+        self.reason = self.held or why_busy(scheduler, ticket, able)
+        self.backends = {tables[one.device]: one for one in able if one.device in tables}
+        self.took = {
+            table: scheduler.service_of(self.key, table.device.name, ticket.kind)
+            for table in self.backends
+        }
+        self.tickets: deque[tuple[int, str]] = deque()  # (position, id)
 
 
 def timetables(scheduler: Scheduler, now: float) -> dict[Device, Timetable]:
     """What runs, and for how long still as far as that is known; what overruns may run for ever."""
     tables = {device: Timetable(device) for device in scheduler.fleet.devices.values()}
-    for device, table in tables.items():
-        table.free = [0.0] * max(0, device.slots - device.busy)
     for ticket in scheduler.running.values():
         if ticket.backend is not None and ticket.took and ticket.backend.device in tables:
-            device = ticket.backend.device
+            device, passed = ticket.backend.device, now - ticket.started
             took = scheduler.service_of(ticket.model, device.name, ticket.kind)
-            if took is not None and took >= now - ticket.started:
-                tables[device].free.append(took - (now - ticket.started))
-    for table in tables.values():
-        heapq.heapify(table.free)
+            if took is not None and took >= passed:
+                heapq.heappush(tables[device].free, took - passed)
     return tables
 
 
 def forecast(scheduler: Scheduler, now: float) -> Forecast:
     """What every waiting ticket can expect, in one pass.
 
-    The order is that of the shares.  The time is when a slot of its device is free, by the averages
-    of what has it before; None when that is not known: it is held back, or behind what was never
-    measured or takes longer than it mostly does.
+    The time is when a slot will be free for it, by the averages of what goes before it; None when
+    that is not known: it is held back, or behind what was never measured or takes longer than it
+    mostly does.
     """
     tables = timetables(scheduler, now)
-    alike: dict[tuple[Any, ...], Outlook] = {}  # what many share is found once
-    result: Forecast = {}
+    lines: dict[Priority, dict[Any, Alike]] = {priority: {} for priority in Priority}
+    shown: list[tuple[Ticket, str]] = []
     for position, ticket in enumerate(scheduler.in_order(), 1):
-        kind = (ticket.want, ticket.priority, ticket.kind)
-        outlook = alike.get(kind)
-        if outlook is None:
-            outlook = alike[kind] = look_out(scheduler, ticket, tables)
-        held, reason, eta = outlook.held, outlook.reason, None
-        if outlook.table is not None and outlook.backend is not None:
-            eta = outlook.table.take(ticket.want.model, outlook.backend, outlook.took)
+        kinds, kind = lines[ticket.priority], (ticket.want, ticket.kind)
+        line = kinds.get(kind)
+        if line is None:
+            line = kinds[kind] = Alike(scheduler, ticket, tables)
+        held, reason = line.held, line.reason
         if not held and ticket.client.at_cap:
-            held, reason = True, f"{ticket.client.name} has as many running as it may"
-        result[ticket.id] = Expected(position, None if held else eta, reason)
-    return result
+            held = reason = f"{ticket.client.name} has as many running as it may"
+        if not held:
+            line.tickets.append((position, ticket.id))
+        shown.append((ticket, reason))
+    etas: dict[str, float] = {}
+    for kinds in lines.values():
+        foresee(scheduler, list(kinds.values()), tables.values(), etas)
+    return {
+        ticket.id: Expected(position, etas.get(ticket.id), reason)
+        for position, (ticket, reason) in enumerate(shown, 1)
+    }
 
 
-class Outlook(NamedTuple):
-    """What tickets share that want the same, in one class, and take alike."""
-
-    backend: Backend | None  # where they may go first
-    table: Timetable | None  # of its device
-    took: float | None  # seconds that each takes there
-    held: bool  # for a time that nobody knows
-    reason: str
-
-
-def look_out(scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timetable]) -> Outlook:
-    able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
-    held = why_held(scheduler, ticket, able)
-    reason = held or why_busy(scheduler, ticket, able)
-    if not able:
-        return Outlook(None, None, None, held is not None, reason)
-    device = able[0].device
-    took = scheduler.service_of(ticket.model, device.name, ticket.kind)
-    return Outlook(able[0], tables.get(device), took, held is not None, reason)
+def foresee(
+    scheduler: Scheduler,
+    lines: Sequence[Alike],
+    tables: Iterable[Timetable],
+    etas: dict[str, float],
+) -> None:
+    """When each of one class starts: on the device that is free first, as the scheduler picks."""
+    known = [(table.free[0], place, table) for place, table in enumerate(tables) if table.free]
+    heapq.heapify(known)
+    while known:
+        _, place, table = heapq.heappop(known)
+        here = [line for line in lines if line.tickets and table in line.backends]
+        if here:
+            line = here[0] if len(etas) >= FORESEEN else table.pick(here, scheduler)
+            _, ident = line.tickets.popleft()
+            etas[ident] = table.take(line)
+            if table.free:
+                heapq.heappush(known, (table.free[0], place, table))
 
 
 def why_held(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> str | None:
@@ -6640,7 +6686,7 @@ class Call:
         now = backend.last_received = time.monotonic()
         if not self.first_byte:
             self.first_byte = now
-            if backend.loaded_now(self.ticket.model) and self.on_load is not None:
+            if backend.loaded_now(self.ticket.model, now) and self.on_load is not None:
                 self.on_load()
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER

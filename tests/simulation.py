@@ -243,8 +243,7 @@ class Simulation:
             self.after(ready - self.now + job.seconds, self._finish, visit, backend)
 
     def _first_byte(self, backend: Backend, key: str) -> None:
-        backend.last_received = self.now
-        if backend.loaded_now(key):
+        if backend.loaded_now(key, self.now):
             self.after(0.01, self.told, backend.name)
 
     def _finish(self, visit: Visit, backend: Backend) -> None:
