@@ -75,9 +75,9 @@ def test_every_flag_that_is_named_exists():
 
 def flags_of_commands() -> set[str]:
     """Those that no setting is behind."""
-    commands = llmq.build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    parsers = [llmq.build_parser(), *commands.values()]  # type: ignore[union-attr,call-overload]
-    texts = [parser.format_help() for parser in parsers]
+    command = llmq.build_parser().parse_args
+    parsers = [llmq.build_parser(), *(command([name]).parser for name in ("serve", "top", "run"))]
+    texts = [parser.format_help() for parser in [*parsers, command(["models"]).parser]]
     return {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
 
 
@@ -142,7 +142,6 @@ def test_example_file_is_the_same_in_both_forms() -> None:
 def test_example_file_shows_every_table_with_rows_and_explains_each_line() -> None:
     shown = as_json(example())
     assert set(llmq.OWN_TABLES) <= set(shown)
-    assert {row.get("kind", "") for row in shown["backends"].values()} == {""}, "they are asked"
     assert len(shown["backends"]) == 3
     lines = [line for line in example().splitlines() if " = " in line and "#" not in line]
     plain = ("url = ", 'class = "', 'device = "', "slots = ")  # said once, or by their own name
@@ -151,7 +150,7 @@ def test_example_file_shows_every_table_with_rows_and_explains_each_line() -> No
 
 # ---- The way from ollamaMQ -------------------------------------------------------------------
 
-FOREIGN = {"model", "action", "backend", "any", "q", "log"}  # neither a setting nor a key of a row
+OTHERS = set("false class action model backend load unload models llmq top q true".split())  # noqa: SIM905
 
 
 def migration() -> list[tuple[str, str]]:
@@ -169,7 +168,7 @@ THEIRS = """
     models name identifier max_ctx keep_alive max_concurrent_requests blocked_items.json
     j k Tab h l a L U r p b x X u ? q Esc
     X-User-ID X-API-Key Authorization /admin/models /admin/models/load /unload /health
-""".split()
+""".split()  # noqa: SIM905 - a list of 60 words is no easier to read
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -199,8 +198,8 @@ def test_what_the_table_names_of_llmq_exists() -> None:
         elif word.startswith("/"):
             paths = {re.sub(r"\{.*", "NAME", route.path) for route in llmq.ROUTES}
             assert word in paths, word
-        elif re.fullmatch(r"[a-z]+_[a-z_]+", word):
-            assert word in keys, word
+        elif re.fullmatch(r"[a-z_]+", word):
+            assert word in keys | OTHERS, word
     commands = {one.split()[1] for one in told if one.startswith("llmq ")}
     assert commands <= set(llmq.COMMANDS)
 
