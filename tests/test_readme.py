@@ -99,7 +99,7 @@ def as_json(toml: str) -> dict[str, Any]:
     document: dict[str, Any] = {}
     table = document
     for line in toml.splitlines():
-        text = re.sub(r"\s+#[^\"]*$", "", line)
+        text = re.sub(r"\s+#.*$", "", line)
         if text.startswith("[["):
             document.setdefault(text.strip("[]"), []).append({})
             table = document[text.strip("[]")][-1]
