@@ -1387,7 +1387,7 @@ class Contexts:
 
     def __init__(self) -> None:
         self.start = 0  # what every model starts with, as configured; 0: the backend's choice
-        self.policy: Callable[[str], ModelSettings] = lambda _: NO_POLICY
+        self.policy: Callable[[str], ModelSettings] | None = None
         self.max: dict[str, int] = {}  # the longest that a model can have
         self.loaded: dict[str, int] = {}  # what it is loaded with
         self.requested: dict[str, int] = {}  # the largest that was asked for and started
@@ -1395,7 +1395,7 @@ class Contexts:
 
     def shared(self, key: str) -> int:
         """What was asked for or configured; what a model is loaded with by itself binds nobody."""
-        own = self.policy(key).num_ctx
+        own = "" if self.policy is None else self.policy(key).num_ctx
         start = int(own) if own.isdecimal() else self.start
         start = min(start, self.max.get(key) or start)
         return max(start, self.requested.get(key, 0))
@@ -1526,6 +1526,7 @@ class Backend:
         """A request starts here; where its model is not loaded, it is from now on alone there."""
         key = ticket.want.model
         self.used = now
+        self.at_work[key] += 1
         if not self.must_load(key):
             return
         self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
@@ -1543,6 +1544,9 @@ class Backend:
     def ends(self, ticket: Ticket) -> None:
         """A request has ended here; if it was to load its model and got no byte, it has not."""
         key = ticket.want.model
+        left = self.at_work.pop(key) - 1
+        if left:
+            self.at_work[key] = left
         if self.loading.get(key) is ticket:
             del self.loading[key]
             self.loaded -= {key}
@@ -1710,7 +1714,6 @@ class Fleet:
         self.backends: dict[str, Backend] = {}
         self.devices: dict[str, Device] = {}
         self.shrunk = 0.0  # when a backend was last removed, monotonic
-        self.at_work: Counter[str] = Counter()  # model key -> requests that run anywhere
         self.turn = 0.0  # of the backend that was given the last request
         self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
@@ -1780,7 +1783,7 @@ class Fleet:
                 backend.changed, backend.next_probe = now, 0.0
             backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
-            backend.contexts.policy = self.policy
+            backend.contexts.policy = self.policy if settings.models else None
         self.drop_unused()
 
     def serving(self, want: Want) -> list[Backend]:
@@ -1801,8 +1804,6 @@ class Fleet:
     def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
         key, avoid, policy = want.model, want.avoid, self.policy(want.model)
-        if 0 < policy.max_concurrent <= self.at_work[key]:
-            return []
         able = [backend for backend in self.serving(want) if backend.usable]
         if avoid is not None:
             able = [backend for backend in able if backend is not avoid] or able
@@ -1813,8 +1814,6 @@ class Fleet:
         """Let a device run empty for what is next and bears nothing beside it there."""
         policy = self.policy(want.model)
         if not (policy.exclusive or want.device):
-            return
-        if 0 < policy.max_concurrent <= self.at_work[want.model]:
             return
         devices = [backend.device for backend in self.serving(want) if backend.usable]
         if devices:
@@ -1839,13 +1838,11 @@ class Fleet:
     def starts(self, ticket: Ticket, backend: Backend, now: float) -> None:
         """A request starts at a backend: it takes a slot there, and what else it needs."""
         key, device = ticket.want.model, backend.device
-        ticket.took = 0 if key in backend.remote else 1
-        if ticket.took:
+        if key not in backend.remote:
+            ticket.took = 1
             device.held = bool(ticket.want.device) or self.policy(key).exclusive
-        backend.busy += ticket.took
-        device.busy += ticket.took
-        for at_work in (backend.at_work, self.at_work):
-            at_work[key] = at_work.get(key, 0) + 1
+            device.busy += 1
+            backend.busy += 1
         backend.starts(ticket, now)
         self.turn = max(self.turn, backend.turn)
         backend.turn = self.turn + 1 / backend.weight
@@ -1857,14 +1854,11 @@ class Fleet:
 
     def ends(self, ticket: Ticket, backend: Backend) -> None:
         """It gives back what it took."""
-        key, device = ticket.want.model, backend.device
-        backend.busy -= ticket.took
-        device.busy -= ticket.took
-        device.held = device.held and device.busy > 0
-        for at_work in (backend.at_work, self.at_work):
-            left = at_work.pop(key) - 1
-            if left:
-                at_work[key] = left
+        if ticket.took:
+            device, ticket.took = backend.device, 0
+            device.busy -= 1
+            device.held = device.held and device.busy > 0
+            backend.busy -= 1
         backend.ends(ticket)
 
     def served_last(self, ticket: Ticket) -> Backend | None:
@@ -2391,7 +2385,8 @@ class Scheduler:
         for head in in_turn([head for head in heads if head is not None]):
             if (found := self._try(head, now, fair=True)) is not None:
                 return found
-            self.fleet.claim(head.want)
+            if not self.is_capped(head.want):
+                self.fleet.claim(head.want)
         return None
 
     def _startable(self, priority: Priority) -> list[Group]:
@@ -2407,7 +2402,7 @@ class Scheduler:
         urgent = urgent or head.priority is Priority.HIGH
         backend = self._place(head, urgent=urgent)
         if backend is None:
-            if urgent:
+            if urgent and not self.is_capped(head.want):
                 self.fleet.claim(head.want)
             return None
         other = self._before(head, backend, now)
@@ -2418,6 +2413,8 @@ class Scheduler:
 
     def _place(self, ticket: Ticket, *, urgent: bool) -> Backend | None:
         """The backend where it would start now."""
+        if self.is_capped(ticket.want):
+            return None
         able = self.fleet.candidates(ticket.want, urgent=urgent)
         return pick_backend(able, ticket.want.model, self.fleet.served_last(ticket))
 
@@ -2430,9 +2427,19 @@ class Scheduler:
         heads = [group.head(group.fair) for groups in alike for group in groups.values()]
         urgent = head.priority is Priority.HIGH
         for other in in_turn(filter(None, heads)):
-            if backend in self.fleet.candidates(other.want, urgent=urgent):
+            able = (
+                []
+                if self.is_capped(other.want)
+                else self.fleet.candidates(other.want, urgent=urgent)
+            )
+            if backend in able:
                 return other if now - passed_since(backend, head, now) < bound else None
         return None
+
+    def is_capped(self, want: Want) -> bool:
+        """Whether as many requests for its model run as may."""
+        most = self.fleet.policy(want.model).max_concurrent if want.model else 0
+        return 0 < most <= sum(one.want.model == want.model for one in self.running.values())
 
     def affinity(self, backend: Backend) -> float:
         """Seconds for which requests for what it has loaded may go before others."""
@@ -2482,7 +2489,7 @@ class Scheduler:
     def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
         """A request has run so long there: so will others for its model, above all its like."""
         self.service.add(seconds)
-        for place in {(key, device), (key, device, *kind)}:
+        for place in ((key, device), (key, device, *kind)) if kind else ((key, device),):
             if len(self.services) < MODELS_MEASURED or place in self.services:
                 self.services.setdefault(place, Average()).add(seconds)
 
@@ -2781,7 +2788,7 @@ def why_busy(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> s
     most = f"for {scheduler.affinity(backend):g} s at most"
     urgent = ticket.priority is Priority.HIGH
     reasons = (  # the first that holds
-        (0 < policy.max_concurrent <= fleet.at_work[key], "as many of its model run as may"),
+        (scheduler.is_capped(ticket.want), "as many of its model run as may"),
         (taken, f"{device.name} is taken whole: {runs}"),
         (device.busy >= device.slots, f"{device.name} busy ({device.busy}/{device.slots}): {runs}"),
         (alone and device.busy, f"waits until {device.name} is empty: {runs}"),
@@ -6987,7 +6994,7 @@ class Admission:
             call.question = call.question._replace(context=context)
         client, want = self.clients.named(caller.client), self.want_of(call)
         client.address = caller.address
-        priority = self.class_of(call, client, request.headers)
+        priority = self.class_of(call, client, policy, request.headers)
         call.lines = self.via_lines + relayed_lines(request.headers)
         if self.fleet.relayed:
             names = more_names(request.headers, self.fleet.relayed)
@@ -7025,7 +7032,9 @@ class Admission:
         routes = () if call.blind else call.endpoint.routes
         return Want(model_key(call.model), routes, backend=pinned)
 
-    def class_of(self, call: Call, client: Client, headers: Headers) -> Priority:
+    def class_of(
+        self, call: Call, client: Client, policy: ModelSettings, headers: Headers
+    ) -> Priority:
         """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
         priority, word = call.question.priority, ""
         if priority is None and self.settings.rules:
@@ -7033,7 +7042,7 @@ class Admission:
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
         if priority is None:
-            word = word or client.settings.class_ or self.fleet.policy(model_key(call.model)).class_
+            word = word or client.settings.class_ or policy.class_
             priority = PRIORITY_WORDS[word] if word else Priority.NORMAL
         return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
@@ -8102,7 +8111,9 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
 async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
     """Who asks; the connection is asked only where the request says nothing better."""
     headers, connection, told = exchange.request.headers, exchange.connection, ""
-    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
+    if (
+        settings.trusted_proxies and exchange.address in settings.trusted_proxies
+    ):  # whose own word is the last entry
         told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
         exchange.address = told or exchange.address
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")

@@ -2091,7 +2091,7 @@ def memory(box: Box) -> object:
         {name: (one.busy, one.virtual, one.held) for name, one in fleet.devices.items()},
         {name: (one.busy, one.turn, one.used, one.loaded, list(one.loading), list(one.passed),
                 one.switched, +one.at_work) for name, one in fleet.backends.items()},
-        fleet.turn, fleet.at_work, {key: one.name for key, one in fleet.sessions.items()},
+        fleet.turn, {key: one.name for key, one in fleet.sessions.items()},
         {ident: (one.number, one.charged, one.took, one.attempts, one.started)
          for ident, one in queue.running.items()},
     )  # fmt: skip
