@@ -1791,7 +1791,7 @@ class Fleet:
         key, routes, pinned = want.model, want.routes, want.backend
         if want.device:
             return self.lessor(want.device)
-        only = (pinned,) if pinned else self.policy(key).backends
+        only = (pinned,) if pinned else self.policy(key).backends if self.model_settings else ()
         return [
             each
             for each in self.backends.values()
@@ -1840,7 +1840,8 @@ class Fleet:
         key, device = ticket.want.model, backend.device
         if key not in backend.remote:
             ticket.took = 1
-            device.held = bool(ticket.want.device) or self.policy(key).exclusive
+            if ticket.want.device or self.model_settings:
+                device.held = bool(ticket.want.device) or self.policy(key).exclusive
             device.busy += 1
             backend.busy += 1
         backend.starts(ticket, now)
@@ -2438,7 +2439,9 @@ class Scheduler:
 
     def is_capped(self, want: Want) -> bool:
         """Whether as many requests for its model run as may."""
-        most = self.fleet.policy(want.model).max_concurrent if want.model else 0
+        if not (self.fleet.model_settings and want.model):
+            return False
+        most = self.fleet.policy(want.model).max_concurrent
         return 0 < most <= sum(one.want.model == want.model for one in self.running.values())
 
     def affinity(self, backend: Backend) -> float:
@@ -2490,8 +2493,11 @@ class Scheduler:
         """A request has run so long there: so will others for its model, above all its like."""
         self.service.add(seconds)
         for place in ((key, device), (key, device, *kind)) if kind else ((key, device),):
-            if len(self.services) < MODELS_MEASURED or place in self.services:
-                self.services.setdefault(place, Average()).add(seconds)
+            average = self.services.get(place)
+            if average is not None:
+                average.add(seconds)
+            elif len(self.services) < MODELS_MEASURED:
+                self.services[place] = Average(seconds)
 
     def service_of(self, key: str, device: str, kind: Facet = ()) -> float | None:
         """Seconds that requests like it run there, or those for its model; None if none has yet."""
@@ -2514,16 +2520,21 @@ class Scheduler:
     def _join(self, ticket: Ticket) -> None:
         """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
         client, priority = ticket.client, ticket.priority
-        devices = self._devices(ticket.want)
-        idle = [device for device in devices if not device.busy]
-        if idle:  # nobody moves its time: it is where the others are, or where the last one ended
-            behind = self._least_tag(priority, client) if self.running or self.waiting else None
-            behind = self._ended[priority] if behind is None else behind
-            for device in idle:
-                device.virtual[priority] = max(device.virtual[priority], behind)
-        reached = min([device.virtual[priority] for device in devices], default=0.0)
-        client.tags[priority] = tag = max(client.tags[priority], reached)
-        client.credits[priority] = max(client.credits[priority], reached - tag)
+        others = self.running or self.waiting
+        reached = None
+        for device in self._devices(ticket.want):
+            here = device.virtual[priority]
+            if not device.busy:  # nobody moves its time: it is where the others, or the last, are
+                behind = self._least_tag(priority, client) if others else None
+                here = max(here, self._ended[priority] if behind is None else behind)
+                device.virtual[priority] = here
+            reached = here if reached is None or here < reached else reached
+        tag = client.tags[priority]
+        if reached is not None and tag < reached:
+            tag = client.tags[priority] = reached
+        if client.credits[priority]:
+            ahead = tag - (reached or 0.0)
+            client.credits[priority] = max(client.credits[priority], -ahead)
 
     def _least_tag(self, priority: Priority, but: Client) -> float | None:
         """The least tag of the others that wait or run in a class."""
@@ -6834,10 +6845,11 @@ def record_of(call: Call, now: float) -> Record:
 
 def may_be_cut(call: Call, tokens_in: int) -> bool:
     """Whether the prompt fills its context: Ollama drops the front of what is longer, unsaid."""
-    if not tokens_in or call.ticket.backend is None or EMBEDDINGS in call.endpoint.routes:
+    backend = call.ticket.backend
+    if not tokens_in or backend is None or not (call.context or backend.contexts.loaded):
         return False
-    context = call.context or call.ticket.backend.contexts.loaded.get(call.ticket.model, 0)
-    return 0 < context <= tokens_in + 1
+    context = call.context or backend.contexts.loaded.get(call.ticket.model, 0)
+    return 0 < context <= tokens_in + 1 and EMBEDDINGS not in call.endpoint.routes
 
 
 def order_record(
