@@ -110,7 +110,7 @@ from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
 from textwrap import wrap
-from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -4942,46 +4942,8 @@ BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
 
-class Reply(Protocol):
-    """Whom a call answers: an HTTP exchange here; whoever has a request and takes an answer."""
-
-    status: int  # of the head that has left; 0: none has
-
-    @property
-    def waiter(self) -> Waiter: ...  # of the coroutine that the call runs in
-
-    async def read_body(self, limit: int) -> bytes: ...
-
-    def watch(self, left: Callable[[], object] | None = None) -> None: ...
-
-    @property
-    def gone(self) -> bool: ...
-
-    @property
-    def started(self) -> bool: ...
-
-    @property
-    def blocked(self) -> bool: ...
-
-    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None: ...
-
-    def send(self, data: bytes) -> None: ...
-
-    def finish(self, data: bytes = b"") -> None: ...
-
-    def fail(self, data: bytes) -> None: ...
-
-    def respond(
-        self, status: int, body: bytes, content_type: str = ..., headers: Pairs = ()
-    ) -> None: ...
-
-    async def catch_up(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-
 class Exchange:
-    """One HTTP request, and the one way to answer it: a Reply."""
+    """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
         "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
@@ -4996,7 +4958,7 @@ class Exchange:
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
         self.keep_alive = request.keep_alive
-        self.status = 0
+        self.status = 0  # of the head that has left; 0: none has
         self.finished = False
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
@@ -5005,6 +4967,7 @@ class Exchange:
 
     @property
     def waiter(self) -> Waiter:
+        """Of the coroutine that the call runs in."""
         return self.connection.stream.waiter
 
     @property
@@ -5150,6 +5113,7 @@ class Exchange:
         self.connection.abort()
 
 
+Reply = Exchange  # whom a call answers: it never sees the connection
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
