@@ -2775,14 +2775,6 @@ def response_length(head: ResponseHead) -> int:
     return int(length)
 
 
-def parse_chunk_line(line: bytes) -> int:
-    """The size in a chunk's first line, given without its CRLF; ValueError when malformed."""
-    match = CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise ValueError("malformed chunk size")
-    return int(match[1], 16)
-
-
 class LengthBody:
     """A body of known length."""
 
@@ -2890,7 +2882,10 @@ class ChunkedBody:
             self._extensions += len(line)
             if self._extensions > EXTENSIONS_LIMIT:
                 raise ValueError("a line of the chunked body is too long")
-        size = parse_chunk_line(line[:-2])
+        match = CHUNK_LINE.fullmatch(line[:-2])
+        if not match:
+            raise ValueError("malformed chunk size")
+        size = int(match[1], 16)
         self._count(size)
         if size:
             self.wants = size + 2
@@ -2911,12 +2906,6 @@ def body_decoder(length: int, most: int | None = None) -> Body:
     if length == CHUNKED:
         return ChunkedBody(most)
     return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
-
-
-def render_head(first: str, headers: Pairs) -> bytes:
-    """A head; whoever passes a value from outside has it from a parsed, hence clean, field."""
-    lines = [first, *[f"{name}: {value}" for name, value in headers]]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
 def render_chunk(payload: bytes) -> bytes:
@@ -4698,25 +4687,24 @@ class Stream(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_data", "_full", "_opened", "_tls", "_writing", "broken", "ended", "error", "lost",
-        "on_end", "overrun", "received", "room", "transport", "waiter",
+        "_data", "_opened", "_writing", "broken", "ended", "error", "full", "lost", "on_end",
+        "overrun", "received", "room", "transport", "waiter", "written",
     )  # fmt: skip
 
     def __init__(self, opened: Callable[[Stream], None] | None = None) -> None:
         self.transport: Any = None
         self.waiter = Waiter()  # of whoever reads
-        self.received = 0  # bytes, ever
+        self.received = self.written = 0  # bytes, ever
         self.room: int | None = None  # bytes that may still be read ahead; None: any number
         self.overrun = False  # more came than that, and was dropped
         self.ended = False  # the peer has closed, or reset
         self.broken = False  # it was a reset
         self.lost = False  # neither side can send any more
+        self.full = False  # the transport's limit is unsent, or the peer has not caught up since
         self.error: LlmqError | None = None  # what whoever reads is to meet
         self.on_end: Callable[[], object] | None = None
         self._opened = opened
         self._data = b""  # what came and was not read: never much, so it is simply joined
-        self._full = False  # the peer takes less than is written
-        self._tls = False
         self._writing: Waiter | None = None  # of whoever writes
 
     @property
@@ -4733,10 +4721,8 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        self._tls = transport.get_extra_info("sslcontext") is not None
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            opened(self)
+        if self._opened is not None:
+            self._opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -4753,20 +4739,21 @@ class Stream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The peer sends no more; it may still read, except over TLS."""
         self._end()
-        return not self._tls
+        return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """By a reset, where there is an error: what came before is still read."""
         self.lost, self.broken = True, exc is not None
         self._end()
-        self._go_on_writing()
+        self.resume_writing()
 
     def pause_writing(self) -> None:
-        self._full = True
+        self.full = True
 
     def resume_writing(self) -> None:
-        self._full = False
-        self._go_on_writing()
+        self.full = False
+        if self._writing is not None:
+            self._writing.wake()
 
     def _end(self) -> None:
         if not self.ended:
@@ -4775,19 +4762,16 @@ class Stream(asyncio.Protocol):
                 self.on_end()
             self.waiter.wake()
 
-    def _go_on_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.wake()
-
     # ---- writing
 
     def write(self, data: bytes) -> None:
+        self.written += len(data)
         self.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the peer has taken enough; ConnectionResetError when it never will."""
         self._writing = self._writing or Waiter()
-        while self._full and not self.lost:
+        while self.full and not self.lost:
             await self._writing
         if self.lost:
             raise ConnectionResetError("the connection is lost")
@@ -4937,7 +4921,7 @@ LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
 STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or nginx holds it back
-NO_SNIFFING = ("X-Content-Type-Options", "nosniff")  # what is sent is never anything but its type
+NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
@@ -4946,8 +4930,8 @@ class Exchange:
     """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
-        "_behind", "_chunked", "_head", "_head_status", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
+        "_chunked", "_head", "_head_status", "caller", "connection", "finished", "headers", "id",
+        "keep_alive", "length", "request", "request_id", "status", "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
@@ -4963,7 +4947,6 @@ class Exchange:
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
         self.unread = self.length != 0
-        self._behind = False
 
     @property
     def waiter(self) -> Waiter:
@@ -5018,7 +5001,7 @@ class Exchange:
 
     def _invite(self) -> None:
         if self.expects_continue:
-            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.connection.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @property
     def expects_continue(self) -> bool:
@@ -5044,12 +5027,12 @@ class Exchange:
         shown = b"" if self.request.method == "HEAD" else body
         head = self._render_head(status, framing if status != 204 else "", headers)
         if len(shown) > COPIED:
-            self.connection.write(head)
-            self.connection.write(shown)
+            self.connection.stream.write(head)
+            self.connection.stream.write(shown)
             if self.connection.unsent:
                 self.connection.server.limit_unsent()
         else:
-            self.connection.write(head + shown)
+            self.connection.stream.write(head + shown)
 
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
@@ -5073,7 +5056,7 @@ class Exchange:
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
             f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
-            f"X-LLMQ-Id: {self.id}\r\n{': '.join(NO_SNIFFING)}\r\n{more}{ending}\r\n"
+            f"X-LLMQ-Id: {self.id}\r\n{NO_SNIFFING}{more}{ending}\r\n"
         )
         return head.encode("latin-1", "replace")
 
@@ -5081,7 +5064,7 @@ class Exchange:
         payload = render_chunk(data) if self._chunked and data else data
         if self._head:
             payload, self._head, self.status = self._head + payload, b"", self._head_status
-        self.connection.write(payload + end)
+        self.connection.stream.write(payload + end)
 
     def finish(self, data: bytes = b"") -> None:
         """The end of an answer in pieces, as its framing says a complete one ends."""
@@ -5097,20 +5080,17 @@ class Exchange:
     @property
     def blocked(self) -> bool:
         """More than ANSWER_BUFFER is unsent, or the client has not caught up since."""
-        return self._behind or self.connection.unsent > ANSWER_BUFFER
+        return self.connection.stream.full
 
     async def catch_up(self) -> None:
         """Wait until a client that is far behind has caught up; ClientLeft when it does not."""
-        self._behind = True
         try:
             await self.connection.stream.drain()
         except ConnectionError:
             raise ClientLeft("the client left") from None
-        finally:
-            self._behind = False
 
     def abort(self) -> None:
-        self.connection.abort()
+        self.connection.stream.abort()
 
 
 Reply = Exchange  # whom a call answers: it never sees the connection
@@ -5130,7 +5110,7 @@ class Connection:
 
     __slots__ = (
         "above_cap", "arrived", "deadline", "last_drained", "last_received", "phase",
-        "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
+        "reset_at_end", "seen", "sent", "server", "since", "stream", "used",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
@@ -5140,7 +5120,6 @@ class Connection:
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
-        self.written = 0
         self.sent, self.last_drained = 0, 0.0  # what the client had taken when it last took any
         self.enter(Phase.IDLE, server.settings.server.head_timeout)
 
@@ -5164,13 +5143,6 @@ class Connection:
         self.seen = self.stream.received  # what the client had sent by then
         self.deadline = now + limit if limit else 0.0
 
-    def write(self, data: bytes) -> None:
-        self.written += len(data)
-        self.stream.write(data)
-
-    def abort(self) -> None:
-        self.stream.abort()
-
     async def run(self) -> None:
         """Until the client leaves, misbehaves, or nothing more is wanted of it."""
         try:
@@ -5180,10 +5152,10 @@ class Connection:
                     await asyncio.sleep(0)
             await self.close()
         except (OSError, LlmqError):
-            self.abort()
+            self.stream.abort()
         except Exception:
             log.exception("connection failed")
-            self.abort()
+            self.stream.abort()
         finally:
             self.stream.close()
             self.server.connections.pop(self, None)
@@ -5282,17 +5254,20 @@ class Connection:
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
-        body = OPENAI.render_error(error)
-        headers = [("Date", self.server.date), ("Content-Type", "application/json")]
-        headers += [("Content-Length", str(len(body))), NO_SNIFFING, ("Connection", "close")]
+        body, ending = OPENAI.render_error(error), "Connection: close\r\n"
         if "*" in self.server.settings.server.cors_origins:
-            headers.append(("Access-Control-Allow-Origin", "*"))
-        self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
+            ending += "Access-Control-Allow-Origin: *\r\n"
+        head = (
+            f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\nDate: {self.server.date}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{NO_SNIFFING}{ending}\r\n"
+        )
+        self.stream.write(head.encode() + body)
 
     async def close(self) -> None:
         """Send what is left, then wait a little for the client to hang up first."""
         if self.stream.ended or self.stream.transport.is_closing():
-            self.abort()  # nobody is there to take what is left
+            self.stream.abort()  # nobody is there to take what is left
             return
         self.enter(Phase.LINGER)
         if self.unsent:
@@ -5301,7 +5276,7 @@ class Connection:
         if self.reset_at_end:
             raw = self.stream.transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.abort()
+            self.stream.abort()
             return
         self.stream.transport.write_eof()  # to close with input unread would destroy the answer
         await self.stream.linger(LINGER_SECONDS)
@@ -5310,11 +5285,11 @@ class Connection:
         """End what has taken too long; called four times a second."""
         unsent, settings = self.unsent, self.server.settings.server
         if unsent:
-            sent = self.written - unsent
+            sent = self.stream.written - unsent
             if sent != self.sent or not self.last_drained:
                 self.sent, self.last_drained = sent, now
             elif now - self.last_drained >= settings.stall_timeout:
-                self.abort()
+                self.stream.abort()
             return
         self.last_drained = 0.0
         if self.phase is Phase.BODY:
@@ -5325,7 +5300,7 @@ class Connection:
                 self.stream.interrupt(late)
         if self.deadline and now >= self.deadline:
             if self.phase is Phase.IDLE:
-                self.abort()
+                self.stream.abort()
             else:
                 self.stream.interrupt(RequestTimeout("the request did not arrive in time"))
 
@@ -5351,9 +5326,7 @@ class HttpServer:
 
     async def listen_on(self, listening: socket.socket) -> int:
         """Let in whom this socket brings; its port."""
-        loop = asyncio.get_running_loop()
-
-        opening = functools.partial(Stream, self._opened)
+        loop, opening = asyncio.get_running_loop(), functools.partial(Stream, self._opened)
         server = await loop.create_server(opening, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
         self._servers.append(server)
@@ -5378,7 +5351,7 @@ class HttpServer:
         for connection in self.connections:
             if connection.idle and now - connection.since >= IDLE_GRACE:
                 del self.connections[connection]
-                connection.abort()
+                connection.stream.abort()
                 return True
         return False
 
@@ -5401,11 +5374,8 @@ class HttpServer:
 
         Then a quarter is free again, so that not each answer that follows costs somebody theirs.
         """
-        unsent: dict[Connection, int] = {}
+        unsent = {each: size for each in self.connections if (size := each.unsent)}
         most = self.settings.queue.max_queued_bytes * 7 // 8  # asyncio's buffers keep room to spare
-        for connection in self.connections:
-            if size := connection.unsent:
-                unsent[connection] = size
         total = sum(unsent.values())
         if total <= most:
             return
@@ -5413,7 +5383,7 @@ class HttpServer:
             if total > most - most // 4:
                 total -= unsent[connection]
                 log.warning("hung up on a client that took too little of its answer")
-                connection.abort()
+                connection.stream.abort()
 
     def stop_accepting(self) -> None:
         """Leave who comes now to whoever else holds the sockets; those inside are answered."""
@@ -5430,7 +5400,7 @@ class HttpServer:
         self.closing = True
         for connection in list(self.connections):
             if connection.idle or (connection.phase is Phase.LINGER and not connection.unsent):
-                connection.abort()
+                connection.stream.abort()
 
     async def close(self) -> None:
         """Stop listening and end every connection, whatever it does."""
@@ -5440,7 +5410,7 @@ class HttpServer:
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
-            connection.abort()
+            connection.stream.abort()
         tasks = list(self.connections.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)

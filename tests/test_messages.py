@@ -20,13 +20,11 @@ from llmq import (
     Request,
     ResponseHead,
     body_decoder,
-    parse_chunk_line,
     parse_fields,
     parse_host,
     parse_request_head,
     parse_response_head,
     render_chunk,
-    render_head,
     request_length,
     response_length,
 )
@@ -103,8 +101,8 @@ def test_fields_mean_the_same_in_requests_answers_and_trailers(lines, meaning):
 @pytest.mark.parametrize("lines", [lines for lines, meaning in FIELDS if meaning])
 def test_what_was_read_and_rendered_again_is_read_the_same(lines):
     once = parse_fields(lines.decode("latin-1"))
-    again = render_head("HTTP/1.1 200 OK", once.items())
-    assert parse_response_head(again) == ResponseHead(200, 1, once)
+    again = "".join(f"{name}: {value}\r\n" for name, value in once.items())
+    assert parse_fields(again) == once
 
 
 def test_no_control_character_gets_into_a_value():
@@ -116,11 +114,6 @@ def test_no_control_character_gets_into_a_value():
         else:
             with pytest.raises(ValueError, match="header"):
                 parse_fields(line.decode("latin-1"))
-
-
-def test_head_that_latin_1_cannot_say_is_rendered_all_the_same():
-    head = render_head("HTTP/1.1 200 OK", [("X", "日本")])
-    assert parse_response_head(head).headers == {"x": "??"}
 
 
 # ---- Request heads -------------------------------------------------------------------------------
@@ -466,13 +459,15 @@ BAD_CHUNK_LINES = [
 
 @pytest.mark.parametrize("line", CHUNK_LINES, ids=ascii)
 def test_chunk_line_tells_the_size(line):
-    assert parse_chunk_line(line) == CHUNK_LINES[line]
+    body, size = ChunkedBody(), CHUNK_LINES[line]
+    assert body.feed(line + b"\r\n") == b""
+    assert body.wants == (size + 2 if size else 0)
 
 
 @pytest.mark.parametrize("line", BAD_CHUNK_LINES, ids=ascii)
 def test_malformed_chunk_line_is_refused(line):
-    with pytest.raises(ValueError, match="chunk size"):
-        parse_chunk_line(line)
+    with pytest.raises(ValueError, match=r"chunk size|CRLF"):
+        ChunkedBody().feed(line + b"\r\n")
 
 
 # ---- Bodies: however the bytes are cut -----------------------------------------------------------
