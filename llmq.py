@@ -72,6 +72,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -4665,8 +4666,7 @@ class Waiter:
         del context  # no context variable is used here
         self._callback = callback
 
-    def cancel(self, msg: object = None) -> bool:
-        del msg
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - as of every future
         callback, self._callback = self._callback, None
         if callback is not None:
             self._cancelled = True
@@ -4830,7 +4830,7 @@ class Stream(asyncio.Protocol):
         `partly` is called once, when only a part of it has come.
         """
         seen = 0
-        while seen <= HEAD_LIMIT:
+        while True:
             end = self._data.find(HEAD_END, max(0, seen - len(HEAD_END) + 1))
             if 0 <= end <= HEAD_LIMIT:
                 return self.take(end + len(HEAD_END))
@@ -4863,23 +4863,17 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     Unlike those of asyncio's executor it keeps no other work waiting, nor the end of the program.
     """
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def settle(settled: Callable[[], None]) -> None:
-        if not result.cancelled():
-            settled()
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()  # whoever awaits it may leave, the thread goes on
 
     def run() -> None:
         try:
-            settled = functools.partial(result.set_result, work())
+            result.set_result(work())
         except Exception as error:  # noqa: BLE001 - whoever awaits it meets it
-            settled = functools.partial(result.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
-            loop.call_soon_threadsafe(settle, settled)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await result
+    return await asyncio.wrap_future(result)
 
 
 READING = threading.Lock()  # one at a time: more threads would only wait for each other
