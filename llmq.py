@@ -4796,14 +4796,6 @@ class Stream(asyncio.Protocol):
         self.error = error
         self.waiter.wake()
 
-    async def arrive(self, beyond: int) -> bool:
-        """Wait until more than so many bytes are unread; False when no more will come."""
-        while len(self._data) <= beyond and not self.ended and self.error is None:
-            await self.waiter
-        if self.error is not None:
-            raise self.error
-        return len(self._data) > beyond
-
     async def more(self) -> bytes:
         """What has come, waiting until there is something; b"" once the peer has ended."""
         while not self._data and not self.ended and self.error is None:
@@ -4837,7 +4829,13 @@ class Stream(asyncio.Protocol):
             if partly is not None and self._data and not seen:
                 partly()
             seen = len(self._data)
-            if seen > HEAD_LIMIT or not await self.arrive(seen):
+            if seen > HEAD_LIMIT:
+                break
+            while len(self._data) == seen and not self.ended and self.error is None:
+                await self.waiter
+            if self.error is not None:
+                raise self.error
+            if len(self._data) == seen:
                 break
         return self.take(len(self._data)).rstrip(b"\r\n")
 
@@ -4986,15 +4984,19 @@ class Exchange:
         return self.request.body
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The request's body as it comes, however long it is."""
-        if self.unread:
-            self._invite()
-            async for piece in self.connection.read_pieces(self.length):
+        """The request's body as it comes, however long it is; only its pieces have a deadline."""
+        connection, decoder = self.connection, body_decoder(self.length if self.unread else 0)
+        self._invite()
+        while not decoder.done:
+            connection.enter(Phase.BODY)
+            piece = await connection.read_piece(decoder)
+            connection.enter(Phase.BUSY)  # whoever takes the piece may take its time
+            if piece:
                 yield piece
         self.unread = False
 
     def _invite(self) -> None:
-        if self.expects_continue:
+        if self.unread and self.expects_continue:
             self.connection.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @property
@@ -5208,12 +5210,17 @@ class Connection:
     async def read_body(self, length: int, limit: int) -> bytes:
         """A body that is wanted whole; it counts as arriving until `let_go`."""
         server, pieces = self.server, []
-        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
+        decoder = body_decoder(length, limit)
         self.enter(Phase.BODY, server.settings.server.upload_timeout)
         while not decoder.done:
             piece = await self.read_piece(decoder)
             self.arrived += len(piece)
-            server.count_arriving(len(piece))
+            server.arriving_bytes += len(piece)
+            if server.arriving_bytes > server.settings.queue.max_queued_bytes:
+                words = "the requests that arrive hold all the memory they may"
+                error = LlmqError(words, "queue_full")
+                error.retry_after = 1
+                raise error
             pieces.append(piece)
         self.enter(Phase.BUSY)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -5224,17 +5231,7 @@ class Connection:
             self.server.arriving_bytes -= self.arrived
             self.arrived = 0
 
-    async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
-        """A body of any size; only its pieces have a deadline."""
-        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length))
-        while not decoder.done:
-            self.enter(Phase.BODY)
-            piece = await self.read_piece(decoder)
-            self.enter(Phase.BUSY)  # whoever takes the piece may take its time
-            if piece:
-                yield piece
-
-    async def read_piece(self, decoder: LengthBody | ChunkedBody) -> bytes:
+    async def read_piece(self, decoder: Body) -> bytes:
         """What the next bytes add to a body."""
         data = await self.stream.more()
         if not data:
@@ -5348,14 +5345,6 @@ class HttpServer:
                 connection.stream.abort()
                 return True
         return False
-
-    def count_arriving(self, size: int) -> None:
-        """More of a body is here; `queue_full` when all that arrive hold what they may."""
-        self.arriving_bytes += size
-        if self.arriving_bytes > self.settings.queue.max_queued_bytes:
-            error = LlmqError("the requests that arrive hold all the memory they may", "queue_full")
-            error.retry_after = 1
-            raise error
 
     def reap(self, now: float) -> None:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
