@@ -2832,17 +2832,14 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self.wants > 2:
-                payload = data[at : at + self.wants - 2]
-                pieces.append(payload)
-                at += len(payload)
-                self.wants -= len(payload)
-            elif self.wants:
-                end = data[at : at + self.wants]
-                if end != b"\r\n"[-self.wants :][: len(end)]:
+            if self.wants:
+                payload_end = at + max(0, self.wants - 2)
+                payload, ending = data[at:payload_end], data[payload_end : at + self.wants]
+                if not b"\r\n"[-self.wants :].startswith(ending):
                     raise ValueError("a chunk is not followed by CRLF")
-                at += len(end)
-                self.wants -= len(end)
+                pieces.append(payload)
+                at += len(payload) + len(ending)
+                self.wants -= len(payload) + len(ending)
             elif (at := self._take_whole(data, at, pieces)) < len(data):
                 line = data[at : data.find(b"\n", at) + 1 or None]
                 at += len(line)
@@ -4846,14 +4843,12 @@ class Stream(asyncio.Protocol):
         self.room = READ_AHEAD - self.unread
         self.transport.resume_reading()
 
-    async def linger(self, timeout: float) -> None:
-        """Drop what still comes, until the peer has closed or the time is up."""
-        ended = asyncio.get_running_loop().create_future()
-        self.room, self.on_end = 0, functools.partial(ended.set_result, None)
+    async def linger(self) -> None:
+        """Drop what still comes, until the peer has closed."""
+        self.room = 0
         self.transport.resume_reading()
-        if not self.ended:
-            await asyncio.wait({ended}, timeout=timeout)
-        self.on_end = None
+        while not self.ended:
+            await self.waiter
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -5112,7 +5107,7 @@ class Connection:
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
-        self.above_cap = False  # it came above the cap
+        self.above_cap = len(server.connections) >= server.most  # when it came
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
@@ -5270,7 +5265,8 @@ class Connection:
             self.stream.abort()
             return
         self.stream.transport.write_eof()  # to close with input unread would destroy the answer
-        await self.stream.linger(LINGER_SECONDS)
+        self.enter(Phase.LINGER, LINGER_SECONDS)
+        await self.stream.linger()
 
     def reap(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
@@ -5290,7 +5286,7 @@ class Connection:
                 late = RequestTimeout("the request body did not arrive in time")
                 self.stream.interrupt(late)
         if self.deadline and now >= self.deadline:
-            if self.phase is Phase.IDLE:
+            if self.phase in (Phase.IDLE, Phase.LINGER):
                 self.stream.abort()
             else:
                 self.stream.interrupt(RequestTimeout("the request did not arrive in time"))
@@ -5332,7 +5328,6 @@ class HttpServer:
             stream.abort()
             return
         connection = Connection(self, stream)
-        connection.above_cap = len(self.connections) >= self.most
         task = asyncio.get_running_loop().create_task(connection.run())
         self.connections[connection] = task
 

@@ -190,14 +190,6 @@ class Stream(llmq.Stream):
         super().__init__()
         self.connection_made(Transport())  # type: ignore[arg-type]
 
-    async def linger(self, timeout: float) -> None:
-        """Without a clock: the end of the bytes always comes here."""
-        ended = asyncio.get_running_loop().create_future()
-        self.room, self.on_end = 0, lambda: ended.set_result(timeout)
-        self.transport.resume_reading()
-        if not self.ended:
-            await ended
-
 
 def is_over(wait: Any) -> bool:
     """Whether what a coroutine waits for has come."""
