@@ -2647,11 +2647,10 @@ Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
 class Request:
     """A request as it came; `body` is filled in when it has arrived whole."""
 
-    __slots__ = ("body", "headers", "method", "minor", "path", "query", "target")
+    __slots__ = ("body", "headers", "method", "minor", "path", "query")
 
     def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
         self.method = method
-        self.target = target
         self.minor = minor  # 1 for HTTP/1.1 and above
         self.headers = headers
         self.body = b""
@@ -2708,24 +2707,21 @@ def parse_request_head(head: bytes) -> Request:
         headers = parse_fields(rest[:-2])
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    request = Request(method, target, min(int(minor), 1), headers)
-    check_target(request)
-    return request
+    return Request(method, origin_form(method, target, headers), min(int(minor), 1), headers)
 
 
-def check_target(request: Request) -> None:
-    """Origin-form or absolute-form, whose authority replaces Host; `*` for OPTIONS alone."""
-    target, method = request.target, request.method
+def origin_form(method: str, target: str, headers: Headers) -> str:
+    """A target without its authority, which replaces Host; `*` is one for OPTIONS alone."""
     if target.startswith("/") or method == "CONNECT" or (target == "*" and method == "OPTIONS"):
-        return  # CONNECT is refused by its method, later
+        return target  # CONNECT is refused by its method, later
     match = ABSOLUTE_FORM.fullmatch(target)
     if not match:
         raise BadRequest("malformed request target")
     authority, path = match.groups()
-    if "host" in request.headers:
-        parse_host(request.headers["host"])  # two of them are refused even here
-        request.headers["host"] = authority
-    request.path, _, request.query = ("/" + path.removeprefix("/")).partition("?")
+    if "host" in headers:
+        parse_host(headers["host"])  # two of them are refused even here
+        headers["host"] = authority
+    return "/" + path.removeprefix("/")
 
 
 def parse_host(value: str) -> str:
@@ -2777,8 +2773,6 @@ def response_length(head: ResponseHead) -> int:
 
 
 class LengthBody:
-    """A body of known length."""
-
     def __init__(self, length: int) -> None:
         self.wants = length  # bytes
         self.done = length == 0
@@ -3646,9 +3640,8 @@ class StreamWatch:
 
     def finish(self) -> bytes:
         """What was kept back, now that the body has ended; BackendError when it tells of one."""
-        shown = b""
-        if self.failure is None and not self.ended:
-            shown = self._look()  # nothing need follow the last line, not even a break
+        # Nothing need follow the last line, not even a break.
+        shown = b"" if self.failure or self.ended else self._look()
         if self.failure is None:
             self._inspect(bytes(self.ended or self._held))
         if self.failure is not None:
@@ -3676,9 +3669,6 @@ def is_one_of(*types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types
 
 
-is_number = is_one_of(int, float)
-
-
 def are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
@@ -3689,13 +3679,13 @@ def shapes(*rows: tuple[str, Callable[[Any], bool], str]) -> Shapes:
 
 
 WHOLE = ("a whole number", lambda value: whole_number(value) is not None)
-TEXT, OBJECT = ("a text", is_one_of(str)), ("an object", is_one_of(dict))
-LIST, TEXTS = ("a list", is_one_of(list)), ("a list of texts", are_texts)
+NUMBER = ("a number", is_one_of(int, float))
+TEXT, LIST = ("a text", is_one_of(str)), ("a list", is_one_of(list))
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
-    ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
-    ("a number", is_number, "min_p typical_p repeat_penalty"),
+    (*NUMBER, "temperature top_p frequency_penalty presence_penalty"),
+    (*NUMBER, "min_p typical_p repeat_penalty"),
     ("true or false", is_one_of(bool), "logprobs include_usage"),
     ("true, false or an effort", is_one_of(bool, str), "think"),
     ("a text or a number", is_one_of(str, int, float), "keep_alive"),
@@ -3704,13 +3694,14 @@ MEMBERS = shapes(
     ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
     ("an object, or its text", is_one_of(dict, str), "arguments"),
     (*TEXT, "reasoning_effort effort prompt suffix id type name"),
-    (*OBJECT, "response_format json_schema schema reasoning stream_options function parameters"),
+    ("an object", is_one_of(dict), "response_format json_schema schema reasoning stream_options"),
+    ("an object", is_one_of(dict), "function parameters"),
     (*LIST, "tools messages"),
 )
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
     (*LIST, "tool_calls"),
-    (*TEXTS, "images"),
+    ("a list of texts", are_texts, "images"),
 )
 
 
@@ -3835,9 +3826,8 @@ class OpenAi(Dialect):
 
     error_event = b"data: %b\n\n"
     error_types: Mapping[int, str] = {404: "not_found_error", 429: "rate_limit_error"}
-    sign_of_life = (
-        b": position=%(position)d%(eta)b\n"  # Go's client bears 10,000 lines without data
-    )
+    # One line, without data: Go's client bears 10,000 of them.
+    sign_of_life = b": position=%(position)d%(eta)b\n"
     end_hint, end_line = b"[DONE]", re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
@@ -4606,7 +4596,6 @@ READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in fli
 UNREAD_LIMIT = 128 * KIB  # that nobody has read; then the peer is not listened to for a while
 HEAD_END = b"\r\n\r\n"
 
-
 T = TypeVar("T")
 
 
@@ -4706,7 +4695,6 @@ class Stream(asyncio.Protocol):
 
     @property
     def unread(self) -> int:
-        """Bytes that came and were not read."""
         return len(self._data)
 
     @property
@@ -4781,7 +4769,6 @@ class Stream(asyncio.Protocol):
         self.transport.abort()
 
     async def closed(self) -> None:
-        """Wait until it is closed."""
         self._writing = self._writing or Waiter()
         while not self.lost:
             await self._writing
@@ -4843,12 +4830,14 @@ class Stream(asyncio.Protocol):
         self.room = READ_AHEAD - self.unread
         self.transport.resume_reading()
 
-    async def linger(self) -> None:
-        """Drop what still comes, until the peer has closed."""
-        self.room = 0
+    async def linger(self, timeout: float) -> None:
+        """Drop what still comes, until the peer has closed or the time is up."""
+        ended = asyncio.get_running_loop().create_future()
+        self.room, self.on_end = 0, functools.partial(ended.set_result, None)
         self.transport.resume_reading()
-        while not self.ended:
-            await self.waiter
+        if not self.ended:
+            await asyncio.wait({ended}, timeout=timeout)
+        self.on_end = None
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -5009,7 +4998,6 @@ class Exchange:
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
-        """The whole answer."""
         if self.unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep_alive = False
         framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -5265,8 +5253,7 @@ class Connection:
             self.stream.abort()
             return
         self.stream.transport.write_eof()  # to close with input unread would destroy the answer
-        self.enter(Phase.LINGER, LINGER_SECONDS)
-        await self.stream.linger()
+        await self.stream.linger(LINGER_SECONDS)
 
     def reap(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
@@ -5286,7 +5273,7 @@ class Connection:
                 late = RequestTimeout("the request body did not arrive in time")
                 self.stream.interrupt(late)
         if self.deadline and now >= self.deadline:
-            if self.phase in (Phase.IDLE, Phase.LINGER):
+            if self.phase is Phase.IDLE:
                 self.stream.abort()
             else:
                 self.stream.interrupt(RequestTimeout("the request did not arrive in time"))

@@ -190,6 +190,14 @@ class Stream(llmq.Stream):
         super().__init__()
         self.connection_made(Transport())  # type: ignore[arg-type]
 
+    async def linger(self, timeout: float) -> None:
+        """Without a clock: the end of the bytes always comes here."""
+        ended = asyncio.get_running_loop().create_future()
+        self.room, self.on_end = 0, lambda: ended.set_result(timeout)
+        self.transport.resume_reading()
+        if not self.ended:
+            await ended
+
 
 def is_over(wait: Any) -> bool:
     """Whether what a coroutine waits for has come."""
@@ -245,7 +253,7 @@ class Raising(logging.Handler):
 async def handle(exchange: llmq.Exchange) -> None:
     """What routes do to an exchange, in small; a query asks for the other ends."""
     request = exchange.request
-    noted = [request.method, request.target, request.path, request.query, request.minor]
+    noted = [request.method, request.path, request.query, request.minor]
     transport: Any = exchange.connection.stream.transport
     transport.handled.append((*noted, request.headers))
     try:
