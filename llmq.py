@@ -3746,7 +3746,7 @@ class Endpoint(NamedTuple):
 
     routes: Names  # its own, then those that can stand in for it, by translation
     dialect: Dialect
-    check: Callable[[Mapping[str, Any]], None]
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None  # the backend knows best
     streams: bool | None = False  # when a body does not say; None: never
     options: bool = False  # it can carry a context in its `options`
     content: str = ""  # the member without which it only loads or unloads a model
@@ -3767,10 +3767,14 @@ def read_question(
     text, values, places = found
     check_common(values)
     endpoint.check(values)
+    options = values.get("options") if endpoint.options else None
+    if not isinstance(options, (dict, type(None))):
+        raise BadRequest("options is an object", param="options")
     context = parse_context(values.get("numCtx"), "numCtx")
-    if endpoint.options and isinstance(options := values.get("options"), dict):
+    if options is not None:
         if options is STAND_INS["{"]:
             raise BadRequest("options holds too many values", param="options")
+        check_case(options, ("num_ctx",))
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
@@ -3862,9 +3866,9 @@ OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages),
     Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, needs("prompt", "prompt_embeds")),
     Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
-    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None),  # the backend knows best
-    Endpoint((RERANK,), OPENAI, lambda _: None),
-    Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
+    Endpoint((RESPONSES,), OpenAiResponses()),
+    Endpoint((RERANK,), OPENAI),
+    Endpoint((TRANSCRIPTIONS,), OPENAI),  # which comes as a form
 )
 
 
@@ -3910,22 +3914,14 @@ def check_chat(values: Mapping[str, Any]) -> None:
     """Without messages it asks to load the model, or to unload it."""
     if values.get("messages"):
         check_messages(values)
-    check_options(values)
-
-
-def check_options(values: Mapping[str, Any]) -> None:
-    options = values.get("options")
-    if not isinstance(options, (dict, type(None))):
-        raise BadRequest("options is an object", param="options")
-    check_case(options or {}, ("num_ctx",))
 
 
 OLLAMA = Ollama()
 OLLAMA_ENDPOINTS = (
     Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages"),
-    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt"),
-    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
-    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
+    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, streams=True, options=True, content="prompt"),
+    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, streams=None, options=True),
+    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, streams=None, options=True),
 )
 
 
