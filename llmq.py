@@ -4639,10 +4639,7 @@ class Waiter:
             yield self
         self._woken = False
 
-    # ---- what a task asks of a future
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
+    # ---- what a task asks of a future, beside its `_loop`
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: object) -> None:
         del context  # no context variable is used here
