@@ -2634,9 +2634,11 @@ ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
+LAST_CHUNK = b"0\r\n\r\n"
 REASONS = {499: "Client Closed Request", **{code.value: code.phrase for code in HTTPStatus}}
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
@@ -2801,9 +2803,6 @@ def too_large(limit: int) -> LlmqError:
     return LlmqError(f"a request body has at most {limit} bytes here", "body_too_large")
 
 
-PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-
-
 class ChunkedBody:
     """A chunked body (RFC 9112 s.7.1); the same payload, or mistake, however the bytes are cut."""
 
@@ -2902,9 +2901,6 @@ def body_decoder(length: int, most: int | None = None) -> Body:
 
 def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 # ==== 12. Bodies ==================================================================================
@@ -3651,21 +3647,16 @@ class StreamWatch:
         return shown + self.ended
 
 
-Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
-
-
 def chosen(facts: Facts, *names: str) -> Facts:
     """These members, or all where none is named, without those that are null."""
     return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
-FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
-FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
-FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
-FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
+Shape = Callable[[Any], bool]  # whether a value has it
+Shapes = Mapping[str, tuple[str, Shape]]
 
 
-def is_one_of(*types: type) -> Callable[[Any], bool]:
+def is_one_of(*types: type) -> Shape:
     return lambda value: type(value) in types
 
 
@@ -3673,7 +3664,7 @@ def are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def shapes(*rows: tuple[str, Callable[[Any], bool], str]) -> Shapes:
+def shapes(*rows: tuple[str, Shape, str]) -> Shapes:
     """What members must be, by their names: in words, and as a test of what is not null."""
     return {name: (words, fits) for words, fits, names in rows for name in names.split()}
 
@@ -3695,7 +3686,7 @@ MEMBERS = shapes(
     ("an object, or its text", is_one_of(dict, str), "arguments"),
     (*TEXT, "reasoning_effort effort prompt suffix id type name"),
     ("an object", is_one_of(dict), "response_format json_schema schema reasoning stream_options"),
-    ("an object", is_one_of(dict), "function parameters"),
+    ("an object", is_one_of(dict), "function parameters options"),
     (*LIST, "tools messages"),
 )
 MESSAGE_MEMBERS = shapes(
@@ -3757,6 +3748,10 @@ class Endpoint(NamedTuple):
 
 
 UNLOADS = (0, "0", "0s", "0m", "0h")  # as `keep_alive`
+FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
+FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
+FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
 
 
 def read_question(
@@ -3767,9 +3762,7 @@ def read_question(
     text, values, places = found
     check_common(values)
     endpoint.check(values)
-    options = values.get("options") if endpoint.options else None
-    if not isinstance(options, (dict, type(None))):
-        raise BadRequest("options is an object", param="options")
+    options = taken(values, MEMBERS, "options").get("options") if endpoint.options else None
     context = parse_context(values.get("numCtx"), "numCtx")
     if options is not None:
         if options is STAND_INS["{"]:
@@ -4591,7 +4584,7 @@ TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in flight
 UNREAD_LIMIT = 128 * KIB  # that nobody has read; then the peer is not listened to for a while
 HEAD_END = b"\r\n\r\n"
-
+READING = threading.Lock()  # one at a time: more threads would only wait for each other
 T = TypeVar("T")
 
 
@@ -4851,9 +4844,6 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await asyncio.wrap_future(result)
 
 
-READING = threading.Lock()  # one at a time: more threads would only wait for each other
-
-
 async def beside(work: Callable[[], T], *, heavy: bool = True) -> T:
     """What a function gives that reads or writes JSON; the event loop goes on where it is heavy."""
     if not heavy:
@@ -4919,8 +4909,7 @@ class Exchange:
 
     @property
     def waiter(self) -> Waiter:
-        """Of the coroutine that the call runs in."""
-        return self.connection.stream.waiter
+        return self.connection.stream.waiter  # of the coroutine that a call runs in
 
     @property
     def started(self) -> bool:
