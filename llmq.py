@@ -5321,7 +5321,7 @@ class HttpServer:
 
         Then a quarter is free again, so that not each answer that follows costs somebody theirs.
         """
-        unsent = {each: size for each in self.connections if (size := each.unsent)}
+        unsent = {each: each.unsent for each in self.connections if each.unsent}
         most = self.settings.queue.max_queued_bytes * 7 // 8  # asyncio's buffers keep room to spare
         total = sum(unsent.values())
         if total <= most:
