@@ -4610,14 +4610,14 @@ class Waiter:
     later.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_cancelled", "_done", "_loop", "_woken")
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_done", "_loop", "_woken")
 
     def __init__(self) -> None:
         self._asyncio_future_blocking = False
         self._loop = asyncio.get_running_loop()
         self._done = done_future(self._loop)
         self._callback: Callable[[Any], object] | None = None  # the waiting task's
-        self._woken = self._cancelled = False
+        self._woken = False
 
     def wake(self) -> None:
         callback, self._callback, self._woken = self._callback, None, True
@@ -4641,14 +4641,8 @@ class Waiter:
     def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - as of every future
         callback, self._callback = self._callback, None
         if callback is not None:
-            self._cancelled = True
-            self._loop.call_soon(callback, self)
-        return callback is not None
-
-    def result(self) -> None:
-        if self._cancelled:
-            self._cancelled = False
-            raise asyncio.CancelledError
+            self._loop.call_soon(callback, self._done)
+        return False  # not by itself: the task that goes on is cancelled
 
 
 class Stream(asyncio.Protocol):
