@@ -4653,8 +4653,8 @@ class Stream(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_data", "_opened", "_writing", "broken", "ended", "error", "full", "lost", "on_end",
-        "overrun", "received", "room", "transport", "waiter", "written",
+        "_data", "_opened", "_tls", "_writing", "broken", "ended", "error", "full", "lost",
+        "on_end", "overrun", "received", "room", "transport", "waiter", "written",
     )  # fmt: skip
 
     def __init__(self, opened: Callable[[Stream], None] | None = None) -> None:
@@ -4686,6 +4686,7 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self._tls = transport.get_extra_info("sslcontext") is not None  # which is gone at the end
         if self._opened is not None:
             self._opened(self)
 
@@ -4704,7 +4705,7 @@ class Stream(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The peer sends no more; it may still read, except over TLS."""
         self._end()
-        return self.transport.get_extra_info("sslcontext") is None
+        return not self._tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         """By a reset, where there is an error: what came before is still read."""
