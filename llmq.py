@@ -73,6 +73,7 @@ import argparse
 import asyncio
 import base64
 import bisect
+import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -112,7 +113,7 @@ from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
 from textwrap import wrap
-from typing import Any, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -2841,9 +2842,11 @@ ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 CHUNKED = -1  # in place of a length
 UNTIL_CLOSE = -2
+LAST_CHUNK = b"0\r\n\r\n"
 REASONS = {499: "Client Closed Request", **{code.value: code.phrase for code in HTTPStatus}}
 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
@@ -2854,11 +2857,10 @@ Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
 class Request:
     """A request as it came; `body` is filled in when it has arrived whole."""
 
-    __slots__ = ("body", "headers", "method", "minor", "path", "query", "target")
+    __slots__ = ("body", "headers", "method", "minor", "path", "query")
 
     def __init__(self, method: str, target: str, minor: int, headers: Headers) -> None:
         self.method = method
-        self.target = target
         self.minor = minor  # 1 for HTTP/1.1 and above
         self.headers = headers
         self.body = b""
@@ -2915,24 +2917,21 @@ def parse_request_head(head: bytes) -> Request:
         headers = parse_fields(rest[:-2])
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    request = Request(method, target, min(int(minor), 1), headers)
-    check_target(request)
-    return request
+    return Request(method, origin_form(method, target, headers), min(int(minor), 1), headers)
 
 
-def check_target(request: Request) -> None:
-    """Origin-form or absolute-form, whose authority replaces Host; `*` for OPTIONS alone."""
-    target, method = request.target, request.method
+def origin_form(method: str, target: str, headers: Headers) -> str:
+    """A target without its authority, which replaces Host; `*` is one for OPTIONS alone."""
     if target.startswith("/") or method == "CONNECT" or (target == "*" and method == "OPTIONS"):
-        return  # CONNECT is refused by its method, later
+        return target  # CONNECT is refused by its method, later
     match = ABSOLUTE_FORM.fullmatch(target)
     if not match:
         raise BadRequest("malformed request target")
     authority, path = match.groups()
-    if "host" in request.headers:
-        parse_host(request.headers["host"])  # two of them are refused even here
-        request.headers["host"] = authority
-    request.path, _, request.query = ("/" + path.removeprefix("/")).partition("?")
+    if "host" in headers:
+        parse_host(headers["host"])  # two of them are refused even here
+        headers["host"] = authority
+    return "/" + path.removeprefix("/")
 
 
 def parse_host(value: str) -> str:
@@ -2983,17 +2982,7 @@ def response_length(head: ResponseHead) -> int:
     return int(length)
 
 
-def parse_chunk_line(line: bytes) -> int:
-    """The size in a chunk's first line, given without its CRLF; ValueError when malformed."""
-    match = CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise ValueError("malformed chunk size")
-    return int(match[1], 16)
-
-
 class LengthBody:
-    """A body of known length."""
-
     def __init__(self, length: int) -> None:
         self.wants = length  # bytes
         self.done = length == 0
@@ -3022,9 +3011,6 @@ def too_large(limit: int) -> LlmqError:
     return LlmqError(f"a request body has at most {limit} bytes here", "body_too_large")
 
 
-PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-
-
 class ChunkedBody:
     """A chunked body (RFC 9112 s.7.1); the same payload, or mistake, however the bytes are cut."""
 
@@ -3047,17 +3033,14 @@ class ChunkedBody:
         at = 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
-            if self.wants > 2:
-                payload = data[at : at + self.wants - 2]
-                pieces.append(payload)
-                at += len(payload)
-                self.wants -= len(payload)
-            elif self.wants:
-                end = data[at : at + self.wants]
-                if end != b"\r\n"[-self.wants :][: len(end)]:
+            if self.wants:
+                payload_end = at + max(0, self.wants - 2)
+                payload, ending = data[at:payload_end], data[payload_end : at + self.wants]
+                if not b"\r\n"[-self.wants :].startswith(ending):
                     raise ValueError("a chunk is not followed by CRLF")
-                at += len(end)
-                self.wants -= len(end)
+                pieces.append(payload)
+                at += len(payload) + len(ending)
+                self.wants -= len(payload) + len(ending)
             elif (at := self._take_whole(data, at, pieces)) < len(data):
                 line = data[at : data.find(b"\n", at) + 1 or None]
                 at += len(line)
@@ -3098,7 +3081,10 @@ class ChunkedBody:
             self._extensions += len(line)
             if self._extensions > EXTENSIONS_LIMIT:
                 raise ValueError("a line of the chunked body is too long")
-        size = parse_chunk_line(line[:-2])
+        match = CHUNK_LINE.fullmatch(line[:-2])
+        if not match:
+            raise ValueError("malformed chunk size")
+        size = int(match[1], 16)
         self._count(size)
         if size:
             self.wants = size + 2
@@ -3121,17 +3107,8 @@ def body_decoder(length: int, most: int | None = None) -> Body:
     return CloseBody() if length == UNTIL_CLOSE else LengthBody(length)
 
 
-def render_head(first: str, headers: Pairs) -> bytes:
-    """A head; whoever passes a value from outside has it from a parsed, hence clean, field."""
-    lines = [first, *[f"{name}: {value}" for name, value in headers]]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-
-
 def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 # ==== 12. Bodies ==================================================================================
@@ -3871,9 +3848,8 @@ class StreamWatch:
 
     def finish(self) -> bytes:
         """What was kept back, now that the body has ended; BackendError when it tells of one."""
-        shown = b""
-        if self.failure is None and not self.ended:
-            shown = self._look()  # nothing need follow the last line, not even a break
+        # Nothing need follow the last line, not even a break.
+        shown = b"" if self.failure or self.ended else self._look()
         if self.failure is None:
             self._inspect(bytes(self.ended or self._held))
         if self.failure is not None:
@@ -3893,44 +3869,36 @@ class BlindWatch(StreamWatch):
         return b""
 
 
-Shapes = Mapping[str, tuple[str, Callable[[Any], bool]]]
-
-
 def chosen(facts: Facts, *names: str) -> Facts:
     """These members, or all where none is named, without those that are null."""
     return {name: facts[name] for name in names or facts if facts.get(name) is not None}
 
 
-FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
-FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
-FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
-FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
+Shape = Callable[[Any], bool]  # whether a value has it
+Shapes = Mapping[str, tuple[str, Shape]]
 
 
-def is_one_of(*types: type) -> Callable[[Any], bool]:
+def is_one_of(*types: type) -> Shape:
     return lambda value: type(value) in types
-
-
-is_number = is_one_of(int, float)
 
 
 def are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def shapes(*rows: tuple[str, Callable[[Any], bool], str]) -> Shapes:
+def shapes(*rows: tuple[str, Shape, str]) -> Shapes:
     """What members must be, by their names: in words, and as a test of what is not null."""
     return {name: (words, fits) for words, fits, names in rows for name in names.split()}
 
 
 WHOLE = ("a whole number", lambda value: whole_number(value) is not None)
-TEXT, OBJECT = ("a text", is_one_of(str)), ("an object", is_one_of(dict))
-LIST, TEXTS = ("a list", is_one_of(list)), ("a list of texts", are_texts)
+NUMBER = ("a number", is_one_of(int, float))
+TEXT, LIST = ("a text", is_one_of(str)), ("a list", is_one_of(list))
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
-    ("a number", is_number, "temperature top_p frequency_penalty presence_penalty"),
-    ("a number", is_number, "min_p typical_p repeat_penalty"),
+    (*NUMBER, "temperature top_p frequency_penalty presence_penalty"),
+    (*NUMBER, "min_p typical_p repeat_penalty"),
     ("true or false", is_one_of(bool), "logprobs include_usage"),
     ("true, false or an effort", is_one_of(bool, str), "think"),
     ("a text or a number", is_one_of(str, int, float), "keep_alive"),
@@ -3939,13 +3907,14 @@ MEMBERS = shapes(
     ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
     ("an object, or its text", is_one_of(dict, str), "arguments"),
     (*TEXT, "reasoning_effort effort prompt suffix id type name"),
-    (*OBJECT, "response_format json_schema schema reasoning stream_options function parameters"),
+    ("an object", is_one_of(dict), "response_format json_schema schema reasoning stream_options"),
+    ("an object", is_one_of(dict), "function parameters options"),
     (*LIST, "tools messages"),
 )
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
     (*LIST, "tool_calls"),
-    (*TEXTS, "images"),
+    ("a list of texts", are_texts, "images"),
 )
 
 
@@ -3990,7 +3959,7 @@ class Endpoint(NamedTuple):
 
     routes: Names  # its own, then those that can stand in for it, by translation
     dialect: Dialect
-    check: Callable[[Mapping[str, Any]], None]
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None  # the backend knows best
     streams: bool | None = False  # when a body does not say; None: never
     options: bool = False  # it can carry a context in its `options`
     content: str = ""  # the member without which it only loads or unloads a model
@@ -4002,6 +3971,10 @@ class Endpoint(NamedTuple):
 
 
 UNLOADS = (0, "0", "0s", "0m", "0h")  # as `keep_alive`
+FORM_PART = rb"--%b\r\n((?:[^\r\n]{1,999}\r\n){1,9})\r\n([^\r\n]{0,999})(?=\r\n--%b)"
+FORM_BOUNDARY = 70  # characters, RFC 2046 s.5.1.1; Python keeps hundreds of patterns with them
+FORM_END = 64 * KIB  # of a form that is looked at, and as much at its beginning
+FORM_NAME = re.compile(rb';[ \t]*name="?([^";\r\n]*)')
 
 
 def read_question(
@@ -4012,10 +3985,12 @@ def read_question(
     text, values, places = found
     check_common(values)
     endpoint.check(values)
+    options = taken(values, MEMBERS, "options").get("options") if endpoint.options else None
     context = parse_context(values.get("numCtx"), "numCtx")
-    if endpoint.options and isinstance(options := values.get("options"), dict):
+    if options is not None:
         if options is STAND_INS["{"]:
             raise BadRequest("options holds too many values", param="options")
+        check_case(options, ("num_ctx",))
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
@@ -4071,9 +4046,8 @@ class OpenAi(Dialect):
 
     error_event = b"data: %b\n\n"
     error_types: Mapping[int, str] = {404: "not_found_error", 429: "rate_limit_error"}
-    sign_of_life = (
-        b": position=%(position)d%(eta)b\n"  # Go's client bears 10,000 lines without data
-    )
+    # One line, without data: Go's client bears 10,000 of them.
+    sign_of_life = b": position=%(position)d%(eta)b\n"
     end_hint, end_line = b"[DONE]", re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
     def error_object(self, error: LlmqError, _request_id: str = "") -> dict[str, Any]:
@@ -4110,10 +4084,9 @@ OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages, limits=LIMITS),
     Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt, limits=LIMITS),
     Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
-    # The backend knows best.
-    Endpoint((RESPONSES,), OpenAiResponses(), lambda _: None, limits=("max_output_tokens",)),
-    Endpoint((RERANK,), OPENAI, lambda _: None),
-    Endpoint((TRANSCRIPTIONS,), OPENAI, lambda _: None),  # which comes as a form
+    Endpoint((RESPONSES,), OpenAiResponses(), limits=("max_output_tokens",)),
+    Endpoint((RERANK,), OPENAI),
+    Endpoint((TRANSCRIPTIONS,), OPENAI),  # which comes as a form
 )
 
 
@@ -4159,23 +4132,22 @@ def check_chat(values: Mapping[str, Any]) -> None:
     """Without messages it asks to load the model, or to unload it."""
     if values.get("messages"):
         check_messages(values)
-    check_options(values)
-
-
-def check_options(values: Mapping[str, Any]) -> None:
-    options = values.get("options")
-    if not isinstance(options, (dict, type(None))):
-        raise BadRequest("options is an object", param="options")
-    check_case(options or {}, ("num_ctx",))
 
 
 OLLAMA = Ollama()
 PREDICT = ("num_predict",)
 OLLAMA_ENDPOINTS = (
     Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages", PREDICT),
-    Endpoint((OLLAMA_GENERATE, COMPLETIONS), OLLAMA, check_options, True, True, "prompt", PREDICT),
-    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
-    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, check_options, streams=None, options=True),
+    Endpoint(
+        (OLLAMA_GENERATE, COMPLETIONS),
+        OLLAMA,
+        streams=True,
+        options=True,
+        content="prompt",
+        limits=PREDICT,
+    ),
+    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, streams=None, options=True),
+    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, streams=None, options=True),
 )
 
 
@@ -4848,8 +4820,7 @@ TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 READ_AHEAD = 64 * KIB  # kept of what a client sends while its request is in flight
 UNREAD_LIMIT = 128 * KIB  # that nobody has read; then the peer is not listened to for a while
 HEAD_END = b"\r\n\r\n"
-
-
+READING = threading.Lock()  # one at a time: more threads would only wait for each other
 T = TypeVar("T")
 
 
@@ -4875,14 +4846,14 @@ class Waiter:
     later.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_cancelled", "_done", "_loop", "_woken")
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_done", "_loop", "_woken")
 
     def __init__(self) -> None:
         self._asyncio_future_blocking = False
         self._loop = asyncio.get_running_loop()
         self._done = done_future(self._loop)
         self._callback: Callable[[Any], object] | None = None  # the waiting task's
-        self._woken = self._cancelled = False
+        self._woken = False
 
     def wake(self) -> None:
         callback, self._callback, self._woken = self._callback, None, True
@@ -4897,27 +4868,17 @@ class Waiter:
             yield self
         self._woken = False
 
-    # ---- what a task asks of a future
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
+    # ---- what a task asks of a future, beside its `_loop`
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: object) -> None:
         del context  # no context variable is used here
         self._callback = callback
 
-    def cancel(self, msg: object = None) -> bool:
-        del msg
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - as of every future
         callback, self._callback = self._callback, None
         if callback is not None:
-            self._cancelled = True
-            self._loop.call_soon(callback, self)
-        return callback is not None
-
-    def result(self) -> None:
-        if self._cancelled:
-            self._cancelled = False
-            raise asyncio.CancelledError
+            self._loop.call_soon(callback, self._done)
+        return False  # not by itself: the task that goes on is cancelled
 
 
 class Stream(asyncio.Protocol):
@@ -4928,30 +4889,28 @@ class Stream(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_data", "_full", "_opened", "_tls", "_writing", "broken", "ended", "error", "lost",
-        "on_end", "overrun", "received", "room", "transport", "waiter",
+        "_data", "_opened", "_tls", "_writing", "broken", "ended", "error", "full", "lost",
+        "on_end", "overrun", "received", "room", "transport", "waiter", "written",
     )  # fmt: skip
 
     def __init__(self, opened: Callable[[Stream], None] | None = None) -> None:
         self.transport: Any = None
         self.waiter = Waiter()  # of whoever reads
-        self.received = 0  # bytes, ever
+        self.received = self.written = 0  # bytes, ever
         self.room: int | None = None  # bytes that may still be read ahead; None: any number
         self.overrun = False  # more came than that, and was dropped
         self.ended = False  # the peer has closed, or reset
         self.broken = False  # it was a reset
         self.lost = False  # neither side can send any more
+        self.full = False  # the transport's limit is unsent, or the peer has not caught up since
         self.error: LlmqError | None = None  # what whoever reads is to meet
         self.on_end: Callable[[], object] | None = None
         self._opened = opened
         self._data = b""  # what came and was not read: never much, so it is simply joined
-        self._full = False  # the peer takes less than is written
-        self._tls = False
         self._writing: Waiter | None = None  # of whoever writes
 
     @property
     def unread(self) -> int:
-        """Bytes that came and were not read."""
         return len(self._data)
 
     @property
@@ -4963,10 +4922,9 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        self._tls = transport.get_extra_info("sslcontext") is not None
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            opened(self)
+        self._tls = transport.get_extra_info("sslcontext") is not None  # which is gone at the end
+        if self._opened is not None:
+            self._opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -4989,14 +4947,15 @@ class Stream(asyncio.Protocol):
         """By a reset, where there is an error: what came before is still read."""
         self.lost, self.broken = True, exc is not None
         self._end()
-        self._go_on_writing()
+        self.resume_writing()
 
     def pause_writing(self) -> None:
-        self._full = True
+        self.full = True
 
     def resume_writing(self) -> None:
-        self._full = False
-        self._go_on_writing()
+        self.full = False
+        if self._writing is not None:
+            self._writing.wake()
 
     def _end(self) -> None:
         if not self.ended:
@@ -5005,19 +4964,16 @@ class Stream(asyncio.Protocol):
                 self.on_end()
             self.waiter.wake()
 
-    def _go_on_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.wake()
-
     # ---- writing
 
     def write(self, data: bytes) -> None:
+        self.written += len(data)
         self.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the peer has taken enough; ConnectionResetError when it never will."""
         self._writing = self._writing or Waiter()
-        while self._full and not self.lost:
+        while self.full and not self.lost:
             await self._writing
         if self.lost:
             raise ConnectionResetError("the connection is lost")
@@ -5030,7 +4986,6 @@ class Stream(asyncio.Protocol):
         self.transport.abort()
 
     async def closed(self) -> None:
-        """Wait until it is closed."""
         self._writing = self._writing or Waiter()
         while not self.lost:
             await self._writing
@@ -5041,14 +4996,6 @@ class Stream(asyncio.Protocol):
         """Whoever reads, now or later, meets this error instead."""
         self.error = error
         self.waiter.wake()
-
-    async def arrive(self, beyond: int) -> bool:
-        """Wait until more than so many bytes are unread; False when no more will come."""
-        while len(self._data) <= beyond and not self.ended and self.error is None:
-            await self.waiter
-        if self.error is not None:
-            raise self.error
-        return len(self._data) > beyond
 
     async def more(self) -> bytes:
         """What has come, waiting until there is something; b"" once the peer has ended."""
@@ -5076,14 +5023,20 @@ class Stream(asyncio.Protocol):
         `partly` is called once, when only a part of it has come.
         """
         seen = 0
-        while seen <= HEAD_LIMIT:
+        while True:
             end = self._data.find(HEAD_END, max(0, seen - len(HEAD_END) + 1))
             if 0 <= end <= HEAD_LIMIT:
                 return self.take(end + len(HEAD_END))
             if partly is not None and self._data and not seen:
                 partly()
             seen = len(self._data)
-            if seen > HEAD_LIMIT or not await self.arrive(seen):
+            if seen > HEAD_LIMIT:
+                break
+            while len(self._data) == seen and not self.ended and self.error is None:
+                await self.waiter
+            if self.error is not None:
+                raise self.error
+            if len(self._data) == seen:
                 break
         return self.take(len(self._data)).rstrip(b"\r\n")
 
@@ -5109,26 +5062,17 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     Unlike those of asyncio's executor it keeps no other work waiting, nor the end of the program.
     """
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def settle(settled: Callable[[], None]) -> None:
-        if not result.cancelled():
-            settled()
+    result: concurrent.futures.Future[T] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()  # whoever awaits it may leave, the thread goes on
 
     def run() -> None:
         try:
-            settled = functools.partial(result.set_result, work())
+            result.set_result(work())
         except Exception as error:  # noqa: BLE001 - whoever awaits it meets it
-            settled = functools.partial(result.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
-            loop.call_soon_threadsafe(settle, settled)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await result
-
-
-READING = threading.Lock()  # one at a time: more threads would only wait for each other
+    return await asyncio.wrap_future(result)
 
 
 async def beside(work: Callable[[], T], *, heavy: bool = True) -> T:
@@ -5167,56 +5111,17 @@ LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
 STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or nginx holds it back
-NO_SNIFFING = ("X-Content-Type-Options", "nosniff")  # what is sent is never anything but its type
+NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
 BACKLOG = 1024  # connections that the kernel holds for us
 ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
 
-class Reply(Protocol):
-    """Whom a call answers: an HTTP exchange here; whoever has a request and takes an answer."""
-
-    status: int  # of the head that has left; 0: none has
-
-    @property
-    def waiter(self) -> Waiter: ...  # of the coroutine that the call runs in
-
-    async def read_body(self, limit: int) -> bytes: ...
-
-    def watch(self, left: Callable[[], object] | None = None) -> None: ...
-
-    @property
-    def gone(self) -> bool: ...
-
-    @property
-    def started(self) -> bool: ...
-
-    @property
-    def blocked(self) -> bool: ...
-
-    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None: ...
-
-    def send(self, data: bytes) -> None: ...
-
-    def finish(self, data: bytes = b"") -> None: ...
-
-    def fail(self, data: bytes) -> None: ...
-
-    def respond(
-        self, status: int, body: bytes, content_type: str = ..., headers: Pairs = ()
-    ) -> None: ...
-
-    async def catch_up(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-
 class Exchange:
-    """One HTTP request, and the one way to answer it: a Reply."""
+    """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
-        "_behind", "_chunked", "_head", "_head_status", "address", "caller", "connection",
-        "finished", "headers", "id", "keep_alive", "length", "request", "request_id", "status",
-        "unread",
+        "_chunked", "_head", "_head_status", "address", "caller", "connection", "finished",
+        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
@@ -5228,16 +5133,15 @@ class Exchange:
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
         self.keep_alive = request.keep_alive
-        self.status = 0
+        self.status = 0  # of the head that has left; 0: none has
         self.finished = False
         self._head, self._head_status = b"", 0  # waits for the first bytes of its body
         self._chunked = False
         self.unread = self.length != 0
-        self._behind = False
 
     @property
     def waiter(self) -> Waiter:
-        return self.connection.stream.waiter
+        return self.connection.stream.waiter  # of the coroutine that a call runs in
 
     @property
     def started(self) -> bool:
@@ -5278,16 +5182,20 @@ class Exchange:
         return self.request.body
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The request's body as it comes, however long it is."""
-        if self.unread:
-            self._invite()
-            async for piece in self.connection.read_pieces(self.length):
+        """The request's body as it comes, however long it is; only its pieces have a deadline."""
+        connection, decoder = self.connection, body_decoder(self.length if self.unread else 0)
+        self._invite()
+        while not decoder.done:
+            connection.enter(Phase.BODY)
+            piece = await connection.read_piece(decoder)
+            connection.enter(Phase.BUSY)  # whoever takes the piece may take its time
+            if piece:
                 yield piece
         self.unread = False
 
     def _invite(self) -> None:
-        if self.expects_continue:
-            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.unread and self.expects_continue:
+            self.connection.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     @property
     def expects_continue(self) -> bool:
@@ -5305,7 +5213,6 @@ class Exchange:
     def respond(
         self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
     ) -> None:
-        """The whole answer."""
         if self.unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep_alive = False
         framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -5314,12 +5221,12 @@ class Exchange:
         shown = b"" if self.request.method == "HEAD" else body
         head = self._render_head(status, framing if status != 204 else "", headers)
         if len(shown) > COPIED:
-            self.connection.write(head)
-            self.connection.write(shown)
+            self.connection.stream.write(head)
+            self.connection.stream.write(shown)
             if self.connection.unsent:
                 self.connection.server.limit_unsent()
         else:
-            self.connection.write(head + shown)
+            self.connection.stream.write(head + shown)
 
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
@@ -5343,7 +5250,7 @@ class Exchange:
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
             f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
-            f"X-LLMQ-Id: {self.id}\r\n{': '.join(NO_SNIFFING)}\r\n{more}{ending}\r\n"
+            f"X-LLMQ-Id: {self.id}\r\n{NO_SNIFFING}{more}{ending}\r\n"
         )
         return head.encode("latin-1", "replace")
 
@@ -5351,7 +5258,7 @@ class Exchange:
         payload = render_chunk(data) if self._chunked and data else data
         if self._head:
             payload, self._head, self.status = self._head + payload, b"", self._head_status
-        self.connection.write(payload + end)
+        self.connection.stream.write(payload + end)
 
     def finish(self, data: bytes = b"") -> None:
         """The end of an answer in pieces, as its framing says a complete one ends."""
@@ -5367,20 +5274,17 @@ class Exchange:
     @property
     def blocked(self) -> bool:
         """More than ANSWER_BUFFER is unsent, or the client has not caught up since."""
-        return self._behind or self.connection.unsent > ANSWER_BUFFER
+        return self.connection.stream.full
 
     async def catch_up(self) -> None:
         """Wait until a client that is far behind has caught up; ClientLeft when it does not."""
-        self._behind = True
         try:
             await self.connection.stream.drain()
         except ConnectionError:
             raise ClientLeft("the client left") from None
-        finally:
-            self._behind = False
 
     def abort(self) -> None:
-        self.connection.abort()
+        self.connection.stream.abort()
 
 
 async def other_user(transport: asyncio.BaseTransport) -> str:
@@ -5428,6 +5332,7 @@ class Nobody:
     read_body = catch_up = nothing
 
 
+Reply = Union[Exchange, Nobody]  # whom a call answers: it never sees the connection
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
@@ -5444,19 +5349,18 @@ class Connection:
 
     __slots__ = (
         "above_cap", "address", "arrived", "deadline", "last_drained", "last_received", "person",
-        "phase", "reset_at_end", "seen", "sent", "server", "since", "stream", "used", "written",
+        "phase", "reset_at_end", "seen", "sent", "server", "since", "stream", "used",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer, stream: Stream) -> None:
         self.server = server
         self.stream = stream
-        self.above_cap = False  # it came above the cap
+        self.above_cap = len(server.connections) >= server.most  # when it came
         self.address = ""  # of the client
         self.person: str | None = None  # `unix:NAME` of another user, once that was asked for
         self.arrived = 0  # bytes of the body at hand, until its request waits in the queue
         self.reset_at_end = False
         self.used = False  # it has sent a request
-        self.written = 0
         self.sent, self.last_drained = 0, 0.0  # what the client had taken when it last took any
         self.enter(Phase.IDLE, server.settings.server.head_timeout)
 
@@ -5480,13 +5384,6 @@ class Connection:
         self.seen = self.stream.received  # what the client had sent by then
         self.deadline = now + limit if limit else 0.0
 
-    def write(self, data: bytes) -> None:
-        self.written += len(data)
-        self.stream.write(data)
-
-    def abort(self) -> None:
-        self.stream.abort()
-
     async def run(self) -> None:
         """Until the client leaves, misbehaves, or nothing more is wanted of it."""
         try:
@@ -5496,10 +5393,10 @@ class Connection:
                     await asyncio.sleep(0)
             await self.close()
         except (OSError, LlmqError):
-            self.abort()
+            self.stream.abort()
         except Exception:
             log.exception("connection failed")
-            self.abort()
+            self.stream.abort()
         finally:
             self.stream.close()
             self.server.connections.pop(self, None)
@@ -5558,12 +5455,17 @@ class Connection:
     async def read_body(self, length: int, limit: int) -> bytes:
         """A body that is wanted whole; it counts as arriving until `let_go`."""
         server, pieces = self.server, []
-        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length, limit))
+        decoder = body_decoder(length, limit)
         self.enter(Phase.BODY, server.settings.server.upload_timeout)
         while not decoder.done:
             piece = await self.read_piece(decoder)
             self.arrived += len(piece)
-            server.count_arriving(len(piece))
+            server.arriving_bytes += len(piece)
+            if server.arriving_bytes > server.settings.queue.max_queued_bytes:
+                words = "the requests that arrive hold all the memory they may"
+                error = LlmqError(words, "queue_full")
+                error.retry_after = 1
+                raise error
             pieces.append(piece)
         self.enter(Phase.BUSY)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -5574,17 +5476,7 @@ class Connection:
             self.server.arriving_bytes -= self.arrived
             self.arrived = 0
 
-    async def read_pieces(self, length: int) -> AsyncIterator[bytes]:
-        """A body of any size; only its pieces have a deadline."""
-        decoder = cast(Union[LengthBody, ChunkedBody], body_decoder(length))
-        while not decoder.done:
-            self.enter(Phase.BODY)
-            piece = await self.read_piece(decoder)
-            self.enter(Phase.BUSY)  # whoever takes the piece may take its time
-            if piece:
-                yield piece
-
-    async def read_piece(self, decoder: LengthBody | ChunkedBody) -> bytes:
+    async def read_piece(self, decoder: Body) -> bytes:
         """What the next bytes add to a body."""
         data = await self.stream.more()
         if not data:
@@ -5598,17 +5490,20 @@ class Connection:
 
     def refuse(self, error: LlmqError) -> None:
         """Answer what could not be read as a request; nothing behind it will be."""
-        body = OPENAI.render_error(error)
-        headers = [("Date", self.server.date), ("Content-Type", "application/json")]
-        headers += [("Content-Length", str(len(body))), NO_SNIFFING, ("Connection", "close")]
+        body, ending = OPENAI.render_error(error), "Connection: close\r\n"
         if "*" in self.server.settings.server.cors_origins:
-            headers.append(("Access-Control-Allow-Origin", "*"))
-        self.write(render_head(f"HTTP/1.1 {error.status} {REASONS[error.status]}", headers) + body)
+            ending += "Access-Control-Allow-Origin: *\r\n"
+        head = (
+            f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\nDate: {self.server.date}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{NO_SNIFFING}{ending}\r\n"
+        )
+        self.stream.write(head.encode() + body)
 
     async def close(self) -> None:
         """Send what is left, then wait a little for the client to hang up first."""
         if self.stream.ended or self.stream.transport.is_closing():
-            self.abort()  # nobody is there to take what is left
+            self.stream.abort()  # nobody is there to take what is left
             return
         self.enter(Phase.LINGER)
         if self.unsent:
@@ -5617,7 +5512,7 @@ class Connection:
         if self.reset_at_end:
             raw = self.stream.transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.abort()
+            self.stream.abort()
             return
         self.stream.transport.write_eof()  # to close with input unread would destroy the answer
         await self.stream.linger(LINGER_SECONDS)
@@ -5626,11 +5521,11 @@ class Connection:
         """End what has taken too long; called four times a second."""
         unsent, settings = self.unsent, self.server.settings.server
         if unsent:
-            sent = self.written - unsent
+            sent = self.stream.written - unsent
             if sent != self.sent or not self.last_drained:
                 self.sent, self.last_drained = sent, now
             elif now - self.last_drained >= settings.stall_timeout:
-                self.abort()
+                self.stream.abort()
             return
         self.last_drained = 0.0
         if self.phase is Phase.BODY:
@@ -5641,7 +5536,7 @@ class Connection:
                 self.stream.interrupt(late)
         if self.deadline and now >= self.deadline:
             if self.phase is Phase.IDLE:
-                self.abort()
+                self.stream.abort()
             else:
                 self.stream.interrupt(RequestTimeout("the request did not arrive in time"))
 
@@ -5667,9 +5562,7 @@ class HttpServer:
 
     async def listen_on(self, listening: socket.socket) -> int:
         """Let in whom this socket brings; its port."""
-        loop = asyncio.get_running_loop()
-
-        opening = functools.partial(Stream, self._opened)
+        loop, opening = asyncio.get_running_loop(), functools.partial(Stream, self._opened)
         server = await loop.create_server(opening, sock=listening, backlog=ACCEPT_BURST)
         listening.listen(BACKLOG)  # asyncio takes one number for both
         self._servers.append(server)
@@ -5684,7 +5577,6 @@ class HttpServer:
             stream.abort()
             return
         connection = Connection(self, stream)
-        connection.above_cap = len(self.connections) >= self.most
         peer = stream.transport.get_extra_info("peername") or ("",)  # it may have gone
         connection.address = plain_address(peer[0])
         task = asyncio.get_running_loop().create_task(connection.run())
@@ -5696,17 +5588,9 @@ class HttpServer:
         for connection in self.connections:
             if connection.idle and now - connection.since >= IDLE_GRACE:
                 del self.connections[connection]
-                connection.abort()
+                connection.stream.abort()
                 return True
         return False
-
-    def count_arriving(self, size: int) -> None:
-        """More of a body is here; `queue_full` when all that arrive hold what they may."""
-        self.arriving_bytes += size
-        if self.arriving_bytes > self.settings.queue.max_queued_bytes:
-            error = LlmqError("the requests that arrive hold all the memory they may", "queue_full")
-            error.retry_after = 1
-            raise error
 
     def reap(self, now: float) -> None:
         self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
@@ -5719,11 +5603,8 @@ class HttpServer:
 
         Then a quarter is free again, so that not each answer that follows costs somebody theirs.
         """
-        unsent: dict[Connection, int] = {}
+        unsent = {each: each.unsent for each in self.connections if each.unsent}
         most = self.settings.queue.max_queued_bytes * 7 // 8  # asyncio's buffers keep room to spare
-        for connection in self.connections:
-            if size := connection.unsent:
-                unsent[connection] = size
         total = sum(unsent.values())
         if total <= most:
             return
@@ -5731,7 +5612,7 @@ class HttpServer:
             if total > most - most // 4:
                 total -= unsent[connection]
                 log.warning("hung up on a client that took too little of its answer")
-                connection.abort()
+                connection.stream.abort()
 
     def stop_accepting(self) -> None:
         """Leave who comes now to whoever else holds the sockets; those inside are answered."""
@@ -5748,7 +5629,7 @@ class HttpServer:
         self.closing = True
         for connection in list(self.connections):
             if connection.idle or (connection.phase is Phase.LINGER and not connection.unsent):
-                connection.abort()
+                connection.stream.abort()
 
     async def close(self) -> None:
         """Stop listening and end every connection, whatever it does."""
@@ -5758,7 +5639,7 @@ class HttpServer:
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
-            connection.abort()
+            connection.stream.abort()
         tasks = list(self.connections.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)
@@ -6845,8 +6726,8 @@ def record_of(call: Call, now: float) -> Record:
 
 def may_be_cut(call: Call, tokens_in: int) -> bool:
     """Whether the prompt fills its context: Ollama drops the front of what is longer, unsaid."""
-    backend = call.ticket.backend
-    if not tokens_in or backend is None or not (call.context or backend.contexts.loaded):
+    backend = call.ticket.backend if tokens_in else None
+    if backend is None or not (call.context or backend.contexts.loaded):
         return False
     context = call.context or backend.contexts.loaded.get(call.ticket.model, 0)
     return 0 < context <= tokens_in + 1 and EMBEDDINGS not in call.endpoint.routes

@@ -253,7 +253,7 @@ class Raising(logging.Handler):
 async def handle(exchange: llmq.Exchange) -> None:
     """What routes do to an exchange, in small; a query asks for the other ends."""
     request = exchange.request
-    noted = [request.method, request.target, request.path, request.query, request.minor]
+    noted = [request.method, request.path, request.query, request.minor]
     transport: Any = exchange.connection.stream.transport
     transport.handled.append((*noted, request.headers))
     try:

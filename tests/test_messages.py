@@ -20,13 +20,11 @@ from llmq import (
     Request,
     ResponseHead,
     body_decoder,
-    parse_chunk_line,
     parse_fields,
     parse_host,
     parse_request_head,
     parse_response_head,
     render_chunk,
-    render_head,
     request_length,
     response_length,
 )
@@ -103,8 +101,8 @@ def test_fields_mean_the_same_in_requests_answers_and_trailers(lines, meaning):
 @pytest.mark.parametrize("lines", [lines for lines, meaning in FIELDS if meaning])
 def test_what_was_read_and_rendered_again_is_read_the_same(lines):
     once = parse_fields(lines.decode("latin-1"))
-    again = render_head("HTTP/1.1 200 OK", once.items())
-    assert parse_response_head(again) == ResponseHead(200, 1, once)
+    again = "".join(f"{name}: {value}\r\n" for name, value in once.items())
+    assert parse_fields(again) == once
 
 
 def test_no_control_character_gets_into_a_value():
@@ -118,11 +116,6 @@ def test_no_control_character_gets_into_a_value():
                 parse_fields(line.decode("latin-1"))
 
 
-def test_head_that_latin_1_cannot_say_is_rendered_all_the_same():
-    head = render_head("HTTP/1.1 200 OK", [("X", "日本")])
-    assert parse_response_head(head).headers == {"x": "??"}
-
-
 # ---- Request heads -------------------------------------------------------------------------------
 
 LINES = [  # request line; method, target, minor or the error
@@ -134,7 +127,7 @@ LINES = [  # request line; method, target, minor or the error
     (b"get / HTTP/1.1", ("get", "/", 1)),
     (b"OPTIONS * HTTP/1.1", ("OPTIONS", "*", 1)),
     (b"CONNECT h:443 HTTP/1.1", ("CONNECT", "h:443", 1)),
-    (b"GET http://h/p HTTP/1.1", ("GET", "http://h/p", 1)),
+    (b"GET http://h/p HTTP/1.1", ("GET", "/p", 1)),
     (b"GET //evil.example/x HTTP/1.1", ("GET", "//evil.example/x", 1)),
     (b"GET / HTTP/2.0", "version_not_supported"),
     (b"GET / HTTP/0.9", "version_not_supported"),
@@ -168,6 +161,10 @@ LINES = [  # request line; method, target, minor or the error
 ]
 
 
+def target_of(request: Request) -> str:
+    return f"{request.path}?{request.query}" if request.query else request.path
+
+
 @pytest.mark.parametrize(("line", "meaning"), LINES, ids=[ascii(line)[2:-1] for line, _ in LINES])
 def test_request_line(line, meaning):
     head = line + b"\r\nHost: h\r\n\r\n"
@@ -175,7 +172,7 @@ def test_request_line(line, meaning):
         check_refused(meaning, parse_request_head, head)
     else:
         request = parse_request_head(head)
-        assert (request.method, request.target, request.minor) == meaning
+        assert (request.method, target_of(request), request.minor) == meaning
 
 
 def test_empty_lines_before_a_request_are_skipped():
@@ -223,7 +220,6 @@ TARGETS = [  # of a request with `Host: field`; path, query, host that counts
 def test_target_says_the_path_and_in_absolute_form_the_host(target, path, query, host):
     request = parse_request_head(f"GET {target} HTTP/1.1\r\nHost: field\r\n\r\n".encode())
     assert (request.path, request.query, request.headers["host"]) == (path, query, host)
-    assert request.target == target
 
 
 def test_absolute_target_makes_up_for_no_bad_host_field():
@@ -466,13 +462,15 @@ BAD_CHUNK_LINES = [
 
 @pytest.mark.parametrize("line", CHUNK_LINES, ids=ascii)
 def test_chunk_line_tells_the_size(line):
-    assert parse_chunk_line(line) == CHUNK_LINES[line]
+    body, size = ChunkedBody(), CHUNK_LINES[line]
+    assert body.feed(line + b"\r\n") == b""
+    assert body.wants == (size + 2 if size else 0)
 
 
 @pytest.mark.parametrize("line", BAD_CHUNK_LINES, ids=ascii)
 def test_malformed_chunk_line_is_refused(line):
-    with pytest.raises(ValueError, match="chunk size"):
-        parse_chunk_line(line)
+    with pytest.raises(ValueError, match=r"chunk size|CRLF"):
+        ChunkedBody().feed(line + b"\r\n")
 
 
 # ---- Bodies: however the bytes are cut -----------------------------------------------------------

@@ -170,6 +170,18 @@ async def test_requests_that_came_together_are_answered_one_in_each_turn_of_the_
     await server.close()
 
 
+async def test_header_that_latin_1_cannot_say_is_sent_all_the_same() -> None:
+    async def answer(exchange: Any) -> None:
+        exchange.respond(200, b"ok", headers=[("X", "日本")])
+
+    server = llmq.HttpServer(answer, llmq.Settings(), 8)
+    client = await Raw.open(await server.listen("127.0.0.1", 0))
+    await client.send(http("GET", "/"))
+    assert (await client.response()).headers["x"] == "??"
+    client.close()
+    await server.close()
+
+
 async def test_empty_lines_by_the_thousand_leave_others_their_turn() -> None:
     async def nothing(_exchange: Any) -> None:
         pass
