@@ -1887,9 +1887,12 @@ class Fleet:
 
     def trouble(self) -> str | None:
         """What everybody is told while no runner answers."""
-        answering = (State.UP, State.LOADING, State.UNKNOWN)
-        found = any(backend.state in answering for backend in self.backends.values())
-        return None if found else NO_RUNNER
+        answering, backends = (State.UP, State.LOADING, State.UNKNOWN), self.backends.values()
+        if any(backend.state in answering for backend in backends):
+            return None
+        if not backends or any(is_loopback(urlsplit(one.url).hostname or "") for one in backends):
+            return NO_RUNNER
+        return "no backend answers: " + ", ".join(f"{one.name} ({one.error})" for one in backends)
 
     def without_keys(self, words: str) -> str:
         """What a backend says, without the keys that it was sent: some repeat them."""
@@ -5829,7 +5832,7 @@ def os_error_text(error: Exception) -> str:
     """What the system says of a failed connection, without the address that everybody knows."""
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno).lower()
-    return str(error)
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 async def connect_within(
@@ -7548,7 +7551,7 @@ def reset_context(fleet: Fleet, model: str) -> int:
 async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: str) -> Facts:
     """Send the errands that somebody orders; what was ordered where."""
     action, model, named = map(values.get, ("action", "model", "backend"))
-    if action not in ("load", "unload") or not isinstance(model, str):
+    if action not in ("load", "unload") or not isinstance(model, str) or not model:
         raise BadRequest('action is "load", "unload" or "reset_context", model a name')
     told = values.get("keep_alive")
     keep_alive = "" if told is None else str(told)
@@ -8558,11 +8561,11 @@ class Api:
         device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
         if device not in devices:
             raise BadRequest("device is one of " + ", ".join(devices), param="device")
-        word = values.get("class", "normal")
+        client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
+        word = values.get("class") or client.settings.class_ or "normal"
         if word not in CLASSES:
             raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
         call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
-        client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
         call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
         call.request = None
         await gateway.lease(call, seconds)
@@ -9639,7 +9642,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmq",
         description="One queue in front of the local LLM runners of a box.",
-        epilog="Without a command it serves; `llmq serve --help` lists every setting.",
+        epilog="Without a command it serves; `llmq serve --help` lists what has a flag.  Clients,"
+        " rules, models, devices and backends are tables of the file: see the README.",
     )
     parser.add_argument("--version", action="version", version=f"llmq {__version__}")
     commands = parser.add_subparsers(dest="command")
@@ -9657,7 +9661,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a command that has a whole device meanwhile")
     run.add_argument("--device", metavar="NAME", help="(default: the only one)")
     run.add_argument(
-        "--class", dest="priority", choices=CLASSES, default="normal", help="its class"
+        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
     )
     run.add_argument("--unload", **switch, help="unload the device's models first")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
@@ -9778,6 +9782,8 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 def banner(service: Service) -> str:
     """What runs where, and the words that point a client here."""
     at, fleet = service.addresses[0], service.gateway.fleet
+    if service.host and not service.host.strip("0.:"):  # on each box these zeros are another's
+        at = base_url(socket.gethostname(), service.port)
     usual = at == base_url("127.0.0.1", ServerSettings().port)
     rows = {
         **{f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()},
@@ -9862,13 +9868,16 @@ def cmd_mode(options: argparse.Namespace) -> None:
 
 def cmd_models(options: argparse.Namespace) -> None:
     url = llmq_url(options.url)
+    if options.action and not options.name:
+        raise ConfigError(f"models {options.action}: write the model's name behind it")
     if options.action:
         change = {"action": options.action, "model": options.name, "backend": options.on}
         answer = ask_llmq(url, ("POST", "/llmq/models", change))
         where = answer.get("backend") or "no backend has it loaded"
         say(printable(f"{options.action} {answer.get('model')}: {where}"))
         return
-    backends = understood(ask_llmq(url, STATUS), url)["backends"]
+    snapshot = understood(ask_llmq(url, STATUS), url)
+    backends, none = snapshot["backends"], snapshot["trouble"] or "none"
     pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
     rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
     if options.json:
@@ -9876,7 +9885,7 @@ def cmd_models(options: argparse.Namespace) -> None:
         say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
         return
     shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
-    for _, text in table(MODELS, [("", row) for row in shown], 140, "none")[1:]:
+    for _, text in table(MODELS, [("", row) for row in shown], 140, none)[1:]:
         say(printable(text.strip(), 1000))
 
 
@@ -9903,7 +9912,7 @@ def cmd_run(options: argparse.Namespace) -> int:
         raise ConfigError("run: write the command behind --")
     ask, place = functools.partial(ask_llmq, llmq_url(options.url)), "/llmq/leases"
     wish = {"class": options.priority, "ttl_s": LEASE_SECONDS, "unload": options.unload}
-    wish.update({"device": options.device} if options.device else {})
+    wish["device"] = options.device
     lease = ask(("POST", place, wish), None)
     place = f"{place}/{lease['id']}"
     ended = threading.Event()

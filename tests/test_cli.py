@@ -104,7 +104,7 @@ def test_odd_arguments_end_with_2_and_the_usage(
         (
             ("dance",),
             "config",
-            "unknown command dance; known: config, mode, models, serve, status, top",
+            "unknown command dance; known: config, mode, models, run, serve, status, top",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
@@ -143,7 +143,7 @@ async def test_status_shows_mode_backends_and_requests(capsys: pytest.CaptureFix
             r"^ not reloaded: llmq\.json: odd$",
             rf"^ box +up .* 1/1 .* m  {fake.url}$",
             r"^ +run normal .* box$",
-            r"^ +1 normal user:alice +m .* local busy \(1/1\)$",
+            r"^ +1 normal user:alice +m .* local busy \(1/1\): anonymous, m$",
         ):
             assert re.search(words, said, re.MULTILINE), (words, said)
         assert "tell nobody" not in said
