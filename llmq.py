@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 17 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one request.
+The map.  A section uses only what stands above it; nothing above 19 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 26: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -26,39 +26,40 @@ reads a clock.  Start reading at `Gateway.serve` in section 24: the life of one 
      5. Metrics        what is counted, and how Prometheus reads it
   B  The queue
      6. Identity       who asks, and how urgently
-     7. Backends       who serves: runners, their devices, slots, models and health
-     8. Fair share     whose turn it is
-     9. Scheduler      who goes next
-    10. Forecast       when, and why not yet
+     7. Backends       who serves: a runner, its device, slots, models and health
+     8. Fair share     whose turn it is inside a class
+     9. Fleet          all of them: where there is room, and which is picked
+    10. Scheduler      who goes next
+    11. Forecast       when, and why not yet
   C  HTTP
-    11. Messages       bytes to heads and bodies, and back
-    12. Bodies         JSON read without losing a byte of it
-    13. Dialects       what all of them share: errors, streams, questions
-    14. OpenAI         its endpoints, its errors, how its streams end
-    15. Ollama         the same for Ollama's own routes
-    16. Anthropic      the same for messages
-    17. Translation    one dialect in the words of another
-    18. Streams        how a coroutine reads a connection, and is woken
-    19. Server         sockets towards the clients; whom a call answers
-    20. Upstream       sockets towards the runners
+    12. Messages       bytes to heads and bodies, and back
+    13. Bodies         JSON read without losing a byte of it
+    14. Dialects       what all of them share: errors, streams, questions
+    15. OpenAI         its endpoints, its errors, how its streams end
+    16. Ollama         the same for Ollama's own routes
+    17. Anthropic      the same for messages
+    18. Translation    one dialect in the words of another
+    19. Streams        how a coroutine reads a connection, and is woken
+    20. Server         sockets towards the clients; whom a call answers
+    21. Upstream       sockets towards the runners
   D  The gateway
-    21. Probes         what a backend has and how it does
-    22. Calls          one request on its way, and its answer from a backend
-    23. Records        what remains of it: log, metrics, the latest
-    24. Admission      from a request to a call that may wait
-    25. Gateway        the life of one request
-    26. Models         what there is, and its management
-    27. Store          what outlives a restart: one SQLite file, one thread
-    28. Background     what runs beside the requests: deadlines, heartbeats
+    22. Probes         what a backend has and how it does
+    23. Calls          one request on its way, and its answer from a backend
+    24. Records        what remains of it: log, metrics, the latest
+    25. Admission      from a request to a call that may wait
+    26. Gateway        the life of one request
+    27. Models         what there is, and its management
+    28. Store          what outlives a restart: one SQLite file, one thread
+    29. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    29. Access         which names and pages may use a route
-    30. Snapshot       what the outside sees
-    31. Routes         which path leads where
-    32. Demo           a runner that only echoes
-    33. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    34. Service        start, reload, drain, stop
-    35. Command line   serve, status, top, mode, config
-    36. Web page       what a browser is shown
+    30. Access         which names and pages may use a route
+    31. Snapshot       what the outside sees
+    32. Routes         which path leads where
+    33. Demo           a runner that only echoes
+    34. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    35. Service        start, reload, drain, stop
+    36. Command line   serve, status, top, mode, config
+    37. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 12 turns errors into bytes.
+# `render_error` of section 14 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -1450,10 +1451,12 @@ class Backend:
         self.used = 0.0  # when it was last given a request
         self.turn = 0.0  # rises with each, the less the greater its weight
         self.loaded: frozenset[str] = frozenset()  # model keys, as far as is known
-        self.loading: dict[str, Ticket] = {}  # by model key what makes it load
+        # By model key what makes it load, and since when.
+        self.loading: dict[str, tuple[object, float]] = {}
         self.load_seconds = Average()  # from such a start to the first byte
         self.switched = 0.0  # when it last began to load a model, monotonic
-        self.passed: dict[int, tuple[Ticket, float]] = {}  # over, and since when: see section 9
+        # By number the tickets that it has passed over, and since when: see section 10.
+        self.passed: dict[int, tuple[Any, float]] = {}
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
         self.at_work: Counter[str] = Counter()  # model key -> requests that run
         self.contexts = Contexts()
@@ -1523,32 +1526,30 @@ class Backend:
             return False
         return self.traits.on_demand and key not in self.remote
 
-    def starts(self, ticket: Ticket, now: float) -> None:
+    def starts(self, key: str, request: object, now: float) -> None:
         """A request starts here; where its model is not loaded, it is from now on alone there."""
-        key = ticket.want.model
         self.used = now
         self.at_work[key] += 1
-        if not self.must_load(key):
-            return
-        self.loading[key], self.loaded, self.switched = ticket, frozenset((key,)), now
-        self.passed.clear()
+        if self.must_load(key):
+            self.loading[key], self.switched = (request, now), now
+            self.loaded = frozenset((key,))
+            self.passed.clear()
 
     def loaded_now(self, key: str, now: float) -> bool:
         """The first byte of an answer has come; True if it was to load its model, and has."""
-        loader = self.loading.pop(key, None)
-        if loader is None:
+        if key not in self.loading:
             return False
-        self.load_seconds.add(now - loader.started)
+        _, began = self.loading.pop(key)
+        self.load_seconds.add(now - began)
         self.changed = self.next_probe = now  # another may have gone for it
         return True
 
-    def ends(self, ticket: Ticket) -> None:
+    def ends(self, key: str, request: object) -> None:
         """A request has ended here; if it was to load its model and got no byte, it has not."""
-        key = ticket.want.model
         left = self.at_work.pop(key) - 1
         if left:
             self.at_work[key] = left
-        if self.loading.get(key) is ticket:
+        if key in self.loading and self.loading[key][0] is request:
             del self.loading[key]
             self.loaded -= {key}
 
@@ -1685,266 +1686,6 @@ def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) ->
             if isinstance(tokens, int) and tokens > 0:
                 found[model_key(str(row["name"]))] = tokens
     return found
-
-
-NO_POLICY = ModelSettings()
-
-
-def pick_backend(
-    candidates: Sequence[Backend], key: str, last: Backend | None = None
-) -> Backend | None:
-    """Among backends with room: the model loaded, who served it last, most room, longest unused."""
-    if len(candidates) < 2:
-        return candidates[0] if candidates else None
-
-    def rank(each: Backend) -> tuple[bool, bool, int, float]:
-        return not each.is_loaded(key), each is not last, -each.room(urgent=True), each.turn
-
-    return min(candidates, key=rank)
-
-
-SESSIONS = 1000  # conversations whose backend is remembered, at most
-
-
-class Fleet:
-    """All backends and their devices, as configured or found."""
-
-    def __init__(self) -> None:
-        self.model_settings: Mapping[str, ModelSettings] = {}  # by name or pattern
-        self._policies: dict[str, ModelSettings] = {}  # by model key, as found so far
-        self.backends: dict[str, Backend] = {}
-        self.devices: dict[str, Device] = {}
-        self.shrunk = 0.0  # when a backend was last removed, monotonic
-        self.turn = 0.0  # of the backend that was given the last request
-        self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
-        self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
-        self.relayed: Names = ()  # header fields of a client that some backend is to get
-
-    def policy(self, key: str) -> ModelSettings:
-        """What is configured for a model; a lease has none."""
-        if not self.model_settings or not key:
-            return NO_POLICY
-        if key not in self._policies:
-            if len(self._policies) >= MODELS_LIMIT:
-                self._policies.clear()
-            self._policies[key] = policy_of(self.model_settings, key)
-        return self._policies[key]
-
-    def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
-        """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
-        shared = self.device_of(device, slots)
-        self.backends[name] = backend = Backend(name, settings, shared)
-        return backend
-
-    def device_of(self, name: str, slots: int) -> Device:
-        device = self.devices.setdefault(name, Device(name, slots))
-        device.slots = slots
-        return device
-
-    def move(self, backend: Backend, device: Device) -> None:
-        """The backend is on another device from now on, and so is what runs there."""
-        old = backend.device
-        old.busy -= backend.busy
-        device.busy += backend.busy
-        if old.held and not old.busy and device is not old:  # what had it whole has gone along
-            old.held, device.held = False, True
-        backend.device = device
-
-    def remove(self, name: str, now: float) -> None:
-        """Take out a backend: what runs there ends in peace, what waited is judged again."""
-        self.backends.pop(name).draining = True
-        self.shrunk = now
-        self.drop_unused()
-
-    def drop_unused(self) -> None:
-        used = {backend.device for backend in self.backends.values()}
-        kept = [device for device in self.devices.values() if device in used or device.busy]
-        self.devices = {device.name: device for device in kept}  # a busy one is not made anew
-
-    def configure(
-        self,
-        rows: dict[str, BackendSettings],
-        places: dict[str, str],
-        settings: Settings,
-        now: float,
-    ) -> None:
-        """Have the backends of these rows and no others, on the devices that `places` names."""
-        self.model_settings, self._policies = settings.models, {}
-        self.relayed = tuple({name for row in rows.values() for name in row.relay_headers})
-        for name, backend in list(self.backends.items()):
-            row = rows.get(name)
-            if row is None or row.url != backend.url:
-                self.remove(name, now)
-        for name, row in rows.items():
-            slots = settings.slots_of(places[name])
-            backend = self.backends.get(name) or self.add(name, row, places[name], slots)
-            self.move(backend, self.device_of(places[name], slots))
-            backend.device.reserve_high = settings.reserve_of(places[name])
-            if row != backend.settings:  # its list of models may be another
-                backend.changed, backend.next_probe = now, 0.0
-            backend.configure(row, settings.limits_of(row))
-            backend.contexts.start = settings.upstream.num_ctx
-            backend.contexts.policy = self.policy if settings.models else None
-        self.drop_unused()
-
-    def serving(self, want: Want) -> list[Backend]:
-        """Every backend that has the model and a route, or may have them, whatever its state."""
-        key, routes, pinned = want.model, want.routes, want.backend
-        if want.device:
-            return self.lessor(want.device)
-        only = (pinned,) if pinned else self.policy(key).backends if self.model_settings else ()
-        return [
-            each
-            for each in self.backends.values()
-            if (key in each.models or each.may_have(key))
-            and not (each.state is State.REFUSED or each.draining)
-            and (not only or each.name in only)
-            and (not routes or each.route_for(routes, key))
-        ]
-
-    def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
-        """Backends where a request could start now, without the one it failed at unless alone."""
-        key, avoid, policy = want.model, want.avoid, self.policy(want.model)
-        able = [backend for backend in self.serving(want) if backend.usable]
-        if avoid is not None:
-            able = [backend for backend in able if backend is not avoid] or able
-        alone = policy.exclusive or bool(want.device)
-        return [each for each in able if each.takes(key, urgent=urgent, alone=alone)]
-
-    def claim(self, want: Want) -> None:
-        """Let a device run empty for what is next and bears nothing beside it there."""
-        policy = self.policy(want.model)
-        if not (policy.exclusive or want.device):
-            return
-        devices = [backend.device for backend in self.serving(want) if backend.usable]
-        if devices:
-            min(devices, key=lambda device: device.busy).claimed = True
-
-    def unclaim(self) -> None:
-        """Whoever claimed a device has to say so again: it may have left."""
-        for device in self.devices.values():
-            device.claimed = False
-
-    def lessor(self, name: str) -> list[Backend]:
-        """What stands for the whole of a device when it is leased; none if there is none."""
-        device = self.devices.get(name)
-        if device is None:
-            return []
-        lessor = self.lessors.get(name)
-        if lessor is None or lessor.device is not device:
-            self.lessors[name] = lessor = Backend(name, BackendSettings(url="http://-"), device)
-            lessor.state = State.UP
-        return [lessor]
-
-    def starts(self, ticket: Ticket, backend: Backend, now: float) -> None:
-        """A request starts at a backend: it takes a slot there, and what else it needs."""
-        key, device = ticket.want.model, backend.device
-        if key not in backend.remote:
-            ticket.took = 1
-            if ticket.want.device or self.model_settings:
-                device.held = bool(ticket.want.device) or self.policy(key).exclusive
-            device.busy += 1
-            backend.busy += 1
-        backend.starts(ticket, now)
-        self.turn = max(self.turn, backend.turn)
-        backend.turn = self.turn + 1 / backend.weight
-        if ticket.session:
-            self.sessions[ticket.client.name, ticket.session] = backend
-            self.sessions.move_to_end((ticket.client.name, ticket.session))
-            if len(self.sessions) > SESSIONS:
-                self.sessions.popitem(last=False)
-
-    def ends(self, ticket: Ticket, backend: Backend) -> None:
-        """It gives back what it took."""
-        if ticket.took:
-            device, ticket.took = backend.device, 0
-            device.busy -= 1
-            device.held = device.held and device.busy > 0
-            backend.busy -= 1
-        backend.ends(ticket)
-
-    def served_last(self, ticket: Ticket) -> Backend | None:
-        """Where the conversation was last: its prompt may be cached there."""
-        if not ticket.session:
-            return None
-        return self.sessions.get((ticket.client.name, ticket.session))
-
-    def startable_models(self, waiting: Iterable[str]) -> set[str]:
-        """Of these keys of models those that a request could start for, as far as slots go."""
-        free = [one for one in self.backends.values() if one.usable and one.room(urgent=True) > 0]
-        if not all(each.models_known for each in free):
-            return set(waiting)
-        listed = {key for each in free for key in each.models}
-        native = any(each.traits.native for each in self.backends.values())
-        listed |= {key for each in self.backends.values() for key in each.remote} | {""}  # leases
-        return {key for key in waiting if key in listed or (native and key.endswith(CLOUD))}
-
-    def has_room(self) -> bool:
-        for device in self.devices.values():
-            if device.busy < device.slots:
-                return True
-        return any(backend.remote for backend in self.backends.values())
-
-    def trouble(self) -> str | None:
-        """What everybody is told while no runner answers."""
-        answering, backends = (State.UP, State.LOADING, State.UNKNOWN), self.backends.values()
-        if any(backend.state in answering for backend in backends):
-            return None
-        if not backends or any(is_loopback(urlsplit(one.url).hostname or "") for one in backends):
-            return NO_RUNNER
-        return "no backend answers: " + ", ".join(f"{one.name} ({one.error})" for one in backends)
-
-    def without_keys(self, words: str) -> str:
-        """What a backend says, without the keys that it was sent: some repeat them."""
-        for key in {backend.key for backend in self.backends.values() if backend.key}:
-            words = words.replace(key, HIDDEN)
-        return words
-
-    def down_since(self, want: Want) -> float | None:
-        """When the last backend of this model went down; None while one is up or loads."""
-        serving = self.serving(want)
-        down = all(backend.state is State.DOWN for backend in serving)
-        return max([self.shrunk, *(backend.since for backend in serving)]) if down else None
-
-    def lists(self, asked: str) -> bool:
-        """Whether some backend has told that it has the model."""
-        key = model_key(asked)
-        return any(key in backend.models for backend in self.backends.values())
-
-    def knows(self, asked: str) -> bool | None:
-        """True: some backend has the model.  False: all have told and none has.  None: not sure."""
-        key = model_key(asked)
-        enabled = [each for each in self.backends.values() if each.state is not State.REFUSED]
-        if any(backend.has(key) for backend in enabled):
-            return True
-        return False if enabled and all(each.models_known for each in enabled) else None
-
-    def check_spelling(self, asked: str) -> None:
-        """BadRequest when the name means two models of one backend and equals neither."""
-        for backend in self.backends.values():
-            names = backend.models.get(model_key(asked), [])
-            if len(names) > 1 and asked not in names:
-                message = f"model {printable(asked)!r} means {' or '.join(names)}"
-                raise BadRequest(message, param="model")
-
-    def named(self, name: str) -> Backend:
-        if name not in self.backends:
-            raise LlmqError(f"there is no backend {printable(name)}", "not_found")
-        return self.backends[name]
-
-    def why_unsupported(self, want: Want) -> str:
-        """Why no backend takes these routes for this model."""
-        having = [backend for backend in self.backends.values() if backend.may_have(want.model)]
-        for (route, model), words in (row for each in having for row in each.unsupported.items()):
-            if route in want.routes and model in ("", want.model):
-                return words
-        return f"no backend of model {printable(want.model)!r} speaks {want.routes[0]}"
-
-    def default_model(self) -> str | None:
-        """The first model of the first backend that is not for embeddings."""
-        reports = [backend.report for backend in self.backends.values() if backend.report]
-        names = (name for report in reports for name in report.models)
-        return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
 # ==== 8. Fair share ===============================================================================
@@ -2148,7 +1889,271 @@ class Group:
         self.oldest.drop(lane)
 
 
-# ==== 9. Scheduler ================================================================================
+# ==== 9. Fleet ====================================================================================
+# All backends: who can serve what, where there is room, and which one is picked.  A start takes
+# what it needs in one place, an end gives it back in one; a lease takes a device as a whole.
+
+NO_POLICY = ModelSettings()
+
+
+def pick_backend(
+    candidates: Sequence[Backend], key: str, last: Backend | None = None
+) -> Backend | None:
+    """Among backends with room: the model loaded, who served it last, most room, longest unused."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+
+    def rank(each: Backend) -> tuple[bool, bool, int, float]:
+        return not each.is_loaded(key), each is not last, -each.room(urgent=True), each.turn
+
+    return min(candidates, key=rank)
+
+
+SESSIONS = 1000  # conversations whose backend is remembered, at most
+
+
+class Fleet:
+    """All backends and their devices, as configured or found."""
+
+    def __init__(self) -> None:
+        self.model_settings: Mapping[str, ModelSettings] = {}  # by name or pattern
+        self._policies: dict[str, ModelSettings] = {}  # by model key, as found so far
+        self.backends: dict[str, Backend] = {}
+        self.devices: dict[str, Device] = {}
+        self.shrunk = 0.0  # when a backend was last removed, monotonic
+        self.turn = 0.0  # of the backend that was given the last request
+        self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
+        self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
+        self.relayed: Names = ()  # header fields of a client that some backend is to get
+
+    def policy(self, key: str) -> ModelSettings:
+        """What is configured for a model; a lease has none."""
+        if not self.model_settings or not key:
+            return NO_POLICY
+        if key not in self._policies:
+            if len(self._policies) >= MODELS_LIMIT:
+                self._policies.clear()
+            self._policies[key] = policy_of(self.model_settings, key)
+        return self._policies[key]
+
+    def add(self, name: str, settings: BackendSettings, device: str, slots: int) -> Backend:
+        """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
+        shared = self.device_of(device, slots)
+        self.backends[name] = backend = Backend(name, settings, shared)
+        return backend
+
+    def device_of(self, name: str, slots: int) -> Device:
+        device = self.devices.setdefault(name, Device(name, slots))
+        device.slots = slots
+        return device
+
+    def move(self, backend: Backend, device: Device) -> None:
+        """The backend is on another device from now on, and so is what runs there."""
+        old = backend.device
+        old.busy -= backend.busy
+        device.busy += backend.busy
+        if old.held and not old.busy and device is not old:  # what had it whole has gone along
+            old.held, device.held = False, True
+        backend.device = device
+
+    def remove(self, name: str, now: float) -> None:
+        """Take out a backend: what runs there ends in peace, what waited is judged again."""
+        self.backends.pop(name).draining = True
+        self.shrunk = now
+        self.drop_unused()
+
+    def drop_unused(self) -> None:
+        used = {backend.device for backend in self.backends.values()}
+        kept = [device for device in self.devices.values() if device in used or device.busy]
+        self.devices = {device.name: device for device in kept}  # a busy one is not made anew
+
+    def configure(
+        self,
+        rows: dict[str, BackendSettings],
+        places: dict[str, str],
+        settings: Settings,
+        now: float,
+    ) -> None:
+        """Have the backends of these rows and no others, on the devices that `places` names."""
+        self.model_settings, self._policies = settings.models, {}
+        self.relayed = tuple({name for row in rows.values() for name in row.relay_headers})
+        for name, backend in list(self.backends.items()):
+            row = rows.get(name)
+            if row is None or row.url != backend.url:
+                self.remove(name, now)
+        for name, row in rows.items():
+            slots = settings.slots_of(places[name])
+            backend = self.backends.get(name) or self.add(name, row, places[name], slots)
+            self.move(backend, self.device_of(places[name], slots))
+            backend.device.reserve_high = settings.reserve_of(places[name])
+            if row != backend.settings:  # its list of models may be another
+                backend.changed, backend.next_probe = now, 0.0
+            backend.configure(row, settings.limits_of(row))
+            backend.contexts.start = settings.upstream.num_ctx
+            backend.contexts.policy = self.policy if settings.models else None
+        self.drop_unused()
+
+    def serving(self, want: Want) -> list[Backend]:
+        """Every backend that has the model and a route, or may have them, whatever its state."""
+        key, routes, pinned = want.model, want.routes, want.backend
+        if want.device:
+            return self.lessor(want.device)
+        only = (pinned,) if pinned else self.policy(key).backends if self.model_settings else ()
+        return [
+            each
+            for each in self.backends.values()
+            if (key in each.models or each.may_have(key))
+            and not (each.state is State.REFUSED or each.draining)
+            and (not only or each.name in only)
+            and (not routes or each.route_for(routes, key))
+        ]
+
+    def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
+        """Backends where a request could start now, without the one it failed at unless alone."""
+        key, avoid, policy = want.model, want.avoid, self.policy(want.model)
+        able = [backend for backend in self.serving(want) if backend.usable]
+        if avoid is not None:
+            able = [backend for backend in able if backend is not avoid] or able
+        alone = policy.exclusive or bool(want.device)
+        return [each for each in able if each.takes(key, urgent=urgent, alone=alone)]
+
+    def claim(self, want: Want) -> None:
+        """Let a device run empty for what is next and bears nothing beside it there."""
+        policy = self.policy(want.model)
+        if not (policy.exclusive or want.device):
+            return
+        devices = [backend.device for backend in self.serving(want) if backend.usable]
+        if devices:
+            min(devices, key=lambda device: device.busy).claimed = True
+
+    def unclaim(self) -> None:
+        """Whoever claimed a device has to say so again: it may have left."""
+        for device in self.devices.values():
+            device.claimed = False
+
+    def lessor(self, name: str) -> list[Backend]:
+        """What stands for the whole of a device when it is leased; none if there is none."""
+        device = self.devices.get(name)
+        if device is None:
+            return []
+        lessor = self.lessors.get(name)
+        if lessor is None or lessor.device is not device:
+            self.lessors[name] = lessor = Backend(name, BackendSettings(url="http://-"), device)
+            lessor.state = State.UP
+        return [lessor]
+
+    def starts(self, ticket: Ticket, backend: Backend, now: float) -> None:
+        """A request starts at a backend: it takes a slot there, and what else it needs."""
+        key, device = ticket.want.model, backend.device
+        if key not in backend.remote:
+            ticket.took = 1
+            if ticket.want.device or self.model_settings:
+                device.held = bool(ticket.want.device) or self.policy(key).exclusive
+            device.busy += 1
+            backend.busy += 1
+        backend.starts(key, ticket, now)
+        self.turn = max(self.turn, backend.turn)
+        backend.turn = self.turn + 1 / backend.weight
+        if ticket.session:
+            self.sessions[ticket.client.name, ticket.session] = backend
+            self.sessions.move_to_end((ticket.client.name, ticket.session))
+            if len(self.sessions) > SESSIONS:
+                self.sessions.popitem(last=False)
+
+    def ends(self, ticket: Ticket, backend: Backend) -> None:
+        """It gives back what it took."""
+        if ticket.took:
+            device, ticket.took = backend.device, 0
+            device.busy -= 1
+            device.held = device.held and device.busy > 0
+            backend.busy -= 1
+        backend.ends(ticket.want.model, ticket)
+
+    def served_last(self, ticket: Ticket) -> Backend | None:
+        """Where the conversation was last: its prompt may be cached there."""
+        if not ticket.session:
+            return None
+        return self.sessions.get((ticket.client.name, ticket.session))
+
+    def startable_models(self, waiting: Iterable[str]) -> set[str]:
+        """Of these keys of models those that a request could start for, as far as slots go."""
+        free = [one for one in self.backends.values() if one.usable and one.room(urgent=True) > 0]
+        if not all(each.models_known for each in free):
+            return set(waiting)
+        listed = {key for each in free for key in each.models}
+        native = any(each.traits.native for each in self.backends.values())
+        listed |= {key for each in self.backends.values() for key in each.remote} | {""}  # leases
+        return {key for key in waiting if key in listed or (native and key.endswith(CLOUD))}
+
+    def has_room(self) -> bool:
+        for device in self.devices.values():
+            if device.busy < device.slots:
+                return True
+        return any(backend.remote for backend in self.backends.values())
+
+    def trouble(self) -> str | None:
+        """What everybody is told while no runner answers."""
+        answering, backends = (State.UP, State.LOADING, State.UNKNOWN), self.backends.values()
+        if any(backend.state in answering for backend in backends):
+            return None
+        if not backends or any(is_loopback(urlsplit(one.url).hostname or "") for one in backends):
+            return NO_RUNNER
+        return "no backend answers: " + ", ".join(f"{one.name} ({one.error})" for one in backends)
+
+    def without_keys(self, words: str) -> str:
+        """What a backend says, without the keys that it was sent: some repeat them."""
+        for key in {backend.key for backend in self.backends.values() if backend.key}:
+            words = words.replace(key, HIDDEN)
+        return words
+
+    def down_since(self, want: Want) -> float | None:
+        """When the last backend of this model went down; None while one is up or loads."""
+        serving = self.serving(want)
+        down = all(backend.state is State.DOWN for backend in serving)
+        return max([self.shrunk, *(backend.since for backend in serving)]) if down else None
+
+    def lists(self, asked: str) -> bool:
+        """Whether some backend has told that it has the model."""
+        key = model_key(asked)
+        return any(key in backend.models for backend in self.backends.values())
+
+    def knows(self, asked: str) -> bool | None:
+        """True: some backend has the model.  False: all have told and none has.  None: not sure."""
+        key = model_key(asked)
+        enabled = [each for each in self.backends.values() if each.state is not State.REFUSED]
+        if any(backend.has(key) for backend in enabled):
+            return True
+        return False if enabled and all(each.models_known for each in enabled) else None
+
+    def check_spelling(self, asked: str) -> None:
+        """BadRequest when the name means two models of one backend and equals neither."""
+        for backend in self.backends.values():
+            names = backend.models.get(model_key(asked), [])
+            if len(names) > 1 and asked not in names:
+                message = f"model {printable(asked)!r} means {' or '.join(names)}"
+                raise BadRequest(message, param="model")
+
+    def named(self, name: str) -> Backend:
+        if name not in self.backends:
+            raise LlmqError(f"there is no backend {printable(name)}", "not_found")
+        return self.backends[name]
+
+    def why_unsupported(self, want: Want) -> str:
+        """Why no backend takes these routes for this model."""
+        having = [backend for backend in self.backends.values() if backend.may_have(want.model)]
+        for (route, model), words in (row for each in having for row in each.unsupported.items()):
+            if route in want.routes and model in ("", want.model):
+                return words
+        return f"no backend of model {printable(want.model)!r} speaks {want.routes[0]}"
+
+    def default_model(self) -> str | None:
+        """The first model of the first backend that is not for embeddings."""
+        reports = [backend.report for backend in self.backends.values() if backend.report]
+        names = (name for report in reports for name in report.models)
+        return next((name for name in names if not EMBEDDING.search(name)), None)
+
+
+# ==== 10. Scheduler ===============================================================================
 # Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
@@ -2178,28 +2183,22 @@ Start = tuple[Ticket, Backend]
 Facet = tuple[Any, ...]  # what requests for a model may have alike, see `Ticket.kind`
 
 
-class Scheduler:
-    """The queue."""
+class Backlog:
+    """What waits, in its groups and within its limits; what is known of how long it will run."""
 
     def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self.fleet = fleet
         self.settings = settings
-        self.mode = Mode.OPEN
         self.waiting: dict[str, Ticket] = {}
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
         self.service = Average()  # seconds that a request runs
         self.services: dict[tuple[Any, ...], Average] = {}  # by model key, device and kind
-        self._numbers = count()
         # By class and model key, so that a pick need not look at models that cannot start.
         self._groups: dict[Priority, dict[str, dict[Want, Group]]] = {one: {} for one in Priority}
         self._backlogs: dict[Priority, dict[Client, int]] = {one: {} for one in Priority}
         self._boosted: dict[Priority, set[str]] = {one: set() for one in Priority}  # that wait
         self._ended = dict.fromkeys(Priority, 0.0)  # the furthest that an end has brought anybody
-        self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
-        self._unaged = 0  # starts since one went to an overdue request
-        self._judged: float | None = None  # when the clocks of the groups were last moved
-        self._overdue: list[Group] = []  # that had overdue requests then
         self._deadlines: list[tuple[float, int, Ticket]] = []
 
     @property
@@ -2210,6 +2209,150 @@ class Scheduler:
         for models in self._groups.values():
             for alike in models.values():
                 yield from alike.values()
+
+    def _enter(self, ticket: Ticket) -> None:
+        client, priority, want = ticket.client, ticket.priority, ticket.want
+        ticket.move(TicketState.WAITING)
+        backlog = self._backlogs[priority]
+        if client not in backlog:
+            self._join(ticket)
+            if client.settings.boost:
+                self._boosted[priority].add(client.name)
+        backlog[client] = backlog.get(client, 0) + 1
+        groups = self._groups[priority].setdefault(want.model, {})
+        if want not in groups:
+            groups[want] = Group(want, priority)
+        groups[want].add(ticket)
+        self.waiting[ticket.id] = ticket
+        self.queued_bytes += ticket.size
+        client.waiting += 1
+        client.queued_bytes += ticket.size
+        longest = getattr(self.limits, MAX_WAITS[priority])
+        if longest:
+            ticket.deadline = ticket.arrived + longest
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
+            if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
+                alive = {one for one in self._deadlines if one[0] == one[2].deadline}
+                self._deadlines = sorted(alive)
+
+    def _leave(self, ticket: Ticket) -> None:
+        client, priority, want = ticket.client, ticket.priority, ticket.want
+        models = self._groups[priority]
+        groups = models[want.model]
+        groups[want].remove(ticket)
+        if not groups[want].lanes:
+            del groups[want]
+        if not groups:
+            del models[want.model]
+        backlog = self._backlogs[priority]
+        backlog[client] -= 1
+        if not backlog[client]:
+            del backlog[client]
+            self._boosted[priority].discard(client.name)
+        del self.waiting[ticket.id]
+        ticket.deadline = None
+        self.queued_bytes -= ticket.size
+        client.waiting -= 1
+        client.queued_bytes -= ticket.size
+
+    def _devices(self, want: Want) -> list[Device]:
+        """What can serve it; where there is one device, that, without a look."""
+        devices = list(self.fleet.devices.values())
+        if len(devices) < 2:
+            return devices
+        return [backend.device for backend in self.fleet.serving(want)]
+
+    def _join(self, ticket: Ticket) -> None:
+        """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
+        client, priority = ticket.client, ticket.priority
+        others = self.running or self.waiting
+        reached = None
+        for device in self._devices(ticket.want):
+            here = device.virtual[priority]
+            if not device.busy:  # nobody moves its time: it is where the others, or the last, are
+                behind = self._least_tag(priority, client) if others else None
+                here = max(here, self._ended[priority] if behind is None else behind)
+                device.virtual[priority] = here
+            reached = here if reached is None or here < reached else reached
+        tag = client.tags[priority]
+        if reached is not None and tag < reached:
+            tag = client.tags[priority] = reached
+        if client.credits[priority]:
+            ahead = tag - (reached or 0.0)
+            client.credits[priority] = max(client.credits[priority], -ahead)
+
+    def _least_tag(self, priority: Priority, but: Client) -> float | None:
+        """The least tag of the others that wait or run in a class."""
+        active = {one.client for one in self.running.values() if one.priority is priority}
+        active.update(self._backlogs[priority])
+        return min((one.tags[priority] for one in active if one is not but), default=None)
+
+    def in_order(self) -> list[Ticket]:
+        """The waiting tickets as they would start if each could: by class, share and arrival."""
+        ahead: dict[tuple[Client, Priority], float] = {}
+        keys = {}
+        for ticket in sorted(self.waiting.values(), key=attrgetter("number")):
+            client, priority = ticket.client, ticket.priority
+            tag = ahead.get((client, priority), client.tags[priority])
+            each = client.service.value or self.service.value or 1.0
+            ahead[client, priority] = tag + each / client.settings.weight
+            keys[ticket] = (priority, tag, ticket.number)
+        return sorted(keys, key=keys.__getitem__)
+
+    def _check_room(self, ticket: Ticket) -> None:
+        limits, client, priority = self.limits, ticket.client, ticket.priority
+        in_class = getattr(limits, MAX_DEPTHS[priority])
+        if len(self.waiting) >= limits.max_depth:
+            message = f"{len(self.waiting)} requests are waiting, the queue is full"
+        elif in_class and sum(self._backlogs[priority].values()) >= in_class:
+            message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
+        elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
+            message = "the waiting requests hold all the memory they may"
+        elif client.waiting >= (client.settings.max_waiting or max(1, limits.max_depth // 2)):
+            message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
+        elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
+            message = f"{client.name} holds half the memory of the queue"
+        elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
+            message = f"a web page may have {MOST_PER_ORIGIN} requests waiting"
+        else:
+            return
+        error = LlmqError(message, "queue_full")
+        error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
+        raise error
+
+    def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
+        """A request has run so long there: so will others for its model, above all its like."""
+        self.service.add(seconds)
+        for place in ((key, device), (key, device, *kind)) if kind else ((key, device),):
+            average = self.services.get(place)
+            if average is not None:
+                average.add(seconds)
+            elif len(self.services) < MODELS_MEASURED:
+                self.services[place] = Average(seconds)
+
+    def service_of(self, key: str, device: str, kind: Facet = ()) -> float | None:
+        """Seconds that requests like it run there, or those for its model; None if none has yet."""
+        average = self.services.get((key, device, *kind)) or self.services.get((key, device))
+        return None if average is None else average.value
+
+    def predicted_wait(self) -> int:
+        """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
+        slots = sum(device.slots for device in self.fleet.devices.values()) or 1
+        seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
+        return max(1, min(60, round(seconds)))
+
+
+class Scheduler(Backlog):
+    """The queue: what waits, what runs, and who goes next."""
+
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
+        super().__init__(fleet, settings)
+        self.mode = Mode.OPEN
+        self._numbers = count()
+        self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self._unaged = 0  # starts since one went to an overdue request
+        self._judged: float | None = None  # when the clocks of the groups were last moved
+        self._overdue: list[Group] = []  # that had overdue requests then
 
     # ---- coming and going
 
@@ -2470,127 +2613,6 @@ class Scheduler:
         self._unaged += 1
         self._boost_due[priority] = True
 
-    # ---- bookkeeping
-
-    def _check_room(self, ticket: Ticket) -> None:
-        limits, client, priority = self.limits, ticket.client, ticket.priority
-        in_class = getattr(limits, MAX_DEPTHS[priority])
-        if len(self.waiting) >= limits.max_depth:
-            message = f"{len(self.waiting)} requests are waiting, the queue is full"
-        elif in_class and sum(self._backlogs[priority].values()) >= in_class:
-            message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
-        elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
-            message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= (client.settings.max_waiting or max(1, limits.max_depth // 2)):
-            message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
-        elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
-            message = f"{client.name} holds half the memory of the queue"
-        elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
-            message = f"a web page may have {MOST_PER_ORIGIN} requests waiting"
-        else:
-            return
-        error = LlmqError(message, "queue_full")
-        error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
-        raise error
-
-    def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
-        """A request has run so long there: so will others for its model, above all its like."""
-        self.service.add(seconds)
-        for place in ((key, device), (key, device, *kind)) if kind else ((key, device),):
-            average = self.services.get(place)
-            if average is not None:
-                average.add(seconds)
-            elif len(self.services) < MODELS_MEASURED:
-                self.services[place] = Average(seconds)
-
-    def service_of(self, key: str, device: str, kind: Facet = ()) -> float | None:
-        """Seconds that requests like it run there, or those for its model; None if none has yet."""
-        average = self.services.get((key, device, *kind)) or self.services.get((key, device))
-        return None if average is None else average.value
-
-    def predicted_wait(self) -> int:
-        """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
-        slots = sum(device.slots for device in self.fleet.devices.values()) or 1
-        seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
-        return max(1, min(60, round(seconds)))
-
-    def _devices(self, want: Want) -> list[Device]:
-        """What can serve it; where there is one device, that, without a look."""
-        devices = list(self.fleet.devices.values())
-        if len(devices) < 2:
-            return devices
-        return [backend.device for backend in self.fleet.serving(want)]
-
-    def _join(self, ticket: Ticket) -> None:
-        """A client that had nothing waiting in its class comes in: a pause has earned nothing."""
-        client, priority = ticket.client, ticket.priority
-        others = self.running or self.waiting
-        reached = None
-        for device in self._devices(ticket.want):
-            here = device.virtual[priority]
-            if not device.busy:  # nobody moves its time: it is where the others, or the last, are
-                behind = self._least_tag(priority, client) if others else None
-                here = max(here, self._ended[priority] if behind is None else behind)
-                device.virtual[priority] = here
-            reached = here if reached is None or here < reached else reached
-        tag = client.tags[priority]
-        if reached is not None and tag < reached:
-            tag = client.tags[priority] = reached
-        if client.credits[priority]:
-            ahead = tag - (reached or 0.0)
-            client.credits[priority] = max(client.credits[priority], -ahead)
-
-    def _least_tag(self, priority: Priority, but: Client) -> float | None:
-        """The least tag of the others that wait or run in a class."""
-        active = {one.client for one in self.running.values() if one.priority is priority}
-        active.update(self._backlogs[priority])
-        return min((one.tags[priority] for one in active if one is not but), default=None)
-
-    def _enter(self, ticket: Ticket) -> None:
-        client, priority, want = ticket.client, ticket.priority, ticket.want
-        ticket.move(TicketState.WAITING)
-        backlog = self._backlogs[priority]
-        if client not in backlog:
-            self._join(ticket)
-            if client.settings.boost:
-                self._boosted[priority].add(client.name)
-        backlog[client] = backlog.get(client, 0) + 1
-        groups = self._groups[priority].setdefault(want.model, {})
-        if want not in groups:
-            groups[want] = Group(want, priority)
-        groups[want].add(ticket)
-        self.waiting[ticket.id] = ticket
-        self.queued_bytes += ticket.size
-        client.waiting += 1
-        client.queued_bytes += ticket.size
-        longest = getattr(self.limits, MAX_WAITS[priority])
-        if longest:
-            ticket.deadline = ticket.arrived + longest
-            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
-            if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
-                alive = {one for one in self._deadlines if one[0] == one[2].deadline}
-                self._deadlines = sorted(alive)
-
-    def _leave(self, ticket: Ticket) -> None:
-        client, priority, want = ticket.client, ticket.priority, ticket.want
-        models = self._groups[priority]
-        groups = models[want.model]
-        groups[want].remove(ticket)
-        if not groups[want].lanes:
-            del groups[want]
-        if not groups:
-            del models[want.model]
-        backlog = self._backlogs[priority]
-        backlog[client] -= 1
-        if not backlog[client]:
-            del backlog[client]
-            self._boosted[priority].discard(client.name)
-        del self.waiting[ticket.id]
-        ticket.deadline = None
-        self.queued_bytes -= ticket.size
-        client.waiting -= 1
-        client.queued_bytes -= ticket.size
-
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
         del self.running[ticket.id]
@@ -2605,18 +2627,6 @@ class Scheduler:
             for group in self.groups():
                 group.unpark(client.name)
         client.running -= 1
-
-    def in_order(self) -> list[Ticket]:
-        """The waiting tickets as they would start if each could: by class, share and arrival."""
-        ahead: dict[tuple[Client, Priority], float] = {}
-        keys = {}
-        for ticket in sorted(self.waiting.values(), key=attrgetter("number")):
-            client, priority = ticket.client, ticket.priority
-            tag = ahead.get((client, priority), client.tags[priority])
-            each = client.service.value or self.service.value or 1.0
-            ahead[client, priority] = tag + each / client.settings.weight
-            keys[ticket] = (priority, tag, ticket.number)
-        return sorted(keys, key=keys.__getitem__)
 
 
 def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
@@ -2639,7 +2649,7 @@ def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:
     return now
 
 
-# ==== 10. Forecast ================================================================================
+# ==== 11. Forecast ================================================================================
 # What those who wait may know: their position, when they can expect to start, and why not yet.
 
 
@@ -2823,7 +2833,7 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 11. Messages ================================================================================
+# ==== 12. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -3114,7 +3124,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 12. Bodies ==================================================================================
+# ==== 13. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -3538,7 +3548,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 13. Dialects ================================================================================
+# ==== 14. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -4040,7 +4050,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 14. OpenAI ==================================================================================
+# ==== 15. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -4093,7 +4103,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 15. Ollama ==================================================================================
+# ==== 16. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -4154,7 +4164,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 16. Anthropic ===============================================================================
+# ==== 17. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -4222,7 +4232,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 17. Translation =============================================================================
+# ==== 18. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -4815,7 +4825,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 18. Streams =================================================================================
+# ==== 19. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -5102,7 +5112,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 19. Server ==================================================================================
+# ==== 20. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -5650,7 +5660,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 20. Upstream ================================================================================
+# ==== 21. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -5913,7 +5923,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 21. Probes ==================================================================================
+# ==== 22. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -6242,7 +6252,7 @@ class Discovery:
             self.configure()
 
 
-# ==== 22. Calls ===================================================================================
+# ==== 23. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -6593,6 +6603,16 @@ class Call:
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
+    def has_other_route(self, fleet: Fleet, error: Untranslatable, now: float) -> bool:
+        """Remember which route it was not; whether another, or another backend, is left."""
+        ticket, route = self.ticket, self.route_asked
+        if isinstance(error, RouteUnsupported) and route is not None and ticket.backend is not None:
+            ticket.backend.route_unsupported(route, ticket.model, error, now)
+        elif route is not None:  # what it asks cannot be translated
+            left = tuple(one for one in ticket.want.routes if one != route)
+            ticket.want = ticket.want._replace(routes=left)
+        return bool(ticket.want.routes) and bool(fleet.serving(ticket.want))
+
     # ---- how it ends
 
     async def deliver(self) -> None:
@@ -6647,7 +6667,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 23. Records =================================================================================
+# ==== 24. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -6821,7 +6841,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 24. Admission ===============================================================================
+# ==== 25. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -6942,6 +6962,31 @@ class Admission:
             priority = PRIORITY_WORDS[word] if word else Priority.NORMAL
         return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
+    async def answer_load(self, call: Call) -> bool:
+        """Answer what only loads or unloads a model, where it need not wait: False where it does.
+
+        Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
+        """
+        reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
+        natives = [backend for backend in serving if backend.traits.native]
+        able = [backend for backend in natives if backend.usable]
+        if call.ticket.backend is not None:  # it is an errand there
+            serving = natives = able = [call.ticket.backend]
+        if not serving or (natives and (reason == "load" or not able)):
+            return False
+        named = call.question.model or call.model
+        facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
+        empty: Facts = {"message": {"role": "assistant", "content": ""}}
+        facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
+        for backend in able:
+            limit, lines = backend.limits.first_byte_timeout, self.via_lines
+            body = call.question.body_for(backend.name_for(call.model))
+            path = call.endpoint.path
+            facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
+            self.monitor.probe_now(backend)
+        call.reply.respond(200, render_json({**facts, "model": named}))
+        return True
+
     async def resolve_model(self, asked: str) -> str:
         """The model that is meant; `model_not_found` only when no backend can have it."""
         fleet = self.fleet
@@ -7021,13 +7066,14 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 25. Gateway =================================================================================
+# ==== 26. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
 # given back in `give_back` alone, after the connection to the backend is closed or back in the
 # pool, on every way out.
 
+JUST_CAME = "just arrived"  # since the last pass
 FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
 
 
@@ -7065,7 +7111,7 @@ class Gateway:
         try:
             if not call.admitted:
                 await self.admission.admit(call)
-            if call.question.done_reason and await self.answer_load(call):
+            if call.question.done_reason and await self.admission.answer_load(call):
                 done = True
                 return
             self.enqueue(call)
@@ -7082,31 +7128,6 @@ class Gateway:
             call.send_error(error)
         finally:
             self.settle(call, done=done)
-
-    async def answer_load(self, call: Call) -> bool:
-        """Answer what only loads or unloads a model, where it need not wait: False where it does.
-
-        Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
-        """
-        reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
-        natives = [backend for backend in serving if backend.traits.native]
-        able = [backend for backend in natives if backend.usable]
-        if call.ticket.backend is not None:  # it is an errand there
-            serving = natives = able = [call.ticket.backend]
-        if not serving or (natives and (reason == "load" or not able)):
-            return False
-        named = call.question.model or call.model
-        facts: Facts = {"model": named, "created_at": rfc3339(time.time()), "done": True}
-        empty: Facts = {"message": {"role": "assistant", "content": ""}}
-        facts.update(empty if call.route == OLLAMA_CHAT else {"response": ""}, done_reason=reason)
-        for backend in able:
-            limit, lines = backend.limits.first_byte_timeout, self.admission.via_lines
-            body = call.question.body_for(backend.name_for(call.model))
-            path = call.endpoint.path
-            facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
-            self.monitor.probe_now(backend)
-        call.reply.respond(200, render_json({**facts, "model": named}))
-        return True
 
     def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
@@ -7164,7 +7185,7 @@ class Gateway:
             await upstream.close()
         now = self.now()
         self.monitor.record_outcome(backend, failure, now)
-        again = failure is not None and self.may_retry(call, backend, failure)
+        again = failure is not None and self.may_retry(call, failure)
         if again:
             self.scheduler.retry(ticket, now, counted=not isinstance(failure, Untranslatable))
             self.metrics.add("llmq_retries_total", backend.name)
@@ -7216,13 +7237,6 @@ class Gateway:
         """The lease ends that long from now, unless it is renewed again."""
         call.deadline = self.now() + seconds
 
-    def find_lease(self, ident: str) -> Call:
-        """That has started and not ended; while it waits it is a request like any other."""
-        ticket = self.scheduler.running.get(ident)
-        if ticket is None or not ticket.want.device:
-            raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
-        return self.calls[ident]
-
     def end_lease(self, call: Call) -> None:
         """The device is everybody's again."""
         self.scheduler.finish(call.ticket, self.now())
@@ -7260,31 +7274,20 @@ class Gateway:
                 return
         call.turn.wake()
 
-    def may_retry(self, call: Call, backend: Backend, failure: LlmqError) -> bool:
+    def may_retry(self, call: Call, failure: LlmqError) -> bool:
         """Whether the call may wait for another attempt, or for another route."""
         if isinstance(failure, Untranslatable):
-            again = self.has_other_route(call, backend, failure)
+            again = call.has_other_route(self.fleet, failure, self.now())
         else:
             again = failure.retryable
             again = again and call.ticket.attempts < self.settings.queue.max_attempts
         return again and call.error is None and not self.draining
 
-    def has_other_route(self, call: Call, backend: Backend, error: Untranslatable) -> bool:
-        """Remember which route it was not; whether another, or another backend, is left."""
-        ticket, route = call.ticket, call.route_asked
-        if isinstance(error, RouteUnsupported) and route is not None:
-            backend.route_unsupported(route, ticket.model, error, self.now())
-        elif route is not None:  # what it asks cannot be translated
-            left = tuple(one for one in ticket.want.routes if one != route)
-            ticket.want = ticket.want._replace(routes=left)
-        return bool(ticket.want.routes) and bool(self.fleet.serving(ticket.want))
-
     def expected(self, ticket: Ticket, now: float) -> Expected:
         """What a waiting ticket can expect, as of one pass for one `now`, at most a second old."""
         if now - self._forecast_at >= FORECAST_SECONDS:
             self._forecast, self._forecast_at = forecast(self.scheduler, now), now
-        newcomer = Expected(len(self._forecast) + 1, None, "just arrived")
-        return self._forecast.get(ticket.id, newcomer)
+        return self._forecast.get(ticket.id, Expected(len(self._forecast) + 1, None, JUST_CAME))
 
     def drop_caches(self) -> None:
         """Let go of what was kept of many that have gone."""
@@ -7376,7 +7379,15 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 26. Models ==================================================================================
+def find_lease(gateway: Gateway, ident: str) -> Call:
+    """That has started and not ended; while it waits it is a request like any other."""
+    ticket = gateway.scheduler.running.get(ident)
+    if ticket is None or not ticket.want.device:
+        raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
+    return gateway.calls[ident]
+
+
+# ==== 27. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -7669,7 +7680,7 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 27. Store ===================================================================================
+# ==== 28. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -7819,7 +7830,7 @@ class Changes:
         self.gateway.pump()
 
 
-# ==== 28. Background ==============================================================================
+# ==== 29. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -7950,7 +7961,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 29. Access ==================================================================================
+# ==== 30. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -8045,7 +8056,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 30. Snapshot ================================================================================
+# ==== 31. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -8246,7 +8257,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 31. Routes ==================================================================================
+# ==== 32. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -8554,45 +8565,6 @@ class Api:
         exchange.respond(202, render_json({"id": exchange.id, **told}))
         return None
 
-    async def post_lease(self, exchange: Exchange, _: str) -> Facts:
-        """A whole device for a while, answered when its turn has come."""
-        values, gateway = await read_control(exchange), self.gateway
-        seconds, devices = read_seconds(values), gateway.fleet.devices
-        device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
-        if device not in devices:
-            raise BadRequest("device is one of " + ", ".join(devices), param="device")
-        client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
-        word = values.get("class") or client.settings.class_ or "normal"
-        if word not in CLASSES:
-            raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
-        call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
-        call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
-        call.request = None
-        await gateway.lease(call, seconds)
-        if values.get("unload"):
-            await empty_device(gateway, device, exchange.caller, call.id)
-            gateway.renew(call, seconds)
-        if exchange.gone:
-            gateway.end_lease(call)
-        return {"id": call.id, "device": device, "expires_s": seconds}
-
-    async def renew_lease(self, exchange: Exchange, ident: str) -> Facts:
-        seconds = read_seconds(await read_control(exchange))
-        self.gateway.renew(self.gateway.find_lease(ident), seconds)
-        return {"id": ident, "expires_s": seconds}
-
-    async def end_lease(self, exchange: Exchange, ident: str) -> Facts:
-        await read_control(exchange)
-        self.gateway.end_lease(self.gateway.find_lease(ident))
-        return {"ended": ident}
-
-    async def delete_requests(self, exchange: Exchange, _: str) -> Facts:
-        await read_control(exchange)
-        query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
-        if query.get("state") != "waiting" or set(query) - {"state", "client"}:
-            raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
-        return {"cancelled": self.gateway.cancel_waiting(query.get("client"))}
-
     async def delete_request(self, exchange: Exchange, ident: str) -> Facts:
         await read_control(exchange)
         self.gateway.cancel(self.gateway.find(ident))
@@ -8674,6 +8646,49 @@ async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
         raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
     rest = (request.path, api.settings, gateway.instance, lambda: None)
     await Passthrough(exchange, backend, *rest).run()
+
+
+async def delete_requests(api: Api, exchange: Exchange, _: str) -> Facts:
+    await read_control(exchange)
+    query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
+    if query.get("state") != "waiting" or set(query) - {"state", "client"}:
+        raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
+    return {"cancelled": api.gateway.cancel_waiting(query.get("client"))}
+
+
+async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
+    """A whole device for a while, answered when its turn has come."""
+    values, gateway = await read_control(exchange), api.gateway
+    seconds, devices = read_seconds(values), gateway.fleet.devices
+    device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
+    if device not in devices:
+        raise BadRequest("device is one of " + ", ".join(devices), param="device")
+    client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
+    word = values.get("class") or client.settings.class_ or "normal"
+    if word not in CLASSES:
+        raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
+    call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
+    call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
+    call.request = None
+    await gateway.lease(call, seconds)
+    if values.get("unload"):
+        await empty_device(gateway, device, exchange.caller, call.id)
+        gateway.renew(call, seconds)
+    if exchange.gone:
+        gateway.end_lease(call)
+    return {"id": call.id, "device": device, "expires_s": seconds}
+
+
+async def renew_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
+    seconds = read_seconds(await read_control(exchange))
+    api.gateway.renew(find_lease(api.gateway, ident), seconds)
+    return {"id": ident, "expires_s": seconds}
+
+
+async def end_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
+    await read_control(exchange)
+    api.gateway.end_lease(find_lease(api.gateway, ident))
+    return {"ended": ident}
 
 
 async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
@@ -8796,15 +8811,15 @@ ROUTES = (
           post_ip),
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
-          "`?state=waiting`, and `&client=NAME`: cancel what waits", Api.delete_requests),
+          "`?state=waiting`, and `&client=NAME`: cancel what waits", delete_requests),
     owned("DELETE POST /llmq/requests/{id}",
           'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
     owned("POST /llmq/leases",
           '`{"device":NAME,"class":"low","ttl_s":60}`: the whole device, when its turn has come',
-          Api.post_lease),
+          post_lease),
     owned("DELETE POST /llmq/leases/{id}",
-          'end it, or with `{"ttl_s":60}` renew it', Api.end_lease, Api.renew_lease),
+          'end it, or with `{"ttl_s":60}` renew it', end_lease, renew_lease),
 )  # fmt: skip
 OTHER_ROUTE = owned("GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on)
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
@@ -8841,7 +8856,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 32. Demo ====================================================================================
+# ==== 33. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -8900,7 +8915,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 33. Terminal view ===========================================================================
+# ==== 34. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -9242,7 +9257,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put(STATUS)
 
 
-# ==== 34. Service =================================================================================
+# ==== 35. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -9567,7 +9582,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 35. Command line ============================================================================
+# ==== 36. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -10010,7 +10025,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 36. Web page ================================================================================
+# ==== 37. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

@@ -823,7 +823,7 @@ def test_one_request_loads_the_model_and_the_others_wait_for_it() -> None:
     first = begin(made, one)
     assert made.candidates(Want("m")) == []
     assert one.is_loaded("m"), "it is about to be"
-    one.loaded_now("m", first.started + 3.0)
+    one.loaded_now("m", 4.0)
     assert made.candidates(Want("m")) == [one]
     assert one.load_seconds.value == 3.0
     made.ends(first, one)
