@@ -7811,7 +7811,8 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "requests_total": dict(gateway.journal.outcomes),
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
-        "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "clients": show_clients(gateway, now),
+        "blocked": [name for name, row in known if row.blocked],
         "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
@@ -7906,8 +7907,19 @@ def show_client(client: Client) -> Facts:
     return {
         **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
         "served_s": round(client.served, 3),
-        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
+        **{key.rstrip("_"): value for key, value in vars(client.settings).items()},
     }
+
+
+def show_clients(gateway: Gateway, now: float) -> list[Facts]:
+    """Each client, with its per cent of what all had, what runs now among it."""
+    known = gateway.clients.known
+    served = {name: client.served for name, client in known.items()}
+    for ticket in gateway.scheduler.running.values():
+        served[ticket.client.name] += now - ticket.started
+    part = sum(served.values()) / 100 or 1.0
+    shares = {name: round(seconds / part, 1) for name, seconds in served.items()}
+    return [{**show_client(one), "share": shares[one.name]} for one in known.values()]
 
 
 def show_gauges(gateway: Gateway) -> None:
