@@ -7890,11 +7890,12 @@ def show_backend(backend: Backend) -> Facts:
     if error and command and error.endswith("refused"):
         error = f"{error}; start it: {command}"
     return {
-        **members(backend, "name", "url", "busy"),
+        "name": backend.name,
+        "state": "draining" if backend.draining else backend.state.value,
+        **members(backend, "url", "busy"),
         "error": error,
         "kind": backend.kind or None,
         "device": backend.device.name,
-        "state": "draining" if backend.draining else backend.state.value,
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
@@ -7905,21 +7906,20 @@ def show_backend(backend: Backend) -> Facts:
 
 def show_client(client: Client) -> Facts:
     return {
-        **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
-        "served_s": round(client.served, 3),
+        "name": client.name,
         **{key.rstrip("_"): value for key, value in vars(client.settings).items()},
+        **members(client, "address", "waiting", "running", "done", "failed", "left"),
+        "served_s": round(client.served, 3),
     }
 
 
 def show_clients(gateway: Gateway, now: float) -> list[Facts]:
     """Each client, with its per cent of what all had, what runs now among it."""
-    known = gateway.clients.known
-    served = {name: client.served for name, client in known.items()}
+    had = {name: client.served for name, client in gateway.clients.known.items()}
     for ticket in gateway.scheduler.running.values():
-        served[ticket.client.name] += now - ticket.started
-    part = sum(served.values()) / 100 or 1.0
-    shares = {name: round(seconds / part, 1) for name, seconds in served.items()}
-    return [{**show_client(one), "share": shares[one.name]} for one in known.values()]
+        had[ticket.client.name] += now - ticket.started
+    part, known = sum(had.values()) / 100 or 1.0, gateway.clients.known.values()
+    return [{**show_client(one), "share": round(had[one.name] / part, 1)} for one in known]
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -8663,24 +8663,45 @@ KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
 KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
     "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
     "4~": "G", "3~": "x", "20~": "x", "P": "?", "17~": ">", "18~": "+", "19~": "-", "21~": "q",
+    "C": "l", "D": "h", "Z": "h",
 }  # fmt: skip
 STEPS = {"k": -1, "j": 1, "page up": -10, "page down": 10, "g": -9999, "G": 9999}
+SIDES = {"h": -1, "l": 1, "\t": 1}  # to another panel
 MODES = {"p": "paused", "m": "priority"}
-FOOT = "? Help  x Cancel  + Raise  - Lower  p Pause  m Priority  < > Sort  q Quit"
+LOADS = {"L": "load", "U": "unload"}
+ASKED = {  # what cannot be undone
+    ("Requests", "x"): "cancel {id} of {client}?",
+    ("Users", "x"): "block {name}, and end what waits and runs of it?",
+    ("Users", "X"): "block {address}, and end what waits and runs from there?",
+}
 KEY_HELP = """
-  up down, k j    select a request; also PgUp, PgDn, Home, End
+  Tab, h l        the other panels; also left, right and Shift-Tab
+  up down, k j    select; also PgUp, PgDn, Home, End
+  p               pause, so that nothing starts; again to go on; not in Users
+  m               priority mode, in which only high starts; again to leave it
+  ?, F1           this help
+  q, F10          leave; llmq goes on
+
   x, F9, Del      cancel it
   + -, F7 F8      raise or lower its class: low, normal, high
-  p               pause, so that nothing starts; again to go on
-  m               priority mode, in which only high starts; again to leave it
   < >, F6         sort by another column
-  ?, F1           this help
-  q, F10          leave; llmq goes on"""
+
+  Space, Enter    show its models, or no longer
+  L, U            load or unload the selected model
+  d               drain it: nothing new starts there; again to resume
+
+  p, b            VIP (class high), boost (every second start); again: no longer
+  x, X, u         block it; block the address it asks from; unblock both
+  ★ VIP  ⚡ boosted  ✖ blocked  ● waits or runs  ○ idle
+
+  u               unblock it"""  # first of all panels, then of each
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
+USERS = {"": 6, "USER": 0, "CLASS": 6, "SHARE": -6, "WAITS": -5, "RUNS": -5, "DONE": -6,
+         "FAILED": -6, "LEFT": -5, " ADDRESS": 0}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
@@ -8713,7 +8734,10 @@ def fit(text: str, width: int) -> str:
 
 
 def backend_row(backend: Row) -> tuple[str, list[str]]:
-    """The state of a backend, and its cells."""
+    """The state of a backend, and its cells; or of one of its models."""
+    if model := backend.get("model"):
+        loaded = model in backend["loaded"]
+        return "up" if loaded else "dim", [f"  {model}", "loaded" if loaded else ""]
     state, busy, latency = backend["state"], backend["busy"], backend["latency_ms"]
     meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
@@ -8723,8 +8747,26 @@ def backend_row(backend: Row) -> tuple[str, list[str]]:
     return state, [backend["name"], state, *shares, ping, last]
 
 
-def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs or is selected, and its cells."""
+def client_row(client: Row) -> tuple[str, list[str]]:
+    """What stands out of a client, and its cells."""
+    vip, boost, blocked = client["class"] == "high", client["boost"], client["blocked"]
+    kind = "blocked" if blocked else "high" if vip else "running" if client["running"] else ""
+    works = "●" if client["waiting"] + client["running"] > 0 else "○"
+    marks = f"{works}{'★' * vip}{'⚡' * boost}{'✖' * blocked}"
+    names = [marks, client["name"], client["class"] or "-", f"{client['share']:.0f}%"]
+    counts = [str(client[name]) for name in ("waiting", "running", "done", "failed", "left")]
+    return kind, [*names, *counts, f" {client['address']}"]
+
+
+def change_client(name: str, change: Facts) -> Order:
+    """The order to change what holds for a client, or for an address."""
+    if name.startswith("ip:"):
+        return "POST", "/llmq/ips", {"ip": name[3:], **change}
+    return "POST", f"/llmq/clients/{quote(name, safe='')}", change
+
+
+def request_row(request: Row) -> tuple[str, list[str]]:
+    """The class of a request, or that it runs, and its cells."""
     kind, number, where = request["class"], str(request["position"]), request["reason"]
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
@@ -8732,7 +8774,7 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
         rate, tokens = request.get("tokens_per_s") or 0, request["tokens"]
         where = f"{request['backend']}{f', {rate:.0f}/s, {tokens} tokens' if tokens else ''}"
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
-    return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
+    return kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(record: Row) -> tuple[str, list[str]]:
@@ -8784,23 +8826,47 @@ def window(
     return rows[first : first + most], [("dim", f" {words}")] * bool(words)
 
 
+PANELS = {  # what their keys do, columns, what makes cells, what is said where there is none
+    "Requests": ("x Cancel  + - Class  p Pause  m Priority  < > Sort", QUEUE, request_row,
+                 "nobody waits; for clients: OPENAI_BASE_URL={}/v1"),
+    "Backends": ("Space Models  L Load  U Unload  d Drain, resume", BACKENDS, backend_row, "none"),
+    "Users": ("p VIP  b Boost  x Block  X Block address  u Unblock", USERS, client_row,
+              "nobody has asked yet"),
+    "Blocked": ("u Unblock", {"BLOCKED": 0}, lambda row: ("", [row["name"]]), "nobody"),
+}  # fmt: skip
+
+
 class View:
     """What is shown and selected."""
 
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
         self.url, self.styles = url, styles
         self.snapshot: Row = {}
-        self.rows: list[Row] = []
-        self.index, self.picked = 0, ""  # of the selected request: its place, its id
+        self.panel, self.rows = "Requests", list[Row]()  # each has an id
+        self.index, self.picked = 0, ""  # of the selected row: its place, its id
+        self.opened: set[str] = set()  # backends whose models are shown
         self.sort, self.note = "#", ""
         self.help = self.over = self.old = False  # old: what is shown, for llmq does not answer
-        self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
+        self.asking: tuple[str, list[Order]] | None = None  # what is done if the answer is yes
 
     def update(self, snapshot: Row) -> None:
-        """Take in what llmq says now; the selection stays with its request."""
-        self.snapshot, key = snapshot, SORTS[self.sort]
-        requests, longest_first = snapshot["requests"], key == "waited_s"
-        self.rows = sorted(requests, key=lambda row: row.get(key, 0), reverse=longest_first)
+        """Take in what llmq says now; the selection stays with its row."""
+        self.snapshot, by = snapshot, SORTS[self.sort]
+        if self.panel == "Requests":
+            rows, longest_first = snapshot["requests"], by == "waited_s"
+            self.rows = sorted(rows, key=lambda row: row.get(by, 0), reverse=longest_first)
+        elif self.panel == "Backends":
+            pairs = [(one, model) for one in snapshot["backends"] for model in ("", *one["models"])]
+            self.rows = [
+                {"id": f"{one['name']}\n{model}", "model": model, **one}
+                for one, model in pairs
+                if not model or one["name"] in self.opened
+            ]
+        else:
+            refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
+            rows = refused if self.panel == "Blocked" else snapshot["clients"]
+            rows = sorted(rows, key=lambda row: -row["share"])
+            self.rows = [{"id": one["name"], **one} for one in rows]
         places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
@@ -8808,50 +8874,85 @@ class View:
         self.index = max(0, min(index, len(self.rows) - 1))
         self.picked = self.rows[self.index]["id"] if self.rows else ""
 
-    def press(self, key: str) -> Order | None:
-        """What a key does; the order it stands for, if any."""
+    def press(self, key: str) -> list[Order]:
+        """What a key does; the orders it stands for."""
         if self.asking:
-            order, self.asking = self.asking[1], None
-            return order if key in ("y", "Y") else None
+            orders, self.asking = self.asking[1], None
+            return orders if key in ("y", "Y") else []
         self.note, self.help, self.over = "", key == "?" and not self.help, key == "q"
-        if key in MODES:
+        if key in MODES and (key, self.panel) != ("p", "Users"):
             mode = "open" if self.snapshot["mode"] == MODES[key] else MODES[key]
-            return "POST", "/llmq/mode", {"mode": mode}
+            return [("POST", "/llmq/mode", {"mode": mode})]
         if key in ("<", ">"):
             place = list(SORTS).index(self.sort) + (1 if key == ">" else -1)
             self.sort = list(SORTS)[place % len(SORTS)]
+        if key in SIDES:
+            place = list(PANELS).index(self.panel) + SIDES[key]
+            self.panel, self.picked, self.index = list(PANELS)[place % len(PANELS)], "", 0
+            self.update(self.snapshot)
         self.select(self.index + STEPS.get(key, 0))
-        return self.press_on(self.rows[self.index], key) if self.rows else None
+        return self.press_on(self.rows[self.index], key) if self.rows else []
 
-    def press_on(self, request: Row, key: str) -> Order | None:
-        """What a key does to the selected request; what cannot be undone is asked about."""
+    def press_on(self, row: Row, key: str) -> list[Order]:
+        """What a key does to the selected row; what cannot be undone is asked about."""
+        if self.panel == "Backends" and key in (" ", "\n", "\r"):
+            self.opened, self.picked = self.opened ^ {row["name"]}, f"{row['name']}\n"
+            self.update(self.snapshot)
+        about = {"Requests": self.of_request, "Backends": self.of_backend}
+        orders = about.get(self.panel, self.of_client)(row, key)
+        if orders and (self.panel, key) in ASKED:
+            self.asking, orders = (ASKED[self.panel, key].format_map(row), orders), []
+        return orders
+
+    def of_request(self, request: Row, key: str) -> list[Order]:
         path, classes = f"/llmq/requests/{quote(str(request['id']))}", list(PRIORITY_WORDS)
         if key == "x":
-            asked = f"cancel {request['id']} of {request['client']}?"
-            self.asking = asked, ("DELETE", path, None)
+            return [("DELETE", path, None)]
         if key not in ("+", "=", "-") or request["class"] not in classes:
-            return None
+            return []
         place = classes.index(request["class"]) + (1 if key == "-" else -1)
-        return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
+        return [("POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]})]
+
+    def of_backend(self, row: Row, key: str) -> list[Order]:
+        name, model = row["name"], row["model"]
+        if key == "d":
+            change = {"draining": row["state"] != "draining"}
+            return [("POST", f"/llmq/backends/{quote(name, safe='')}", change)]
+        load = {"action": LOADS.get(key), "model": model, "backend": name}
+        return [("POST", "/llmq/models", load)] if key in LOADS and model else []
+
+    def of_client(self, row: Row, key: str) -> list[Order]:
+        names, refused = (row["name"], f"ip:{row.get('address')}"), self.snapshot["blocked"]
+        if key == "u":
+            return [change_client(one, {"blocked": False}) for one in names if one in refused]
+        if key not in ("p", "b", "x", "X") or self.panel == "Blocked":
+            return []
+        vip = {"class": None if row["class"] == "high" else "high"}
+        changes: dict[str, Facts] = {"p": vip, "b": {"boost": not row["boost"]}}
+        return [change_client(names[key == "X"], changes.get(key, {"blocked": True}))]
 
     # ---- the picture
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(width, trouble)
+        panels = "  ".join(f"[{one}]" if one == self.panel else one for one in PANELS)
+        lines = self.head(width, trouble, f"{panels}   ")
         if self.help:
-            lines += [("", text) for text in KEY_HELP.split("\n")]
+            parts = KEY_HELP.split("\n\n")
+            text = f"{parts[0]}\n\n{parts[1 + list(PANELS).index(self.panel)]}"
+            lines += [("", line) for line in text.split("\n")]
         else:
             lines += self.tables(width, height - len(lines) - 1)
-        foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else self.note or FOOT
+        foot = self.note or f"? Help  Tab Panel  {PANELS[self.panel][0]}  q Quit"
+        foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else foot
         lines = [*lines, *[("", "")] * height][: height - 1]
         return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, width: int, trouble: str = "") -> list[Line]:
+    def head(self, width: int, trouble: str = "", panels: str = "") -> list[Line]:
         now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
         done, left, error = total.get("done", 0), total.get("client_left", 0), now["config_error"]
         mode = "stopping" if now.get("draining") else now["mode"]
-        title = f" llmq {now['version']}  {self.url}"
+        title = f" {panels}llmq {now['version']}  {self.url}"
         figures = (
             f" {mode}  waiting {waits['waiting']}  running {waits['running']}  done {done}  "
             f"failed {sum(total.values()) - done - left}  left {left}  "
@@ -8864,7 +8965,9 @@ class View:
         return lines + [("bad", f" {text}") for text in texts]
 
     def tables(self, width: int, room: int) -> list[Line]:
-        """Backends, the queue and what has ended, each with its share of the lines."""
+        """The panel; requests come with backends and what has ended, each with its share."""
+        if self.panel != "Requests":
+            return self.panel_table(width, room - 2)
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
         waiting = sum(row["state"] == "waiting" for row in self.rows)
         beyond = max(0, self.snapshot["queue"]["waiting"] - waiting)  # what the snapshot left out
@@ -8873,17 +8976,20 @@ class View:
         needed = len(self.rows) + bool(beyond)
         most = max(1, min(needed, max(room * 2 // 3, room - len(ended))))
         runners, more_runners = window(backends, few)
-        seen, more = window(self.rows, most, self.index, beyond)
-        columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
-        rows = [request_row(row, self.picked) for row in seen]
-        empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
             *table(BACKENDS, map(backend_row, runners), width, "none"),
             *more_runners,
-            *table(columns, rows, width, empty),
-            *more,
+            *self.panel_table(width, most, beyond),
             *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
+
+    def panel_table(self, width: int, most: int, beyond: int = 0) -> list[Line]:
+        _, columns, tell, empty = PANELS[self.panel]
+        seen, more = window(self.rows, most, self.index, beyond)
+        told = [(row["id"] == self.picked, *tell(row)) for row in seen]
+        rows = [("bar" if picked else kind, cells) for picked, kind, cells in told]
+        titles = {f"{name}↓" if name == self.sort else name: columns[name] for name in columns}
+        return [*table(titles, rows, width, empty.format(self.url)), *more]
 
     def paint(self, kind: str, text: str, width: int) -> str:
         kind = "dim" if self.old and kind not in ("bar", "lost") else kind
@@ -8898,6 +9004,10 @@ def plain_top(snapshot: Row, url: str, width: int) -> str:
         view.sort = sort
         view.update(snapshot)
     lines = [*view.head(width), *view.tables(width, 99999)]
+    for view.panel in PANELS:
+        view.update(snapshot)
+        if view.panel in ("Users", "Blocked") and view.rows:
+            lines += view.tables(width, 99999)
     return "\n".join(printable(text, 4000).rstrip() for _, text in lines)
 
 
@@ -8941,21 +9051,22 @@ def read_keys() -> list[str]:
 def run_top(ask: Ask, url: str, interval: float) -> None:
     """Show and obey until `q` or a signal; what is old is dimmed until llmq answers again."""
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
-    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[list[Order]] = queue.SimpleQueue()
     snapshot, heard, shown = understood(ask(STATUS), url), time.monotonic(), ""
 
     def follow() -> None:
         nonlocal snapshot, heard
         while True:
-            order = STATUS
+            some, order = [STATUS], STATUS
             with contextlib.suppress(queue.Empty):
-                order = orders.get(timeout=interval)
+                some = orders.get(timeout=interval)
             try:
-                answer = ask(order)
-                if order is STATUS:
-                    snapshot, heard = understood(answer, url), time.monotonic()
-                else:
-                    view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
+                for order in some:
+                    answer = ask(order)
+                    if order is STATUS:
+                        snapshot, heard = understood(answer, url), time.monotonic()
+                    else:
+                        view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
             except StartError as error:
                 view.note = view.note if order is STATUS else str(error)
 
@@ -8973,9 +9084,8 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 drawn = f"\x1b[?2026h\x1b[H{picture}\x1b[?2026l"
                 os.write(1, drawn.encode(sys.stdout.encoding, "replace"))
                 shown = picture
-            for order in filter(None, map(view.press, read_keys())):
-                orders.put(order)
-                orders.put(STATUS)
+            for some in filter(None, map(view.press, read_keys())):
+                orders.put([*some, STATUS])
 
 
 # ==== 34. Service =================================================================================
