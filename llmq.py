@@ -8760,7 +8760,7 @@ def client_row(client: Row) -> tuple[str, list[str]]:
 
 def change_client(name: str, change: Facts) -> Order:
     """The order to change what holds for a client, or for an address."""
-    if name.startswith("ip:"):
+    if name.startswith("ip:") and "blocked" in change:
         return "POST", "/llmq/ips", {"ip": name[3:], **change}
     return "POST", f"/llmq/clients/{quote(name, safe='')}", change
 
@@ -9914,11 +9914,17 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
-#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px) 34px;
-  align-items: center; padding: 7px 10px 7px 18px; border-top: 1px solid var(--line) }
+#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px);
+  align-items: center; padding: 7px 14px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
-#clients b, #clients .bar { grid-column: 1 / -1 } #clients thead tr { align-items: baseline }
-#clients .bar { order: 1; margin-right: 8px }
+#clients b { grid-area: 1 / 1 / 2 / 3 } #clients td.acts { grid-area: 1 / 3 / 2 / 6 }
+#clients small { grid-area: 2 / 1 } #clients .bar { grid-column: 1 / -1; order: 1 }
+#clients thead tr { align-items: baseline } #clients thead .acts { display: none }
+[aria-pressed=true] { color: var(--blue); background: var(--fill) } #blocked:empty { display: none }
+#blocked { padding: 4px 18px 12px } #devices .tags { justify-content: space-between }
+summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30px }
+@media (pointer: coarse) { button, input, summary, #modes label { min-height: 44px; min-width: 44px;
+  line-height: 44px } #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -9937,7 +9943,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
   #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
-  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px 6px }
+  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px }
   main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
   main [aria-current] .pos.pos { box-shadow: none } }
 </style></head>
@@ -9961,7 +9967,8 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   <aside aria-label="Runners and clients"><section class="card" aria-label="Devices and backends">
     <div class="line head"><h2>Devices and backends</h2></div><div id="devices"></div></section>
     <section class="card" id="clients" aria-label="Clients"><div class="line head"><h2>Clients</h2>
-    <small></small></div><table role="table"></table><div class="empty"></div></section></aside>
+    <small></small></div><table role="table"></table><div class="empty"></div>
+    <div class="line tags" id="blocked"></div></section></aside>
   <section class="card" id="recent" aria-label="Recent requests"><div class="line head"><h2>Recent
     requests</h2><small class="line push"><i class="key w"></i>waited<i class="key f"></i>to the
     first token<i class="key"></i>answering</small><button id="more"></button></div>
@@ -9970,7 +9977,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
 </footer><div id="toasts" role="status"></div>
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
-  class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
+  class="push">Leave it</button><button class="danger" value="go" autofocus></button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
   <label class="line"><input type="checkbox" id="single">Shortcuts of one character</label>
   <button class="push">Close</button></form></dialog>
@@ -9982,6 +9989,7 @@ const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the pl
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
 let found = [];  // by the filter, of those that wait beyond what the snapshot shows
+const opened = new Set();  // backends whose models are shown
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -10001,8 +10009,9 @@ function render(at, kids) {
 }
 const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), dot = h('i', 'dot');
 const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
-const act = (sign, title, onclick, off = false) =>
-  h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`});
+const act = (sign, title, onclick, off = false, more) =>
+  h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`, ...more});
+const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
 function table(id, heads, rows, empty) {
@@ -10032,9 +10041,9 @@ async function change(method, path, body, said) {
       method);
   } catch { toast('llmq does not answer: nothing was changed', method); }
 }
-function sure(title, text, path, said) {  // to cancel cannot be undone
-  render(q('ask', 'h2'), title), render(q('ask', 'p'), `${text} This cannot be undone.`);
-  $('ask').onclose = () => $('ask').returnValue && change('DELETE', path, null, said);
+function sure(title, text, verb, ...order) {  // what cannot be undone
+  render(q('ask', 'h2'), title), render(q('ask', 'p'), text), render(q('ask', '.danger'), verb);
+  $('ask').onclose = () => $('ask').returnValue && change(...order);
   $('ask').returnValue = '', $('ask').showModal();
 }
 const find = id => [...snap.requests, ...found].find(one => one.id === id);
@@ -10045,11 +10054,26 @@ function move(id, by) {
     change('POST', `requests/${id}`, {priority}, told => `${one.client}: class ${told.class}`);
 }
 const cancel = one => one && sure('Cancel this request?', `${one.client} wants ${one.model}, and is ` +
-  'told.', `requests/${one.id}`, () => `Cancelled: ${one.client}, ${one.model}`);
+  'told. This cannot be undone.', 'Yes, cancel', 'DELETE', `requests/${one.id}`, null,
+  () => `Cancelled: ${one.client}, ${one.model}`);
 const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the queue has no name
   `Cancel ${plural(many, 'waiting request')}?`, `${name ? `All of ${name}` : 'Everything'} that ` +
-  'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
-  encodeURIComponent(name), told => `Cancelled ${plural(told.cancelled, 'request')}`);
+  'waits; what runs goes on. This cannot be undone.', 'Yes, cancel', 'DELETE',
+  'requests?state=waiting' + (name && '&client=') + encodeURIComponent(name), null,
+  told => `Cancelled ${plural(told.cancelled, 'request')}`);
+const steer = (name, body) => ['POST', ...'blocked' in body && name.startsWith('ip:') ?
+  ['ips', {ip: name.slice(3), ...body}] : [`clients/${encodeURIComponent(name)}`, body],
+  told => `${name}: ${Object.keys(body).map(key => `${key} ${told[key] === '' ? 'none' : told[key]}`)}`];
+const vip = one => one && change(...steer(one.name, {class: one.class === 'high' ? null : 'high'}));
+const boost = one => one && change(...steer(one.name, {boost: !one.boost}));
+const unblock = name => change(...steer(name, {blocked: false}));
+const block = one => one && (one.blocked ? unblock(one.name) : sure(`Block ${one.name}?`,
+  'What waits and runs of it is ended, and nothing of it is let in until you unblock it.',
+  'Yes, block', ...steer(one.name, {blocked: true})));
+const drain = ({name, state}) => change('POST', `backends/${encodeURIComponent(name)}`,
+  {draining: state !== 'draining'}, told => `${told.name} is ${told.state}`);
+const load = (action, model, backend) => change('POST', 'models', {action, model, backend},
+  () => `Asked for: ${action} ${model} on ${backend}`);
 async function copy(code) {
   try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
@@ -10149,30 +10173,50 @@ function step(by) {
   if (ids.length) choose(ids[at < 0 ? 0 : Math.min(ids.length - 1, Math.max(0, at + by))]);
 }
 function drawBackends({devices, backends}) {
-  const show = ({name, state, loaded, models, kind, error, busy, ...one}) => h('div',
-    `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name), h('small',
-      'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state)]),
-    h('code', 'clip', one.url), state === 'up' && h('div', 'line tags', loaded.slice(0, 6).map(m =>
-      h('span', 'tag clip', m + (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '')))),
-    state === 'up' && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
+  const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), h('button',
+    'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () => load(verb.toLowerCase(),
+    model, name)})], {key: model});
+  const show = ({name, state, loaded, models, kind, error, busy, ...one}) => {
+    const well = state === 'up' || state === 'draining', open = opened.has(name);
+    const rest = models.filter(model => !loaded.includes(model));
+    return h('div', `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name),
+      h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
+      h('button', '', state === 'draining' ? 'Resume' : 'Drain', {onclick: () => drain({name, state}),
+      ariaLabel: `${state === 'draining' ? 'Resume' : 'Drain'} ${name}`})]),
+    h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
+      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), 'Unload'))),
+    well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
+    well && rest.length && h('details', '', [h('summary', '', plural(rest.length, 'model') +
+      ' not loaded'), h('div', '', open ? rest.map(m => line(m, name, m, 'Load')) : [])], {open,
+      ontoggle: event => { opened[event.target.open ? 'add' : 'delete'](name), draw(); }}),
     error && h('small', 'alarm', state !== 'down' ? error : `${error}. llmq looks again by itself.`)],
-    {key: name});
+    {key: name}); };
   render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [
     h('b', 'clip', name), h('span', 'line slots push', Array.from({length: Math.min(12, slots)},
       (_, at) => h('i', at < busy ? 'on' : ''))), h('small', '', `${busy} of ${slots} busy`)]),
     ...backends.filter(one => one.device === name).map(show)], {key: name})));
 }
 function drawClients(all) {
-  all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.served_s - a.served_s);
-  const most = Math.max(1e-9, ...all.map(one => one.served_s)), heads = {who: 'Client',
-    'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done', 'n failed': 'Failed', acts: ''};
-  table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [...two(one.name,
-    `${dur(one.served_s, true)} served${one.left ? `, ${num(one.left)} left` : ''}`), bar('thin', [one.served_s / most])], {title: one.name}),
+  all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.share - a.share);
+  const heads = {who: 'Client', 'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done',
+    'n failed': 'Failed', acts: ''}, pressed = on => ({ariaPressed: `${on}`});
+  table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [h('b', '', one.name),
+    h('small', '', [h('span', '', `${one.share} % ${one.left ? `, ${num(one.left)} left ` : ''}`),
+      ...tags([one.class, one.boost && 'boosted', one.blocked && 'blocked'])]),
+    bar('thin', [one.share / 100])], {title: `${one.name}\n${dur(one.served_s, true)} served`}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
+      act(one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one), false,
+        pressed(one.class === 'high')),
+      act('⚡\ufe0e', `Boost ${one.name}`, () => boost(one), false, pressed(one.boost)),
+      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked)),
       one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
+  const {blocked} = snap, more = blocked.length - 12;
+  render($('blocked'), [...blocked.slice(0, 12).map(name => h('span', 'line', [...tags(['blocked']),
+    h('span', '', name), h('button', '', 'Unblock', {ariaLabel: `Unblock ${name}`, onclick: () =>
+    unblock(name)})], {key: name})), more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
@@ -10241,6 +10285,8 @@ const KEYS = {
   'j ArrowDown': ['the next request', () => step(1)], 'k ArrowUp': ['the one before', () => step(-1)],
   x: ['cancel it', () => cancel(find(chosen))], '+ =': ['raise its class', () => move(chosen, 1)],
   '-': ['lower it', () => move(chosen, -1)], X: ['cancel all of its client', () => cancelAll(owner())],
+  v: ['VIP: its client is of class high', () => vip(owner())],
+  b: ['boost its client', () => boost(owner())], B: ['block it', () => block(owner())],
   p: ['pause, resume', () => setMode(snap.mode === 'paused' ? 'open' : 'paused')],
   m: ['next mode', () => setMode(next(MODES, snap.mode))], '/': ['filter', () => $('filter').focus()],
   r: ['all recent requests, or the last 10', () => { whole = !whole; draw(); }],
@@ -10248,7 +10294,7 @@ const KEYS = {
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
-  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]') ||
+  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('dialog[open]') ||
     (event.key.length === 1 && !$('single').checked);
   const typing = event.key !== 'Escape' && ['search', 'radio'].includes(event.target.type) &&
     (event.target === $('filter') || event.key.startsWith('Arrow'));
