@@ -622,6 +622,14 @@ def test_keys_of_a_panel_are_orders(keys: str, key: str, orders: list[Any]) -> N
     assert paneled(keys).press(key) == [("POST", path, change) for path, change in orders]
 
 
+def test_a_client_that_is_named_after_its_address_is_a_client() -> None:
+    clients = [user("ip:10.0.0.7")]
+    assert paneled("ll", clients=clients).press("b")[0][1] == "/llmq/clients/ip%3A10.0.0.7"
+    assert paneled("llx", clients=clients).press("y") == [
+        ("POST", IPS, {"ip": "10.0.0.7", "blocked": True})
+    ]
+
+
 def test_block_is_asked_about_first() -> None:
     assert "block user:bob/x, and end what waits and runs of it?" in seen_rows(paneled("llx"))[-1]
     words = "block 10.0.0.7, and end what waits and runs from there?"
@@ -904,14 +912,14 @@ async def test_keys_of_backends_drain_and_load() -> None:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Any]]:
-    """What llmq is asked of models, in place of what it would do; to load is refused."""
+def recorded(refuse: str = "load") -> Iterator[list[Any]]:
+    """What llmq is asked of models, in place of what it would do; one action is refused."""
     asked: list[Any] = []
 
     async def post(_api: Any, exchange: Any, _rest: str) -> None:
         asked.append(json.loads(await exchange.read_body(4096)))
-        if asked[-1]["action"] == "load":
-            raise llmq.LlmqError("box cannot load models", "not_implemented")
+        if asked[-1]["action"] == refuse:
+            raise llmq.LlmqError(f"box cannot {refuse} models", "not_implemented")
         exchange.respond(202, b'{"queued":"yes"}')
 
     with pytest.MonkeyPatch.context() as patch:
