@@ -8700,8 +8700,8 @@ BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOA
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
-USERS = {"": 6, "USER": 0, "CLASS": 6, "SHARE": -6, "WAITS": -5, "RUNS": -5, "DONE": -6,
-         "FAILED": -6, "LEFT": -5, " ADDRESS": 0}  # fmt: skip
+USERS = {"": 5, "USER": 0, "CLASS": 6, "SHARE": -5, "WAITS": -5, "RUNS": -4, "DONE": -5,
+         "FAILED": -6, "LEFT": -4, " ADDRESS": 0}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
@@ -9918,10 +9918,10 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   align-items: center; padding: 7px 14px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
 #clients b { grid-area: 1 / 1 / 2 / 3 } #clients td.acts { grid-area: 1 / 3 / 2 / 6 }
-#clients small { grid-area: 2 / 1 } #clients .bar { grid-column: 1 / -1; order: 1 }
+#clients small { grid-area: 2 / 1 } #clients td.n { grid-row: 2 } #clients .bar { grid-column: 1 / -1; order: 1 }
 #clients thead tr { align-items: baseline } #clients thead .acts { display: none }
 [aria-pressed=true] { color: var(--blue); background: var(--fill) } #blocked:empty { display: none }
-#blocked { padding: 4px 18px 12px } #devices .tags { justify-content: space-between }
+#blocked { padding: 4px 18px 12px } .backend .line + .line { margin-top: 4px }
 summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30px }
 @media (pointer: coarse) { button, input, summary, #modes label { min-height: 44px; min-width: 44px;
   line-height: 44px } #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
@@ -10202,15 +10202,15 @@ function drawClients(all) {
   const heads = {who: 'Client', 'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done',
     'n failed': 'Failed', acts: ''}, pressed = on => ({ariaPressed: `${on}`});
   table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [h('b', '', one.name),
-    h('small', '', [h('span', '', `${one.share} % ${one.left ? `, ${num(one.left)} left ` : ''}`),
+    h('small', '', [h('span', '', `${one.share} %${one.left ? `, ${num(one.left)} left` : ''} `),
       ...tags([one.class, one.boost && 'boosted', one.blocked && 'blocked'])]),
     bar('thin', [one.share / 100])], {title: `${one.name}\n${dur(one.served_s, true)} served`}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
+      one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one)),
       act(one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one), false,
         pressed(one.class === 'high')),
       act('⚡\ufe0e', `Boost ${one.name}`, () => boost(one), false, pressed(one.boost)),
-      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked)),
-      one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
+      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
   const {blocked} = snap, more = blocked.length - 12;

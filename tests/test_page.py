@@ -1,7 +1,7 @@
 """The web page in a real Chromium: what it shows, what its clicks and keys change, what it bears.
 
 `python3 -m tests.test_page` takes the README's pictures anew; those kept were reduced to 192
-colours (ImageMagick: `convert FILE -dither None -colors 192 png8:FILE`).
+colours (Pillow: `quantize(192, dither=Image.Dither.NONE)`, saved with `optimize=True`).
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ async def test_failures_say_why_and_those_who_left_are_counted_apart(browser: Br
         )
         assert figures[6:] == ["0", "1 client left early", "1", "1 cancelled"]
         clients = "document.querySelector('#clients tbody').innerText"
-        assert re.search(r"user:hasty\s+0 % , 1 left\s+0\s+0\s+0\s+0", await page.js(clients))
+        assert re.search(r"user:hasty\s+0 %, 1 left\s+0\s+0\s+0\s+0", await page.js(clients))
     async with FakeBackend(auto=False) as fake, running(fake.url) as q:
         async with opened(browser, q) as page:
             failed = await begin(q, "alice")
@@ -795,6 +795,11 @@ async def test_fingers_find_every_button(browser: Browser) -> None:
         )
         assert not small
         assert await page.js("document.documentElement.scrollWidth") == 390
+        tops = await page.js(
+            "[...document.querySelectorAll('#clients tbody tr')].map(n => new Set("
+            "[...n.querySelectorAll('.n')].map(e => e.getBoundingClientRect().top)).size)"
+        )
+        assert set(tops) == {1}, "counts are not in a line"
         overlap = await page.js(
             "[...document.querySelectorAll('#clients tbody tr')].some(n => { const all = "
             "[...n.querySelectorAll('b, small, .n, button')].map(e => e.getBoundingClientRect());"
@@ -1049,6 +1054,11 @@ async def test_page_is_for_everybody_at_every_width_in_both_themes(
     shots.mkdir(parents=True, exist_ok=True)
     async with state(name) as (q, _), opened(browser, q) as page:
         await page.js(source + "; 0")
+        if name == "busy":  # with every mark and control that there is
+            await mark(q)
+            await page.click("summary")
+            await page.until("document.querySelector('#blocked').innerText.includes('eve')")
+            await page.until("document.querySelector('details button')")
         for theme in ("light", "dark"):
             for width in WIDTHS:
                 await page.look(width, 900, theme)
@@ -1067,6 +1077,13 @@ async def test_page_is_for_everybody_at_every_width_in_both_themes(
                 assert not found, (width, theme)
 
 
+async def mark(q: running) -> None:
+    """Make one client VIP, boost one, block one."""
+    changes = {"editor": {"class": "high"}, "alice": {"boost": True}, "eve": {"blocked": True}}
+    for client, change in changes.items():
+        await ask(q.port, "POST", f"/llmq/clients/user:{client}", json=change)
+
+
 async def take_pictures(browser: Browser) -> None:
     """The README's: a busy minute, in three sizes."""
     folder = ROOT / "tests" / "pictures"
@@ -1077,6 +1094,7 @@ async def take_pictures(browser: Browser) -> None:
         for at in range(26):
             pieces = (37 * at) % 90 + 12
             await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
+        await mark(q)
         sizes = {"wide": (1440, 1180, "light"), "dark": (1024, 800, "dark")}
         for file, look in {**sizes, "phone": (390, 844, "light")}.items():
             await page.look(*look)

@@ -1171,7 +1171,7 @@ def draw(screen: Any, font: Any) -> Any:
 
 async def take_picture() -> None:
     """A busy minute: the same as the page's."""
-    from tests.test_page import finish, state
+    from tests.test_page import finish, mark, state
 
     font = require("PIL.ImageFont").truetype("DejaVuSansMono.ttf", 15)
     people = ("open-webui", "editor", "cron", "alice", "nightly-report")
@@ -1179,10 +1179,14 @@ async def take_picture() -> None:
         for at in range(26):
             pieces = (37 * at) % 90 + 12
             await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
-        async with top(q.base, (110, 30)) as seen:
-            await seen.shows("waiting 7")
-            picture = draw(seen.screen, font)
-    picture.quantize(64).save(Path(__file__).parent / "pictures" / "top.png", optimize=True)
+        await mark(q)
+        folder = Path(__file__).parent / "pictures"
+        for file, keys, size in ("top", "", (110, 30)), ("top-users", "ll", (80, 12)):
+            async with top(q.base, size) as seen:
+                seen.press(keys)
+                await seen.shows(r"\[Users\]" if keys else "waiting 7")
+                picture = draw(seen.screen, font)
+            picture.quantize(64).save(folder / f"{file}.png", optimize=True)
 
 
 if __name__ == "__main__":
