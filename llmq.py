@@ -8830,8 +8830,7 @@ PANELS = {  # what their keys do, columns, what makes cells, what is said where 
     "Requests": ("x Cancel  + - Class  p Pause  m Priority  < > Sort", QUEUE, request_row,
                  "nobody waits; for clients: OPENAI_BASE_URL={}/v1"),
     "Backends": ("Space Models  L Load  U Unload  d Drain, resume", BACKENDS, backend_row, "none"),
-    "Users": ("p VIP  b Boost  x Block  X Block address  u Unblock", USERS, client_row,
-              "nobody has asked yet"),
+    "Users": ("p VIP  b Boost  x Block  X Block address  u Unblock", USERS, client_row, "nobody"),
     "Blocked": ("u Unblock", {"BLOCKED": 0}, lambda row: ("", [row["name"]]), "nobody"),
 }  # fmt: skip
 
@@ -8857,16 +8856,15 @@ class View:
             self.rows = sorted(rows, key=lambda row: row.get(by, 0), reverse=longest_first)
         elif self.panel == "Backends":
             pairs = [(one, model) for one in snapshot["backends"] for model in ("", *one["models"])]
-            self.rows = [
-                {"id": f"{one['name']}\n{model}", "model": model, **one}
-                for one, model in pairs
-                if not model or one["name"] in self.opened
+            rows = [
+                {**one, "model": model, "id": f"{one['name']}\n{model}"} for one, model in pairs
             ]
+            self.rows = [row for row in rows if not row["model"] or row["name"] in self.opened]
         else:
             refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
             rows = refused if self.panel == "Blocked" else snapshot["clients"]
-            rows = sorted(rows, key=lambda row: -row["share"])
-            self.rows = [{"id": one["name"], **one} for one in rows]
+            rows = [{"id": row["name"], **row} for row in rows]
+            self.rows = sorted(rows, key=lambda row: -row["share"])
         places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
