@@ -8092,7 +8092,8 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "requests_total": dict(gateway.journal.outcomes),
         "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
-        "clients": [show_client(client) for client in gateway.clients.known.values()],
+        "clients": show_clients(gateway, now),
+        "blocked": [name for name, row in known if row.blocked],
         "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
         "config_error": gateway.config_error,
@@ -8170,11 +8171,12 @@ def show_backend(backend: Backend) -> Facts:
     if error and command and error.endswith("refused"):
         error = f"{error}; start it: {command}"
     return {
-        **members(backend, "name", "url", "busy"),
+        "name": backend.name,
+        "state": "draining" if backend.draining else backend.state.value,
+        **members(backend, "url", "busy"),
         "error": error,
         "kind": backend.kind or None,
         "device": backend.device.name,
-        "state": "draining" if backend.draining else backend.state.value,
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
@@ -8185,10 +8187,20 @@ def show_backend(backend: Backend) -> Facts:
 
 def show_client(client: Client) -> Facts:
     return {
-        **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
+        "name": client.name,
+        **{key.rstrip("_"): value for key, value in vars(client.settings).items()},
+        **members(client, "address", "waiting", "running", "done", "failed", "left"),
         "served_s": round(client.served, 3),
-        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
     }
+
+
+def show_clients(gateway: Gateway, now: float) -> list[Facts]:
+    """Each client, with its per cent of what all had, what runs now among it."""
+    had = {name: client.served for name, client in gateway.clients.known.items()}
+    for ticket in gateway.scheduler.running.values():
+        had[ticket.client.name] += now - ticket.started
+    part, known = sum(had.values()) / 100 or 1.0, gateway.clients.known.values()
+    return [{**show_client(one), "share": round(had[one.name] / part, 1)} for one in known]
 
 
 def show_gauges(gateway: Gateway) -> None:
@@ -8941,25 +8953,46 @@ KEY = re.compile(r"\x1b[\[O]([0-9;]*[A-Za-z~])|(.)", re.DOTALL)
 KEY_NAMES = {  # by what terminals send behind ESC [ and ESC O
     "A": "k", "B": "j", "5~": "page up", "6~": "page down", "H": "g", "1~": "g", "F": "G",
     "4~": "G", "3~": "x", "20~": "x", "P": "?", "17~": ">", "18~": "+", "19~": "-", "21~": "q",
+    "C": "l", "D": "h", "Z": "h",
 }  # fmt: skip
 STEPS = {"k": -1, "j": 1, "page up": -10, "page down": 10, "g": -9999, "G": 9999}
+SIDES = {"h": -1, "l": 1, "\t": 1}  # to another panel
 MODES = {"p": "paused", "m": "priority"}
-FOOT = "? Help  x Cancel  + Raise  - Lower  p Pause  m Priority  < > Sort  q Quit"
+LOADS = {"L": "load", "U": "unload"}
+ASKED = {  # what cannot be undone
+    ("Requests", "x"): "cancel {id} of {client}?",
+    ("Users", "x"): "block {name}, and end what waits and runs of it?",
+    ("Users", "X"): "block {address}, and end what waits and runs from there?",
+}
 KEY_HELP = """
-  up down, k j    select a request; also PgUp, PgDn, Home, End
+  Tab, h l        the other panels; also left, right and Shift-Tab
+  up down, k j    select; also PgUp, PgDn, Home, End
+  p               pause, so that nothing starts; again to go on; not in Users
+  m               priority mode, in which only high starts; again to leave it
+  ?, F1           this help
+  q, F10          leave; llmq goes on
+
   x, F9, Del      cancel it
   + -, F7 F8      raise or lower its class: low, normal, high
-  p               pause, so that nothing starts; again to go on
-  m               priority mode, in which only high starts; again to leave it
   < >, F6         sort by another column
-  ?, F1           this help
-  q, F10          leave; llmq goes on"""
+
+  Space, Enter    show its models, or no longer
+  L, U            load or unload the selected model
+  d               drain it: nothing new starts there; again to resume
+
+  p, b            VIP (class high), boost (every second start); again: no longer
+  x, X, u         block it; block the address it asks from; unblock both
+  ★ VIP  ⚡ boosted  ✖ blocked  ● waits or runs  ○ idle
+
+  u               unblock it"""  # first of all panels, then of each
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
 MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
+USERS = {"": 5, "USER": 0, "CLASS": 6, "SHARE": -5, "WAITS": -5, "RUNS": -4, "DONE": -5,
+         "FAILED": -6, "LEFT": -4, " ADDRESS": 0}  # fmt: skip
 SORTS = {"#": "", "CLIENT": "client", "MODEL": "model", "WAITED": "waited_s"}  # else as llmq tells
 
 
@@ -8992,7 +9025,10 @@ def fit(text: str, width: int) -> str:
 
 
 def backend_row(backend: Row) -> tuple[str, list[str]]:
-    """The state of a backend, and its cells."""
+    """The state of a backend, and its cells; or of one of its models."""
+    if model := backend.get("model"):
+        loaded = model in backend["loaded"]
+        return "up" if loaded else "dim", [f"  {model}", "loaded" if loaded else ""]
     state, busy, latency = backend["state"], backend["busy"], backend["latency_ms"]
     meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
@@ -9002,8 +9038,26 @@ def backend_row(backend: Row) -> tuple[str, list[str]]:
     return state, [backend["name"], state, *shares, ping, last]
 
 
-def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs or is selected, and its cells."""
+def client_row(client: Row) -> tuple[str, list[str]]:
+    """What stands out of a client, and its cells."""
+    vip, boost, blocked = client["class"] == "high", client["boost"], client["blocked"]
+    kind = "blocked" if blocked else "high" if vip else "running" if client["running"] else ""
+    works = "●" if client["waiting"] + client["running"] > 0 else "○"
+    marks = f"{works}{'★' * vip}{'⚡' * boost}{'✖' * blocked}"
+    names = [marks, client["name"], client["class"] or "-", f"{client['share']:.0f}%"]
+    counts = [str(client[name]) for name in ("waiting", "running", "done", "failed", "left")]
+    return kind, [*names, *counts, f" {client['address']}"]
+
+
+def change_client(name: str, change: Facts) -> Order:
+    """The order to change what holds for a client, or for an address."""
+    if name.startswith("ip:") and "blocked" in change:
+        return "POST", "/llmq/ips", {"ip": name[3:], **change}
+    return "POST", f"/llmq/clients/{quote(name, safe='')}", change
+
+
+def request_row(request: Row) -> tuple[str, list[str]]:
+    """The class of a request, or that it runs, and its cells."""
     kind, number, where = request["class"], str(request["position"]), request["reason"]
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
@@ -9011,7 +9065,7 @@ def request_row(request: Row, picked: str) -> tuple[str, list[str]]:
         rate, tokens = request.get("tokens_per_s") or 0, request["tokens"]
         where = f"{request['backend']}{f', {rate:.0f}/s, {tokens} tokens' if tokens else ''}"
     names = [request["class"], request["client"], request["model"], brief(request["waited_s"])]
-    return "bar" if request["id"] == picked else kind, [number, *names, when, f" {where}"]
+    return kind, [number, *names, when, f" {where}"]
 
 
 def ended_row(record: Row) -> tuple[str, list[str]]:
@@ -9063,23 +9117,45 @@ def window(
     return rows[first : first + most], [("dim", f" {words}")] * bool(words)
 
 
+PANELS = {  # what their keys do, columns, what makes cells, what is said where there is none
+    "Requests": ("x Cancel  + - Class  p Pause  m Priority  < > Sort", QUEUE, request_row,
+                 "nobody waits; for clients: OPENAI_BASE_URL={}/v1"),
+    "Backends": ("Space Models  L Load  U Unload  d Drain, resume", BACKENDS, backend_row, "none"),
+    "Users": ("p VIP  b Boost  x Block  X Block address  u Unblock", USERS, client_row, "nobody"),
+    "Blocked": ("u Unblock", {"BLOCKED": 0}, lambda row: ("", [row["name"]]), "nobody"),
+}  # fmt: skip
+
+
 class View:
     """What is shown and selected."""
 
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
         self.url, self.styles = url, styles
         self.snapshot: Row = {}
-        self.rows: list[Row] = []
-        self.index, self.picked = 0, ""  # of the selected request: its place, its id
+        self.panel, self.rows = "Requests", list[Row]()  # each has an id
+        self.index, self.picked = 0, ""  # of the selected row: its place, its id
+        self.opened: set[str] = set()  # backends whose models are shown
         self.sort, self.note = "#", ""
         self.help = self.over = self.old = False  # old: what is shown, for llmq does not answer
-        self.asking: tuple[str, Order] | None = None  # what is done if the answer is yes
+        self.asking: tuple[str, list[Order]] | None = None  # what is done if the answer is yes
 
     def update(self, snapshot: Row) -> None:
-        """Take in what llmq says now; the selection stays with its request."""
-        self.snapshot, key = snapshot, SORTS[self.sort]
-        requests, longest_first = snapshot["requests"], key == "waited_s"
-        self.rows = sorted(requests, key=lambda row: row.get(key, 0), reverse=longest_first)
+        """Take in what llmq says now; the selection stays with its row."""
+        self.snapshot, by = snapshot, SORTS[self.sort]
+        if self.panel == "Requests":
+            rows, longest_first = snapshot["requests"], by == "waited_s"
+            self.rows = sorted(rows, key=lambda row: row.get(by, 0), reverse=longest_first)
+        elif self.panel == "Backends":
+            pairs = [(one, model) for one in snapshot["backends"] for model in ("", *one["models"])]
+            rows = [
+                {**one, "model": model, "id": f"{one['name']}\n{model}"} for one, model in pairs
+            ]
+            self.rows = [row for row in rows if not row["model"] or row["name"] in self.opened]
+        else:
+            refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
+            rows = refused if self.panel == "Blocked" else snapshot["clients"]
+            rows = [{"id": row["name"], **row} for row in rows]
+            self.rows = sorted(rows, key=lambda row: -row["share"])
         places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
@@ -9087,50 +9163,85 @@ class View:
         self.index = max(0, min(index, len(self.rows) - 1))
         self.picked = self.rows[self.index]["id"] if self.rows else ""
 
-    def press(self, key: str) -> Order | None:
-        """What a key does; the order it stands for, if any."""
+    def press(self, key: str) -> list[Order]:
+        """What a key does; the orders it stands for."""
         if self.asking:
-            order, self.asking = self.asking[1], None
-            return order if key in ("y", "Y") else None
+            orders, self.asking = self.asking[1], None
+            return orders if key in ("y", "Y") else []
         self.note, self.help, self.over = "", key == "?" and not self.help, key == "q"
-        if key in MODES:
+        if key in MODES and (key, self.panel) != ("p", "Users"):
             mode = "open" if self.snapshot["mode"] == MODES[key] else MODES[key]
-            return "POST", "/llmq/mode", {"mode": mode}
+            return [("POST", "/llmq/mode", {"mode": mode})]
         if key in ("<", ">"):
             place = list(SORTS).index(self.sort) + (1 if key == ">" else -1)
             self.sort = list(SORTS)[place % len(SORTS)]
+        if key in SIDES:
+            place = list(PANELS).index(self.panel) + SIDES[key]
+            self.panel, self.picked, self.index = list(PANELS)[place % len(PANELS)], "", 0
+            self.update(self.snapshot)
         self.select(self.index + STEPS.get(key, 0))
-        return self.press_on(self.rows[self.index], key) if self.rows else None
+        return self.press_on(self.rows[self.index], key) if self.rows else []
 
-    def press_on(self, request: Row, key: str) -> Order | None:
-        """What a key does to the selected request; what cannot be undone is asked about."""
+    def press_on(self, row: Row, key: str) -> list[Order]:
+        """What a key does to the selected row; what cannot be undone is asked about."""
+        if self.panel == "Backends" and key in (" ", "\n", "\r"):
+            self.opened, self.picked = self.opened ^ {row["name"]}, f"{row['name']}\n"
+            self.update(self.snapshot)
+        about = {"Requests": self.of_request, "Backends": self.of_backend}
+        orders = about.get(self.panel, self.of_client)(row, key)
+        if orders and (self.panel, key) in ASKED:
+            self.asking, orders = (ASKED[self.panel, key].format_map(row), orders), []
+        return orders
+
+    def of_request(self, request: Row, key: str) -> list[Order]:
         path, classes = f"/llmq/requests/{quote(str(request['id']))}", list(PRIORITY_WORDS)
         if key == "x":
-            asked = f"cancel {request['id']} of {request['client']}?"
-            self.asking = asked, ("DELETE", path, None)
+            return [("DELETE", path, None)]
         if key not in ("+", "=", "-") or request["class"] not in classes:
-            return None
+            return []
         place = classes.index(request["class"]) + (1 if key == "-" else -1)
-        return "POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]}
+        return [("POST", path, {"priority": classes[max(0, min(place, len(classes) - 1))]})]
+
+    def of_backend(self, row: Row, key: str) -> list[Order]:
+        name, model = row["name"], row["model"]
+        if key == "d":
+            change = {"draining": row["state"] != "draining"}
+            return [("POST", f"/llmq/backends/{quote(name, safe='')}", change)]
+        load = {"action": LOADS.get(key), "model": model, "backend": name}
+        return [("POST", "/llmq/models", load)] if key in LOADS and model else []
+
+    def of_client(self, row: Row, key: str) -> list[Order]:
+        names, refused = (row["name"], f"ip:{row.get('address')}"), self.snapshot["blocked"]
+        if key == "u":
+            return [change_client(one, {"blocked": False}) for one in names if one in refused]
+        if key not in ("p", "b", "x", "X") or self.panel == "Blocked":
+            return []
+        vip = {"class": None if row["class"] == "high" else "high"}
+        changes: dict[str, Facts] = {"p": vip, "b": {"boost": not row["boost"]}}
+        return [change_client(names[key == "X"], changes.get(key, {"blocked": True}))]
 
     # ---- the picture
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
         """The picture, as many lines as the terminal has."""
-        lines = self.head(width, trouble)
+        panels = "  ".join(f"[{one}]" if one == self.panel else one for one in PANELS)
+        lines = self.head(width, trouble, f"{panels}   ")
         if self.help:
-            lines += [("", text) for text in KEY_HELP.split("\n")]
+            parts = KEY_HELP.split("\n\n")
+            text = f"{parts[0]}\n\n{parts[1 + list(PANELS).index(self.panel)]}"
+            lines += [("", line) for line in text.split("\n")]
         else:
             lines += self.tables(width, height - len(lines) - 1)
-        foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else self.note or FOOT
+        foot = self.note or f"? Help  Tab Panel  {PANELS[self.panel][0]}  q Quit"
+        foot = f"{self.asking[0]}  y: yes, any other key: no" if self.asking else foot
         lines = [*lines, *[("", "")] * height][: height - 1]
         return [self.paint(*line, width) for line in (*lines, ("bar", f" {foot}"))]
 
-    def head(self, width: int, trouble: str = "") -> list[Line]:
+    def head(self, width: int, trouble: str = "", panels: str = "") -> list[Line]:
         now, total, waits = self.snapshot, self.snapshot["requests_total"], self.snapshot["queue"]
         done, left, error = total.get("done", 0), total.get("client_left", 0), now["config_error"]
         mode = "stopping" if now.get("draining") else now["mode"]
-        title = f" llmq {now['version']}  {self.url}"
+        title = f" {panels}llmq {now['version']}  {self.url}"
         figures = (
             f" {mode}  waiting {waits['waiting']}  running {waits['running']}  done {done}  "
             f"failed {sum(total.values()) - done - left}  left {left}  "
@@ -9143,7 +9254,9 @@ class View:
         return lines + [("bad", f" {text}") for text in texts]
 
     def tables(self, width: int, room: int) -> list[Line]:
-        """Backends, the queue and what has ended, each with its share of the lines."""
+        """The panel; requests come with backends and what has ended, each with its share."""
+        if self.panel != "Requests":
+            return self.panel_table(width, room - 2)
         backends, ended = self.snapshot["backends"], self.snapshot["recent"]
         waiting = sum(row["state"] == "waiting" for row in self.rows)
         beyond = max(0, self.snapshot["queue"]["waiting"] - waiting)  # what the snapshot left out
@@ -9152,17 +9265,20 @@ class View:
         needed = len(self.rows) + bool(beyond)
         most = max(1, min(needed, max(room * 2 // 3, room - len(ended))))
         runners, more_runners = window(backends, few)
-        seen, more = window(self.rows, most, self.index, beyond)
-        columns = {f"{name}↓" if name == self.sort else name: QUEUE[name] for name in QUEUE}
-        rows = [request_row(row, self.picked) for row in seen]
-        empty = f"nobody waits; for clients: OPENAI_BASE_URL={self.url}/v1"
         return [
             *table(BACKENDS, map(backend_row, runners), width, "none"),
             *more_runners,
-            *table(columns, rows, width, empty),
-            *more,
+            *self.panel_table(width, most, beyond),
             *table(ENDED, map(ended_row, ended[: max(0, room - most)]), width, "nothing yet"),
         ]
+
+    def panel_table(self, width: int, most: int, beyond: int = 0) -> list[Line]:
+        _, columns, tell, empty = PANELS[self.panel]
+        seen, more = window(self.rows, most, self.index, beyond)
+        told = [(row["id"] == self.picked, *tell(row)) for row in seen]
+        rows = [("bar" if picked else kind, cells) for picked, kind, cells in told]
+        titles = {f"{name}↓" if name == self.sort else name: columns[name] for name in columns}
+        return [*table(titles, rows, width, empty.format(self.url)), *more]
 
     def paint(self, kind: str, text: str, width: int) -> str:
         kind = "dim" if self.old and kind not in ("bar", "lost") else kind
@@ -9177,6 +9293,10 @@ def plain_top(snapshot: Row, url: str, width: int) -> str:
         view.sort = sort
         view.update(snapshot)
     lines = [*view.head(width), *view.tables(width, 99999)]
+    for view.panel in PANELS:
+        view.update(snapshot)
+        if view.panel in ("Users", "Blocked") and view.rows:
+            lines += view.tables(width, 99999)
     return "\n".join(printable(text, 4000).rstrip() for _, text in lines)
 
 
@@ -9220,21 +9340,22 @@ def read_keys() -> list[str]:
 def run_top(ask: Ask, url: str, interval: float) -> None:
     """Show and obey until `q` or a signal; what is old is dimmed until llmq answers again."""
     view = View(url, NO_COLOURS if os.environ.get("NO_COLOR") else COLOURS)
-    orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+    orders: queue.SimpleQueue[list[Order]] = queue.SimpleQueue()
     snapshot, heard, shown = understood(ask(STATUS), url), time.monotonic(), ""
 
     def follow() -> None:
         nonlocal snapshot, heard
         while True:
-            order = STATUS
+            some, order = [STATUS], STATUS
             with contextlib.suppress(queue.Empty):
-                order = orders.get(timeout=interval)
+                some = orders.get(timeout=interval)
             try:
-                answer = ask(order)
-                if order is STATUS:
-                    snapshot, heard = understood(answer, url), time.monotonic()
-                else:
-                    view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
+                for order in some:
+                    answer = ask(order)
+                    if order is STATUS:
+                        snapshot, heard = understood(answer, url), time.monotonic()
+                    else:
+                        view.note = ", ".join(f"{name} {text}" for name, text in answer.items())
             except StartError as error:
                 view.note = view.note if order is STATUS else str(error)
 
@@ -9252,9 +9373,8 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 drawn = f"\x1b[?2026h\x1b[H{picture}\x1b[?2026l"
                 os.write(1, drawn.encode(sys.stdout.encoding, "replace"))
                 shown = picture
-            for order in filter(None, map(view.press, read_keys())):
-                orders.put(order)
-                orders.put(STATUS)
+            for some in filter(None, map(view.press, read_keys())):
+                orders.put([*some, STATUS])
 
 
 # ==== 35. Service =================================================================================
@@ -10115,11 +10235,17 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
-#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px) 34px;
-  align-items: center; padding: 7px 10px 7px 18px; border-top: 1px solid var(--line) }
+#clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px);
+  align-items: center; padding: 7px 14px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
-#clients b, #clients .bar { grid-column: 1 / -1 } #clients thead tr { align-items: baseline }
-#clients .bar { order: 1; margin-right: 8px }
+#clients b { grid-area: 1 / 1 / 2 / 3 } #clients td.acts { grid-area: 1 / 3 / 2 / 6 }
+#clients small { grid-area: 2 / 1 } #clients td.n { grid-row: 2 } #clients .bar { grid-column: 1 / -1; order: 1 }
+#clients thead tr { align-items: baseline } #clients thead .acts { display: none }
+[aria-pressed=true] { color: var(--blue); background: var(--fill) } #blocked:empty { display: none }
+#blocked { padding: 4px 18px 12px } .backend .line + .line { margin-top: 4px }
+summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30px }
+@media (pointer: coarse) { button, input, summary, #modes label { min-height: 44px; min-width: 44px;
+  line-height: 44px } #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
 @media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
@@ -10138,7 +10264,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
   #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
-  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px 6px }
+  #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px }
   main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
   main [aria-current] .pos.pos { box-shadow: none } }
 </style></head>
@@ -10162,7 +10288,8 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   <aside aria-label="Runners and clients"><section class="card" aria-label="Devices and backends">
     <div class="line head"><h2>Devices and backends</h2></div><div id="devices"></div></section>
     <section class="card" id="clients" aria-label="Clients"><div class="line head"><h2>Clients</h2>
-    <small></small></div><table role="table"></table><div class="empty"></div></section></aside>
+    <small></small></div><table role="table"></table><div class="empty"></div>
+    <div class="line tags" id="blocked"></div></section></aside>
   <section class="card" id="recent" aria-label="Recent requests"><div class="line head"><h2>Recent
     requests</h2><small class="line push"><i class="key w"></i>waited<i class="key f"></i>to the
     first token<i class="key"></i>answering</small><button id="more"></button></div>
@@ -10171,7 +10298,7 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
   <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
 </footer><div id="toasts" role="status"></div>
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
-  class="push">Keep</button><button class="danger" value="go" autofocus>Yes, cancel</button></form></dialog>
+  class="push">Leave it</button><button class="danger" value="go" autofocus></button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
   <label class="line"><input type="checkbox" id="single">Shortcuts of one character</label>
   <button class="push">Close</button></form></dialog>
@@ -10183,6 +10310,7 @@ const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the pl
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
 let found = [];  // by the filter, of those that wait beyond what the snapshot shows
+const opened = new Set();  // backends whose models are shown
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -10202,8 +10330,9 @@ function render(at, kids) {
 }
 const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), dot = h('i', 'dot');
 const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
-const act = (sign, title, onclick, off = false) =>
-  h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`});
+const act = (sign, title, onclick, off = false, more) =>
+  h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`, ...more});
+const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
 function table(id, heads, rows, empty) {
@@ -10233,9 +10362,9 @@ async function change(method, path, body, said) {
       method);
   } catch { toast('llmq does not answer: nothing was changed', method); }
 }
-function sure(title, text, path, said) {  // to cancel cannot be undone
-  render(q('ask', 'h2'), title), render(q('ask', 'p'), `${text} This cannot be undone.`);
-  $('ask').onclose = () => $('ask').returnValue && change('DELETE', path, null, said);
+function sure(title, text, verb, ...order) {  // what cannot be undone
+  render(q('ask', 'h2'), title), render(q('ask', 'p'), text), render(q('ask', '.danger'), verb);
+  $('ask').onclose = () => $('ask').returnValue && change(...order);
   $('ask').returnValue = '', $('ask').showModal();
 }
 const find = id => [...snap.requests, ...found].find(one => one.id === id);
@@ -10246,11 +10375,26 @@ function move(id, by) {
     change('POST', `requests/${id}`, {priority}, told => `${one.client}: class ${told.class}`);
 }
 const cancel = one => one && sure('Cancel this request?', `${one.client} wants ${one.model}, and is ` +
-  'told.', `requests/${one.id}`, () => `Cancelled: ${one.client}, ${one.model}`);
+  'told. This cannot be undone.', 'Yes, cancel', 'DELETE', `requests/${one.id}`, null,
+  () => `Cancelled: ${one.client}, ${one.model}`);
 const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the queue has no name
   `Cancel ${plural(many, 'waiting request')}?`, `${name ? `All of ${name}` : 'Everything'} that ` +
-  'waits; what runs goes on.', 'requests?state=waiting' + (name && '&client=') +
-  encodeURIComponent(name), told => `Cancelled ${plural(told.cancelled, 'request')}`);
+  'waits; what runs goes on. This cannot be undone.', 'Yes, cancel', 'DELETE',
+  'requests?state=waiting' + (name && '&client=') + encodeURIComponent(name), null,
+  told => `Cancelled ${plural(told.cancelled, 'request')}`);
+const steer = (name, body) => ['POST', ...'blocked' in body && name.startsWith('ip:') ?
+  ['ips', {ip: name.slice(3), ...body}] : [`clients/${encodeURIComponent(name)}`, body],
+  told => `${name}: ${Object.keys(body).map(key => `${key} ${told[key] === '' ? 'none' : told[key]}`)}`];
+const vip = one => one && change(...steer(one.name, {class: one.class === 'high' ? null : 'high'}));
+const boost = one => one && change(...steer(one.name, {boost: !one.boost}));
+const unblock = name => change(...steer(name, {blocked: false}));
+const block = one => one && (one.blocked ? unblock(one.name) : sure(`Block ${one.name}?`,
+  'What waits and runs of it is ended, and nothing of it is let in until you unblock it.',
+  'Yes, block', ...steer(one.name, {blocked: true})));
+const drain = ({name, state}) => change('POST', `backends/${encodeURIComponent(name)}`,
+  {draining: state !== 'draining'}, told => `${told.name} is ${told.state}`);
+const load = (action, model, backend) => change('POST', 'models', {action, model, backend},
+  () => `Asked for: ${action} ${model} on ${backend}`);
 async function copy(code) {
   try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
@@ -10350,30 +10494,50 @@ function step(by) {
   if (ids.length) choose(ids[at < 0 ? 0 : Math.min(ids.length - 1, Math.max(0, at + by))]);
 }
 function drawBackends({devices, backends}) {
-  const show = ({name, state, loaded, models, kind, error, busy, ...one}) => h('div',
-    `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name), h('small',
-      'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state)]),
-    h('code', 'clip', one.url), state === 'up' && h('div', 'line tags', loaded.slice(0, 6).map(m =>
-      h('span', 'tag clip', m + (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '')))),
-    state === 'up' && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
+  const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), h('button',
+    'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () => load(verb.toLowerCase(),
+    model, name)})], {key: model});
+  const show = ({name, state, loaded, models, kind, error, busy, ...one}) => {
+    const well = state === 'up' || state === 'draining', open = opened.has(name);
+    const rest = models.filter(model => !loaded.includes(model));
+    return h('div', `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name),
+      h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
+      h('button', '', state === 'draining' ? 'Resume' : 'Drain', {onclick: () => drain({name, state}),
+      ariaLabel: `${state === 'draining' ? 'Resume' : 'Drain'} ${name}`})]),
+    h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
+      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), 'Unload'))),
+    well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
+    well && rest.length && h('details', '', [h('summary', '', plural(rest.length, 'model') +
+      ' not loaded'), h('div', '', open ? rest.map(m => line(m, name, m, 'Load')) : [])], {open,
+      ontoggle: event => { opened[event.target.open ? 'add' : 'delete'](name), draw(); }}),
     error && h('small', 'alarm', state !== 'down' ? error : `${error}. llmq looks again by itself.`)],
-    {key: name});
+    {key: name}); };
   render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [
     h('b', 'clip', name), h('span', 'line slots push', Array.from({length: Math.min(12, slots)},
       (_, at) => h('i', at < busy ? 'on' : ''))), h('small', '', `${busy} of ${slots} busy`)]),
     ...backends.filter(one => one.device === name).map(show)], {key: name})));
 }
 function drawClients(all) {
-  all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.served_s - a.served_s);
-  const most = Math.max(1e-9, ...all.map(one => one.served_s)), heads = {who: 'Client',
-    'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done', 'n failed': 'Failed', acts: ''};
-  table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [...two(one.name,
-    `${dur(one.served_s, true)} served${one.left ? `, ${num(one.left)} left` : ''}`), bar('thin', [one.served_s / most])], {title: one.name}),
+  all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.share - a.share);
+  const heads = {who: 'Client', 'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done',
+    'n failed': 'Failed', acts: ''}, pressed = on => ({ariaPressed: `${on}`});
+  table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [h('b', '', one.name),
+    h('small', '', [h('span', '', `${one.share} %${one.left ? `, ${num(one.left)} left` : ''} `),
+      ...tags([one.class, one.boost && 'boosted', one.blocked && 'blocked'])]),
+    bar('thin', [one.share / 100])], {title: `${one.name}\n${dur(one.served_s, true)} served`}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
-      one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one))])],
+      one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one)),
+      act(one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one), false,
+        pressed(one.class === 'high')),
+      act('⚡\ufe0e', `Boost ${one.name}`, () => boost(one), false, pressed(one.boost)),
+      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
+  const {blocked} = snap, more = blocked.length - 12;
+  render($('blocked'), [...blocked.slice(0, 12).map(name => h('span', 'line', [...tags(['blocked']),
+    h('span', '', name), h('button', '', 'Unblock', {ariaLabel: `Unblock ${name}`, onclick: () =>
+    unblock(name)})], {key: name})), more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
@@ -10442,6 +10606,8 @@ const KEYS = {
   'j ArrowDown': ['the next request', () => step(1)], 'k ArrowUp': ['the one before', () => step(-1)],
   x: ['cancel it', () => cancel(find(chosen))], '+ =': ['raise its class', () => move(chosen, 1)],
   '-': ['lower it', () => move(chosen, -1)], X: ['cancel all of its client', () => cancelAll(owner())],
+  v: ['VIP: its client is of class high', () => vip(owner())],
+  b: ['boost its client', () => boost(owner())], B: ['block it', () => block(owner())],
   p: ['pause, resume', () => setMode(snap.mode === 'paused' ? 'open' : 'paused')],
   m: ['next mode', () => setMode(next(MODES, snap.mode))], '/': ['filter', () => $('filter').focus()],
   r: ['all recent requests, or the last 10', () => { whole = !whole; draw(); }],
@@ -10449,7 +10615,7 @@ const KEYS = {
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
-  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('[open]') ||
+  const off = event.ctrlKey || event.altKey || event.metaKey || document.querySelector('dialog[open]') ||
     (event.key.length === 1 && !$('single').checked);
   const typing = event.key !== 'Escape' && ['search', 'radio'].includes(event.target.type) &&
     (event.target === $('filter') || event.key.startsWith('Arrow'));

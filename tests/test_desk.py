@@ -17,14 +17,14 @@ SECOND = 1.0
 
 SNAPSHOT = {
     "": "version mode uptime_s draining queue requests requests_total devices backends clients "
-    "recent config_error trouble ips",
+    "recent config_error trouble ips blocked",
     "queue": "waiting running oldest_wait_s by_class full_at",
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
     "reason rule backend tokens tokens_per_s",
     "devices": "name slots busy",
     "backends": "name url kind device state slots busy models loaded context latency_ms error",
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
-    "max_concurrent max_waiting",
+    "max_concurrent max_waiting share",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
     "status outcome error tokens_in tokens_per_s cut",
 }
@@ -119,6 +119,32 @@ async def test_rows_say_who_waits_for_what_and_where_it_runs() -> None:
         assert waits[0]["tokens_per_s"] is None
         for client in clients:
             client.close()
+
+
+async def test_shares_are_of_what_all_had_and_what_runs_is_among_it() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        raw = await begin(q, "runs", {"X-User-ID": "runs"})
+        await fake.arrived()
+        clients = {name: q.gateway.clients.named(f"user:{name}") for name in ("had", "runs", "new")}
+        clients["had"].served, clients["runs"].served = 60.0, 20.0
+        (ticket,) = q.gateway.scheduler.running.values()
+        rows = llmq.show_clients(q.gateway, ticket.started + 20.0)
+        shares = {row["name"]: (row["share"], row["served_s"]) for row in rows}
+        assert shares == {"user:runs": (40, 20), "user:had": (60, 60), "user:new": (0, 0)}
+        raw.close()
+    assert llmq.show_clients(q.gateway, 0.0)[-1]["share"] == 0.0
+    q.gateway.clients.known.clear()
+    assert llmq.show_clients(q.gateway, 0.0) == []
+
+
+async def test_blocked_are_named_though_they_have_not_asked_yet() -> None:
+    settings = {"clients": {"user:eve": {"blocked": True}}, "ips.blocked": ["10.0.0.9"]}
+    async with FakeBackend() as fake, running(fake.url, **settings) as q:
+        snapshot = await q.status()
+        assert snapshot["clients"] == []
+        assert snapshot["blocked"] == ["user:eve", "ip:10.0.0.9"]
+        await ask(q.port, "POST", "/llmq/clients/user:eve", json={"blocked": False})
+        assert (await q.status())["blocked"] == ["ip:10.0.0.9"]
 
 
 async def test_row_says_why_it_waits() -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,27 @@ def backend(**changes: Any) -> dict[str, Any]:
         "slots": 4,
         "device": "local",
         "latency_ms": 3.2,
+        "models": ["m", "n"],
         "loaded": ["m"],
         "error": None,
+    }
+    return {**facts, **changes}
+
+
+def user(name: str, **changes: Any) -> dict[str, Any]:
+    facts = {
+        "name": name,
+        "class": "",
+        "boost": False,
+        "blocked": False,
+        "address": "10.0.0.7",
+        "waiting": 0,
+        "running": 0,
+        "done": 3,
+        "failed": 1,
+        "left": 2,
+        "share": 12.4,
+        "served_s": 5.0,
     }
     return {**facts, **changes}
 
@@ -112,6 +131,8 @@ def snapshot(requests: list[Any], **changes: Any) -> dict[str, Any]:
         "requests": requests,
         "requests_total": {"done": 7, "client_left": 2, "queue_full": 1},
         "backends": [backend()],
+        "clients": [],
+        "blocked": [],
         "recent": [ended()],
         "config_error": None,
         "trouble": None,
@@ -245,13 +266,22 @@ def test_rows_that_have_no_room_are_counted() -> None:
         {"recent": [ended(total_s=float("nan"))]},
         {"requests_total": None},
         {"uptime_s": 10**400},
+        {"clients": [{}]},
+        {"clients": [user("a"), user("b", share="much")]},
+        {"clients": [user("a", boost="x", waiting="y")]},
+        {"clients": None},
+        {"blocked": [5, []]},
+        {"blocked": None},
+        {"backends": [backend(models=None)]},
+        {"backends": [backend(models=[[]], loaded=5)]},
+        {"backends": [backend(name=[])]},
     ],
 )
 def test_odd_snapshots_are_refused_or_shown_but_never_break(changes: dict[str, Any]) -> None:
     seen = {**snapshot([request(1)]), **changes}
     with contextlib.suppress(llmq.StartError):
         view = shown(llmq.understood(seen, "http://box:1"))
-        for key in ("", *">>>>", "x", "n", "+", "p"):
+        for key in ("", *">>>>", "x", "n", "+", "p", *"l jjLUdlpbxnXnlu"):
             view.press(key)
             view.update(seen)
             view.lines(80, 24)
@@ -264,9 +294,9 @@ def test_number_of_slots_makes_no_endless_meter() -> None:
 
 def test_class_and_id_that_are_odd_make_no_odd_order() -> None:
     view = shown(snapshot([request(1, id="a/../b\r\n", **{"class": "odd"})]))
-    assert view.press("+") is None
+    assert view.press("+") == []
     view.press("x")
-    assert view.press("y") == ("DELETE", "/llmq/requests/a/../b%0D%0A", None)
+    assert view.press("y") == [("DELETE", "/llmq/requests/a/../b%0D%0A", None)]
 
 
 @pytest.mark.parametrize(
@@ -280,8 +310,10 @@ def test_picture_fills_the_terminal_and_no_cell_more(
     backends = [backend(name=name, error=name) for name in HOSTILE]
     recent = [ended(outcome=name, client=name, model=name) for name in HOSTILE]
     view = View(HOSTILE[0], styles)
-    view.update(snapshot(names, backends=backends, recent=recent, config_error=HOSTILE[1]))
-    for key in ("", "?", "", "x"):
+    seen = snapshot(names, backends=backends, recent=recent, config_error=HOSTILE[1])
+    seen["clients"] = [user(name, address=name, boost=True) for name in HOSTILE]
+    view.update({**seen, "blocked": HOSTILE})
+    for key in ("", "?", "", "x", "n", "l", " ", "l", "x", "n", "l", "?"):
         view.press(key)
         lines = view.lines(*size, HOSTILE[2])
         assert len(lines) == size[1]
@@ -354,7 +386,7 @@ def test_selection_stays_with_its_request() -> None:
     view.update(snapshot([request(4), request(5)]))
     assert view.picked == "r5"
     view.update(snapshot([]))
-    assert view.press("x") is None
+    assert view.press("x") == []
     assert not view.asking
 
 
@@ -378,13 +410,13 @@ def test_keys_select(keys: str, picked: str) -> None:
 def test_cancel_is_asked_about_first() -> None:
     view = five()
     view.press("j")
-    assert view.press("x") is None
+    assert view.press("x") == []
     assert "cancel r2 of app:c2?" in view.lines(80, 24)[-1]
-    assert view.press("n") is None
-    assert view.press("y") is None
+    assert view.press("n") == []
+    assert view.press("y") == []
     view.press("x")
     view.update(snapshot([request(7)]))  # another request is selected meanwhile
-    assert view.press("y") == ("DELETE", "/llmq/requests/r2", None)
+    assert view.press("y") == [("DELETE", "/llmq/requests/r2", None)]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +432,7 @@ def test_cancel_is_asked_about_first() -> None:
 )
 def test_keys_raise_and_lower(key: str, before: str, after: str) -> None:
     view = shown(snapshot([request(1, **{"class": before})]))
-    assert view.press(key) == ("POST", "/llmq/requests/r1", {"priority": after})
+    assert view.press(key) == [("POST", "/llmq/requests/r1", {"priority": after})]
 
 
 @pytest.mark.parametrize(
@@ -416,7 +448,7 @@ def test_keys_raise_and_lower(key: str, before: str, after: str) -> None:
 )
 def test_keys_set_the_mode(key: str, before: str, after: str) -> None:
     view = shown(snapshot([], mode=before))
-    assert view.press(key) == ("POST", "/llmq/mode", {"mode": after})
+    assert view.press(key) == [("POST", "/llmq/mode", {"mode": after})]
 
 
 def test_rows_are_sorted_by_the_column_that_is_marked() -> None:
@@ -460,9 +492,196 @@ def test_help_names_every_key() -> None:
 @pytest.mark.parametrize("key", ["", "z", "\x1b", "[", "O", "A", "~", "ü", "1", " ", "\n"])
 def test_other_keys_do_nothing(key: str) -> None:
     view = five()
-    assert view.press(key) is None
+    assert view.press(key) == []
     assert not view.over
     assert view.picked == "r1"
+
+
+# ---- Panels, without a terminal ----------------------------------------------------------------
+
+BOB = user("user:bob/x", running=1, share=60.6, **{"class": "high"})
+EVE = user("user:eve", blocked=True, boost=True, share=0.0, address="10.0.0.9")
+FLEET = [
+    backend(models=["m", "n"]),
+    backend(name="far/away", state="draining", models=["n"], loaded=[]),
+]
+
+
+def paneled(keys: str = "", **changes: Any) -> View:
+    """A view after these keys, with clients, backends, and somebody who is blocked."""
+    facts = {"clients": [EVE, BOB, user("user:idle")], "blocked": ["user:eve", "ip:10.0.0.9"]}
+    view = shown(snapshot([request(1)], backends=FLEET, **{**facts, **changes}))
+    for key in keys:
+        assert view.press(key) == []
+    return view
+
+
+def seen_rows(view: View) -> list[str]:
+    return [line.rstrip() for line in view.lines(80, 24)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "panel"),
+    [
+        ("", "Requests"),
+        ("l", "Backends"),
+        ("\t\t", "Users"),
+        ("lll", "Blocked"),
+        ("llll", "Requests"),
+        ("h", "Blocked"),
+        ("hhl", "Blocked"),
+    ],
+)
+def test_panels_are_walked_both_ways(keys: str, panel: str) -> None:
+    assert f"[{panel}]" in seen_rows(paneled(keys))[0]
+
+
+@pytest.mark.parametrize(("typed", "key"), [("\x1b[Z", "h"), ("\x1b[C", "l"), ("\x1bOD", "h")])
+def test_keys_of_terminals_walk_panels_too(typed: str, key: str) -> None:
+    (match,) = llmq.KEY.finditer(typed)
+    assert llmq.KEY_NAMES[match[1]] == key
+
+
+def test_users_are_listed_by_share_with_their_marks() -> None:
+    rows = seen_rows(paneled("ll"))
+    for place, words in enumerate(
+        (
+            r" ●★ +user:bob/x +high +61% +0 +1 +3 +1 +2 +10\.0\.0\.7$",
+            r" ○ +user:idle +- +12% +0 +0 +3 +1 +2 +10\.0\.0\.7$",
+            r" ○⚡✖ +user:eve +- +0% +0 +0 +3 +1 +2 +10\.0\.0\.9$",
+        ),
+        start=4,
+    ):
+        assert re.match(words, rows[place]), (words, rows[place])
+
+
+def test_backends_open_to_their_models_with_the_loaded_marked() -> None:
+    view = paneled("l")
+    assert not any(row.startswith("   m") for row in seen_rows(view))
+    view.press(" ")
+    rows = seen_rows(view)
+    assert [row.split() for row in rows if row.startswith("   ")] == [["m", "loaded"], ["n"]]
+    for key in "jj\n":  # from one of its models it is closed, and selected
+        view.press(key)
+    assert view.picked == "box\n"
+    assert not any(row.startswith("   ") for row in seen_rows(view))
+    for key in "j\r":
+        view.press(key)
+    assert [row.split() for row in seen_rows(view) if row.startswith("   ")] == [["n"]]
+
+
+def test_blocked_are_listed() -> None:
+    assert [row.strip() for row in seen_rows(paneled("h"))[3:6]] == [
+        "BLOCKED",
+        "user:eve",
+        "ip:10.0.0.9",
+    ]
+    assert "nobody" in "\n".join(seen_rows(paneled("h", blocked=[])))
+
+
+BOX, FAR, MODELS = "/llmq/backends/box", "/llmq/backends/far%2Faway", "/llmq/models"
+AS_BOB, AS_EVE = "/llmq/clients/user%3Abob%2Fx", "/llmq/clients/user%3Aeve"
+IPS = "/llmq/ips"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "orders"),
+    [
+        ("l", "d", [(BOX, {"draining": True})]),
+        ("lj", "d", [(FAR, {"draining": False})]),
+        ("l j", "d", [(BOX, {"draining": True})]),
+        ("l", "L", []),
+        ("l", "U", []),
+        ("l jj", "L", [(MODELS, {"action": "load", "model": "n", "backend": "box"})]),
+        ("l j", "U", [(MODELS, {"action": "unload", "model": "m", "backend": "box"})]),
+        ("ll", "p", [(AS_BOB, {"class": None})]),
+        ("llj", "p", [("/llmq/clients/user%3Aidle", {"class": "high"})]),
+        ("ll", "b", [(AS_BOB, {"boost": True})]),
+        ("llG", "b", [(AS_EVE, {"boost": False})]),
+        ("llx", "y", [(AS_BOB, {"blocked": True})]),
+        ("llx", "n", []),
+        ("llX", "y", [(IPS, {"ip": "10.0.0.7", "blocked": True})]),
+        ("ll", "u", []),
+        (
+            "llG",
+            "u",
+            [(AS_EVE, {"blocked": False}), (IPS, {"ip": "10.0.0.9", "blocked": False})],
+        ),
+        ("h", "u", [(AS_EVE, {"blocked": False})]),
+        ("hj", "u", [(IPS, {"ip": "10.0.0.9", "blocked": False})]),
+        ("h", "x", []),
+        ("h", "b", []),
+        ("h", "p", [("/llmq/mode", {"mode": "paused"})]),
+        ("l", "p", [("/llmq/mode", {"mode": "paused"})]),
+        ("ll", "m", [("/llmq/mode", {"mode": "priority"})]),
+        ("l", "x", []),
+        ("ll", "+", []),
+    ],
+)
+def test_keys_of_a_panel_are_orders(keys: str, key: str, orders: list[Any]) -> None:
+    assert paneled(keys).press(key) == [("POST", path, change) for path, change in orders]
+
+
+def test_a_client_that_is_named_after_its_address_is_a_client() -> None:
+    clients = [user("ip:10.0.0.7")]
+    assert paneled("ll", clients=clients).press("b")[0][1] == "/llmq/clients/ip%3A10.0.0.7"
+    assert paneled("llx", clients=clients).press("y") == [
+        ("POST", IPS, {"ip": "10.0.0.7", "blocked": True})
+    ]
+
+
+def test_block_is_asked_about_first() -> None:
+    assert "block user:bob/x, and end what waits and runs of it?" in seen_rows(paneled("llx"))[-1]
+    words = "block 10.0.0.7, and end what waits and runs from there?"
+    assert words in seen_rows(paneled("llX"))[-1]
+
+
+def test_selection_follows_the_name_in_every_panel() -> None:
+    view = paneled("llj")
+    assert view.picked == "user:idle"
+    rich = user("user:idle", share=99.0)
+    view.update({**view.snapshot, "clients": [user("user:new", share=40.0), rich]})
+    assert (view.picked, view.index) == ("user:idle", 0)
+    assert view.press("b") == [("POST", "/llmq/clients/user%3Aidle", {"boost": True})]
+    view = paneled("l jj")
+    assert view.picked == "box\nn"
+    view.update({**view.snapshot, "backends": [FLEET[1], backend(models=["a", "n", "m"])]})
+    assert view.press("L")[0][2] == {"action": "load", "model": "n", "backend": "box"}
+    view = paneled("hj")
+    view.update({**view.snapshot, "blocked": ["ip:10.0.0.9"]})
+    assert view.picked == "ip:10.0.0.9"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("", ["F7 F8", "sort by"]),
+        ("l", ["Space, Enter", "L, U", "drain it"]),
+        ("ll", ["p, b", "VIP", "x, X, u", "★ VIP"]),
+        ("lll", ["unblock it"]),
+    ],
+)
+def test_help_is_of_the_panel(keys: str, words: list[str]) -> None:
+    view = paneled(keys)
+    foot = view.lines(80, 24)[-1].rstrip()
+    assert foot.endswith("  q Quit")
+    assert len(foot) < 80
+    view.press("?")
+    rows = seen_rows(view)
+    assert all(any(word in row for row in rows) for word in words)
+    assert any("the other panels" in row for row in rows)
+    assert not any("…" in row for row in rows)
+    others = "sort by" if keys else "unblock"
+    assert not any(others in row for row in rows[:-1])
+
+
+def test_long_lists_show_where_the_selection_is() -> None:
+    many = [user(f"user:{number}", share=float(-number)) for number in range(1000)]
+    view = paneled("llG", clients=many)
+    rows = seen_rows(view)
+    assert len(rows) == 24
+    assert "user:999" in rows[-3]
+    assert "more above" in rows[-2]
 
 
 # ---- In a terminal -----------------------------------------------------------------------------
@@ -635,6 +854,79 @@ async def test_keys_reach_the_queue() -> None:
         await seen.shows("priority mode, in which only high starts")
 
 
+def settings_of(q: running, name: str) -> Any:
+    return q.gateway.clients.of(name)
+
+
+@pytest.mark.deadline(30)
+async def test_keys_of_users_change_what_holds_for_them() -> None:
+    async with busy() as (q, _, clients), top(q.base) as seen:
+        await seen.shows("user:carol")
+        seen.press("\t\t")
+        await seen.shows(r"\[Users\]")
+        await seen.shows(r"● +user:alice +- +100% +0 +1 +0 +0 +0 +127\.0\.0\.1")
+        await seen.shows(r"● +user:bob +- +0% +1 +0")
+        seen.press("jp")
+        await eventually(lambda: settings_of(q, "user:bob").class_ == "high")
+        await seen.shows(r"●★ +user:bob +high")
+        await seen.shows(r"name user:bob, class high")
+        seen.press("b")
+        await eventually(lambda: settings_of(q, "user:bob").boost)
+        await seen.shows("●★⚡ +user:bob")
+        seen.press("p")
+        await seen.shows("●⚡ +user:bob +-")
+        seen.press("x")
+        await seen.shows("block user:bob, and end what waits")
+        seen.press("y")
+        assert (await clients[1].response()).status == 403
+        await seen.shows("○⚡✖ +user:bob")
+        seen.press("\t")
+        await seen.shows(r"\[Blocked\]")
+        await seen.shows(r"\n user:bob ")
+        seen.press("u")
+        await eventually(lambda: not settings_of(q, "user:bob").blocked)
+        await seen.shows("nobody")
+
+
+@pytest.mark.deadline(30)
+async def test_keys_of_backends_drain_and_load() -> None:
+    with recorded() as asked:
+        async with busy() as (q, _, _), top(q.base) as seen:
+            (box,) = q.gateway.fleet.backends.values()
+            seen.press("l")
+            await seen.shows(r"\[Backends\]")
+            seen.press("d")
+            await eventually(lambda: box.draining)
+            await seen.shows("box +draining")
+            seen.press("d")
+            await eventually(lambda: not box.draining)
+            await seen.shows("name box, state up")
+            seen.press(" ")
+            await seen.shows(r"\n   m +loaded")
+            seen.press("jU")
+            await seen.shows("queued yes")
+            assert asked == [{"action": "unload", "model": "m", "backend": "box"}]
+            seen.press("L")
+            await seen.shows("box cannot load models")
+            assert len(asked) == 2
+
+
+@contextlib.contextmanager
+def recorded(refuse: str = "load") -> Iterator[list[Any]]:
+    """What llmq is asked of models, in place of what it would do; one action is refused."""
+    asked: list[Any] = []
+
+    async def post(_api: Any, exchange: Any, _rest: str) -> None:
+        asked.append(json.loads(await exchange.read_body(4096)))
+        if asked[-1]["action"] == refuse:
+            raise llmq.LlmqError(f"box cannot {refuse} models", "not_implemented")
+        exchange.respond(202, b'{"queued":"yes"}')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(llmq.EXACT_ROUTES["/llmq/models"].handlers, "POST", post)
+        yield asked
+
+
 async def test_what_llmq_refuses_is_told() -> None:
     async with busy() as (q, _, _), top(q.base) as seen:
         await seen.shows("run normal user:alice")
@@ -714,7 +1006,7 @@ async def test_no_color_is_honoured(wish: str) -> None:
         await seen.shows("user:carol")
         coloured = re.search(rb"\x1b\[[0-9;]*(?:[34][0-7])[0-9;]*m", seen.raw)
         assert bool(coloured) == (not wish)
-        (row,) = [n for n, line in enumerate(seen.screen.display) if "user:alice" in line]
+        (row,) = [n for n, line in enumerate(seen.screen.display) if " run " in line]
         assert seen.screen.buffer[row][5].reverse == bool(wish)
 
 
@@ -748,6 +1040,9 @@ async def test_piped_it_prints_one_plain_table(more: list[str]) -> None:
     assert re.search(r"run normal user:alice +m .* box", done.stdout)
     assert re.search(r" 2 normal user:carol ", done.stdout)
     assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+    assert re.search(r"USER +CLASS +SHARE", done.stdout)
+    assert re.search(r"\n ● +user:alice +- +100% +0 +1 +0", done.stdout)
+    assert "BLOCKED" not in done.stdout
 
 
 async def test_piped_output_is_not_cut() -> None:
@@ -838,13 +1133,13 @@ async def test_control_routes_stay_as_they_are_for_it() -> None:
         (row,) = [one for one in (await q.status())["requests"] if one["client"] == "user:carol"]
         view = shown(await q.status())
         view.press("G")
-        method, path, change = view.press("-")
+        [(method, path, change)] = view.press("-")
         assert (await ask(q.port, method, path, json=change)).json() == {
             "id": row["id"],
             "class": "low",
         }
         view.press("x")
-        method, path, _ = view.press("y")
+        [(method, path, _)] = view.press("y")
         assert (await ask(q.port, method, path)).status == 200
         assert (await clients[2].response()).code == "cancelled"
 
@@ -876,7 +1171,7 @@ def draw(screen: Any, font: Any) -> Any:
 
 async def take_picture() -> None:
     """A busy minute: the same as the page's."""
-    from tests.test_page import finish, state
+    from tests.test_page import finish, mark, state
 
     font = require("PIL.ImageFont").truetype("DejaVuSansMono.ttf", 15)
     people = ("open-webui", "editor", "cron", "alice", "nightly-report")
@@ -884,10 +1179,14 @@ async def take_picture() -> None:
         for at in range(26):
             pieces = (37 * at) % 90 + 12
             await finish(q, vllm, people[at % 5], "mistral-small", pieces, 0.02 + at % 4 / 100)
-        async with top(q.base, (110, 30)) as seen:
-            await seen.shows("waiting 7")
-            picture = draw(seen.screen, font)
-    picture.quantize(64).save(Path(__file__).parent / "pictures" / "top.png", optimize=True)
+        await mark(q)
+        folder = Path(__file__).parent / "pictures"
+        for file, keys, size in ("top", "", (110, 30)), ("top-users", "ll", (80, 12)):
+            async with top(q.base, size) as seen:
+                seen.press(keys)
+                await seen.shows(r"\[Users\]" if keys else "waiting 7")
+                picture = draw(seen.screen, font)
+            picture.quantize(64).save(folder / f"{file}.png", optimize=True)
 
 
 if __name__ == "__main__":

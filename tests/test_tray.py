@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeBackend, Process, eventually, need, render_answer, require, running
+from tests.test_top import recorded
 from tests.tray import sheet
 from tray import llmq_tray as tray
 from tray.llmq_tray import FACES, Event, State, reduce, view
@@ -247,6 +248,54 @@ def test_a_click_asks_llmq_and_shows_that_it_did(mode: str, command: str, wanted
     assert (state.busy, effects) == ("", [("retry",)])
     failed = play(replace(state, busy="…"), (1, Event("done", "mode", "refused")))[1]
     assert told(failed) == ["Could not do it: mode"]
+
+
+def texts(state: State) -> list[str]:
+    return [one.text for one in view(state).menu]
+
+
+def test_the_gpu_is_freed_and_given_back():
+    assert item(UP, "free").text == "Free the GPU"
+    assert not item(replace(UP, link="absent"), "free").enabled
+    state, effects = play(UP, (0, Event("click", "free")))
+    assert effects == [("free",)]
+    assert state.busy == "Freeing the GPU…"
+    assert not item(state, "free").enabled
+    # An older snapshot may come after the answer: it is no sign that somebody has opened llmq.
+    late = (2, snapshot("open"))
+    state, effects = play(state, (1, Event("done", "free")), late, (3, snapshot("paused")))
+    assert told(effects) == ["The GPU is being freed"]
+    assert "Free the GPU" not in texts(state)
+    again = next(one for one in view(state).menu if one.text == "Open again")
+    assert play(state, (4, Event("click", again.command)))[1] == [("mode", "open")]
+    state, _ = play(state, (5, snapshot("open")))
+    assert "Open again" not in texts(state)
+    state, _ = play(state, (6, snapshot("paused")))  # by somebody else
+    assert "Free the GPU" in texts(state)
+
+
+def test_why_the_gpu_was_not_freed_is_told():
+    state, effects = play(UP, (0, Event("click", "free")), (1, Event("done", "free", "no")))
+    assert ("tell", "Could not do it: free", "no") in effects
+    assert told(effects) == ["Could not do it: free"]
+    assert "Free the GPU" in texts(play(state, (2, snapshot("paused")))[0])
+    quiet = replace(UP, notify=False)
+    assert told(play(quiet, (0, Event("click", "free")), (1, Event("done", "free")))[1]) == []
+
+
+@pytest.mark.usefixtures("home")
+async def test_to_free_the_gpu_is_to_pause_and_to_unload_everything():
+    async with FakeBackend() as fake, running(fake.url) as q:
+        box, loop = tray.Box(q.base), asyncio.get_running_loop()
+        with recorded() as asked:
+            assert await loop.run_in_executor(None, box.free) == ""
+            assert asked == [{"action": "unload", "model": "*"}]
+            assert q.gateway.scheduler.mode.value == "paused"
+        with recorded(refuse="unload"):
+            why = await loop.run_in_executor(None, box.free)
+            assert why == "llmq is paused, but its models stay loaded: box cannot unload models"
+    with pytest.raises(OSError, match="refused"):
+        await loop.run_in_executor(None, box.free)
 
 
 def test_stop_wants_a_second_click_while_requests_run():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import FakeBackend, Process, Raw, ask, eventually, http, require_command
+from tests.fakes import FakeBackend, Process, Raw, ask, eventually, http, require_command, running
+from tests.test_top import recorded
 from tests.tray.desktop import TRAY, Desktop, Tray
 from tray.llmq_tray import DESKTOP, exec_line
 
@@ -140,6 +141,22 @@ async def test_llmq_is_started_where_none_runs_and_outlives_the_tray():
         await desktop.click("Stop llmq")
         await desktop.shows("llmq: not running")
         assert tray.said == again.said == []
+
+
+@pytest.mark.deadline(40)
+async def test_the_gpu_is_freed_from_the_menu_and_llmq_opened_again():
+    with Desktop() as desktop, recorded() as asked:
+        async with FakeBackend() as fake, running(fake.url) as q:
+            desktop.tray("--url", q.base)
+            await desktop.shows("llmq: idle")
+            await desktop.click("Free the GPU")
+            await eventually(lambda: desktop.notes() == ["The GPU is being freed"])
+            assert asked == [{"action": "unload", "model": "*"}]
+            await desktop.shows("llmq: paused")
+            await eventually(lambda: "Open again" in desktop.menu())
+            await desktop.click("Open again")
+            await until_mode(q.port, "open")
+            await eventually(lambda: "Free the GPU" in desktop.menu())
 
 
 @pytest.mark.deadline(40)

@@ -44,6 +44,7 @@ TROUBLES = {  # seconds of patience (a restart is no death), and what is told th
     "full": (0.0, "The queue is full", "llmq refuses requests: too many are waiting."),
 }
 BUSY = {"open": "Opening…", "paused": "Pausing…", "priority": "Making way…"}
+FREED = "The GPU is being freed", "llmq is paused, and unloads every model once nothing runs on it."
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class State:
     confirm_until: float = 0.0  # a second click on Stop counts
     may_start: bool = True  # nobody has tried yet
     stopping: bool = False  # the user wants it
+    freed: bool = False  # llmq was paused from here to free the GPU, and has not been opened since
     dead: bool = False  # llmq was up and went unasked
     notify: bool = True
     login: bool = False  # the tray starts at login
@@ -93,7 +95,8 @@ def seen(state: State, event: Event, now: float) -> Step:
         state = replace(state, link="up", busy="", dead=False)
     elif event.what["refused"] > state.refused:  # those before we looked are history
         state = replace(state, full_until=now + FULL_SECONDS)
-    return replace(state, **event.what), []
+    opened = state.mode == "paused" and event.what["mode"] != "paused"
+    return replace(state, freed=state.freed and not opened, **event.what), []
 
 
 def lost(state: State, event: Event, _now: float) -> Step:
@@ -111,6 +114,8 @@ def click(state: State, event: Event, now: float) -> Step:
     if command in ("priority", "paused"):
         mode = "open" if state.mode == command else command
         return replace(state, busy=BUSY[mode]), [("mode", mode)]
+    if command == "free":
+        return replace(state, busy="Freeing the GPU…"), [("free",)]
     if command == "start":
         return replace(state, link="connecting", busy="Starting…", dead=False), [("start",)]
     if command == "stop" and state.running and not state.confirm_until:
@@ -126,8 +131,11 @@ def done(state: State, event: Event, _now: float) -> Step:
     changes: dict[str, Any] = {"start": {"link": "absent"}, "stop": {"stopping": False}}
     if not why:  # a switch is checked once it is done
         changes = {"login": {"login": not state.login}, "notify": {"notify": not state.notify}}
+        changes["free"] = {"freed": True}
     state = replace(state, **changes.get(command, {}))
-    return state, [("tell", f"Could not do it: {command}", why)] * bool(why) + [("retry",)]
+    notes: list[Effect] = [("tell", f"Could not do it: {command}", why)] * bool(why)
+    notes += [("tell", *FREED)] * (command == "free" and not why)
+    return state, [*notes, ("retry",)]
 
 
 def judge(state: State, now: float) -> Step:
@@ -199,6 +207,7 @@ def menu(state: State, face: str) -> tuple[Item, ...]:
     """Without numbers of what is going on: a menu that changes closes under the user's hand."""
     up, mode, free = state.link == "up", state.mode, not state.busy
     asked = " (requests run, click again)" if state.confirm_until else ""
+    again, free_it = ("Open again", "paused"), ("Free the GPU", "free")
     switch = Item("Start llmq", "start", None, free and face in ("absent", "down"))
     if up:
         switch = Item("Stop llmq" + asked, "stop", None, free)
@@ -207,6 +216,7 @@ def menu(state: State, face: str) -> tuple[Item, ...]:
         Item(),
         Item("Priority mode", "priority", up and mode == "priority", up and free),
         Item("Pause", "paused", up and mode == "paused", up and free),
+        Item(*again if state.freed and mode == "paused" else free_it, None, up and free),
         Item(),
         Item("Open dashboard", "dashboard", enabled=up),
         Item("Copy base URL", "copy"),
@@ -302,14 +312,14 @@ def ask(url: str, body: Any = None) -> Any:
 
 def read_bounded(answer: Any) -> bytes:
     """The answer's body; ValueError or TimeoutError where it has no end."""
-    until, data = time.monotonic() + ANSWER_SECONDS, b""
+    until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
     while more := answer.read1(1 << 16):
         data += more
         if len(data) > MOST_BYTES:
             raise ValueError("the answer is too long")
         if time.monotonic() > until:
             raise TimeoutError("the answer does not end")
-    return data
+    return bytes(data)
 
 
 def read_snapshot(data: bytes) -> Event:
@@ -422,6 +432,15 @@ class Box:
 
     def mode(self, mode: str) -> None:
         ask(self.url + "/llmq/mode", {"mode": mode})
+
+    def free(self) -> str:
+        """Pause llmq and let it unload every model."""
+        self.mode("paused")
+        try:
+            ask(self.url + "/llmq/models", {"action": "unload", "model": "*"})
+        except Exception as error:  # noqa: BLE001 - whatever it is, half of it is done
+            return f"llmq is paused, but its models stay loaded: {error}"
+        return ""
 
     def dashboard(self) -> str:
         return "" if webbrowser.open(self.url + "/") else f"no browser opens {self.url}/"
