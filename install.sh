@@ -210,7 +210,7 @@ install_files() {
     if [ "$sandbox" = yes ]; then
         put 644 "$drop_in" sandbox_unit
         # In the sandbox llmq cannot make the folder of its state itself.
-        [ -n "$dry" ] || mkdir -p "$DESTDIR$HOME/.local/state/llmq" || die 1 "cannot make its folder"
+        [ -n "$dry" ] || mkdir -p "$DESTDIR$HOME/.local/state/llmq" || die 1 "no folder for it"
     else
         drop "$drop_in"
     fi

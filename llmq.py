@@ -2661,8 +2661,23 @@ class Expected(NamedTuple):
     reason: str
 
 
-Forecast = dict[str, Expected]  # by ticket id
-MODEL_LOADS, IS_NEXT = "model is loading", "next"
+MODEL_LOADS, IS_NEXT, JUST_CAME = "model is loading", "next", "just arrived"
+
+
+class Forecast:
+    """What was foretold in one pass: the order of all that wait, and what each can expect."""
+
+    def __init__(self, order: list[Ticket]) -> None:
+        self.order = order
+        self.places: dict[str, tuple[int, str]] = {}  # by ticket id its position, and the reason
+        self.etas: dict[str, float] = {}  # likewise, where they are known
+
+    def __getitem__(self, ident: str) -> Expected:
+        """What a ticket can expect; one that has come since stands last, as far as is known."""
+        place = self.places.get(ident)
+        if place is None:
+            return Expected(len(self.places) + 1, None, JUST_CAME)
+        return Expected(place[0], self.etas.get(ident), place[1])
 
 
 FORESEEN = 500  # starts that are foreseen as they are picked; what comes later just adds up
@@ -2744,27 +2759,24 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
     that is not known: it is held back, or behind what was never measured or takes longer than it
     mostly does.
     """
-    tables = timetables(scheduler, now)
+    tables, result = timetables(scheduler, now), Forecast(scheduler.in_order())
     lines: dict[Priority, dict[Any, Alike]] = {priority: {} for priority in Priority}
-    shown: list[tuple[Ticket, str]] = []
-    for position, ticket in enumerate(scheduler.in_order(), 1):
-        kinds, kind = lines[ticket.priority], (ticket.want, ticket.kind)
+    for position, ticket in enumerate(result.order, 1):
+        kinds, kind, ident = lines[ticket.priority], (ticket.want, ticket.kind), ticket.id
         line = kinds.get(kind)
         if line is None:
             line = kinds[kind] = Alike(scheduler, ticket, tables)
-        held, reason = line.held, line.reason
-        if not held and ticket.client.at_cap:
-            held = reason = f"{ticket.client.name} has as many running as it may"
-        if not held:
-            line.tickets.append((position, ticket.id))
-        shown.append((ticket, reason))
-    etas: dict[str, float] = {}
+        if line.held:
+            result.places[ident] = position, line.held
+        elif ticket.client.at_cap:
+            reason = f"{ticket.client.name} has as many running as it may"
+            result.places[ident] = position, reason
+        else:
+            result.places[ident] = position, line.reason
+            line.tickets.append((position, ident))
     for kinds in lines.values():
-        foresee(scheduler, list(kinds.values()), tables.values(), etas)
-    return {
-        ticket.id: Expected(position, etas.get(ticket.id), reason)
-        for position, (ticket, reason) in enumerate(shown, 1)
-    }
+        foresee(scheduler, list(kinds.values()), tables.values(), result.etas)
+    return result
 
 
 def foresee(
@@ -7073,7 +7085,6 @@ def model_not_found(asked: str) -> LlmqError:
 # given back in `give_back` alone, after the connection to the backend is closed or back in the
 # pool, on every way out.
 
-JUST_CAME = "just arrived"  # since the last pass
 FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
 
 
@@ -7100,7 +7111,7 @@ class Gateway:
         self.errands: dict[Names, asyncio.Future[None]] = {}  # by action, backend and model key
         self.draining = False
         self.config_error: str | None = None  # what the last reload complained about
-        self._forecast: Forecast = {}
+        self._forecast = Forecast([])
         self._forecast_at = float("-inf")
 
     # ---- the story
@@ -7283,16 +7294,16 @@ class Gateway:
             again = again and call.ticket.attempts < self.settings.queue.max_attempts
         return again and call.error is None and not self.draining
 
-    def expected(self, ticket: Ticket, now: float) -> Expected:
-        """What a waiting ticket can expect, as of one pass for one `now`, at most a second old."""
+    def forecast(self, now: float) -> Forecast:
+        """What all that wait can expect, as of one pass for one `now`, at most a second old."""
         if now - self._forecast_at >= FORECAST_SECONDS:
             self._forecast, self._forecast_at = forecast(self.scheduler, now), now
-        return self._forecast.get(ticket.id, Expected(len(self._forecast) + 1, None, JUST_CAME))
+        return self._forecast
 
     def drop_caches(self) -> None:
         """Let go of what was kept of many that have gone."""
         self.journal.flush()
-        self._forecast = {}
+        self._forecast = Forecast([])
 
     # ---- ending calls early
 
@@ -7957,7 +7968,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
         reply.start(200, dialect.stream_type if stream else "application/json")
     expected = Expected(0, None, "")
     if call.ticket.state is TicketState.WAITING:
-        expected = gateway.expected(call.ticket, now)
+        expected = gateway.forecast(now)[call.ticket.id]
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
@@ -8074,7 +8085,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
     """The state of it all; of those that wait the first, or the first that have the word."""
     scheduler, fleet, now = gateway.scheduler, gateway.fleet, gateway.now()
     known = gateway.clients.settings.items()
-    waiting, running = scheduler.in_order(), scheduler.running.values()
+    waiting, running = in_order(gateway, now), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
     return {
         "version": __version__,
@@ -8101,11 +8112,19 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
     }
 
 
+def in_order(gateway: Gateway, now: float) -> list[Ticket]:
+    """What waits, in the order of the last forecast; who has come since stands last."""
+    told = gateway.forecast(now)
+    known = [one for one in told.order if one.state is TicketState.WAITING]
+    new = [one for one in gateway.scheduler.waiting.values() if one.id not in told.places]
+    return known + new
+
+
 def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[Ticket]:
     """Those that wait of which a name, the class or why they wait has the word in it."""
 
     def names(ticket: Ticket) -> str:
-        call, why = gateway.calls[ticket.id], gateway.expected(ticket, now).reason
+        call, why = gateway.calls[ticket.id], gateway.forecast(now)[ticket.id].reason
         told = (ticket.client.name, call.model, call.request_id, ticket.priority.word, why)
         return "\n".join(told).lower()
 
@@ -8116,7 +8135,10 @@ def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[T
 async def show_all(gateway: Gateway, word: str) -> list[Facts]:
     """All that wait and run, some at a time: ten thousand would hold up everybody else."""
     scheduler, rows = gateway.scheduler, []
-    tickets = [*scheduler.running.values(), *having(gateway, scheduler.in_order(), word)]
+    tickets = [
+        *scheduler.running.values(),
+        *having(gateway, in_order(gateway, gateway.now()), word),
+    ]
     for first in range(0, len(tickets), SHOWN_WAITING):
         some = [gateway.calls.get(one.id) for one in tickets[first : first + SHOWN_WAITING]]
         rows += [show_call(gateway, call, gateway.now()) for call in some if call]
@@ -8127,7 +8149,7 @@ async def show_all(gateway: Gateway, word: str) -> list[Facts]:
 def show_call(gateway: Gateway, call: Call, now: float) -> Facts:
     ticket = call.ticket
     waits = ticket.state is TicketState.WAITING
-    expected = gateway.expected(ticket, now) if waits else Expected(0, 0, "")
+    expected = gateway.forecast(now)[ticket.id] if waits else Expected(0, 0, "")
     started = now if waits else ticket.started
     tokens, since = (call.watch.pieces if call.watch else 0), call.first_byte
     return {

@@ -199,8 +199,7 @@ class Simulation:
             visit = act(*what)
             self.pump()
             if self._foretell and isinstance(visit, Visit) and visit.started is None:
-                foretold = llmq.forecast(self.queue, self.now).get(visit.ticket.id)
-                visit.eta = foretold and foretold.eta
+                visit.eta = llmq.forecast(self.queue, self.now)[visit.ticket.id].eta
         if until < math.inf:
             self._tick(until)
             self.now = until

@@ -816,7 +816,7 @@ def test_positions_are_by_class_and_arrival() -> None:
     low, normal, high, second = (box.submit(one) for one in (LOW, NORMAL, HIGH, NORMAL))
     assert box.queue.in_order() == [high, normal, second, low]
     positions = {
-        ident: position for ident, (position, _, _) in llmq.forecast(box.queue, 0.0).items()
+        ident: position for ident, (position, _) in llmq.forecast(box.queue, 0.0).places.items()
     }
     assert positions == {high.id: 1, normal.id: 2, second.id: 3, low.id: 4}
 
@@ -951,7 +951,7 @@ def test_what_runs_is_not_forecast() -> None:
     box = one_slot()
     box.submit()
     box.started()
-    assert llmq.forecast(box.queue, 0.0) == {}
+    assert not llmq.forecast(box.queue, 0.0).order
     assert box.queue.in_order() == []
 
 
@@ -1870,8 +1870,8 @@ class World(Box):
         assert [one.id for one in self.queue.in_order()] == right
         forecast = llmq.forecast(self.queue, self.now)
         assert [forecast[one].position for one in right] == list(range(1, len(right) + 1))
-        assert len(forecast) == len(right)
-        assert all(one.reason for one in forecast.values())
+        assert [one.id for one in forecast.order] == right
+        assert all(forecast[one].reason for one in right)
 
     def change_mode(self) -> None:
         self.queue.mode = self.rng.choice((Mode.OPEN, Mode.OPEN, Mode.PRIORITY, Mode.PAUSED))
