@@ -115,8 +115,11 @@ def outcomes(port: int) -> list[str]:
     return sorted(ended["outcome"] for ended in status(port)["recent"])
 
 
-async def completion(port: int, text: str, **more: Any) -> Answer:
-    return await ask(port, "POST", CHAT, json=chat(text, model="counter", **more))
+async def completion(
+    port: int, text: str, headers: dict[str, str] | None = None, **more: Any
+) -> Answer:
+    body = chat(text, model="counter", **more)
+    return await ask(port, "POST", CHAT, json=body, headers=headers)
 
 
 def two_more(port: int) -> list[asyncio.Future[Answer]]:
@@ -271,6 +274,67 @@ async def test_requests_wait_while_the_runner_loads_its_model(slow: Runner) -> N
         for answer in await asyncio.gather(*early):
             assert_counts(answer, 8, 10)
         assert outcomes(q.port) == ["done", "done"]
+
+
+@pytest.fixture
+def two_boxes(runner: Runner, mortal: Runner, tmp_path: Path) -> Iterator[Process]:
+    """llmq before two runners, each a box of its own."""
+    boxes = {
+        "one": {"url": runner.url, "device": "one"},
+        "two": {"url": mortal.url, "device": "two"},
+    }
+    file = tmp_path / "llmq.json"
+    file.write_text(json.dumps({"backends": boxes}))
+    with Process("--port", "0", "--config", str(file), "--probe-interval", "0.3s") as q:
+        yield q
+
+
+async def test_two_runners_share_the_work_of_two_people_fairly(
+    two_boxes: Process, runner: Runner, mortal: Runner
+) -> None:
+    async def client(user: str, number: int) -> str:
+        headers = {"X-User-ID": user}
+        answer = await completion(two_boxes.port, f"go {number}", headers=headers, max_tokens=40)
+        assert_counts(answer, number + 1, number + 40)
+        ended.append(user)
+        return answer.headers["x-llmq-backend"]
+
+    ended: list[str] = []
+    await asyncio.gather(client("warm", 0), client("warm", 0))
+    ended.clear()
+    with Watch(runner) as one, Watch(mortal) as two:
+        heavy = [asyncio.ensure_future(client("heavy", n)) for n in range(20)]
+        await eventually(lambda: status(two_boxes.port)["queue"]["waiting"] >= 15)
+        light = [asyncio.ensure_future(client("light", n)) for n in range(4)]
+        served = await asyncio.gather(*heavy, *light)
+    assert set(served) == {"one", "two"}
+    assert (one.most, two.most) == (1, 1)
+    assert "light" not in ended[-4:], ended
+
+
+@pytest.mark.deadline(60)
+async def test_runner_that_dies_under_load_loses_no_request_that_had_no_answer_yet(
+    two_boxes: Process, mortal: Runner
+) -> None:
+    asked = [
+        asyncio.ensure_future(completion(two_boxes.port, f"go {n}", max_tokens=30))
+        for n in range(40)
+    ]
+    await eventually(lambda: status(two_boxes.port)["queue"]["running"] == 2)
+    mortal.kill()
+    for number, answer in enumerate(await asyncio.gather(*asked)):
+        assert_counts(answer, number + 1, number + 30)
+    mortal.start()
+    mortal.ready()
+    await eventually(lambda: backend(two_boxes.port, "two")["state"] == "up")
+    pinned = {"X-LLMQ-Backend": "two"}
+    back = await completion(two_boxes.port, "go 7", headers=pinned, max_tokens=3)
+    assert back.headers["x-llmq-backend"] == "two"
+
+
+def backend(port: int, name: str) -> Any:
+    (row,) = (row for row in status(port)["backends"] if row["name"] == name)
+    return row
 
 
 @pytest.mark.deadline(60)
