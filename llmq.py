@@ -5171,9 +5171,11 @@ class Exchange:
             self.keep_alive = False
             raise too_large(limit)
         stream = self.connection.stream
-        if 0 <= self.length <= stream.unread and not self.expects_continue:
+        if not self.unread:  # it is here: what is behind it belongs to the next request
+            return self.request.body
+        if 0 < self.length <= stream.unread and not self.expects_continue:
             self.request.body = stream.take(self.length)
-        elif self.unread:
+        else:
             self._invite()
             keep_alive, self.keep_alive = self.keep_alive, False  # where a broken one ends: unknown
             self.request.body = await self.connection.read_body(self.length, limit)

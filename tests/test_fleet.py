@@ -12,7 +12,7 @@ import pytest
 
 import llmq
 from tests.derived import build_settings
-from tests.fakes import Answer, FakeBackend, ask, eventually, running
+from tests.fakes import Answer, FakeBackend, Raw, ask, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 
@@ -669,6 +669,20 @@ async def test_answer_of_an_unknown_route_gets_no_sign_of_life() -> None:
             assert ((await blind).status, (await blind).body) == (404, b'{"detail": "nothing"}')
             await other.answer("x")
             assert (await usual).body.startswith(b" ")
+
+
+async def test_each_of_two_posts_that_come_at_one_time_has_its_own_body() -> None:
+    async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
+        await up(q, "box")
+        bodies = [b'{"model":"m","input":1}', b'{"model":"m","input":2}']
+        headers = {"Content-Type": "application/json"}
+        async with await Raw.open(q.port) as raw:
+            await raw.send(b"".join(http("POST", "/speak", headers, body) for body in bodies))
+            for body in bodies:
+                request = await fake.arrived()
+                assert request.body == body
+                await request.status(200, {})
+                assert (await raw.response()).status == 200
 
 
 async def test_post_without_a_model_goes_beside_the_queue() -> None:
