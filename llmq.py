@@ -8569,7 +8569,10 @@ class Api:
         call.request = None
         await gateway.lease(call, seconds)
         if values.get("unload"):
+            gateway.renew(call, NEVER)  # its time begins when it has the device empty
             await empty_device(gateway, device, exchange.caller, call.id)
+            if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
+                raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
             gateway.renew(call, seconds)
         if exchange.gone:
             gateway.end_lease(call)

@@ -259,3 +259,20 @@ async def test_unload_frees_the_device_before_the_lease_is_granted() -> None:
         assert granted["device"] == "gpu"
         await end(q, granted["id"])
         waits.close()
+
+
+@pytest.mark.parametrize("path", ["/llmq/requests", LEASES])
+async def test_lease_that_is_ended_while_it_unloads_is_not_told_as_granted(path: str) -> None:
+    async with FakeBackend(["m"], "ollama", auto=False) as fake, running(**on_gpu(fake)) as q:
+        fake.loaded = ["m"]
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.loaded == {"m"})
+        waits = await wish(q, unload=True, ttl_s=0.01)
+        request = await fake.arrived()
+        q.service.gateway.reap(q.gateway.now() + 100)
+        (ident,) = q.gateway.scheduler.running
+        assert (await ask(q.port, "DELETE", f"{path}/{ident}")).status == 200
+        await request.status(200, {"done": True, "done_reason": "unload"})
+        answer = await waits.response()
+        assert (answer.status, answer.code) == (499, "cancelled")
+        waits.close()
