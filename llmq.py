@@ -8024,8 +8024,9 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
 
 
 def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
-    """Refuse who is blocked; on this box they can still undo it."""
-    undone_here = path.startswith("/llmq") and exchange.is_local
+    """Refuse who is blocked; on this box they can still undo it, but give no work."""
+    works = path.startswith(("/llmq/leases", "/llmq/models"))
+    undone_here = path.startswith("/llmq") and not works and exchange.is_local
     if clients.is_blocked(exchange.caller) and not undone_here:
         raise LlmqError(BLOCKED, "forbidden")
 
@@ -8563,6 +8564,8 @@ class Api:
         word = values.get("class", "normal")
         if word not in CLASSES:
             raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
+        if gateway.clients.is_blocked(exchange.caller):  # since it came
+            raise LlmqError(BLOCKED, "forbidden")
         call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
         client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
         call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
