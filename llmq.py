@@ -2652,7 +2652,7 @@ Forecast = dict[str, Expected]  # by ticket id
 MODEL_LOADS, IS_NEXT = "model is loading", "next"
 
 
-FORESEEN = 500  # starts that are foreseen as they are picked; what comes later just adds up
+FORESEEN = 10_000  # looks at lines, for starts to be foreseen as they are picked; others add up
 
 
 class Timetable:
@@ -2763,11 +2763,17 @@ def foresee(
     """When each of one class starts: on the device that is free first, as the scheduler picks."""
     known = [(table.free[0], place, table) for place, table in enumerate(tables) if table.free]
     heapq.heapify(known)
+    queues = {table: deque(one for one in lines if table in one.backends) for table in tables}
+    looks = FORESEEN
     while known:
         _, place, table = heapq.heappop(known)
-        here = [line for line in lines if line.tickets and table in line.backends]
+        here = queues[table]
+        while here and not here[0].tickets:
+            here.popleft()
         if here:
-            line = here[0] if len(etas) >= FORESEEN else table.pick(here, scheduler)
+            looks -= len(here)
+            ready = [one for one in here if one.tickets] if looks >= 0 else []
+            line = table.pick(ready, scheduler) if ready else here[0]
             _, ident = line.tickets.popleft()
             etas[ident] = table.take(line)
             if table.free:
