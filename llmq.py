@@ -1782,6 +1782,8 @@ class Fleet:
             backend.device.reserve_high = settings.reserve_of(places[name])
             if row != backend.settings:  # its list of models may be another
                 backend.changed, backend.next_probe = now, 0.0
+                if row.kind != backend.settings.kind:  # it is to be asked again
+                    backend.kind = ""
             backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
             backend.contexts.policy = self.policy if settings.models else None
@@ -6218,8 +6220,8 @@ class Discovery:
 
     def configure(self) -> None:
         """Have the backends that are configured, else those found, and those that were added."""
-        own = self.settings.backends or self.found
-        rows = {**own, **parse_rows("added", "backends", self.added), **own}
+        own = self.settings.backends
+        rows = {**(own or self.found), **parse_rows("added", "backends", self.added), **own}
         places = {name: device_name(row) for name, row in rows.items()}
         self.fleet.configure(rows, places, self.settings, time.monotonic())
 

@@ -433,6 +433,24 @@ async def test_what_the_file_may_not_say_the_route_may_not_either(row: Any) -> N
         assert not q.gateway.added
 
 
+async def test_what_is_found_does_not_take_the_name_of_what_was_added() -> None:
+    async with FakeBackend() as fake, running() as q:
+        row = {"name": "vllm", "url": fake.url}
+        assert (await control(q, "POST", "/llmq/backends", row)).status == 200
+        discovery = q.gateway.discovery
+        discovery.found["vllm"] = llmq.BackendSettings(url="http://127.0.0.1:8000", kind="vllm")
+        discovery.configure()
+        assert q.gateway.fleet.backends["vllm"].url == fake.url
+
+
+async def test_kind_that_is_said_no_more_is_asked() -> None:
+    async with FakeBackend(kind="llamacpp") as fake:
+        async with running(**backends(box={"url": fake.url, "kind": "vllm"})) as q:
+            await up(q, "box")
+            reload_with(q, **backends(box=fake.url))
+            await eventually(lambda: q.gateway.fleet.backends["box"].kind == "llamacpp")
+
+
 async def test_looking_around_keeps_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(["n"], "vllm") as fake, FakeBackend(["a"]) as other:
         for name, kind in llmq.KINDS.items():
