@@ -7095,7 +7095,8 @@ class Gateway:
 
         Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
         """
-        reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
+        reason, want = call.question.done_reason, call.ticket.want
+        serving = self.fleet.serving(Want(want.model, backend=want.backend))
         natives = [backend for backend in serving if backend.traits.native]
         able = [backend for backend in natives if backend.usable]
         if call.ticket.backend is not None:  # it is an errand there

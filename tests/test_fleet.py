@@ -550,6 +550,21 @@ async def test_request_may_name_its_backend() -> None:
             assert (lacking.status, lacking.code) == (404, "model_not_found")
 
 
+async def test_pinned_request_that_unloads_does_so_at_that_backend_alone() -> None:
+    two = [FakeBackend(["m"], "ollama", auto=False) for _ in range(2)]
+    async with two[0] as one, two[1] as other, running(**backends(a=one.url, b=other.url)) as q:
+        await up(q, "a", "b")
+        order, headers = {"model": "m", "keep_alive": 0}, {"X-LLMQ-Backend": "b"}
+        asking = asyncio.ensure_future(
+            ask(q.port, "POST", "/api/generate", json=order, headers=headers)
+        )
+        await eventually(lambda: one.has_arrived() or other.has_arrived())
+        assert not one.has_arrived()
+        await (await other.arrived()).status(200, {"done": True, "done_reason": "unload"})
+        assert (await asking).status == 200
+        assert not one.requests
+
+
 # ---- All routes --------------------------------------------------------------------------------
 
 
