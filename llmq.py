@@ -7204,7 +7204,6 @@ class Gateway:
 
     async def lease(self, call: Call, seconds: float) -> None:
         """The life of a lease up to its start: it waits like a request, and has no answer."""
-        done = False
         try:
             self.enqueue(call)
             call.heartbeat_at = NEVER
@@ -7212,12 +7211,11 @@ class Gateway:
                 await call.turn
                 if call.reply.gone:
                     self.leave(call)
-            if call.ticket.state is TicketState.ENDED:
-                raise call.error or LlmqError("the lease broke off")
-            done = True
         finally:
-            if not done:
+            if not call.ticket.started:  # else it is settled where it ends
                 self.settle(call, done=False)
+        if call.ticket.state is TicketState.ENDED:
+            raise call.error or LlmqError("the lease broke off")
         self.renew(call, seconds)
 
     def renew(self, call: Call, seconds: float) -> None:

@@ -129,6 +129,19 @@ async def test_stop_ends_leases_at_once() -> None:
         assert not q.gateway.calls
 
 
+async def test_lease_that_is_ended_as_soon_as_it_is_granted_has_one_record() -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        first = await lease(q)
+        waits = await wish(q)
+        await waiting(q, 1)
+        q.gateway.end_lease(q.gateway.find_lease(first["id"]))  # the other one is granted
+        (ident,) = q.gateway.scheduler.running
+        q.gateway.cancel(q.gateway.find_lease(ident))
+        assert (await waits.response()).status == 499
+        assert [one.id for one in q.gateway.journal.recent] == [first["id"], ident]
+        waits.close()
+
+
 # ---- What is refused -------------------------------------------------------------------------
 
 
