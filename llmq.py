@@ -6997,7 +6997,7 @@ class Admission:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
         want, question = call.ticket.want, call.question
         able = self.fleet.serving(want)
-        if not able and self.fleet.serving(Want(want.model)):
+        if not able and self.fleet.serving(want._replace(routes=())):
             raise Untranslatable(self.fleet.why_unsupported(want))
         routes = set()
         for backend in able:
@@ -8566,7 +8566,7 @@ class Api:
         values, gateway = await read_control(exchange), self.gateway
         seconds, devices = read_seconds(values), gateway.fleet.devices
         device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
-        if device not in devices:
+        if not isinstance(device, str) or device not in devices:
             raise BadRequest("device is one of " + ", ".join(devices), param="device")
         word = values.get("class", "normal")
         if word not in CLASSES:

@@ -550,6 +550,17 @@ async def test_request_may_name_its_backend() -> None:
             assert (lacking.status, lacking.code) == (404, "model_not_found")
 
 
+async def test_request_pinned_to_a_drained_backend_waits_for_it() -> None:
+    async with FakeBackend() as one, FakeBackend() as other:
+        async with running(**backends(a=one.url, b=other.url)) as q:
+            await up(q, "a", "b")
+            await control(q, "POST", "/llmq/backends/b", {"draining": True})
+            asking = asyncio.ensure_future(q.chat("x", headers={"X-LLMQ-Backend": "b"}))
+            await eventually(lambda: q.gateway.scheduler.waiting or asking.done())
+            await control(q, "POST", "/llmq/backends/b", {"draining": False})
+            assert (await asking).headers["x-llmq-backend"] == "b"
+
+
 async def test_pinned_request_that_unloads_does_so_at_that_backend_alone() -> None:
     two = [FakeBackend(["m"], "ollama", auto=False) for _ in range(2)]
     async with two[0] as one, two[1] as other, running(**backends(a=one.url, b=other.url)) as q:

@@ -150,6 +150,7 @@ async def test_lease_that_is_ended_as_soon_as_it_is_granted_has_one_record() -> 
     [
         ({"device": "tpu"}, "device"),
         ({"device": 1}, "device"),
+        ({"device": ["gpu"]}, "device"),
         ({"ttl_s": 0}, "ttl_s"),
         ({"ttl_s": True}, "ttl_s"),
         ({"ttl_s": "60"}, "ttl_s"),
