@@ -113,7 +113,7 @@ from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
 from textwrap import wrap
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -572,6 +572,7 @@ class ClientSettings:
 class ModelSettings:
     """[models.NAME], `*` in it any text: of the rows that fit, the most exact that says it."""
 
+    said: ClassVar[Names] = ()  # of its keys those that a row of the file has
     max_concurrent: int = setting(0, "requests of it at once, everywhere; 0: any number")
     exclusive: bool = setting(False, "nothing else runs on its device meanwhile")
     backends: Names = setting((), "the only backends asked for it; none: all that have it")
@@ -658,8 +659,8 @@ def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
     said: Facts = {}
     for name in sorted(fitting, key=lambda one: ("*" not in one, len(one))):
         for fact in fields(ModelSettings):
-            value = getattr(rows[name], fact.name)
-            if value not in (fact.default, {}):
+            value, key_said = getattr(rows[name], fact.name), fact.name.rstrip("_")
+            if key_said in rows[name].said or value not in (fact.default, {}):
                 said[fact.name] = value
     return ModelSettings(**said)
 
@@ -970,6 +971,8 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
         result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
+        if cls is ModelSettings:  # a default that is said goes before what a pattern says
+            vars(result[name])["said"] = tuple(values)
     return result
 
 
@@ -7873,6 +7876,8 @@ class Preloader:
         keys = [model_key(name) for name in rows if rows[name].preload and "*" not in name]
         for backend, key in [(one, key) for one in up for key in keys if key in one.models]:
             idle = not (backend.device.busy or scheduler.waiting)
+            only = self.gateway.fleet.policy(key).backends
+            idle = idle and (not only or backend.name in only)
             if idle and backend.traits.errands and (backend, key) not in self.seen:
                 self.seen.add((backend, key))
                 known = backend.contexts.loaded.get(key, NEVER)
@@ -8183,7 +8188,7 @@ def show_client(client: Client) -> Facts:
     return {
         **members(client, "name", "address", "waiting", "running", "done", "failed", "left"),
         "served_s": round(client.served, 3),
-        **{key.rstrip("_"): value for key, value in asdict(client.settings).items()},
+        **{key.rstrip("_"): value for key, value in vars(client.settings).items()},
     }
 
 

@@ -295,6 +295,18 @@ async def test_preload_follows_a_reload_and_not_an_unload() -> None:
         await loaded(q, ["m:latest"])
 
 
+async def test_preload_is_where_its_requests_may_go_and_nowhere_else() -> None:
+    async with Ollama() as one, Ollama() as other:
+        rows = {"a": {"url": one.url, "device": "a"}, "b": {"url": other.url, "device": "b"}}
+        async with running(backends=rows) as q:
+            await known(q)
+            models = {"m": llmq.ModelSettings(preload=True, backends=("b",))}
+            q.service.settings.models.update(models)
+            q.gateway.discovery.configure()
+            llmq.Preloader(q.gateway).step()
+            assert list(q.gateway.errands) == [("load", "b", "m")]
+
+
 async def test_preload_waits_until_its_backend_is_idle() -> None:
     async with Runner(["m", "n"]) as fake, running(fake.url) as q:
         await known(q)
@@ -312,6 +324,18 @@ async def test_preload_waits_until_its_backend_is_idle() -> None:
         await ended(q, 2)
         preloader.step()
         assert not q.gateway.errands, "once"
+
+
+# ---- The rows: which one says it -------------------------------------------------------------
+
+
+def test_exact_row_takes_back_what_a_pattern_says() -> None:
+    rows = {
+        "*": {"exclusive": True, "max_concurrent": 1, "class": "low", "overflow": "refuse"},
+        "tiny": {"exclusive": False, "max_concurrent": 0, "class": ""},
+    }
+    tiny = llmq.policy_of(build_settings({"models": rows}).models, "tiny")
+    assert tiny == llmq.ModelSettings(overflow="refuse")
 
 
 # ---- The rows: pass-through ------------------------------------------------------------------
