@@ -9439,7 +9439,12 @@ class Service:
         gateway = self.gateway
         kept = await self.store.load()
         self.changes.kept = kept.get("clients", {})
-        self.gateway.added.update(kept.get("backends", {}))
+        for name, row in kept.get("backends", {}).items():
+            try:
+                parse_rows(self.store.path, "backends", {name: row})
+                gateway.added[name] = row
+            except ConfigError as error:  # noqa: PERF203 - a later llmq may know more of it
+                log.warning("state: %s; it is left out", error)
         self.apply()
         await self.listen(server)
         loops = (
