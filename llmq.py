@@ -8842,8 +8842,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         decoded = unquote_to_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         return None, ""
-    dotted = any(segment in (".", "..") for segment in decoded.split("/"))
-    dotted = dotted or "" in path.split("/")[1:]
+    dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""

@@ -594,7 +594,11 @@ async def test_unknown_paths_are_404_unless_all_routes_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/a/../b", "/a/%2e%2e/b", "/./a", "/llmq/nothing", "//a", "/a%00b", "/%ff"]
+    "path",
+    [
+        *("/a/../b", "/a/%2e%2e/b", "/./a", "/llmq/nothing", "//a", "/a%00b", "/%ff"),
+        *("/api/%2fpull", "/api/pull%2F"),  # some servers take both for /api/pull
+    ],
 )
 async def test_dot_segments_and_llmqs_own_stay_404(path: str) -> None:
     async with FakeBackend() as fake, all_routes(box=fake.url) as q:
