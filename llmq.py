@@ -7622,7 +7622,8 @@ class Passthrough:
         except LlmqError as error:
             if not exchange.started:
                 raise
-            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
+            dialect = dialect_of(exchange.request.path, exchange.request.headers)
+            exchange.fail(dialect.render_stream_error(error, exchange.request_id, self.inside))
         finally:
             self.ended()
             await upstream.close()

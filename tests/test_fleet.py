@@ -683,6 +683,27 @@ async def test_answer_of_an_unknown_route_that_breaks_off_ends_uncleanly() -> No
         assert not answer.clean
 
 
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("/v1/threads", b'data: {"error":{'), ("/v1/messages/x", b"event: error"), ("/api/x", b"{")],
+)
+async def test_what_breaks_off_beside_the_queue_says_so_in_the_words_of_its_path(
+    path: str, error: bytes
+) -> None:
+    async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
+        await up(q, "box")
+        async with await Raw.open(q.port) as raw:
+            await raw.send(http("POST", path, {"Content-Type": "application/json"}, b"{}"))
+            request = await fake.arrived()
+            await request.start_stream()
+            await request.event({"content": "a"})
+            begun = await raw.until(b"\n\n\r\n")
+            request.reset()
+            while data := await raw.read():
+                begun += data
+        assert b"\r\n" + error in begun.partition(b'a"}\n\n')[2]
+
+
 @pytest.mark.parametrize("status", [204, 404, 501, 503])
 async def test_status_of_an_unknown_route_is_the_backends_own(status: int) -> None:
     async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
