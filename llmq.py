@@ -8843,7 +8843,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         decoded = unquote_to_bytes(path).decode("utf-8")
     except UnicodeDecodeError:
         return None, ""
-    dotted = any(segment in ("", ".", "..") for segment in decoded.split("/")[1:])
+    dotted = any(segment in (".", "..") for segment in decoded.split("/"))
+    dotted = dotted or "" in path.split("/")[1:]
     if dotted or "%2e" in path.lower() or not decoded.isprintable():
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""
@@ -8853,7 +8854,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
             route, rest = longer, tail
             break
     if route is None:
-        return None, "" if decoded.startswith("/llmq/") else decoded
+        own_or_odd = decoded.startswith("/llmq/") or "" in decoded.split("/")[1:]
+        return None, "" if own_or_odd else decoded
     request.path = decoded
     return route, rest
 
