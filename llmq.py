@@ -1867,6 +1867,8 @@ class Fleet:
             device.held = device.held and device.busy > 0
             backend.busy -= 1
         backend.ends(ticket)
+        if ticket.want.device or backend.draining:  # it may have been the last on its device
+            self.drop_unused()
 
     def served_last(self, ticket: Ticket) -> Backend | None:
         """Where the conversation was last: its prompt may be cached there."""

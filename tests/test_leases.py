@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.derived import build_settings
 from tests.fakes import Answer, FakeBackend, Process, Raw, ask, eventually, http, running
 
 LEASES = "/llmq/leases"
@@ -140,6 +141,17 @@ async def test_lease_that_is_ended_as_soon_as_it_is_granted_has_one_record() -> 
         assert (await waits.response()).status == 499
         assert [one.id for one in q.gateway.journal.recent] == [first["id"], ident]
         waits.close()
+
+
+async def test_device_that_has_no_backend_left_goes_with_its_lease() -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        granted = await lease(q)
+        rows = {"box": {"url": fake.url, "device": "other"}}
+        q.service.read = lambda: build_settings({**q.values, "backends": rows})
+        q.service.reload()
+        assert {"gpu", "other"} == q.gateway.fleet.devices.keys()
+        await end(q, granted["id"])
+        assert {"other"} == q.gateway.fleet.devices.keys()
 
 
 # ---- What is refused -------------------------------------------------------------------------
