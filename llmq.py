@@ -6946,7 +6946,7 @@ class Admission:
         """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
         priority, word = call.question.priority, ""
         if priority is None and self.settings.rules:
-            facts = (call.route, call.question.model or call.model, client.name)
+            facts = (call.endpoint.path, call.question.model or call.model, client.name)
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
         if priority is None:

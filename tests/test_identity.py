@@ -229,6 +229,14 @@ async def test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_mo
             assert (await q.status())["recent"][0]["class"] == word, (headers, more)
 
 
+@pytest.mark.parametrize("path", [CHAT, CHAT.removeprefix("/v1")])
+async def test_rule_for_a_route_holds_for_its_shorter_spelling(path: str) -> None:
+    rules = [{"route": "/v1/chat/*", "class": "low"}]
+    async with FakeBackend() as fake, running(fake.url, rules=rules) as q:
+        assert (await ask(q.port, "POST", path, json=chat("hi"))).status == 200
+        assert (await q.status())["recent"][0]["class"] == "low"
+
+
 async def test_no_rule_lifts_a_foreign_page_above_normal() -> None:
     settings = {"rules": [{"class": "high"}]}
     async with FakeBackend() as fake, running(fake.url, **settings) as q:
