@@ -799,6 +799,10 @@ def parse_number(raw: Any) -> float:
 def parse_facts(raw: Any) -> Facts:
     if not isinstance(raw, dict):
         raise ValueError("wants a table, { name = value }")
+    try:
+        render_json(raw)
+    except (TypeError, ValueError):
+        raise ValueError("wants values that JSON has, no date, inf or nan") from None
     return raw
 
 
@@ -7886,7 +7890,8 @@ class Preloader:
                 known = backend.contexts.loaded.get(key, NEVER)
                 if not backend.is_loaded(key) or known < backend.num_ctx(key):
                     errand = Errand("load", backend, backend.models[key][0])
-                    run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
+                    with contextlib.suppress(LlmqError):  # somebody else has ordered it
+                        run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:

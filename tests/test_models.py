@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from datetime import date, time
 from typing import Any
 
 import pytest
@@ -307,6 +308,17 @@ async def test_preload_is_where_its_requests_may_go_and_nowhere_else() -> None:
             assert list(q.gateway.errands) == [("load", "b", "m")]
 
 
+async def test_preload_of_what_somebody_has_ordered_is_no_fault() -> None:
+    async with Ollama() as fake, running(fake.url) as q:
+        await known(q)
+        (backend,) = q.gateway.fleet.backends.values()
+        errand = llmq.Errand("load", backend, "m")
+        llmq.run_errand(q.gateway, errand, llmq.LLMQ, "order", llmq.Priority.LOW)
+        q.service.settings.models["m"] = llmq.ModelSettings(preload=True)
+        llmq.Preloader(q.gateway).step()
+        await ended(q)
+
+
 async def test_preload_waits_until_its_backend_is_idle() -> None:
     async with Runner(["m", "n"]) as fake, running(fake.url) as q:
         await known(q)
@@ -336,6 +348,12 @@ def test_exact_row_takes_back_what_a_pattern_says() -> None:
     }
     tiny = llmq.policy_of(build_settings({"models": rows}).models, "tiny")
     assert tiny == llmq.ModelSettings(overflow="refuse")
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 1), float("nan"), float("inf"), [{"a": time()}]])
+def test_row_sets_only_what_json_can_say(value: Any) -> None:
+    with pytest.raises(llmq.ConfigError, match=r"models\.m\.set.*values that JSON has"):
+        build_settings({"models": {"m": {"set": {"seed": value}}}})
 
 
 # ---- The rows: pass-through ------------------------------------------------------------------
