@@ -114,7 +114,7 @@ from http import HTTPStatus
 from itertools import accumulate, count
 from operator import attrgetter
 from textwrap import wrap
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
@@ -573,6 +573,7 @@ class ClientSettings:
 class ModelSettings:
     """[models.NAME], `*` in it any text: of the rows that fit, the most exact that says it."""
 
+    said: ClassVar[Names] = ()  # of its keys those that a row of the file has
     max_concurrent: int = setting(0, "requests of it at once, everywhere; 0: any number")
     exclusive: bool = setting(False, "nothing else runs on its device meanwhile")
     backends: Names = setting((), "the only backends asked for it; none: all that have it")
@@ -659,8 +660,8 @@ def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
     said: Facts = {}
     for name in sorted(fitting, key=lambda one: ("*" not in one, len(one))):
         for fact in fields(ModelSettings):
-            value = getattr(rows[name], fact.name)
-            if value not in (fact.default, {}):
+            value, key_said = getattr(rows[name], fact.name), fact.name.rstrip("_")
+            if key_said in rows[name].said or value not in (fact.default, {}):
                 said[fact.name] = value
     return ModelSettings(**said)
 
@@ -799,6 +800,10 @@ def parse_number(raw: Any) -> float:
 def parse_facts(raw: Any) -> Facts:
     if not isinstance(raw, dict):
         raise ValueError("wants a table, { name = value }")
+    try:
+        render_json(raw)
+    except (TypeError, ValueError):
+        raise ValueError("wants values that JSON has, no date, inf or nan") from None
     return raw
 
 
@@ -971,6 +976,8 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
         result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
+        if cls is ModelSettings:  # a default that is said goes before what a pattern says
+            vars(result[name])["said"] = tuple(values)
     return result
 
 
@@ -1988,6 +1995,8 @@ class Fleet:
             backend.device.reserve_high = settings.reserve_of(places[name])
             if row != backend.settings:  # its list of models may be another
                 backend.changed, backend.next_probe = now, 0.0
+                if row.kind != backend.settings.kind:  # it is to be asked again
+                    backend.kind = ""
             backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
             backend.contexts.policy = self.policy if settings.models else None
@@ -2068,6 +2077,8 @@ class Fleet:
             device.held = device.held and device.busy > 0
             backend.busy -= 1
         backend.ends(ticket.want.model, ticket)
+        if ticket.want.device or backend.draining:  # it may have been the last on its device
+            self.drop_unused()
 
     def served_last(self, ticket: Ticket) -> Backend | None:
         """Where the conversation was last: its prompt may be cached there."""
@@ -2680,7 +2691,7 @@ class Forecast:
         return Expected(place[0], self.etas.get(ident), place[1])
 
 
-FORESEEN = 500  # starts that are foreseen as they are picked; what comes later just adds up
+FORESEEN = 10_000  # looks at lines, for starts to be foreseen as they are picked; others add up
 
 
 class Timetable:
@@ -2788,11 +2799,17 @@ def foresee(
     """When each of one class starts: on the device that is free first, as the scheduler picks."""
     known = [(table.free[0], place, table) for place, table in enumerate(tables) if table.free]
     heapq.heapify(known)
+    queues = {table: deque(one for one in lines if table in one.backends) for table in tables}
+    looks = FORESEEN
     while known:
         _, place, table = heapq.heappop(known)
-        here = [line for line in lines if line.tickets and table in line.backends]
+        here = queues[table]
+        while here and not here[0].tickets:
+            here.popleft()
         if here:
-            line = here[0] if len(etas) >= FORESEEN else table.pick(here, scheduler)
+            looks -= len(here)
+            ready = [one for one in here if one.tickets] if looks >= 0 else []
+            line = table.pick(ready, scheduler) if ready else here[0]
             _, ident = line.tickets.popleft()
             etas[ident] = table.take(line)
             if table.free:
@@ -5196,9 +5213,11 @@ class Exchange:
             self.keep_alive = False
             raise too_large(limit)
         stream = self.connection.stream
-        if 0 <= self.length <= stream.unread and not self.expects_continue:
+        if not self.unread:  # it is here: what is behind it belongs to the next request
+            return self.request.body
+        if 0 < self.length <= stream.unread and not self.expects_continue:
             self.request.body = stream.take(self.length)
-        elif self.unread:
+        else:
             self._invite()
             keep_alive, self.keep_alive = self.keep_alive, False  # where a broken one ends: unknown
             self.request.body = await self.connection.read_body(self.length, limit)
@@ -6235,8 +6254,8 @@ class Discovery:
 
     def configure(self) -> None:
         """Have the backends that are configured, else those found, and those that were added."""
-        own = self.settings.backends or self.found
-        rows = {**own, **parse_rows("added", "backends", self.added), **own}
+        own = self.settings.backends
+        rows = {**(own or self.found), **parse_rows("added", "backends", self.added), **own}
         places = {name: device_name(row) for name, row in rows.items()}
         self.fleet.configure(rows, places, self.settings, time.monotonic())
 
@@ -6966,7 +6985,7 @@ class Admission:
         """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
         priority, word = call.question.priority, ""
         if priority is None and self.settings.rules:
-            facts = (call.route, call.question.model or call.model, client.name)
+            facts = (call.endpoint.path, call.question.model or call.model, client.name)
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
         if priority is None:
@@ -6979,7 +6998,8 @@ class Admission:
 
         Only an Ollama loads on request; to unload needs no slot, and may be what makes room.
         """
-        reason, serving = call.question.done_reason, self.fleet.serving(Want(call.ticket.model))
+        reason, want = call.question.done_reason, call.ticket.want
+        serving = self.fleet.serving(Want(want.model, backend=want.backend))
         natives = [backend for backend in serving if backend.traits.native]
         able = [backend for backend in natives if backend.usable]
         if call.ticket.backend is not None:  # it is an errand there
@@ -7047,7 +7067,7 @@ class Admission:
         """Untranslatable or BadRequest when no backend could make anything of the request."""
         want, question = call.ticket.want, call.question
         able = self.fleet.serving(want)
-        if not able and self.fleet.serving(Want(want.model)):
+        if not able and self.fleet.serving(want._replace(routes=())):
             raise Untranslatable(self.fleet.why_unsupported(want))
         routes = set()
         for backend in able:
@@ -7228,7 +7248,6 @@ class Gateway:
 
     async def lease(self, call: Call, seconds: float) -> None:
         """The life of a lease up to its start: it waits like a request, and has no answer."""
-        done = False
         try:
             self.enqueue(call)
             call.heartbeat_at = NEVER
@@ -7236,12 +7255,11 @@ class Gateway:
                 await call.turn
                 if call.reply.gone:
                     self.leave(call)
-            if call.ticket.state is TicketState.ENDED:
-                raise call.error or LlmqError("the lease broke off")
-            done = True
         finally:
-            if not done:
+            if not call.ticket.started:  # else it is settled where it ends
                 self.settle(call, done=False)
+        if call.ticket.state is TicketState.ENDED:
+            raise call.error or LlmqError("the lease broke off")
         self.renew(call, seconds)
 
     def renew(self, call: Call, seconds: float) -> None:
@@ -7635,7 +7653,8 @@ class Passthrough:
         except LlmqError as error:
             if not exchange.started:
                 raise
-            exchange.fail(OLLAMA.render_stream_error(error, exchange.request_id, self.inside))
+            dialect = dialect_of(exchange.request.path, exchange.request.headers)
+            exchange.fail(dialect.render_stream_error(error, exchange.request_id, self.inside))
         finally:
             self.ended()
             await upstream.close()
@@ -7889,12 +7908,15 @@ class Preloader:
         keys = [model_key(name) for name in rows if rows[name].preload and "*" not in name]
         for backend, key in [(one, key) for one in up for key in keys if key in one.models]:
             idle = not (backend.device.busy or scheduler.waiting)
+            only = self.gateway.fleet.policy(key).backends
+            idle = idle and (not only or backend.name in only)
             if idle and backend.traits.errands and (backend, key) not in self.seen:
                 self.seen.add((backend, key))
                 known = backend.contexts.loaded.get(key, NEVER)
                 if not backend.is_loaded(key) or known < backend.num_ctx(key):
                     errand = Errand("load", backend, backend.models[key][0])
-                    run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
+                    with contextlib.suppress(LlmqError):  # somebody else has ordered it
+                        run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
@@ -8047,8 +8069,9 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
 
 
 def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
-    """Refuse who is blocked; on this box they can still undo it."""
-    undone_here = path.startswith("/llmq") and exchange.is_local
+    """Refuse who is blocked; on this box they can still undo it, but give no work."""
+    works = path.startswith(("/llmq/leases", "/llmq/models"))
+    undone_here = path.startswith("/llmq") and not works and exchange.is_local
     if clients.is_blocked(exchange.caller) and not undone_here:
         raise LlmqError(BLOCKED, "forbidden")
 
@@ -8695,18 +8718,23 @@ async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
     values, gateway = await read_control(exchange), api.gateway
     seconds, devices = read_seconds(values), gateway.fleet.devices
     device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
-    if device not in devices:
+    if not isinstance(device, str) or device not in devices:
         raise BadRequest("device is one of " + ", ".join(devices), param="device")
     client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
     word = values.get("class") or client.settings.class_ or "normal"
     if word not in CLASSES:
         raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
+    if gateway.clients.is_blocked(exchange.caller):  # since it came
+        raise LlmqError(BLOCKED, "forbidden")
     call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
     call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
     call.request = None
     await gateway.lease(call, seconds)
     if values.get("unload"):
+        gateway.renew(call, NEVER)  # its time begins when it has the device empty
         await empty_device(gateway, device, exchange.caller, call.id)
+        if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
+            raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
         gateway.renew(call, seconds)
     if exchange.gone:
         gateway.end_lease(call)
@@ -8885,7 +8913,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
             route, rest = longer, tail
             break
     if route is None:
-        return None, "" if decoded.startswith("/llmq/") else decoded
+        own_or_odd = decoded.startswith("/llmq/") or "" in decoded.split("/")[1:]
+        return None, "" if own_or_odd else decoded
     request.path = decoded
     return route, rest
 
@@ -9579,7 +9608,12 @@ class Service:
         gateway = self.gateway
         kept = await self.store.load()
         self.changes.kept = kept.get("clients", {})
-        self.gateway.added.update(kept.get("backends", {}))
+        for name, row in kept.get("backends", {}).items():
+            try:
+                parse_rows(self.store.path, "backends", {name: row})
+                gateway.added[name] = row
+            except ConfigError as error:  # noqa: PERF203 - a later llmq may know more of it
+                log.warning("state: %s; it is left out", error)
         self.apply()
         await self.listen(server)
         loops = (

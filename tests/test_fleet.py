@@ -12,7 +12,7 @@ import pytest
 
 import llmq
 from tests.derived import build_settings
-from tests.fakes import Answer, FakeBackend, ask, eventually, running
+from tests.fakes import Answer, FakeBackend, Raw, ask, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 
@@ -433,6 +433,24 @@ async def test_what_the_file_may_not_say_the_route_may_not_either(row: Any) -> N
         assert not q.gateway.added
 
 
+async def test_what_is_found_does_not_take_the_name_of_what_was_added() -> None:
+    async with FakeBackend() as fake, running() as q:
+        row = {"name": "vllm", "url": fake.url}
+        assert (await control(q, "POST", "/llmq/backends", row)).status == 200
+        discovery = q.gateway.discovery
+        discovery.found["vllm"] = llmq.BackendSettings(url="http://127.0.0.1:8000", kind="vllm")
+        discovery.configure()
+        assert q.gateway.fleet.backends["vllm"].url == fake.url
+
+
+async def test_kind_that_is_said_no_more_is_asked() -> None:
+    async with FakeBackend(kind="llamacpp") as fake:
+        async with running(**backends(box={"url": fake.url, "kind": "vllm"})) as q:
+            await up(q, "box")
+            reload_with(q, **backends(box=fake.url))
+            await eventually(lambda: q.gateway.fleet.backends["box"].kind == "llamacpp")
+
+
 async def test_looking_around_keeps_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(["n"], "vllm") as fake, FakeBackend(["a"]) as other:
         for name, kind in llmq.KINDS.items():
@@ -532,6 +550,32 @@ async def test_request_may_name_its_backend() -> None:
             assert (lacking.status, lacking.code) == (404, "model_not_found")
 
 
+async def test_request_pinned_to_a_drained_backend_waits_for_it() -> None:
+    async with FakeBackend() as one, FakeBackend() as other:
+        async with running(**backends(a=one.url, b=other.url)) as q:
+            await up(q, "a", "b")
+            await control(q, "POST", "/llmq/backends/b", {"draining": True})
+            asking = asyncio.ensure_future(q.chat("x", headers={"X-LLMQ-Backend": "b"}))
+            await eventually(lambda: q.gateway.scheduler.waiting or asking.done())
+            await control(q, "POST", "/llmq/backends/b", {"draining": False})
+            assert (await asking).headers["x-llmq-backend"] == "b"
+
+
+async def test_pinned_request_that_unloads_does_so_at_that_backend_alone() -> None:
+    two = [FakeBackend(["m"], "ollama", auto=False) for _ in range(2)]
+    async with two[0] as one, two[1] as other, running(**backends(a=one.url, b=other.url)) as q:
+        await up(q, "a", "b")
+        order, headers = {"model": "m", "keep_alive": 0}, {"X-LLMQ-Backend": "b"}
+        asking = asyncio.ensure_future(
+            ask(q.port, "POST", "/api/generate", json=order, headers=headers)
+        )
+        await eventually(lambda: one.has_arrived() or other.has_arrived())
+        assert not one.has_arrived()
+        await (await other.arrived()).status(200, {"done": True, "done_reason": "unload"})
+        assert (await asking).status == 200
+        assert not one.requests
+
+
 # ---- All routes --------------------------------------------------------------------------------
 
 
@@ -550,7 +594,11 @@ async def test_unknown_paths_are_404_unless_all_routes_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/a/../b", "/a/%2e%2e/b", "/./a", "/llmq/nothing", "//a", "/a%00b", "/%ff"]
+    "path",
+    [
+        *("/a/../b", "/a/%2e%2e/b", "/./a", "/llmq/nothing", "//a", "/a%00b", "/%ff"),
+        *("/api/%2fpull", "/api/pull%2F"),  # some servers take both for /api/pull
+    ],
 )
 async def test_dot_segments_and_llmqs_own_stay_404(path: str) -> None:
     async with FakeBackend() as fake, all_routes(box=fake.url) as q:
@@ -635,6 +683,27 @@ async def test_answer_of_an_unknown_route_that_breaks_off_ends_uncleanly() -> No
         assert not answer.clean
 
 
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("/v1/threads", b'data: {"error":{'), ("/v1/messages/x", b"event: error"), ("/api/x", b"{")],
+)
+async def test_what_breaks_off_beside_the_queue_says_so_in_the_words_of_its_path(
+    path: str, error: bytes
+) -> None:
+    async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
+        await up(q, "box")
+        async with await Raw.open(q.port) as raw:
+            await raw.send(http("POST", path, {"Content-Type": "application/json"}, b"{}"))
+            request = await fake.arrived()
+            await request.start_stream()
+            await request.event({"content": "a"})
+            begun = await raw.until(b"\n\n\r\n")
+            request.reset()
+            while data := await raw.read():
+                begun += data
+        assert b"\r\n" + error in begun.partition(b'a"}\n\n')[2]
+
+
 @pytest.mark.parametrize("status", [204, 404, 501, 503])
 async def test_status_of_an_unknown_route_is_the_backends_own(status: int) -> None:
     async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
@@ -669,6 +738,20 @@ async def test_answer_of_an_unknown_route_gets_no_sign_of_life() -> None:
             assert ((await blind).status, (await blind).body) == (404, b'{"detail": "nothing"}')
             await other.answer("x")
             assert (await usual).body.startswith(b" ")
+
+
+async def test_each_of_two_posts_that_come_at_one_time_has_its_own_body() -> None:
+    async with FakeBackend(auto=False) as fake, all_routes(box=fake.url) as q:
+        await up(q, "box")
+        bodies = [b'{"model":"m","input":1}', b'{"model":"m","input":2}']
+        headers = {"Content-Type": "application/json"}
+        async with await Raw.open(q.port) as raw:
+            await raw.send(b"".join(http("POST", "/speak", headers, body) for body in bodies))
+            for body in bodies:
+                request = await fake.arrived()
+                assert request.body == body
+                await request.status(200, {})
+                assert (await raw.response()).status == 200
 
 
 async def test_post_without_a_model_goes_beside_the_queue() -> None:

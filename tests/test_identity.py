@@ -229,6 +229,14 @@ async def test_class_of_a_request_is_asked_for_or_ruled_or_its_clients_or_its_mo
             assert (await q.status())["recent"][0]["class"] == word, (headers, more)
 
 
+@pytest.mark.parametrize("path", [CHAT, CHAT.removeprefix("/v1")])
+async def test_rule_for_a_route_holds_for_its_shorter_spelling(path: str) -> None:
+    rules = [{"route": "/v1/chat/*", "class": "low"}]
+    async with FakeBackend() as fake, running(fake.url, rules=rules) as q:
+        assert (await ask(q.port, "POST", path, json=chat("hi"))).status == 200
+        assert (await q.status())["recent"][0]["class"] == "low"
+
+
 async def test_no_rule_lifts_a_foreign_page_above_normal() -> None:
     settings = {"rules": [{"class": "high"}]}
     async with FakeBackend() as fake, running(fake.url, **settings) as q:
@@ -297,6 +305,28 @@ async def test_blocked_by_the_file_holds_for_that_one_alone() -> None:
     async with FakeBackend() as fake, running(fake.url, **settings) as q:
         assert (await q.chat("hi", {"X-User-ID": "eve"})).status == 403
         assert (await q.chat("hi", {"X-User-ID": "alice"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/llmq/leases", {}), ("/llmq/models", {"action": "unload", "model": "m"})],
+)
+async def test_blocked_gives_no_work_by_another_way(path: str, body: dict[str, Any]) -> None:
+    settings = {"clients": {"user:eve": {"blocked": True}}}
+    async with FakeBackend(kind="ollama") as fake, running(fake.url, **settings) as q:
+        answer = await ask(q.port, "POST", path, json=body, headers={"X-User-ID": "eve"})
+        assert (answer.status, answer.code) == (403, "forbidden")
+        assert not q.gateway.scheduler.running
+
+
+async def test_who_is_blocked_while_its_wish_for_a_lease_arrives_gets_none() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q, await Raw.open(q.port) as raw:
+        headers = {"X-User-ID": "eve", "Content-Type": "application/json", "Content-Length": "2"}
+        await raw.send(http("POST", "/llmq/leases", headers) + b"{")
+        await eventually(lambda: q.service._servers[0].arriving_bytes)
+        await ask(q.port, "POST", "/llmq/clients/user:eve", json={"blocked": True})
+        await raw.send(b"}")
+        assert (await raw.response()).status == 403
 
 
 async def test_blocked_ips_are_refused_also_behind_a_proxy() -> None:

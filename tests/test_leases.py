@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.derived import build_settings
 from tests.fakes import Answer, FakeBackend, Process, Raw, ask, eventually, http, running
 
 LEASES = "/llmq/leases"
@@ -129,6 +130,30 @@ async def test_stop_ends_leases_at_once() -> None:
         assert not q.gateway.calls
 
 
+async def test_lease_that_is_ended_as_soon_as_it_is_granted_has_one_record() -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        first = await lease(q)
+        waits = await wish(q)
+        await waiting(q, 1)
+        q.gateway.end_lease(q.gateway.find_lease(first["id"]))  # the other one is granted
+        (ident,) = q.gateway.scheduler.running
+        q.gateway.cancel(q.gateway.find_lease(ident))
+        assert (await waits.response()).status == 499
+        assert [one.id for one in q.gateway.journal.recent] == [first["id"], ident]
+        waits.close()
+
+
+async def test_device_that_has_no_backend_left_goes_with_its_lease() -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        granted = await lease(q)
+        rows = {"box": {"url": fake.url, "device": "other"}}
+        q.service.read = lambda: build_settings({**q.values, "backends": rows})
+        q.service.reload()
+        assert {"gpu", "other"} == q.gateway.fleet.devices.keys()
+        await end(q, granted["id"])
+        assert {"other"} == q.gateway.fleet.devices.keys()
+
+
 # ---- What is refused -------------------------------------------------------------------------
 
 
@@ -137,6 +162,7 @@ async def test_stop_ends_leases_at_once() -> None:
     [
         ({"device": "tpu"}, "device"),
         ({"device": 1}, "device"),
+        ({"device": ["gpu"]}, "device"),
         ({"ttl_s": 0}, "ttl_s"),
         ({"ttl_s": True}, "ttl_s"),
         ({"ttl_s": "60"}, "ttl_s"),
@@ -258,4 +284,21 @@ async def test_unload_frees_the_device_before_the_lease_is_granted() -> None:
         granted = (await waits.response()).json()
         assert granted["device"] == "gpu"
         await end(q, granted["id"])
+        waits.close()
+
+
+@pytest.mark.parametrize("path", ["/llmq/requests", LEASES])
+async def test_lease_that_is_ended_while_it_unloads_is_not_told_as_granted(path: str) -> None:
+    async with FakeBackend(["m"], "ollama", auto=False) as fake, running(**on_gpu(fake)) as q:
+        fake.loaded = ["m"]
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.loaded == {"m"})
+        waits = await wish(q, unload=True, ttl_s=0.01)
+        request = await fake.arrived()
+        q.service.gateway.reap(q.gateway.now() + 100)
+        (ident,) = q.gateway.scheduler.running
+        assert (await ask(q.port, "DELETE", f"{path}/{ident}")).status == 200
+        await request.status(200, {"done": True, "done_reason": "unload"})
+        answer = await waits.response()
+        assert (answer.status, answer.code) == (499, "cancelled")
         waits.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from datetime import date, time
 from typing import Any
 
 import pytest
@@ -295,6 +296,29 @@ async def test_preload_follows_a_reload_and_not_an_unload() -> None:
         await loaded(q, ["m:latest"])
 
 
+async def test_preload_is_where_its_requests_may_go_and_nowhere_else() -> None:
+    async with Ollama() as one, Ollama() as other:
+        rows = {"a": {"url": one.url, "device": "a"}, "b": {"url": other.url, "device": "b"}}
+        async with running(backends=rows) as q:
+            await known(q)
+            models = {"m": llmq.ModelSettings(preload=True, backends=("b",))}
+            q.service.settings.models.update(models)
+            q.gateway.discovery.configure()
+            llmq.Preloader(q.gateway).step()
+            assert list(q.gateway.errands) == [("load", "b", "m")]
+
+
+async def test_preload_of_what_somebody_has_ordered_is_no_fault() -> None:
+    async with Ollama() as fake, running(fake.url) as q:
+        await known(q)
+        (backend,) = q.gateway.fleet.backends.values()
+        errand = llmq.Errand("load", backend, "m")
+        llmq.run_errand(q.gateway, errand, llmq.LLMQ, "order", llmq.Priority.LOW)
+        q.service.settings.models["m"] = llmq.ModelSettings(preload=True)
+        llmq.Preloader(q.gateway).step()
+        await ended(q)
+
+
 async def test_preload_waits_until_its_backend_is_idle() -> None:
     async with Runner(["m", "n"]) as fake, running(fake.url) as q:
         await known(q)
@@ -312,6 +336,24 @@ async def test_preload_waits_until_its_backend_is_idle() -> None:
         await ended(q, 2)
         preloader.step()
         assert not q.gateway.errands, "once"
+
+
+# ---- The rows: which one says it -------------------------------------------------------------
+
+
+def test_exact_row_takes_back_what_a_pattern_says() -> None:
+    rows = {
+        "*": {"exclusive": True, "max_concurrent": 1, "class": "low", "overflow": "refuse"},
+        "tiny": {"exclusive": False, "max_concurrent": 0, "class": ""},
+    }
+    tiny = llmq.policy_of(build_settings({"models": rows}).models, "tiny")
+    assert tiny == llmq.ModelSettings(overflow="refuse")
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 1), float("nan"), float("inf"), [{"a": time()}]])
+def test_row_sets_only_what_json_can_say(value: Any) -> None:
+    with pytest.raises(llmq.ConfigError, match=r"models\.m\.set.*values that JSON has"):
+        build_settings({"models": {"m": {"set": {"seed": value}}}})
 
 
 # ---- The rows: pass-through ------------------------------------------------------------------

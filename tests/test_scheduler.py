@@ -1191,6 +1191,21 @@ def test_what_looks_at_all_that_wait_is_one_pass(what: str) -> None:
     assert looks <= 20 * 1000
 
 
+@pytest.mark.parametrize("models", [1, 2000])
+def test_a_forecast_costs_no_more_for_many_models_than_for_many_requests(models: int) -> None:
+    """Each of the lines that want the same is looked at a few times, not once for every start."""
+    box = Box(max_depth=50_000)
+    box.add("a", *[f"m{number}" for number in range(models)])
+    box.submit(client="runs", model="m0")
+    box.started()
+    for number in range(2000):
+        box.queue.note_service(f"m{number % models}", 1.0, "a")
+        box.submit(client=f"c{number % 50}", model=f"m{number % models}")
+    forecast = llmq.forecast(box.queue, 0.0)
+    assert all(one.eta is not None for one in forecast.values())
+    assert calls_of(lambda: llmq.forecast(box.queue, 0.0)) <= 150 * 2000
+
+
 def invented(names: int) -> Box:
     """As many wait for models that only a backend which never told might have; `a` has a slot."""
     box = Box(max_depth=50_000)

@@ -287,3 +287,19 @@ async def test_rows_that_nobody_wrote_are_not_read(tmp_path: Path) -> None:
         database.commit()
     async with serving(state) as q:
         assert (await settings_of(q)).weight == 4
+
+
+async def test_backend_of_a_later_llmq_is_left_out_and_the_others_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = tmp_path / "state.db"
+    async with serving(state) as q:
+        row = {"name": "good", "url": NOBODY}
+        assert (await ask(q.port, "POST", "/llmq/backends", json=row)).status == 200
+    with closing(sqlite3.connect(state)) as database, database:
+        facts = json.dumps({"url": NOBODY, "shards": 2})
+        database.execute("INSERT INTO changes VALUES ('backends', 'newer', ?)", (facts,))
+    async with serving(state) as q:
+        assert "good" in q.gateway.fleet.backends
+        assert "newer" not in q.gateway.fleet.backends
+    assert f"{state}: backends.newer: unknown key shards" in caplog.text
