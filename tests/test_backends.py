@@ -802,6 +802,29 @@ def test_a_model_may_be_asked_for_at_some_backends_only() -> None:
     assert both.candidates(Want("n")) == [*both.backends.values()]
 
 
+@pytest.mark.parametrize(
+    ("key", "of_all", "of_one"),
+    [
+        ("exclusive", True, False),
+        ("max_concurrent", 1, 0),
+        ("max_output", 5, 0),
+        ("preload", True, False),
+        ("keep_alive_force", True, False),
+        ("overflow", "refuse", "pass"),
+        ("class", "low", "normal"),
+    ],
+)
+def test_the_most_exact_row_that_says_a_thing_counts_also_if_it_says_the_usual(
+    key: str, of_all: Any, of_one: Any
+) -> None:
+    """`"*"` for all, and one that is an exception."""
+    values = {"models": {"*": {key: of_all}, "m": {key: of_one}}}
+    rows = llmq.merge_layers([("file", values)]).models
+    found = llmq.policy_of(rows, "m"), llmq.policy_of(rows, "n")
+    name = "class_" if key == "class" else key
+    assert [getattr(one, name) for one in found] == [of_one, of_all]
+
+
 # ---- Models that are loaded when they are asked for
 
 

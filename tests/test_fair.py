@@ -13,7 +13,7 @@ import pytest
 
 import llmq
 from llmq import Backend, ClientSettings, Mode, Priority, Want
-from tests.bench import replay
+from tests.bench import cost, replay
 from tests.simulation import Job, Simulation, Visit, jain, percentile
 
 HIGH, NORMAL, LOW = Priority
@@ -1057,6 +1057,20 @@ def log_of_a_night() -> list[str]:
 def options(**given: Any) -> argparse.Namespace:
     usual = {"weight": {}, "boost": [], "priority": {}, "load": None}
     return argparse.Namespace(**{**usual, "affinity": 30.0, "aging": 0.0, **given})
+
+
+@pytest.mark.deadline(60)
+@pytest.mark.parametrize("name", list(replay.TRACES))
+def test_nine_of_ten_expected_waits_are_within_a_factor_of_two(name: str) -> None:
+    sim = replay.simulate(short_trace(name), "llmq", foretell=True)
+    hits, told = replay.eta_hits(sim)
+    assert told > 100
+    assert hits / told >= 0.9, (hits, told)
+
+
+@pytest.mark.parametrize("shape", list(cost.SHAPES))
+def test_what_measures_the_cost_of_a_turn_runs(shape: str) -> None:
+    assert len(cost.turns(shape, 20, 30)) == 30
 
 
 def test_log_is_replayed_and_shows_what_weights_would_have_done() -> None:

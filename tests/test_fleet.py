@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import llmq
 from tests.derived import build_settings
-from tests.fakes import Answer, FakeBackend, Raw, ask, eventually, http, running
+from tests.fakes import Answer, FakeBackend, Process, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 
@@ -451,6 +452,30 @@ async def test_kind_that_is_said_no_more_is_asked() -> None:
             await eventually(lambda: q.gateway.fleet.backends["box"].kind == "llamacpp")
 
 
+async def test_added_backend_outlives_a_kill_with_its_key_and_its_end_does_too(
+    tmp_path: Path,
+) -> None:
+    flags = ("--port", "0", "--backend", "http://127.0.0.1:9", "--state", str(tmp_path / "state"))
+    row = {"name": "more", "weight": 2, "key": "sk-added"}
+    async with FakeBackend() as fake:
+        async with Process(*flags) as p:
+            answer = await ask(p.port, "POST", "/llmq/backends", json={**row, "url": fake.url})
+            assert answer.status == 200
+            assert b"sk-added" not in answer.body
+            p.signal(signal.SIGKILL)
+            await p.ended(0)
+        async with Process(*flags) as p:
+            answer = await ask(p.port, "POST", CHAT, json=chat("hello"))
+            assert answer.headers["x-llmq-backend"] == "more"
+            assert fake.requests[-1].headers["authorization"] == "Bearer sk-added"
+            assert (await ask(p.port, "DELETE", "/llmq/backends/more")).status == 200
+            p.signal(signal.SIGKILL)
+            await p.ended(0)
+        async with Process(*flags) as p:
+            rows = (await ask(p.port, "GET", "/llmq/status")).json()["backends"]
+            assert "more" not in [one["name"] for one in rows]
+
+
 async def test_looking_around_keeps_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
     async with FakeBackend(["n"], "vllm") as fake, FakeBackend(["a"]) as other:
         for name, kind in llmq.KINDS.items():
@@ -574,6 +599,43 @@ async def test_pinned_request_that_unloads_does_so_at_that_backend_alone() -> No
         await (await other.arrived()).status(200, {"done": True, "done_reason": "unload"})
         assert (await asking).status == 200
         assert not one.requests
+
+
+async def test_pinned_request_waits_for_a_backend_that_drains() -> None:
+    """As for one that is down; it has the route, so that 501 would be untrue."""
+    async with FakeBackend() as fake, FakeBackend() as other:
+        async with running(**backends(a=fake.url, b=other.url)) as q:
+            await up(q, "a", "b")
+            await control(q, "POST", "/llmq/backends/a", {"draining": True})
+            asked = asyncio.ensure_future(q.chat("x", headers={"X-LLMQ-Backend": "a"}))
+            await eventually(lambda: asked.done() or q.gateway.scheduler.waiting)
+            await control(q, "POST", "/llmq/backends/a", {"draining": False})
+            assert (await asked).headers.get("x-llmq-backend") == "a", await asked
+
+
+async def test_pin_leads_no_model_to_a_backend_that_is_not_named_for_it() -> None:
+    """`models.backends` is what the box's owner says; a header is what anybody says."""
+    only = {"models": {"m": {"backends": ["a"]}}}
+    async with FakeBackend() as fake, FakeBackend() as other:
+        async with running(**backends(a=fake.url, b=other.url), **only) as q:
+            await up(q, "a", "b")
+            answer = await q.chat("x", headers={"X-LLMQ-Backend": "b"})
+            assert other.requests == []
+            assert answer.status in (400, 404)
+
+
+async def test_who_waits_for_a_backend_that_drains_is_not_told_that_it_is_down() -> None:
+    async with FakeBackend() as fake, running(**backends(a=fake.url), queue__down_wait=0.5) as q:
+        await up(q, "a")
+        await control(q, "POST", "/llmq/backends/a", {"draining": True})
+        asked = asyncio.ensure_future(q.chat("x"))
+        await eventually(lambda: q.gateway.scheduler.waiting)
+        (ticket,) = q.gateway.scheduler.waiting.values()
+        reason = llmq.forecast(q.gateway.scheduler, q.gateway.now())[ticket.id].reason
+        answer = await asked
+        assert (answer.status, answer.code) == (503, "backend_down")
+        told = answer.json()["error"]["message"]
+        assert ("drain" in reason, "drain" in told) == (True, True), (reason, told)
 
 
 # ---- All routes --------------------------------------------------------------------------------

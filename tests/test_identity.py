@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 from typing import Any
@@ -237,6 +238,16 @@ async def test_rule_for_a_route_holds_for_its_shorter_spelling(path: str) -> Non
         assert (await q.status())["recent"][0]["class"] == "low"
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/api/embed", "/api/embeddings"])
+async def test_rule_for_a_route_holds_for_all_its_paths(path: str) -> None:
+    """The README's own: `/embeddings` is the same as under /v1."""
+    settings = {"rules": [{"route": "/*/embed*", "class": "low"}]}
+    async with FakeBackend() as fake, running(fake.url, **settings) as q:
+        body = {"model": "m", "input": "x", "prompt": "x"}
+        await ask(q.port, "POST", path, json=body)
+        assert (await q.status())["recent"][0]["class"] == "low"
+
+
 async def test_no_rule_lifts_a_foreign_page_above_normal() -> None:
     settings = {"rules": [{"class": "high"}]}
     async with FakeBackend() as fake, running(fake.url, **settings) as q:
@@ -368,6 +379,48 @@ async def test_to_block_ends_what_waits_and_what_runs_with_403(what: str) -> Non
         again = asyncio.ensure_future(q.chat("again", eve))
         await (await fake.arrived()).answer("well")
         assert (await again).status == 200
+
+
+async def test_to_block_an_address_ends_nothing_of_others_who_share_its_name() -> None:
+    """ollamaMQ looked at the last address of a name and dropped what others had queued."""
+    async with FakeBackend(auto=False) as fake:
+        async with running(fake.url, server__trusted_proxies=PROXIES) as q:
+            clients = []
+            for number in (1, 2, 3):
+                headers = {"X-User-ID": "shared", "X-Forwarded-For": f"10.0.0.{number}"}
+                clients.append(asyncio.ensure_future(q.chat(f"{number}", headers)))
+                await eventually(lambda count=number: len(q.gateway.calls) == count)
+            change = {"ip": "10.0.0.3", "blocked": True}
+            assert (await ask(q.port, "POST", "/llmq/ips", json=change)).json() == change
+            assert (await clients[2]).status == 403
+            for client in clients[:2]:
+                await (await fake.arrived()).answer("well")
+                assert (await client).status == 200
+
+
+async def test_to_block_ends_a_stream_that_runs_as_a_failure() -> None:
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        async with await Raw.open(q.port) as raw:
+            body = json.dumps(chat("hi", stream=True)).encode()
+            headers = {"Content-Type": "application/json", "X-User-ID": "eve"}
+            await raw.send(http("POST", CHAT, headers, body))
+            request = await fake.arrived()
+            await request.start_stream()
+            await request.piece("one")
+            await raw.until(b"one")
+            await ask(q.port, "POST", "/llmq/clients/user:eve", json={"blocked": True})
+            rest = await raw.until(b'"code":"forbidden"}}')
+            rest += await rest_of(raw)
+            assert b"[DONE]" not in rest
+            assert not rest.endswith(b"0\r\n\r\n")
+            await request.left()
+
+
+async def rest_of(raw: Raw) -> bytes:
+    found = b""
+    while data := await raw.read():
+        found += data
+    return found
 
 
 async def test_who_is_blocked_while_its_request_arrives_does_not_get_in() -> None:

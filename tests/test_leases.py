@@ -302,3 +302,29 @@ async def test_lease_that_is_ended_while_it_unloads_is_not_told_as_granted(path:
         answer = await waits.response()
         assert (answer.status, answer.code) == (499, "cancelled")
         waits.close()
+
+
+@pytest.mark.parametrize("kind", ["ollama", "vllm"])
+async def test_lease_whose_unloading_failed_is_an_error_and_holds_nothing(kind: str) -> None:
+    """Who was promised an empty device would run out of its memory."""
+    async with FakeBackend(["m"], kind, auto=False) as fake, running(**on_gpu(fake)) as q:
+        fake.loaded = ["m"]
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.loaded == {"m"})
+        waits = await wish(q, unload=True)
+        if kind == "ollama":
+            await (await fake.arrived()).status(500, {"error": "it is stuck"})
+        answer = await waits.response()
+        for ident in list(q.gateway.scheduler.running):
+            await end(q, ident)
+        waits.close()
+        assert answer.status >= 400, answer
+
+
+@pytest.mark.parametrize("wrong", [{"unload": "no"}, {"unload": 1}, {"devise": "gpu"}])
+async def test_wish_that_means_nothing_unloads_nothing(wrong: dict[str, Any]) -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        answer = await ask(q.port, "POST", LEASES, json=wrong)
+        for ident in list(q.gateway.scheduler.running):
+            await end(q, ident)
+        assert answer.status == 400, answer

@@ -110,6 +110,28 @@ async def test_load_waits_for_its_turn_can_be_seen_and_cancelled_and_is_not_orde
         assert [one.path for one in fake.requests] == [NATIVE_CHAT]
 
 
+async def test_of_many_orders_for_the_same_at_once_one_is_taken() -> None:
+    """ollamaMQ looked first and noted later: two could load at one backend."""
+    async with Runner(["m"], kind="ollama") as fake, running(fake.url) as q:
+        await known(q)
+        answers = await asyncio.gather(*(order(q, "load") for _ in range(20)))
+        assert sorted(one.status for one in answers) == [202, *[409] * 19]
+        request = await fake.arrived()
+        await request.status(200, {"done": True, "done_reason": "load"})
+        await ended(q)
+        assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("name", ["", 0, "ox", "http://127.0.0.1"])
+async def test_order_for_a_backend_by_less_than_its_name_is_for_none(name: Any) -> None:
+    """ollamaMQ took the first whose url has these letters, and of no letters the first."""
+    async with Runner(["m"], kind="ollama") as fake:
+        async with running(backends={"box": {"url": fake.url}}) as q:
+            await known(q)
+            assert (await order(q, "load", backend=name)).status == 404
+            assert fake.requests == []
+
+
 async def test_unload_goes_beside_the_queue_in_every_mode() -> None:
     async with Ollama() as fake, running(fake.url) as q:
         await known(q)
@@ -317,6 +339,14 @@ async def test_preload_of_what_somebody_has_ordered_is_no_fault() -> None:
         q.service.settings.models["m"] = llmq.ModelSettings(preload=True)
         llmq.Preloader(q.gateway).step()
         await ended(q)
+
+
+async def test_preload_under_a_pattern_loads_what_a_backend_has_of_it() -> None:
+    rows = {"qwen*": {"preload": True}, "qwen:1b": {"num_ctx": 8192}}
+    async with Ollama(["qwen:1b", "other"]) as fake, running(fake.url, **QUICK, models=rows) as q:
+        await known(q)
+        await eventually(lambda: fake.loads, 3)
+        assert fake.loads == [("qwen:1b", 8192)]
 
 
 async def test_preload_waits_until_its_backend_is_idle() -> None:

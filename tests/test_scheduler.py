@@ -657,6 +657,25 @@ def test_a_wait_is_predicted_without_a_backend_too() -> None:
     assert Box().queue.predicted_wait() in range(1, 61)
 
 
+def test_the_wait_is_predicted_by_model_and_what_runs_as_those_who_wait_are_told() -> None:
+    """Retry-After is for the model that was asked for: loads and long ones of others apart."""
+    box = Box(max_depth_low=1)
+    box.add("a", "slow")
+    box.add("b", "fast")
+    for _ in range(9):
+        box.queue.note_service("fast", 0.1, "b")
+    box.queue.note_service("slow", 40.0, "a")
+    for model in ("slow", "fast"):
+        box.submit(model=model)
+    box.started()
+    box.submit(LOW, model="slow")
+    told = llmq.forecast(box.queue, 0.0)
+    assert [one.eta for one in told.values()] == [40.0]
+    with pytest.raises(llmq.LlmqError) as full:
+        box.submit(LOW, model="slow")
+    assert (full.value.retry_after or 0) >= 20, "it comes after one that starts in 40 s"
+
+
 # ---- Waiting too long
 
 

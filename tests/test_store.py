@@ -155,6 +155,15 @@ async def test_blocked_in_the_file_may_be_undone_until_the_file_says_otherwise(
         assert (await q.status())["ips"] == ["10.0.0.9"]
 
 
+async def test_address_that_is_not_blocked_any_more_has_its_own_row_still(tmp_path: Path) -> None:
+    rows = {"ip:10.0.0.9": {"weight": 3, "class": "low"}}
+    settings: dict[str, Any] = {"clients": rows, "ips__blocked": ["10.0.0.9"]}
+    async with serving(tmp_path / "state.db", **settings) as q:
+        await change(q.port, "/llmq/ips", ip="10.0.0.9", blocked=False)
+        address = await settings_of(q, "ip:10.0.0.9")
+        assert (address.blocked, address.weight, address.class_) == (False, 3, "low")
+
+
 async def test_a_reload_that_blocks_ends_what_waits() -> None:
     async with running(NOBODY) as q:
         q.gateway.set_mode(llmq.Mode.PAUSED)

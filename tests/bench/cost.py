@@ -76,7 +76,7 @@ def turns(shape: str, depth: int, number: int) -> list[float]:
         ending = queue.running[rng.choice(list(queue.running))] if queue.running else None
         if ending is not None and ending.backend is not None:
             ending.backend.last_received = now
-            ending.backend.loaded_now(ending.model)
+            ending.backend.loaded_now(ending.model, now)
         begin = time.thread_time_ns()
         if ending is not None:
             queue.finish(ending, now)
