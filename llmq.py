@@ -1832,6 +1832,7 @@ class Group:
         self.fair = Ranking(lambda lane: (lane.client.tags[priority], lane.head.number))
         self.oldest = Ranking(lambda lane: lane.head.number)
         self.parked: set[str] = set()  # clients at their cap, in neither order
+        self.size = 0  # tickets
         self.clock = 0.0  # seconds in which a backend was up for it, and the mode open
 
     def add(self, ticket: Ticket) -> None:
@@ -1841,6 +1842,7 @@ class Group:
             lane = self.lanes[name] = Lane(ticket.client, ticket)
         newest = next(reversed(lane.tickets), -1)
         lane.tickets[number] = ticket
+        self.size += 1
         ticket.aged += self.clock
         if newest > number:  # it comes back: to its place by arrival
             for later in [later for later in lane.tickets if later > number]:
@@ -1855,6 +1857,7 @@ class Group:
     def remove(self, ticket: Ticket) -> None:
         lane = self.lanes[ticket.client.name]
         del lane.tickets[ticket.number]
+        self.size -= 1
         ticket.aged -= self.clock
         if lane.tickets:
             lane.head = next(iter(lane.tickets.values()))
@@ -2111,6 +2114,13 @@ class Fleet:
             return NO_RUNNER
         return "no backend answers: " + ", ".join(f"{one.name} ({one.error})" for one in backends)
 
+    def why_none(self, want: Want) -> str:
+        """Why nobody can serve this now."""
+        having = [one for one in self.backends.values() if one.may_have(want.model)]
+        having = [one for one in having if want.backend in ("", one.name)]
+        states = [f"{one.name} is {'draining' if one.draining else 'down'}" for one in having]
+        return " and ".join(states) or "its backend is gone"
+
     def without_keys(self, words: str) -> str:
         """What a backend says, without the keys that it was sent: some repeat them."""
         for key in {backend.key for backend in self.backends.values() if backend.key}:
@@ -2312,14 +2322,14 @@ class Backlog:
 
     def _check_room(self, ticket: Ticket) -> None:
         limits, client, priority = self.limits, ticket.client, ticket.priority
-        in_class = getattr(limits, MAX_DEPTHS[priority])
+        in_class, most = getattr(limits, MAX_DEPTHS[priority]), max(1, limits.max_depth // 2)
         if len(self.waiting) >= limits.max_depth:
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
         elif in_class and sum(self._backlogs[priority].values()) >= in_class:
             message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= (client.settings.max_waiting or max(1, limits.max_depth // 2)):
+        elif client.waiting >= min(client.settings.max_waiting or most, most):
             message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
@@ -2328,7 +2338,7 @@ class Backlog:
         else:
             return
         error = LlmqError(message, "queue_full")
-        error.status, error.retry_after = limits.overflow_status, self.predicted_wait()
+        error.status, error.retry_after = limits.overflow_status, self.predicted_wait(ticket)
         raise error
 
     def note_service(self, key: str, seconds: float, device: str, kind: Facet = ()) -> None:
@@ -2346,11 +2356,25 @@ class Backlog:
         average = self.services.get((key, device, *kind)) or self.services.get((key, device))
         return None if average is None else average.value
 
-    def predicted_wait(self) -> int:
-        """Whole seconds until a request that came now would start: 1 to 60, for Retry-After."""
-        slots = sum(device.slots for device in self.fleet.devices.values()) or 1
-        seconds = (len(self.waiting) + 1) * (self.service.value or 1.0) / slots
-        return max(1, min(60, round(seconds)))
+    def predicted_wait(self, ticket: Ticket) -> int:
+        """Whole seconds until this one would start, came it now: 1 to 60, for Retry-After."""
+        able = self.fleet.serving(ticket.want)
+        devices = {backend.device for backend in able}
+        usual = self.service.value or 1.0
+
+        def takes(model: str) -> float:
+            known = [self.service_of(model, device.name) for device in devices]
+            return next((seconds for seconds in known if seconds is not None), usual)
+
+        runs = [
+            one for one in self.running.values() if one.backend and one.backend.device in devices
+        ]
+        ahead = sum(takes(one.want.model) for one in runs)
+        for group in self.groups():
+            if group.priority <= ticket.priority and any(one.has(group.want.model) for one in able):
+                ahead += group.size * takes(group.want.model)
+        seconds = ahead / (sum(device.slots for device in devices) or 1)
+        return max(1, min(60, round(seconds or usual)))
 
 
 class Scheduler(Backlog):
@@ -2361,6 +2385,7 @@ class Scheduler(Backlog):
         self.mode = Mode.OPEN
         self._numbers = count()
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self._at_work: Counter[str] = Counter()  # requests that run, by model key
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
         self._overdue: list[Group] = []  # that had overdue requests then
@@ -2484,7 +2509,7 @@ class Scheduler(Backlog):
         return LlmqError(f"{what} is gone", "not_found" if want.device else "model_not_found")
 
     def _why_down(self, want: Want) -> LlmqError:
-        message = f"every backend of model {want.model!r} is down"
+        message = f"model {want.model!r}: {self.fleet.why_none(want)}"
         return LlmqError(self.fleet.trouble() or message, "backend_down")
 
     # ---- who goes next
@@ -2600,7 +2625,7 @@ class Scheduler(Backlog):
         if not (self.fleet.model_settings and want.model):
             return False
         most = self.fleet.policy(want.model).max_concurrent
-        return 0 < most <= sum(one.want.model == want.model for one in self.running.values())
+        return 0 < most <= self._at_work[want.model]
 
     def affinity(self, backend: Backend) -> float:
         """Seconds for which requests for what it has loaded may go before others."""
@@ -2621,12 +2646,16 @@ class Scheduler(Backlog):
         client.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
+        self._at_work[ticket.want.model] += 1
         self._unaged += 1
         self._boost_due[priority] = True
 
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
         del self.running[ticket.id]
+        left = self._at_work.pop(ticket.want.model) - 1
+        if left:
+            self._at_work[ticket.want.model] = left
         assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
@@ -2827,8 +2856,7 @@ def why_held(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> s
         serving = fleet.serving(want)
         if any(backend.state is State.LOADING for backend in serving):
             return MODEL_LOADS
-        names = " and ".join(backend.name for backend in serving) or "every backend of its model"
-        return f"{names} is down, waited for {scheduler.limits.down_wait:g} s"
+        return f"{fleet.why_none(want)}, waited for {scheduler.limits.down_wait:g} s"
     if all(want.model in backend.loading for backend in able):
         return MODEL_LOADS
     return None
@@ -6976,6 +7004,9 @@ class Admission:
             raise BadRequest(f"there is no backend {printable(pinned)}")
         if pinned and not self.fleet.named(pinned).may_have(model_key(call.model)):
             raise model_not_found(f"{call.model} at {pinned}")
+        only = self.fleet.policy(model_key(call.model)).backends
+        if pinned and only and pinned not in only:
+            raise BadRequest(f"{call.model} is asked of {', '.join(only)} only")
         routes = () if call.blind else call.endpoint.routes
         return Want(model_key(call.model), routes, backend=pinned)
 
@@ -7550,7 +7581,7 @@ def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any
 
 def run_errand(
     gateway: Gateway, errand: Errand, caller: Caller, ident: str, priority: Priority
-) -> asyncio.Future[None]:
+) -> Call:
     """Have a model loaded by a ticket like any other, or unloaded beside the queue.
 
     Raises `conflict` where the same is under way, Untranslatable where the kind cannot.
@@ -7575,7 +7606,7 @@ def run_errand(
     call.ticket.backend = backend
     task = gateway.errands[same] = asyncio.ensure_future(gateway.serve(call))
     task.add_done_callback(lambda _: gateway.errands.pop(same))
-    return task
+    return call
 
 
 def reset_context(fleet: Fleet, model: str) -> int:
@@ -7590,6 +7621,7 @@ def reset_context(fleet: Fleet, model: str) -> int:
 
 async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: str) -> Facts:
     """Send the errands that somebody orders; what was ordered where."""
+    only_members(values, "action", "model", "backend", "num_ctx", "keep_alive")
     action, model, named = map(values.get, ("action", "model", "backend"))
     if action not in ("load", "unload") or not isinstance(model, str) or not model:
         raise BadRequest('action is "load", "unload" or "reset_context", model a name')
@@ -7610,17 +7642,37 @@ async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: s
 
 
 async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str) -> None:
-    """Unload all that a device has loaded; what could not be is among the ended requests."""
+    """Unload all that a device has loaded; raises what stands in the way."""
     backends = [one for one in gateway.fleet.backends.values() if one.device.name == device]
-    able = [one for one in backends if one.traits.errands and one.usable]
+    loaded = [one for one in backends if one.loaded and one.usable]
     fleet = gateway.fleet
-    errands = [each for one in able for each in pick_errands(fleet, "unload", "*", one.name)]
-    tasks = []
+    errands = [each for one in loaded for each in pick_errands(fleet, "unload", "*", one.name)]
+    calls = []
     for number, errand in enumerate(errands):
-        with contextlib.suppress(LlmqError):  # somebody else has ordered it
-            own = f"{ident}.{number}"
-            tasks.append(run_errand(gateway, errand, caller, own, Priority.HIGH))
-    await asyncio.gather(*tasks)
+        own = f"{ident}.{number}"
+        try:
+            calls.append(run_errand(gateway, errand, caller, own, Priority.HIGH))
+        except LlmqError as error:
+            if error.code != "conflict":  # else somebody has ordered it already
+                raise
+    names = {errand.backend.name for errand in errands}
+    await asyncio.gather(
+        *[
+            task
+            for (what, at, _), task in gateway.errands.items()
+            if what == "unload" and at in names
+        ]
+    )
+    for call in calls:
+        if call.error is not None:
+            raise call.error
+
+
+def only_members(values: Mapping[str, Any], *names: str) -> None:
+    """BadRequest for a member that an order does not know: it may be one that was misspelt."""
+    for name in values:
+        if name not in names:
+            raise BadRequest(misspelt("member", name, names), param=printable(name))
 
 
 def read_name(values: Mapping[str, Any], member: str = "model") -> str:
@@ -7838,7 +7890,11 @@ class Changes:
     def apply(self) -> None:
         """Let hold what the file says, and each change until that says otherwise."""
         settings, clients = self.gateway.settings, self.gateway.clients
-        refused = {f"ip:{one}": ClientSettings(blocked=True) for one in settings.ips.blocked}
+        rows = {
+            f"ip:{one}": settings.clients.get(f"ip:{one}", NOTHING_SET)
+            for one in settings.ips.blocked
+        }
+        refused = {name: replace(row, blocked=True) for name, row in rows.items()}
         self.file = {**settings.clients, **refused}
         found = dict(self.file)
         for name, facts in self.kept.items():
@@ -7905,11 +7961,12 @@ class Preloader:
         up = [one for one in self.gateway.fleet.backends.values() if one.usable]
         self.seen = {one for one in self.seen if one[0] in up and rows is self.rows}
         self.rows = rows
-        keys = [model_key(name) for name in rows if rows[name].preload and "*" not in name]
-        for backend, key in [(one, key) for one in up for key in keys if key in one.models]:
-            idle = not (backend.device.busy or scheduler.waiting)
-            only = self.gateway.fleet.policy(key).backends
-            idle = idle and (not only or backend.name in only)
+        if not any(row.preload for row in rows.values()):
+            return
+        for backend, key in [(one, key) for one in up for key in one.models]:
+            policy = self.gateway.fleet.policy(key)
+            idle = policy.preload and not (backend.device.busy or scheduler.waiting)
+            idle = idle and (not policy.backends or backend.name in policy.backends)
             if idle and backend.traits.errands and (backend, key) not in self.seen:
                 self.seen.add((backend, key))
                 known = backend.contexts.loaded.get(key, NEVER)
@@ -8716,6 +8773,9 @@ async def delete_requests(api: Api, exchange: Exchange, _: str) -> Facts:
 async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
     """A whole device for a while, answered when its turn has come."""
     values, gateway = await read_control(exchange), api.gateway
+    only_members(values, "device", "class", "ttl_s", "unload")
+    if not isinstance(values.get("unload", False), bool):
+        raise BadRequest("unload is true or false", param="unload")
     seconds, devices = read_seconds(values), gateway.fleet.devices
     device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
     if not isinstance(device, str) or device not in devices:
@@ -8732,7 +8792,11 @@ async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
     await gateway.lease(call, seconds)
     if values.get("unload"):
         gateway.renew(call, NEVER)  # its time begins when it has the device empty
-        await empty_device(gateway, device, exchange.caller, call.id)
+        try:
+            await empty_device(gateway, device, exchange.caller, call.id)
+        except LlmqError as error:
+            gateway.stop(call, error)
+            raise
         if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
             raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
         gateway.renew(call, seconds)
@@ -8782,7 +8846,9 @@ async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
 
 
 async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
-    draining = (await read_control(exchange)).get("draining")
+    values = await read_control(exchange)
+    only_members(values, "draining")
+    draining = values.get("draining")
     if not isinstance(draining, bool):
         raise BadRequest('say {"draining":true}, or false', param="draining")
     backend = api.gateway.fleet.named(name)

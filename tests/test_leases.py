@@ -135,9 +135,9 @@ async def test_lease_that_is_ended_as_soon_as_it_is_granted_has_one_record() -> 
         first = await lease(q)
         waits = await wish(q)
         await waiting(q, 1)
-        q.gateway.end_lease(q.gateway.find_lease(first["id"]))  # the other one is granted
+        q.gateway.end_lease(q.gateway.calls[first["id"]])  # the other one is granted
         (ident,) = q.gateway.scheduler.running
-        q.gateway.cancel(q.gateway.find_lease(ident))
+        q.gateway.cancel(q.gateway.calls[ident])
         assert (await waits.response()).status == 499
         assert [one.id for one in q.gateway.journal.recent] == [first["id"], ident]
         waits.close()
