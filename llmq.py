@@ -49,17 +49,18 @@ reads a clock.  Start reading at `Gateway.serve` in section 26: the life of one 
     25. Admission      from a request to a call that may wait
     26. Gateway        the life of one request
     27. Models         what there is, and its management
-    28. Store          what outlives a restart: one SQLite file, one thread
-    29. Background     what runs beside the requests: deadlines, heartbeats
+    28. Leases         a device as a whole, for work that is no request
+    29. Store          what outlives a restart: one SQLite file, one thread
+    30. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    30. Access         which names and pages may use a route
-    31. Snapshot       what the outside sees
-    32. Routes         which path leads where
-    33. Demo           a runner that only echoes
-    34. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    35. Service        start, reload, drain, stop
-    36. Command line   serve, status, top, mode, config
-    37. Web page       what a browser is shown
+    31. Access         which names and pages may use a route
+    32. Snapshot       what the outside sees
+    33. Routes         which path leads where
+    34. Demo           a runner that only echoes
+    35. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    36. Service        start, reload, drain, stop
+    37. Command line   serve, status, top, mode, config
+    38. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -7439,14 +7440,6 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-def find_lease(gateway: Gateway, ident: str) -> Call:
-    """That has started and not ended; while it waits it is a request like any other."""
-    ticket = gateway.scheduler.running.get(ident)
-    if ticket is None or not ticket.want.device:
-        raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
-    return gateway.calls[ident]
-
-
 # ==== 27. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
@@ -7538,6 +7531,13 @@ def anthropic_list(entries: Sequence[Facts]) -> Facts:
     ids = [entry["id"] for entry in entries] or [None]
     data = [anthropic_model(entry) for entry in entries]
     return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+
+
+def only_members(values: Mapping[str, Any], *names: str) -> None:
+    """BadRequest for a member that an order does not know: it may be one that was misspelt."""
+    for name in values:
+        if name not in names:
+            raise BadRequest(misspelt("member", name, names), param=printable(name))
 
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
@@ -7641,40 +7641,6 @@ async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: s
     return {"action": action, "model": model, "backend": names}
 
 
-async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str) -> None:
-    """Unload all that a device has loaded; raises what stands in the way."""
-    backends = [one for one in gateway.fleet.backends.values() if one.device.name == device]
-    loaded = [one for one in backends if one.loaded and one.usable]
-    fleet = gateway.fleet
-    errands = [each for one in loaded for each in pick_errands(fleet, "unload", "*", one.name)]
-    calls = []
-    for number, errand in enumerate(errands):
-        own = f"{ident}.{number}"
-        try:
-            calls.append(run_errand(gateway, errand, caller, own, Priority.HIGH))
-        except LlmqError as error:
-            if error.code != "conflict":  # else somebody has ordered it already
-                raise
-    names = {errand.backend.name for errand in errands}
-    await asyncio.gather(
-        *[
-            task
-            for (what, at, _), task in gateway.errands.items()
-            if what == "unload" and at in names
-        ]
-    )
-    for call in calls:
-        if call.error is not None:
-            raise call.error
-
-
-def only_members(values: Mapping[str, Any], *names: str) -> None:
-    """BadRequest for a member that an order does not know: it may be one that was misspelt."""
-    for name in values:
-        if name not in names:
-            raise BadRequest(misspelt("member", name, names), param=printable(name))
-
-
 def read_name(values: Mapping[str, Any], member: str = "model") -> str:
     """The model that a request is about; `name` is the older name of the member."""
     model = values.get(member) or values.get("name")
@@ -7762,7 +7728,92 @@ class Passthrough:
         exchange.finish()
 
 
-# ==== 28. Store ===================================================================================
+# ==== 28. Leases ==================================================================================
+# A device as a whole, for work that is no request: image generation, training.  It waits its turn
+# like a request, and holds until it is ended or nobody renews it.
+
+LEASE = Endpoint(("/llmq/leases",), OPENAI, check_common)  # what it is shown as
+DAY = 86400.0  # seconds
+
+
+def read_seconds(values: Facts) -> float:
+    """How long a lease holds, unless it is renewed."""
+    seconds = values.get("ttl_s", 60)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
+        raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
+    return float(seconds)
+
+
+def find_lease(gateway: Gateway, ident: str) -> Call:
+    """That has started and not ended; while it waits it is a request like any other."""
+    ticket = gateway.scheduler.running.get(ident)
+    if ticket is None or not ticket.want.device:
+        raise LlmqError(f"there is no lease {printable(ident)}", "not_found")
+    return gateway.calls[ident]
+
+
+async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Facts:
+    """A whole device for a while, answered when its turn has come."""
+    only_members(values, "device", "class", "ttl_s", "unload")
+    if not isinstance(values.get("unload", False), bool):
+        raise BadRequest("unload is true or false", param="unload")
+    seconds, devices = read_seconds(values), gateway.fleet.devices
+    device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
+    if not isinstance(device, str) or device not in devices:
+        raise BadRequest("device is one of " + ", ".join(devices), param="device")
+    client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
+    word = values.get("class") or client.settings.class_ or "normal"
+    if word not in CLASSES:
+        raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
+    if gateway.clients.is_blocked(exchange.caller):  # since it came
+        raise LlmqError(BLOCKED, "forbidden")
+    call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
+    call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
+    call.request = None
+    await gateway.lease(call, seconds)
+    if values.get("unload"):
+        gateway.renew(call, NEVER)  # its time begins when it has the device empty
+        try:
+            await empty_device(gateway, device, exchange.caller, call.id)
+        except LlmqError as error:
+            gateway.stop(call, error)
+            raise
+        if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
+            raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
+        gateway.renew(call, seconds)
+    if exchange.gone:
+        gateway.end_lease(call)
+    return {"id": call.id, "device": device, "expires_s": seconds}
+
+
+async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str) -> None:
+    """Unload all that a device has loaded; raises what stands in the way."""
+    backends = [one for one in gateway.fleet.backends.values() if one.device.name == device]
+    loaded = [one for one in backends if one.loaded and one.usable]
+    fleet = gateway.fleet
+    errands = [each for one in loaded for each in pick_errands(fleet, "unload", "*", one.name)]
+    calls = []
+    for number, errand in enumerate(errands):
+        own = f"{ident}.{number}"
+        try:
+            calls.append(run_errand(gateway, errand, caller, own, Priority.HIGH))
+        except LlmqError as error:
+            if error.code != "conflict":  # else somebody has ordered it already
+                raise
+    names = {errand.backend.name for errand in errands}
+    await asyncio.gather(
+        *[
+            task
+            for (what, at, _), task in gateway.errands.items()
+            if what == "unload" and at in names
+        ]
+    )
+    for call in calls:
+        if call.error is not None:
+            raise call.error
+
+
+# ==== 29. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -7907,16 +7958,23 @@ class Changes:
                 self.kept[name] = holds
                 self._forgetting = asyncio.ensure_future(self.store.put("clients", name, holds))
         clients.settings = found
+        moved = set()
         for client in clients.known.values():
-            client.settings = clients.of(client.name)
+            before, client.settings = client.settings, clients.of(client.name)
+            moved.update([client] if client.settings.class_ != before.class_ else [])
         for call in list(self.gateway.calls.values()):
+            ticket, unsaid = call.ticket, call.question.priority is None and not call.rule
             if clients.is_blocked(call.caller):
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
+            elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
+                word = ticket.client.settings.class_ or call.policy.class_ or "normal"
+                highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
+                self.gateway.reprioritise(call, max(highest, PRIORITY_WORDS[word]))
         self.gateway.scheduler.reconsider()
         self.gateway.pump()
 
 
-# ==== 29. Background ==============================================================================
+# ==== 30. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -8051,7 +8109,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 30. Access ==================================================================================
+# ==== 31. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
@@ -8147,7 +8205,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 31. Snapshot ================================================================================
+# ==== 32. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -8371,7 +8429,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 32. Routes ==================================================================================
+# ==== 33. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -8379,8 +8437,6 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
-LEASE = Endpoint(("/llmq/leases",), OPENAI, check_common)  # what it is shown as
-DAY = 86400.0  # seconds
 CONTROL_BODY = 64 * KIB
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
@@ -8692,14 +8748,6 @@ class Api:
         return {"id": ident, "class": priority.word}
 
 
-def read_seconds(values: Facts) -> float:
-    """How long a lease holds, unless it is renewed."""
-    seconds = values.get("ttl_s", 60)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
-        raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
-    return float(seconds)
-
-
 async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
     await api.changes.change(name, await read_control(exchange))
     return show_client(api.gateway.clients.named(name))
@@ -8771,38 +8819,7 @@ async def delete_requests(api: Api, exchange: Exchange, _: str) -> Facts:
 
 
 async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
-    """A whole device for a while, answered when its turn has come."""
-    values, gateway = await read_control(exchange), api.gateway
-    only_members(values, "device", "class", "ttl_s", "unload")
-    if not isinstance(values.get("unload", False), bool):
-        raise BadRequest("unload is true or false", param="unload")
-    seconds, devices = read_seconds(values), gateway.fleet.devices
-    device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
-    if not isinstance(device, str) or device not in devices:
-        raise BadRequest("device is one of " + ", ".join(devices), param="device")
-    client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
-    word = values.get("class") or client.settings.class_ or "normal"
-    if word not in CLASSES:
-        raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
-    if gateway.clients.is_blocked(exchange.caller):  # since it came
-        raise LlmqError(BLOCKED, "forbidden")
-    call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
-    call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
-    call.request = None
-    await gateway.lease(call, seconds)
-    if values.get("unload"):
-        gateway.renew(call, NEVER)  # its time begins when it has the device empty
-        try:
-            await empty_device(gateway, device, exchange.caller, call.id)
-        except LlmqError as error:
-            gateway.stop(call, error)
-            raise
-        if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
-            raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
-        gateway.renew(call, seconds)
-    if exchange.gone:
-        gateway.end_lease(call)
-    return {"id": call.id, "device": device, "expires_s": seconds}
+    return await grant_lease(api.gateway, exchange, await read_control(exchange))
 
 
 async def renew_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
@@ -8985,7 +9002,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 33. Demo ====================================================================================
+# ==== 34. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -9044,7 +9061,7 @@ class Demo:
         return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 34. Terminal view ===========================================================================
+# ==== 35. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -9494,7 +9511,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 35. Service =================================================================================
+# ==== 36. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -9824,7 +9841,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 36. Command line ============================================================================
+# ==== 37. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -10267,7 +10284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 37. Web page ================================================================================
+# ==== 38. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

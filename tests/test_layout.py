@@ -33,21 +33,21 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 10700  # the design: 8,500 with everything that is planned, never above 9,500
+FILE_LINES = 10850  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 125,
     "Errors": 140,
     "Tools": 90,
     "Kinds": 110,
-    "Settings": 530,
+    "Settings": 540,
     "Metrics": 120,
     "Identity": 195,
     "Backends": 385,
-    "Fair share": 200,
-    "Fleet": 265,
-    "Scheduler": 495,
-    "Forecast": 195,
+    "Fair share": 205,
+    "Fleet": 275,
+    "Scheduler": 515,
+    "Forecast": 200,
     "Messages": 290,
     "Bodies": 425,
     "Dialects": 505,
@@ -61,17 +61,18 @@ BUDGET = {
     "Probes": 330,
     "Calls": 415,
     "Records": 175,
-    "Admission": 225,
-    "Gateway": 320,
-    "Models": 295,
-    "Store": 150,
-    "Background": 130,
+    "Admission": 230,
+    "Gateway": 310,
+    "Models": 290,
+    "Leases": 85,
+    "Store": 160,
+    "Background": 135,
     "Access": 95,
     "Snapshot": 225,
-    "Routes": 600,
+    "Routes": 575,
     "Demo": 60,
     "Terminal view": 450,
-    "Service": 325,
+    "Service": 330,
     "Command line": 445,
     "Web page": 495,
 }

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import llmq
-from tests.fakes import Answer, FakeBackend, FakeRequest, Raw, chat, eventually, http, running
+from tests.fakes import Answer, FakeBackend, FakeRequest, Raw, ask, chat, eventually, http, running
 
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -276,3 +276,14 @@ async def test_reserved_slot_is_for_class_high() -> None:
 
 def test_names_of_the_classes_are_the_same_everywhere() -> None:
     assert list(llmq.CLASSES) == [priority.word for priority in llmq.Priority]
+
+
+async def test_who_is_made_vip_goes_first_with_what_waits_already() -> None:
+    async with FakeBackend() as fake, running(fake.url) as q:
+        clients = [await one_runs(q, fake)]
+        clients += [await send(q, "other", "other") for _ in range(2)]
+        clients += [await send(q, "vip", "vip"), await send(q, "said", "vip", priority="low")]
+        await waiting(q, 4)
+        vip = await ask(q.port, "POST", "/llmq/clients/user:vip", json={"class": "high"})
+        assert vip.json()["class"] == "high"
+        assert await let_go(fake, *clients) == ["vip", "other", "other", "said"]
