@@ -1321,6 +1321,7 @@ class Clients:
 LOADING = re.compile(r"loading model|model is loading|still loading", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|\bbge\b|minilm|rerank", re.IGNORECASE)
 LATELY = 10.0  # seconds: a slow probe says nothing about a backend that delivered within them
+SECRET_LENGTH = 8  # characters; a shorter value of a header field hides nothing
 FIRST_BACKOFF = 0.5  # seconds to the second probe of a backend that is down, doubled each time
 UNSUPPORTED_SECONDS = 60.0  # that a route which a backend lacks is not tried again there
 LOADING_INTERVAL = 1.0  # seconds between probes of a runner that loads its model
@@ -1484,7 +1485,10 @@ class Backend:
         token = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
         self.headers = {"host": self.origin.partition("://")[2], **token, **settings.headers}
         keys = [self.headers[name] for name in KEY_FIELDS if name in self.headers]
-        self.key = keys[0].rpartition(" ")[2] if keys else ""  # no client is to see it
+        self.key = keys[0].rpartition(" ")[2] if keys else ""
+        said = [value.rpartition(" ")[2] for value in settings.headers.values()]
+        told = [value for value in said if len(value) >= SECRET_LENGTH]
+        self.secrets = tuple(filter(None, [self.key, *told]))  # that no client is to see
         lines = [f"{name.title()}: {value}\r\n" for name, value in self.headers.items()]
         self.request_lines = "".join(lines).encode("latin-1", "replace")
 
@@ -2124,8 +2128,8 @@ class Fleet:
 
     def without_keys(self, words: str) -> str:
         """What a backend says, without the keys that it was sent: some repeat them."""
-        for key in {backend.key for backend in self.backends.values() if backend.key}:
-            words = words.replace(key, HIDDEN)
+        for secret in {one for backend in self.backends.values() for one in backend.secrets}:
+            words = words.replace(secret, HIDDEN)
         return words
 
     def down_since(self, want: Want) -> float | None:
@@ -3738,12 +3742,13 @@ def parse_parts(body: bytes) -> Any:
     return value if end == len(text) else None
 
 
-def read_refusal(head: ResponseHead, body: bytes, key: Key = "") -> LlmqError:
-    """What a client is told of a backend's answer that is not 200, but never the key.
+def read_refusal(head: ResponseHead, body: bytes, key: Key = "", secrets: Names = ()) -> LlmqError:
+    """What a client is told of a backend's answer that is not 200, but none of the secrets.
 
     A refused key is llmq's own mistake where it sent one, else the runner's word to the client.
     """
-    body = body.replace(key.encode(), HIDDEN.encode()) if key else body
+    for secret in secrets:
+        body = body.replace(secret.encode(), HIDDEN.encode())
     status, document, error = head.status, parse_json(body), None
     if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
         error = document.get("error") or document.get("detail") or document
@@ -6009,7 +6014,7 @@ async def inspect(backend: Backend, instance: str) -> Report:
     facts = {"object": "model", "created": 0, "owned_by": "llmq"}
     fixed = tuple({"id": name, **facts} for name in backend.settings.models)
     if head.status != HTTPStatus.OK and not fixed:  # else whatever it answers will do
-        raise read_refusal(head, body, backend.key)
+        raise read_refusal(head, body, backend.key, backend.secrets)
     entries = fixed or read_models(await parse_answer(body))
     models = tuple(str(entry["id"]) for entry in entries)
     kind = backend.kind or kind_by_owner(entries) or await identify_kind(backend)
@@ -6218,7 +6223,7 @@ class Monitor:
                 self._asked.pop(key, None)
             del asked  # an error that leaves here holds this frame, and this frame the error
         if head.status != HTTPStatus.OK:
-            raise read_refusal(head, answer, backend.key)
+            raise read_refusal(head, answer, backend.key, backend.secrets)
         facts = parse_json(answer)
         if not isinstance(facts, dict):
             raise BackendError("the backend's answer is not a JSON object")
@@ -6610,7 +6615,7 @@ class Call:
 
     def refusal(self, backend: Backend, head: ResponseHead, body: bytes) -> LlmqError:
         """What an answer that is not 200 means."""
-        error = read_refusal(head, body, backend.key)
+        error = read_refusal(head, body, backend.key, backend.secrets)
         if isinstance(error, RouteUnsupported):
             model = self.ticket.model if error.for_model else ""
             if (self.route_asked, model) in backend.supported:

@@ -36,7 +36,7 @@ OBJECTS = (OPENAI, RESPONSES)  # whose errors are OpenAI's objects
 
 
 def refused_with(status, body, **headers):
-    return read_refusal(ResponseHead(status, 1, headers), body, "sk-1")
+    return read_refusal(ResponseHead(status, 1, headers), body, "sk-1", ("sk-1",))
 
 
 # ---- Which dialect a path speaks -----------------------------------------------------------------
@@ -240,7 +240,7 @@ def words_of(status, body):
 @recordings("*.err-*.response.txt", refused)
 def test_recorded_refusal_keeps_the_runners_words_and_status(path):
     head, body = recorded(path)
-    refusal = read_refusal(head, body, "sk-1")
+    refusal = read_refusal(head, body, "sk-1", ("sk-1",))
     kind = {403: BackendError, 404: RouteUnsupported}.get(head.status, BackendAnswer)
     if "unknown-model" in path.name:
         kind = BackendAnswer

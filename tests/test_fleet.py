@@ -900,3 +900,17 @@ async def test_watch_off_leaves_the_file_alone(tmp_path: Path) -> None:
     await service.watch()
     assert service.settings.queue.max_depth == 8
     service.gateway.monitor.close()
+
+
+async def test_no_secret_that_a_backend_repeats_reaches_a_client() -> None:
+    said = {"x-api-key": "key-0123456789", "x-token": "token-0123456789", "x-team": "red"}
+    async with FakeBackend(auto=False) as fake:
+        async with running(**backends(a={"url": fake.url, "headers": said})) as q:
+            asked = asyncio.ensure_future(q.chat("x"))
+            request = await fake.arrived()
+            assert request.headers["x-token"] == "token-0123456789"
+            words = "the red team sent key-0123456789 and token-0123456789"
+            await request.status(500, {"error": {"message": words}})
+            told = (await asked).json()["error"]["message"]
+            assert told == "the red team sent *** and ***"
+            assert b"0123456789" not in json.dumps(await q.status()).encode()
