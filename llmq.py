@@ -7005,16 +7005,20 @@ class Admission:
     def want_of(self, call: Call) -> Want:
         """What it waits for: at a backend that it names, or wherever its model is."""
         assert call.request is not None  # it is new
-        pinned = call.request.headers.get("x-llmq-backend", "")
-        if pinned and pinned not in self.fleet.backends:
+        pinned, key = call.request.headers.get("x-llmq-backend", ""), model_key(call.model)
+        if pinned:
+            self.check_pin(pinned, call.model)
+        return Want(key, () if call.blind else call.endpoint.routes, backend=pinned)
+
+    def check_pin(self, pinned: str, model: str) -> None:
+        """Refuse a pin to a backend that is not there, or is not to serve the model."""
+        only = self.fleet.policy(model_key(model)).backends
+        if pinned not in self.fleet.backends:
             raise BadRequest(f"there is no backend {printable(pinned)}")
-        if pinned and not self.fleet.named(pinned).may_have(model_key(call.model)):
-            raise model_not_found(f"{call.model} at {pinned}")
-        only = self.fleet.policy(model_key(call.model)).backends
-        if pinned and only and pinned not in only:
-            raise BadRequest(f"{call.model} is asked of {', '.join(only)} only")
-        routes = () if call.blind else call.endpoint.routes
-        return Want(model_key(call.model), routes, backend=pinned)
+        if not self.fleet.named(pinned).may_have(model_key(model)):
+            raise model_not_found(f"{model} at {pinned}")
+        if only and pinned not in only:
+            raise BadRequest(f"{model} is asked of {', '.join(only)} only")
 
     def class_of(
         self, call: Call, client: Client, policy: ModelSettings, headers: Headers
