@@ -3742,12 +3742,12 @@ def parse_parts(body: bytes) -> Any:
     return value if end == len(text) else None
 
 
-def read_refusal(head: ResponseHead, body: bytes, key: Key = "", secrets: Names = ()) -> LlmqError:
+def read_refusal(head: ResponseHead, body: bytes, key: Key = "", hidden: Names = ()) -> LlmqError:
     """What a client is told of a backend's answer that is not 200, but none of the secrets.
 
     A refused key is llmq's own mistake where it sent one, else the runner's word to the client.
     """
-    for secret in secrets:
+    for secret in hidden:
         body = body.replace(secret.encode(), HIDDEN.encode())
     status, document, error = head.status, parse_json(body), None
     if isinstance(document, dict):  # vLLM has written them without a wrapper, and has `detail`
@@ -8345,6 +8345,7 @@ def show_backend(backend: Backend) -> Facts:
         **members(backend, "url", "busy"),
         "error": error,
         "kind": backend.kind or None,
+        "orders": bool(backend.traits.errands),  # to load and unload its models
         "device": backend.device.name,
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
@@ -10642,9 +10643,9 @@ function step(by) {
   if (ids.length) choose(ids[at < 0 ? 0 : Math.min(ids.length - 1, Math.max(0, at + by))]);
 }
 function drawBackends({devices, backends}) {
-  const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), h('button',
-    'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () => load(verb.toLowerCase(),
-    model, name)})], {key: model});
+  const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), verb &&
+    h('button', 'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () =>
+    load(verb.toLowerCase(), model, name)})], {key: model});
   const show = ({name, state, loaded, models, kind, error, busy, ...one}) => {
     const well = state === 'up' || state === 'draining', open = opened.has(name);
     const rest = models.filter(model => !loaded.includes(model));
@@ -10653,12 +10654,13 @@ function drawBackends({devices, backends}) {
       h('button', '', state === 'draining' ? 'Resume' : 'Drain', {onclick: () => drain({name, state}),
       ariaLabel: `${state === 'draining' ? 'Resume' : 'Drain'} ${name}`})]),
     h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
-      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), 'Unload'))),
+      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), one.orders && 'Unload'))),
     well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
     well && rest.length && h('details', '', [h('summary', '', plural(rest.length, 'model') +
-      ' not loaded'), h('div', '', open ? rest.map(m => line(m, name, m, 'Load')) : [])], {open,
-      ontoggle: event => { opened[event.target.open ? 'add' : 'delete'](name), draw(); }}),
+      ' not loaded', {onclick: event => {  // not by a toggle event: a snapshot may come before it
+      event.preventDefault(), opened.delete(name) || opened.add(name), draw(); }}),
+    h('div', '', open ? rest.map(m => line(m, name, m, one.orders && 'Load')) : [])], {open}),
     error && h('small', 'alarm', state !== 'down' ? error : `${error}. llmq looks again by itself.`)],
     {key: name}); };
   render($('devices'), devices.map(({name, slots, busy}) => h('div', 'device', [h('div', 'line', [

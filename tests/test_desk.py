@@ -22,7 +22,7 @@ SNAPSHOT = {
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
     "reason rule backend tokens tokens_per_s",
     "devices": "name slots busy",
-    "backends": "name url kind device state slots busy models loaded context latency_ms error",
+    "backends": "name url kind device state slots busy models loaded context latency_ms error orders",
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
     "max_concurrent max_waiting share",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
@@ -259,7 +259,9 @@ async def test_backends_are_shown_with_their_models_and_health_but_without_keys(
                 "loaded": ["b"],
                 "context": {},
                 "error": None,
+                "orders": True,
             }
+            assert (away["orders"], box["orders"]) == (False, True)
             assert (away["kind"], away["models"], away["latency_ms"]) == ("vllm", [], None)
             assert "connect" in away["error"].lower()
             assert snapshot["devices"] == [
