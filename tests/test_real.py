@@ -256,45 +256,6 @@ async def test_thirty_clients_are_served_one_at_a_time(runner: Runner) -> None:
     assert len(after["recent"]) == 30
 
 
-@pytest.mark.deadline(90)
-async def test_two_real_servers_share_the_work_fairly_and_one_may_die(
-    runner: Runner, mortal: Runner, tmp_path: Path
-) -> None:
-    boxes = {"one": runner, "two": mortal}
-    rows = {name: {"url": box.url, "device": name} for name, box in boxes.items()}
-    file = tmp_path / "llmq.json"
-    file.write_text(json.dumps({"backends": rows, "upstream": {"probe_interval": 0.3}}))
-    ended: list[str] = []
-
-    async def client(user: str, number: int) -> Answer:
-        body = chat(f"go {number}", model="counter", max_tokens=60)
-        answer = await ask(q.port, "POST", CHAT, json=body, headers={"X-User-ID": user})
-        assert_counts(answer, number + 1, number + 60)
-        ended.append(user)
-        return answer
-
-    with Process("--port", "0", "--state", "", "--config", str(file)) as q:
-        await eventually(lambda: [b["state"] for b in status(q.port)["backends"]] == ["up"] * 2)
-        heavy = [asyncio.ensure_future(client("heavy", 10 * n)) for n in range(12)]
-        await eventually(lambda: status(q.port)["queue"]["waiting"] == 10)
-        light = [asyncio.ensure_future(client("light", 500 + 10 * n)) for n in range(2)]
-        answers = await asyncio.gather(*heavy, *light)
-        assert {one.headers["x-llmq-backend"] for one in answers} == {"one", "two"}
-        assert "light" not in ended[8:], ended
-        crowd = [asyncio.ensure_future(client("crowd", 10 * n)) for n in range(12)]
-        await eventually(lambda: status(q.port)["queue"]["waiting"] == 10)
-        mortal.kill()
-        answers = await asyncio.gather(*crowd)
-        assert [one.headers["x-llmq-backend"] for one in answers].count("one") >= 10
-        mortal.start()
-        await eventually(lambda: status(q.port)["backends"][1]["state"] == "up", 12)
-        again = await asyncio.gather(*(client("again", 10 * n) for n in range(4)))
-        assert "two" in [one.headers["x-llmq-backend"] for one in again]
-
-
-# ---- Restarts and loading --------------------------------------------------------------------
-
-
 @pytest.mark.deadline(60)
 async def test_requests_wait_while_the_runner_loads_its_model(slow: Runner) -> None:
     slow.kill()
