@@ -1463,6 +1463,7 @@ class Backend:
         # By model key what makes it load, and since when.
         self.loading: dict[str, tuple[object, float]] = {}
         self.load_seconds = Average()  # from such a start to the first byte
+        self.last_load: tuple[object, float] = (None, 0.0)  # whose start it was, and how long
         self.switched = 0.0  # when it last began to load a model, monotonic
         # By number the tickets that it has passed over, and since when: see section 10.
         self.passed: dict[int, tuple[Any, float]] = {}
@@ -1551,10 +1552,16 @@ class Backend:
         """The first byte of an answer has come; True if it was to load its model, and has."""
         if key not in self.loading:
             return False
-        _, began = self.loading.pop(key)
+        request, began = self.loading.pop(key)
         self.load_seconds.add(now - began)
+        self.last_load = (request, now - began)
         self.changed = self.next_probe = now  # another may have gone for it
         return True
+
+    def load_of(self, request: object) -> float:
+        """Seconds of a request's time here that went into the load of its model."""
+        loader, seconds = self.last_load
+        return seconds if loader is request else 0.0
 
     def ends(self, key: str, request: object) -> None:
         """A request has ended here; if it was to load its model and got no byte, it has not."""
@@ -7266,7 +7273,7 @@ class Gateway:
                 self.monitor.probe_now(backend)
             elif failure is None:
                 device = backend.device.name
-                took = now - ticket.started
+                took = now - ticket.started - backend.load_of(ticket)
                 self.scheduler.note_service(ticket.model, took, device, ticket.kind)
             self.scheduler.finish(ticket, now)
         self.pump()

@@ -248,7 +248,7 @@ class Simulation:
     def _finish(self, visit: Visit, backend: Backend) -> None:
         ticket = visit.ticket
         if not visit.job.device:
-            ran = self.now - ticket.started
+            ran = self.now - ticket.started - backend.load_of(ticket)
             self.queue.note_service(ticket.model, ran, backend.device.name)
         self.queue.finish(ticket, self.now)
         self._end(visit, "done")

@@ -22,7 +22,8 @@ SNAPSHOT = {
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
     "reason rule backend tokens tokens_per_s",
     "devices": "name slots busy",
-    "backends": "name url kind device state slots busy models loaded context latency_ms error orders",
+    "backends": "name url kind device state slots busy models loaded context latency_ms error "
+    "orders",
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
     "max_concurrent max_waiting share",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
