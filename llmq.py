@@ -676,6 +676,8 @@ def as_document(settings: Settings) -> Facts:
             if "class_" in row:
                 row["class"] = row.pop("class_")
         document[table] = list(rows.values()) if table == "rules" else rows
+    for name, row in document["models"].items():  # what is not said, a pattern may say
+        document["models"][name] = {key: row[key] for key in settings.models[name].said}
     return document
 
 
@@ -977,8 +979,11 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
         result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
+        row = result[name]
+        if cls is DeviceSettings and 0 < row.slots <= row.reserve_high:
+            raise ConfigError(f"{where}.reserve_high: wants fewer than its {row.slots} slots")
         if cls is ModelSettings:  # a default that is said goes before what a pattern says
-            vars(result[name])["said"] = tuple(values)
+            vars(row)["said"] = tuple(values)
     return result
 
 

@@ -615,3 +615,19 @@ def test_key_that_no_header_can_carry_is_refused_and_not_shown(key: Any) -> None
     with pytest.raises(llmq.ConfigError) as refused:
         llmq.parse_value("file", BOX_KEY, key)
     assert str(key) not in str(refused.value)
+
+
+def test_shown_model_rows_hold_what_was_said_and_no_more(tmp_path: Path) -> None:
+    """Else a row would take back, read again, what a pattern says."""
+    models = {"*": {"exclusive": True}, "m": {"max_concurrent": 2}, "n": {"exclusive": False}}
+    shown = llmq.as_document(build_settings({"models": models}))
+    assert shown["models"] == models
+    again = read(file=write(tmp_path / "llmq.json", shown))[0]
+    alone = [llmq.policy_of(again.models, key).exclusive for key in "mn"]
+    assert alone == [True, False]
+
+
+def test_reserve_leaves_a_slot_for_others(tmp_path: Path) -> None:
+    file = write(tmp_path / "llmq.json", {"devices": {"gpu": {"slots": 2, "reserve_high": 2}}})
+    line = mistake(file=file)
+    assert "devices.gpu.reserve_high: wants fewer than its 2 slots" in line
