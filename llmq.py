@@ -1467,6 +1467,7 @@ class Backend:
         self.loaded: frozenset[str] = frozenset()  # model keys, as far as is known
         # By model key what makes it load, and since when.
         self.loading: dict[str, tuple[object, float]] = {}
+        self.on_load: Callable[[], object] | None = None  # told that others may start now
         self.load_seconds = Average()  # from such a start to the first byte
         self.last_load: tuple[object, float] = (None, 0.0)  # whose start it was, and how long
         self.switched = 0.0  # when it last began to load a model, monotonic
@@ -1553,14 +1554,20 @@ class Backend:
             self.loaded = frozenset((key,))
             self.passed.clear()
 
-    def loaded_now(self, key: str, now: float) -> bool:
-        """The first byte of an answer has come; True if it was to load its model, and has."""
+    def loaded_now(self, key: str, now: float, *, whole: bool = False) -> bool:
+        """The first byte of an answer has come; True if it was to load its model, and has.
+
+        Of a whole answer it is the end as well: how long the load took, that does not tell.
+        """
         if key not in self.loading:
             return False
         request, began = self.loading.pop(key)
-        self.load_seconds.add(now - began)
-        self.last_load = (request, now - began)
+        if not whole:
+            self.load_seconds.add(now - began)
+            self.last_load = (request, now - began)
         self.changed = self.next_probe = now  # another may have gone for it
+        if self.on_load is not None:
+            self.on_load()
         return True
 
     def load_of(self, request: object) -> float:
@@ -1948,6 +1955,7 @@ class Fleet:
         self.backends: dict[str, Backend] = {}
         self.devices: dict[str, Device] = {}
         self.shrunk = 0.0  # when a backend was last removed, monotonic
+        self.on_load: Callable[[], object] | None = None  # told that a backend has loaded a model
         self.turn = 0.0  # of the backend that was given the last request
         self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
@@ -1967,6 +1975,7 @@ class Fleet:
         """Take in a backend; `device` is the name of what it shares, `slots` are that device's."""
         shared = self.device_of(device, slots)
         self.backends[name] = backend = Backend(name, settings, shared)
+        backend.on_load = self.on_load
         return backend
 
     def device_of(self, name: str, slots: int) -> Device:
@@ -2328,14 +2337,15 @@ class Backlog:
     def in_order(self) -> list[Ticket]:
         """The waiting tickets as they would start if each could: by class, share and arrival."""
         ahead: dict[tuple[Client, Priority], float] = {}
-        keys = {}
+        rows = []
         for ticket in sorted(self.waiting.values(), key=attrgetter("number")):
             client, priority = ticket.client, ticket.priority
             tag = ahead.get((client, priority), client.tags[priority])
             each = client.service.value or self.service.value or 1.0
             ahead[client, priority] = tag + each / client.settings.weight
-            keys[ticket] = (priority, tag, ticket.number)
-        return sorted(keys, key=keys.__getitem__)
+            rows.append((priority, tag, ticket.number, ticket))
+        rows.sort()  # no two have one number
+        return [row[3] for row in rows]
 
     def _check_room(self, ticket: Ticket) -> None:
         limits, client, priority = self.limits, ticket.client, ticket.priority
@@ -5208,7 +5218,7 @@ class Exchange:
     """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
-        "_chunked", "_head", "_head_status", "address", "caller", "connection", "finished",
+        "_chunked", "_head", "_head_status", "caller", "connection", "finished",
         "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
     )  # fmt: skip
 
@@ -5216,7 +5226,6 @@ class Exchange:
         self.connection = connection
         self.request = request
         self.caller = NOBODY
-        self.address = connection.address  # of whoever asks
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
@@ -5291,6 +5300,11 @@ class Exchange:
     def expects_continue(self) -> bool:
         expected = self.request.headers.get("expect", "")
         return self.request.minor >= 1 and expected.lower() == "100-continue"
+
+    @property
+    def address(self) -> str:
+        """Of whoever asks: that of the connection, unless a proxy told another."""
+        return self.caller.address or self.connection.address
 
     @property
     def is_local(self) -> bool:
@@ -6361,6 +6375,13 @@ def more_names(headers: Headers, wanted: Names) -> Names:
     return tuple(name for name in every.union(map(str.lower, wanted)) - never if name in headers)
 
 
+@functools.lru_cache(maxsize=64)
+def common_lines(via: bytes, values: tuple[str | None, ...]) -> bytes:
+    """The same for the usual fields, by their values: one object for all that send the same."""
+    told = {name: value for name, value in zip(RELAYED_REQUEST, values) if value is not None}
+    return via + relayed_lines(told)
+
+
 RELAYED_TYPES = ("application/json", "application/x-ndjson", "text/event-stream", "text/plain")
 
 
@@ -6454,7 +6475,6 @@ class Call:
     heartbeats = 0  # that it got
     patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
-    on_load: Callable[[], object] | None = None  # told that others may start: its model is loaded
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -6525,7 +6545,8 @@ class Call:
         context = 0
         if route in NATIVE and (question.context or route not in EMBEDS):
             context = backend.contexts.request(key, question.context, backend.used)
-        self.context = context
+        if context or self.context:
+            self.context = context
         self.translator = self.echo = None
         if route == self.endpoint.path:
             if question.model not in ("", name) and not self.blind:
@@ -6675,8 +6696,7 @@ class Call:
         now = backend.last_received = time.monotonic()
         if not self.first_byte:
             self.first_byte = now
-            if backend.loaded_now(self.ticket.model, now) and self.on_load is not None:
-                self.on_load()
+            backend.loaded_now(self.ticket.model, now, whole=self.watch is None)
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
@@ -6976,7 +6996,7 @@ class Admission:
         values = await self.read(call, request, body)
         call.model = await self.resolve_model(call.question.model)
         policy = self.fleet.policy(model_key(call.model))
-        if values and call.question.done_reason != "unload":
+        if policy is not NO_POLICY and values and call.question.done_reason != "unload":
             call.policy = policy
         context = call.question.context
         if policy.num_ctx == "fit" and call.endpoint.limits and not caller.foreign:
@@ -6988,7 +7008,8 @@ class Admission:
         client, want = self.clients.named(caller.client), self.want_of(call)
         client.address = caller.address
         priority = self.class_of(call, client, policy, request.headers)
-        call.lines = self.via_lines + relayed_lines(request.headers)
+        told = tuple(map(request.headers.get, RELAYED_REQUEST))
+        call.lines = common_lines(self.via_lines, told)
         if self.fleet.relayed:
             names = more_names(request.headers, self.fleet.relayed)
             call.more = {name: request.headers[name] for name in names}
@@ -7175,6 +7196,7 @@ class Gateway:
         self.journal = Journal(self.metrics)
         self.scheduler = Scheduler(self.fleet, settings)
         self.monitor = Monitor(settings, self.fleet, self.metrics, instance)
+        self.fleet.on_load = self.monitor.news.set
         self.added: dict[str, Facts] = {}  # raw rows of [backends], at run time
         self.discovery = Discovery(self.monitor, self.added)
         self.admission = Admission(settings, self.monitor, self.clients)
@@ -7344,7 +7366,6 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + backend.limits.first_byte_timeout
-        call.on_load = self.monitor.news.set
         upstream = None if call.question.long else self.pool.take(backend.origin, now)
         if upstream is not None:
             try:
@@ -7368,7 +7389,8 @@ class Gateway:
     def forecast(self, now: float) -> Forecast:
         """What all that wait can expect, as of one pass for one `now`, at most a second old."""
         if now - self._forecast_at >= FORECAST_SECONDS:
-            self._forecast, self._forecast_at = forecast(self.scheduler, now), now
+            self._forecast, self._forecast_at = Forecast([]), now  # one at a time in memory
+            self._forecast = forecast(self.scheduler, now)
         return self._forecast
 
     def drop_caches(self) -> None:
@@ -8191,7 +8213,7 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
         settings.trusted_proxies and exchange.address in settings.trusted_proxies
     ):  # whose own word is the last entry
         told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
-        exchange.address = told or exchange.address
+        exchange.caller = NOBODY._replace(address=told)
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
     origin, agent, person = headers.get("origin"), headers.get("user-agent"), ""
     foreign = origin is not None and is_foreign(origin, settings.cors_origins)

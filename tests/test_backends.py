@@ -853,6 +853,14 @@ def test_one_request_loads_the_model_and_the_others_wait_for_it() -> None:
     assert one.is_loaded("m")
 
 
+def test_whole_answer_does_not_tell_how_long_its_load_took() -> None:
+    made, one = on_demand("m", "n", loaded=("n",))
+    first = begin(made, one)
+    assert one.loaded_now("m", 60.0, whole=True)
+    assert one.load_seconds.value is None
+    assert one.load_of(first) == 0.0
+
+
 def test_a_request_that_ended_without_a_byte_has_loaded_nothing() -> None:
     made, one = on_demand("m")
     first = begin(made, one)

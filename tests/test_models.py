@@ -213,7 +213,7 @@ async def test_load_that_fails_is_recorded_as_it_is() -> None:
 
 async def test_backend_is_told_once_that_a_model_answers(monkeypatch: Any) -> None:
     told: list[str] = []
-    monkeypatch.setattr(llmq.Backend, "loaded_now", lambda _, key, _now: told.append(key))
+    monkeypatch.setattr(llmq.Backend, "loaded_now", lambda _, key, _now, **_more: told.append(key))
     async with Runner() as fake, running(fake.url) as q:
         for number in (1, 2):
             pieces = [line(chat_line("a")), line(chat_line("b")), line(chat_end())]

@@ -933,7 +933,7 @@ async def test_ten_thousand_that_wait_and_twenty_that_watch_hold_nobody_up(
             finally:
                 gc.unfreeze()
                 gc.unfreeze()
-            assert max(spent) < 0.05
+            assert max(spent) < 0.1  # the design: the loop is never held for longer
             for ticket in list(q.gateway.scheduler.waiting.values()):
                 q.gateway.scheduler.cancel(ticket)
             q.gateway.calls.clear()
