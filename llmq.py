@@ -6973,6 +6973,11 @@ def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     return None
 
 
+def first_class(*words: str) -> Priority:
+    """The first class that is said; normal where none is."""
+    return PRIORITY_WORDS[next(filter(None, words), Priority.NORMAL.word)]
+
+
 LEAST_CONTEXT = 4096  # that an Ollama gives a model by itself
 
 
@@ -7008,8 +7013,7 @@ class Admission:
         client, want = self.clients.named(caller.client), self.want_of(call)
         client.address = caller.address
         priority = self.class_of(call, client, policy, request.headers)
-        told = tuple(map(request.headers.get, RELAYED_REQUEST))
-        call.lines = common_lines(self.via_lines, told)
+        call.lines = common_lines(self.via_lines, tuple(map(request.headers.get, RELAYED_REQUEST)))
         if self.fleet.relayed:
             names = more_names(request.headers, self.fleet.relayed)
             call.more = {name: request.headers[name] for name in names}
@@ -7063,8 +7067,7 @@ class Admission:
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
         if priority is None:
-            word = word or client.settings.class_ or policy.class_
-            priority = PRIORITY_WORDS[word] if word else Priority.NORMAL
+            priority = first_class(word, client.settings.class_, policy.class_)
         return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def answer_load(self, call: Call) -> bool:
@@ -7676,6 +7679,8 @@ async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: s
     if model != "*" or action == "load":
         model = await gateway.admission.resolve_model(model)
         context = context and await gateway.admission.clamp_context(model, context)
+    if action == "unload":
+        await gateway.monitor.catch_up()  # what has just been loaded is in no list yet
     errands = pick_errands(gateway.fleet, action, model, named, context, keep_alive)
     for number, errand in enumerate(errands):
         own = ident + f".{number}" * (number > 0)
@@ -7818,8 +7823,9 @@ async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Fa
         gateway.renew(call, NEVER)  # its time begins when it has the device empty
         try:
             await empty_device(gateway, device, exchange.caller, call.id)
-        except LlmqError as error:
-            gateway.stop(call, error)
+        except BaseException as error:  # or nobody would ever give the device back
+            broke_off = LlmqError("the lease broke off")
+            gateway.stop(call, error if isinstance(error, LlmqError) else broke_off)
             raise
         if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
             raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
@@ -7831,6 +7837,7 @@ async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Fa
 
 async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str) -> None:
     """Unload all that a device has loaded; raises what stands in the way."""
+    await gateway.monitor.catch_up()  # what has just been loaded is in no list yet
     backends = [one for one in gateway.fleet.backends.values() if one.device.name == device]
     loaded = [one for one in backends if one.loaded and one.usable]
     fleet = gateway.fleet
@@ -7977,8 +7984,7 @@ class Changes:
             if facts and name not in self.kept and len(self.kept) >= MOST_CLIENTS:
                 raise LlmqError("too many clients are changed already", "conflict")
             await self.store.put("clients", name, facts)
-            self.kept.pop(name, None)
-            self.kept.update({name: facts} if facts else {})
+            self.kept[name] = facts
         self.apply()
 
     def apply(self) -> None:
@@ -8000,6 +8006,7 @@ class Changes:
             if holds != facts:
                 self.kept[name] = holds
                 self._forgetting = asyncio.ensure_future(self.store.put("clients", name, holds))
+        self.kept = {name: facts for name, facts in self.kept.items() if facts}
         clients.settings = found
         moved = set()
         for client in clients.known.values():
@@ -8010,9 +8017,10 @@ class Changes:
             if clients.is_blocked(call.caller):
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
             elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
-                word = ticket.client.settings.class_ or call.policy.class_ or "normal"
+                policy = self.gateway.fleet.policy(ticket.model)
+                priority = first_class(ticket.client.settings.class_, policy.class_)
                 highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
-                self.gateway.reprioritise(call, max(highest, PRIORITY_WORDS[word]))
+                self.gateway.reprioritise(call, max(highest, priority))
         self.gateway.scheduler.reconsider()
         self.gateway.pump()
 
@@ -8867,7 +8875,9 @@ async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
 
 
 async def renew_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
-    seconds = read_seconds(await read_control(exchange))
+    values = await read_control(exchange)
+    only_members(values, "ttl_s")
+    seconds = read_seconds(values)
     api.gateway.renew(find_lease(api.gateway, ident), seconds)
     return {"id": ident, "expires_s": seconds}
 

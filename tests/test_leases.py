@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.derived import build_settings
 from tests.fakes import Answer, FakeBackend, Process, Raw, ask, eventually, http, running
 
@@ -328,3 +330,45 @@ async def test_wish_that_means_nothing_unloads_nothing(wrong: dict[str, Any]) ->
         for ident in list(q.gateway.scheduler.running):
             await end(q, ident)
         assert answer.status == 400, answer
+
+
+async def test_lease_whose_unloading_breaks_down_gives_the_device_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        monkeypatch.setattr(llmq, "empty_device", broken)
+        answer = await ask(q.port, "POST", LEASES, json={"unload": True})
+        assert answer.status == 500
+        assert not q.gateway.scheduler.running
+        assert (await q.chat("the device is free")).status == 200
+
+
+async def test_what_has_just_been_loaded_is_unloaded_too() -> None:
+    async with FakeBackend(["m"], "ollama", auto=False) as fake, running(**on_gpu(fake)) as q:
+        (backend,) = q.gateway.fleet.backends.values()
+        await eventually(lambda: backend.usable)
+        asked = asyncio.ensure_future(q.chat("load it"))
+        request = await fake.arrived()
+        fake.loaded = ["m"]
+        await request.answer("loaded")
+        await asked
+        assert backend.report.loaded == (), "no look has told of it yet"
+        waits = await wish(q, unload=True)
+        unload = await fake.arrived()
+        assert unload.json["keep_alive"] == 0
+        await unload.status(200, {"done": True, "done_reason": "unload"})
+        await end(q, (await waits.response()).json()["id"])
+        waits.close()
+
+
+async def test_renewal_with_a_word_that_it_does_not_know_renews_nothing() -> None:
+    async with FakeBackend() as fake, running(**on_gpu(fake)) as q:
+        ident = (await lease(q, ttl_s=3600))["id"]
+        before = q.gateway.calls[ident].deadline
+        answer = await ask(q.port, "POST", f"{LEASES}/{ident}", json={"ttl": 5})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "ttl")
+        assert q.gateway.calls[ident].deadline == before
+        await end(q, ident)

@@ -312,3 +312,11 @@ async def test_backend_of_a_later_llmq_is_left_out_and_the_others_stay(
         assert "good" in q.gateway.fleet.backends
         assert "newer" not in q.gateway.fleet.backends
     assert f"{state}: backends.newer: unknown key shards" in caplog.text
+
+
+async def test_change_that_the_file_has_overtaken_is_remembered_no_more(tmp_path: Path) -> None:
+    async with serving(tmp_path / "state.db", clients={"user:eve": {"weight": 2}}) as q:
+        await change(q.port, weight=3)
+        await reloaded(q, clients={"user:eve": {"weight": 5}})
+        assert (await settings_of(q)).weight == 5
+        assert q.service.changes.kept == {}
