@@ -470,6 +470,7 @@ Facts = dict[str, Any]
 Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
+Addresses = Names  # of IP, each in its one spelling
 Key = str  # a secret: never shown
 Tokens = str  # a number of them, or "fit"
 KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
@@ -496,7 +497,7 @@ class ServerSettings:
     cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
     allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
     allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
-    trusted_proxies: Names = setting((), "addresses whose X-Forwarded-For tells who asks")
+    trusted_proxies: Addresses = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
     state: str = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
@@ -602,7 +603,7 @@ class RuleSettings:
 
 @dataclass(frozen=True)
 class IpSettings:
-    blocked: Names = setting((), "addresses that are refused")
+    blocked: Addresses = setting((), "addresses that are refused")
 
 
 @dataclass(frozen=True)
@@ -710,8 +711,8 @@ class Setting(NamedTuple):
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
         name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
-        one = re.sub("ie$", "y", name[:-1])
-        return "--" + (one if self.type == "Names" else name).replace("_", "-")
+        one = re.sub("ie$", "y", name[:-1]) if self.type in ("Names", "Addresses") else name
+        return "--" + one.replace("_", "-")
 
     @property
     def variable(self) -> str:
@@ -767,6 +768,13 @@ def parse_names(raw: Any) -> Names:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise ValueError("wants a list of texts")
     return tuple(item.strip() for item in items if item.strip())
+
+
+def parse_addresses(raw: Any) -> Addresses:
+    found = tuple(map(plain_address, parse_names(raw)))
+    if not all(found):
+        raise ValueError("wants IP addresses")
+    return found
 
 
 def parse_url(raw: Any) -> Url:
@@ -842,6 +850,7 @@ TYPES = {
     "Facts": SettingType(parse_facts, {"metavar": "TABLE"}, json.dumps),
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
+    "Addresses": SettingType(parse_addresses, {"metavar": "IP", "action": "append"}, ", ".join),
     "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "Tokens": SettingType(parse_tokens, {"metavar": "N"}),
@@ -862,10 +871,6 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError(f"wants at least {row.minimum:g}")
         if row.key == "server.port" and value > 0xFFFF:
             raise ValueError("a port is at most 65535")
-        if row.key in ("server.trusted_proxies", "ips.blocked"):
-            if not all(map(plain_address, value)):
-                raise ValueError("wants IP addresses")
-            value = tuple(map(plain_address, value))
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
         secret = row.type in ("Url", "Key", "Sent")  # a url may hold a password
@@ -978,8 +983,7 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
                 raise unknown(where, "key", key, rows)
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
-        result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
-        row = result[name]
+        row = result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
         if cls is DeviceSettings and 0 < row.slots <= row.reserve_high:
             raise ConfigError(f"{where}.reserve_high: wants fewer than its {row.slots} slots")
         if cls is ModelSettings:  # a default that is said goes before what a pattern says

@@ -26,8 +26,12 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
     "Size": [("4096", 4096), ("8MiB", 8 * 2**20), ("1GB", 10**9)],
     "str": [("one", "one"), ("two", "two"), ("three", "three")],
     "bool": [("true", True), ("false", False), ("1", True)],
-    "Names": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
+    "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+    "Addresses": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
 }
+
+
+LISTS = {"Names": ("a", "b"), "Addresses": ("::a", "::b")}
 
 
 def written(row: Any) -> list[tuple[Any, Any]]:
@@ -103,12 +107,11 @@ def test_setting_changes_nothing_but_itself(row: Any) -> None:
     assert not notes
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in ROWS if row.type == "Names"], ids=lambda row: row.key
-)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.type in LISTS], ids=lambda row: row.key)
 def test_flag_of_a_list_may_be_repeated(row: Any) -> None:
-    flags = flags_of(row.flag, "::a", row.flag, "::b")
-    assert value_of(read(**flags)[0], row.key) == ("::a", "::b")
+    one, other = LISTS[row.type]
+    flags = flags_of(row.flag, one, row.flag, other)
+    assert value_of(read(**flags)[0], row.key) == (one, other)
 
 
 def test_file_may_say_numbers_switches_and_lists_as_json_has_them(tmp_path: Path) -> None:
@@ -350,6 +353,7 @@ def wrong_values(row: Any) -> list[Any]:
         "str": ["other"] if row.choices else [],
         "bool": ["", "maybe", "2"],
         "Names": [],
+        "Addresses": ["localhost", "10.0.0.256", "10.0.0.0/8"],
     }
     low = [str(row.minimum - 1)] if row.type in ("int", "Size") and row.minimum >= 1 else []
     low += ["0"] if row.type == "Duration" and row.minimum else []
@@ -359,9 +363,9 @@ def wrong_values(row: Any) -> list[Any]:
 def wrong_types(row: Any) -> list[Any]:
     """What a file may not say."""
     wrong: list[Any] = [None, {}, [1]]
-    wrong += [] if row.type == "Names" else [["a"]]
+    wrong += [] if row.type in LISTS else [["a"]]
     wrong += [True] if row.type != "bool" else []
-    return wrong + ([1.5] if row.type in ("int", "str", "Names") else [])
+    return wrong + ([1.5] if row.type in ("int", "str", *LISTS) else [])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=KEYS)
