@@ -7403,7 +7403,7 @@ class Gateway:
     def drop_caches(self) -> None:
         """Let go of what was kept of many that have gone."""
         self.journal.flush()
-        self._forecast = Forecast([])
+        self._forecast, self._forecast_at = Forecast([]), float("-inf")
 
     # ---- ending calls early
 

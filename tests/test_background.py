@@ -607,6 +607,20 @@ async def test_memory_is_given_back_once_and_when_the_whole_crowd_has_gone(
     assert given_back == [5]
 
 
+async def test_giving_memory_back_loses_nothing_that_was_foretold_of_who_still_waits() -> None:
+    gateway = gateway_of()
+    gateway.scheduler.mode = llmq.Mode.PAUSED
+    client, want = gateway.clients.named("user:a"), llmq.Want("m")
+    tickets = [llmq.Ticket(i, client, want, llmq.Priority.NORMAL, 1) for i in ("one", "two")]
+    for ticket in tickets:
+        gateway.scheduler.submit(ticket, 0.0)
+    before = gateway.forecast(0.0)
+    gateway.drop_caches()
+    told = gateway.forecast(0.0)
+    assert told.order == before.order == tickets
+    assert [told[one.id] for one in tickets] == [before[one.id] for one in tickets]
+
+
 # ---- What a look is answered with ------------------------------------------------------------
 
 
