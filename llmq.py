@@ -108,6 +108,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -1151,9 +1152,8 @@ class Priority(enum.IntEnum):
     NORMAL = 1
     LOW = 2
 
-    @property
-    def word(self) -> str:
-        return self.name.lower()
+    def __init__(self, _: int) -> None:
+        self.word = self._name_.lower()
 
 
 PRIORITY_WORDS = {priority.word: priority for priority in Priority}
@@ -1277,8 +1277,11 @@ class Client:
     def charge(self, priority: Priority, seconds: float) -> None:
         """Move its tag by what it is about to be served, less what it was charged too much."""
         owed = seconds / self.settings.weight + self.credits[priority]
-        self.credits[priority] = min(0.0, owed)
-        self.tags[priority] += max(0.0, owed)
+        if owed < 0:
+            self.credits[priority] = owed
+        else:
+            self.credits[priority] = 0.0
+            self.tags[priority] += owed
 
     def correct(self, priority: Priority, charged: float, seconds: float) -> float:
         """It was charged so much and has been served so much: where that has brought it.
@@ -1384,6 +1387,7 @@ class Report:
     version: str = ""  # of Ollama
 
 
+@functools.lru_cache(maxsize=1024)
 def model_key(name: str) -> str:
     """Names mean the same model in any case, with or without what Ollama takes for granted."""
     bare = name.lower()
@@ -1415,6 +1419,8 @@ class Contexts:
 
     def shared(self, key: str) -> int:
         """What was asked for or configured; what a model is loaded with by itself binds nobody."""
+        if self.policy is None and not self.start:
+            return self.requested.get(key, 0)
         own = "" if self.policy is None else self.policy(key).num_ctx
         start = int(own) if own.isdecimal() else self.start
         start = min(start, self.max.get(key) or start)
@@ -1490,7 +1496,7 @@ class Backend:
         """What its row says and what else holds for it; kept as the lines of each request to it."""
         self.settings, self.limits, self.url = settings, limits, settings.url
         self.slots, self.weight = settings.slots, settings.weight
-        self.kind = settings.kind or self.kind
+        self.become_kind(settings.kind or self.kind)
         self.base = urlsplit(self.url).path  # goes before each route
         self.origin = self.url[: len(self.url) - len(self.base)]
         token = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
@@ -1503,9 +1509,9 @@ class Backend:
         lines = [f"{name.title()}: {value}\r\n" for name, value in self.headers.items()]
         self.request_lines = "".join(lines).encode("latin-1", "replace")
 
-    @property
-    def traits(self) -> Kind:
-        return KINDS[self.kind or "openai"]
+    def become_kind(self, kind: str) -> None:
+        """Be of this kind from now on; of none that is known it is taken for the plainest."""
+        self.kind, self.traits = kind, KINDS[kind or "openai"]
 
     @property
     def most(self) -> int:
@@ -1592,14 +1598,13 @@ class Backend:
         """Whether requests for this model can be sent to that route, as far as is known."""
         if self.unsupported and {(route, ""), (route, key)} & self.unsupported.keys():
             return False
-        return route in KINDS[self.kind or "openai"].routes or not self.models_known
+        return route in self.traits.routes or not self.models_known
 
     def route_for(self, routes: Names, key: str) -> str | None:
         """The first of the routes that it supports."""
-        for route in routes:
-            if self.supports(route, key):
-                return route
-        return None
+        if routes and not self.unsupported and routes[0] in self.traits.routes:
+            return routes[0]  # as nearly always
+        return next((route for route in routes if self.supports(route, key)), None)
 
     def forget_unsupported(self, now: float) -> None:
         """Try again what it said long ago that it has not."""
@@ -1626,7 +1631,8 @@ class Backend:
         if self.state is not State.UP:  # it may have been started anew, as something else
             self.unsupported.clear()
             self.supported.clear()
-        self.models_known, self.report, self.kind = True, report, report.kind
+        self.models_known, self.report = True, report
+        self.become_kind(report.kind)
         self.models = {}
         for name in dict.fromkeys(report.models):
             self.models.setdefault(model_key(name), []).append(name)
@@ -1896,6 +1902,9 @@ class Group:
 
     def head(self, order: Ranking) -> Ticket | None:
         """The first ticket of the first lane whose client may have another request running."""
+        if len(self.lanes) == 1:  # where there is one, no order is asked
+            only = next(iter(self.lanes.values()))
+            return None if only.client.at_cap else only.head
         while (lane := order.first(self.lanes)) is not None:
             if not lane.client.at_cap:
                 return lane.head
@@ -1964,6 +1973,7 @@ class Fleet:
         self.sessions: OrderedDict[tuple[str, str], Backend] = OrderedDict()  # by client and name
         self.lessors: dict[str, Backend] = {}  # by device, what a lease of it runs at
         self.relayed: Names = ()  # header fields of a client that some backend is to get
+        self.claimed: list[Device] = []  # those that are to run empty
 
     def policy(self, key: str) -> ModelSettings:
         """What is configured for a model; a lease has none."""
@@ -2029,7 +2039,7 @@ class Fleet:
             if row != backend.settings:  # its list of models may be another
                 backend.changed, backend.next_probe = now, 0.0
                 if row.kind != backend.settings.kind:  # it is to be asked again
-                    backend.kind = ""
+                    backend.become_kind("")
             backend.configure(row, settings.limits_of(row))
             backend.contexts.start = settings.upstream.num_ctx
             backend.contexts.policy = self.policy if settings.models else None
@@ -2066,12 +2076,14 @@ class Fleet:
             return
         devices = [backend.device for backend in self.serving(want) if backend.usable]
         if devices:
-            min(devices, key=lambda device: device.busy).claimed = True
+            emptiest = min(devices, key=lambda device: device.busy)
+            emptiest.claimed = True
+            self.claimed.append(emptiest)
 
     def unclaim(self) -> None:
         """Whoever claimed a device has to say so again: it may have left."""
-        for device in self.devices.values():
-            device.claimed = False
+        while self.claimed:
+            self.claimed.pop().claimed = False
 
     def lessor(self, name: str) -> list[Backend]:
         """What stands for the whole of a device when it is leased; none if there is none."""
@@ -2130,10 +2142,11 @@ class Fleet:
         return {key for key in waiting if key in listed or (native and key.endswith(CLOUD))}
 
     def has_room(self) -> bool:
+        """Whether any request could start: at a free slot, or beside the slots."""
         for device in self.devices.values():
             if device.busy < device.slots:
                 return True
-        return any(backend.remote for backend in self.backends.values())
+        return any(map(attrgetter("remote"), self.backends.values()))
 
     def trouble(self) -> str | None:
         """What everybody is told while no runner answers."""
@@ -2670,8 +2683,9 @@ class Scheduler(Backlog):
         ticket.backend, ticket.started = backend, now
         ticket.attempts += 1
         if fair:  # others ran ahead of their turn
+            tag = client.tags[priority]
             for device in self._devices(ticket.want):
-                device.virtual[priority] = max(device.virtual[priority], client.tags[priority])
+                device.virtual[priority] = max(device.virtual[priority], tag)
         ticket.charged = client.service.value or self.service.value or 1.0
         client.charge(priority, ticket.charged)
         client.running += 1
@@ -2690,8 +2704,8 @@ class Scheduler(Backlog):
         assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
-        served = client.correct(ticket.priority, ticket.charged, seconds)
-        self._ended[ticket.priority] = max(self._ended[ticket.priority], served)
+        reached = client.correct(ticket.priority, ticket.charged, seconds)
+        self._ended[ticket.priority] = max(self._ended[ticket.priority], reached)
         client.service.add(seconds)
         client.served += seconds
         if client.at_cap:  # until now
@@ -2939,6 +2953,7 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\x
 # No obs-fold (RFC 9112 s.5.2), no control characters (RFC 9110 s.5.5), no space before the colon
 # (RFC 9112 s.5.1).
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+FIELD = re.compile("([^:]*):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")  # one of those
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
@@ -2989,12 +3004,15 @@ def parse_fields(text: str) -> Headers:
     """Field lines, each ended by CRLF; ValueError for anything else."""
     if not FIELD_LINES.fullmatch(text):
         raise ValueError("malformed header line")
-    headers: Headers = {}
-    for line in text.split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        name = name.lower()
-        value = value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if not text:
+        return {}
+    names, values = zip(*FIELD.findall(text))
+    headers = dict(zip(map(str.lower, names), values))
+    if len(headers) < len(names):
+        repeated: dict[str, list[str]] = {}
+        for name, value in zip(names, values):
+            repeated.setdefault(name.lower(), []).append(value)
+        headers = {name: ", ".join(values) for name, values in repeated.items()}
     return headers
 
 
@@ -3228,7 +3246,8 @@ MODEL_LENGTH = 512
 # is left to the decoder's scanner: `(?:…|\\.)*` keeps state for each character, 136 MiB for a name
 # of 1 MiB.
 OPENING = re.compile(r"[ \t\n\r]*\{(?:[ \t\n\r]*(\}))?")
-MEMBER_HEAD = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
+MEMBER_HEAD = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]{0,1024})"[ \t\n\r]*:[ \t\n\r]*')
+NEXT_HEAD = re.compile(r"[ \t\n\r]*," + MEMBER_HEAD.pattern)
 QUOTE = re.compile(r'[ \t\n\r]*"')
 COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 DELIMITER = re.compile(r"[ \t\n\r]*([,}])")
@@ -3243,6 +3262,7 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+ANY_JSON = json.JSONDecoder()  # as `json.loads` has it, which looks at its arguments each time
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
 # The decoder's own scanners, in C: (text, index) -> (value, index behind it).
 Scan = Callable[[str, int], "tuple[Any, int]"]
@@ -3386,26 +3406,28 @@ def scan_object(text: str) -> JsonObject:
     heavy = len(text) > MANY_VALUES and count_values(text) > MANY_VALUES
     scan = Scanner().scan if heavy else scan_value
     at, following = opening.end(), opening[1]
+    head = MEMBER_HEAD.match(text, at)
     while following != "}":
-        head = MEMBER_HEAD.match(text, at)
         if head:
             name, start, value_at = head[1], head.start(1) - 1, head.end()
         else:
             name, start, value_at = scan_name(text, at)
-        if len(name) > NAME_LIMIT:
-            raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
-        try:
-            value, at = scan(text, value_at)
-        except StopIteration:
-            raise ValueError(f"a value is wanted at character {value_at}") from None
+            if len(name) > NAME_LIMIT:
+                raise BadRequest(f"a key of the body is longer than {NAME_LIMIT} characters")
         if name in values or len(values) == MEMBERS_LIMIT:
             why = "more than 1,000 keys" if name not in values else "the same key twice"
             raise BadRequest(f"the body has {why}")
-        values[name], places[name] = value, (start, value_at, at)
-        delimiter = DELIMITER.match(text, at)
-        if not delimiter:
-            raise ValueError(f"a comma or a brace is wanted at character {at}")
-        at, following = delimiter.end(), delimiter[1]
+        try:
+            values[name], at = scan(text, value_at)
+        except StopIteration:
+            raise ValueError(f"a value is wanted at character {value_at}") from None
+        places[name] = start, value_at, at
+        head = NEXT_HEAD.match(text, at)
+        if not head:  # this was the last, or the next one's name has escapes
+            delimiter = DELIMITER.match(text, at)
+            if not delimiter:
+                raise ValueError(f"a comma or a brace is wanted at character {at}")
+            at, following = delimiter.end(), delimiter[1]
     if not WHITE_END.match(text, at):
         raise ValueError(f"something follows it at character {at}")
     return JsonObject(text, values, places)
@@ -3601,16 +3623,19 @@ NO_EDITS = Edits(0, True, (), ())
 NO_QUESTION = Question("", stream=False, priority=None, body=b"", edits=NO_EDITS)
 
 
-def check_case(values: Mapping[str, Any], names: Names) -> None:
+def check_case(values: Mapping[str, Any], names: Set[str]) -> None:
     """Ollama reads names in any case, so that one could say two things."""
-    for name in values:
-        if name not in names and name.casefold() in names:
+    for name in values.keys() - names:
+        if name.casefold() in names:
             raise BadRequest(f"write {name.casefold()} in lower case", param=name)
+
+
+TYPED = frozenset(("model", "stream", "options"))  # members that llmq itself goes by
 
 
 def check_common(values: Mapping[str, Any]) -> None:
     """What holds for the requests of all dialects."""
-    check_case(values, ("model", "stream", "options"))
+    check_case(values, TYPED)
     model, stream = values.get("model"), values.get("stream")
     if model is not None and not isinstance(model, str):
         raise BadRequest("model is a text", param="model")
@@ -3624,7 +3649,7 @@ def check_messages(values: Mapping[str, Any]) -> None:
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages is a list of at least one message", param="messages")
-    if not all(isinstance(message, dict) for message in messages):
+    if set(map(type, messages)) != {dict}:
         raise BadRequest("each of messages is an object", param="messages")
 
 
@@ -3753,7 +3778,7 @@ def error_text(error: Any) -> str:
 def parse_json(body: bytes) -> Any:
     """A parsed body, None where it is not JSON."""
     try:
-        return json.loads(body.decode()) if body else None
+        return ANY_JSON.decode(body.decode()) if body else None
     except (ValueError, RecursionError):
         return None
 
@@ -3795,37 +3820,43 @@ def read_refusal(head: ResponseHead, body: bytes, key: Key = "", hidden: Names =
 
 def check_route_known(body: bytes) -> None:
     """RouteUnsupported when an answer of status 200 is one to an unknown path (LM Studio's)."""
-    document = parse_json(body) if len(body) < KIB and b"error" in body else None
-    words = error_text(error_of(document))
-    if words and UNKNOWN_ROUTE.fullmatch(words):
-        raise RouteUnsupported(BackendAnswer(404, words, body, document, None))
+    if len(body) < KIB and b"error" in body:
+        document = parse_json(body)
+        words = error_text(error_of(document))
+        if words and UNKNOWN_ROUTE.fullmatch(words):
+            raise RouteUnsupported(BackendAnswer(404, words, body, document, None))
 
 
 def read_usage(document: Any) -> tuple[int | None, int | None]:
     """The tokens of an answer and of its prompt, as it tells."""
-    counts: list[int | None] = [None, None]
+    tokens = tokens_in = None
     if not isinstance(document, dict):
         return None, None
     for name in ("response", "message"):  # of OpenAI's responses, of Anthropic's streams
         inner = document.get(name)
         document = inner if isinstance(inner, dict) and "usage" in inner else document
-    for member, *names in USAGE:
+    for member, answer, prompt in USAGE:
         place = document.get(member) if member else document
-        for at, name in enumerate(names) if isinstance(place, dict) else ():
-            tokens = whole_number(place.get(name))
-            if counts[at] is None and tokens is not None and 0 <= tokens <= MOST_TOKENS:
-                counts[at] = tokens
-        if None not in counts:
-            break
-    return counts[0], counts[1]
+        if isinstance(place, dict):
+            tokens = counted(place.get(answer)) if tokens is None else tokens
+            tokens_in = counted(place.get(prompt)) if tokens_in is None else tokens_in
+            if tokens is not None and tokens_in is not None:
+                break
+    return tokens, tokens_in
+
+
+def counted(value: Any) -> int | None:
+    """What a runner says that it has counted; None where that cannot be."""
+    tokens = whole_number(value)
+    return tokens if tokens is not None and 0 <= tokens <= MOST_TOKENS else None
 
 
 def read_rate(document: Any) -> float | None:
     """Tokens per second of an answer, where its runner tells what it took."""
-    for member, counted, spent, per_second in RATES:
+    for member, count_name, spent, per_second in RATES:
         place = look_up(document, member) if member else document
-        if isinstance(place, dict) and counted in place:
-            tokens, took = measured(place[counted]), measured(place.get(spent))
+        if isinstance(place, dict) and count_name in place:
+            tokens, took = measured(place[count_name]), measured(place.get(spent))
             if tokens and took:
                 return measured(tokens / took * per_second)
     return None
@@ -4092,12 +4123,14 @@ def read_question(
     if options is not None:
         if options is STAND_INS["{"]:
             raise BadRequest("options holds too many values", param="options")
-        check_case(options, ("num_ctx",))
+        check_case(options, {"num_ctx"})
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
     empty = endpoint.content != "" and not values.get(endpoint.content)
-    order = "unload" if values.get("keep_alive") in UNLOADS else "load"
+    order = ""
+    if empty:
+        order = "unload" if values.get("keep_alive") in UNLOADS else "load"
     question = Question(
         model=model if model.strip() else "",
         stream=endpoint.streams is not None and (endpoint.streams if stream is None else stream),
@@ -4108,7 +4141,7 @@ def read_question(
         options=endpoint.options,
         foreign=foreign,
         keep_alive="keep_alive" in values,
-        done_reason=order if empty else "",
+        done_reason=order,
         skipped=len(body) > MANY_VALUES and was_skipped(values),
     )
     return question, values
@@ -5124,22 +5157,20 @@ class Stream(asyncio.Protocol):
 
         `partly` is called once, when only a part of it has come.
         """
-        seen = 0
-        while True:
+        seen = 0  # bytes in which it does not end
+        while seen <= HEAD_LIMIT:
+            while len(self._data) == seen and not self.ended and self.error is None:
+                await self.waiter
             end = self._data.find(HEAD_END, max(0, seen - len(HEAD_END) + 1))
             if 0 <= end <= HEAD_LIMIT:
                 return self.take(end + len(HEAD_END))
-            if partly is not None and self._data and not seen:
-                partly()
-            seen = len(self._data)
-            if seen > HEAD_LIMIT:
-                break
-            while len(self._data) == seen and not self.ended and self.error is None:
-                await self.waiter
             if self.error is not None:
                 raise self.error
-            if len(self._data) == seen:
+            if len(self._data) == seen:  # and the peer has ended
                 break
+            if partly is not None and not seen:
+                partly()
+            seen = len(self._data)
         return self.take(len(self._data)).rstrip(b"\r\n")
 
     def bound(self) -> None:
@@ -5354,7 +5385,7 @@ class Exchange:
             ending = "Connection: close\r\n"
         elif self.request.minor == 0:
             ending = "Connection: keep-alive\r\n"
-        more = "".join([f"{name}: {value}\r\n" for name, value in (*self.headers, *headers)])
+        more = "".join(map("%s: %s\r\n".__mod__, (*self.headers, *headers)))
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
             f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
@@ -5863,6 +5894,11 @@ class Upstream:
 
     async def read_rest(self, limit: int, received: Callable[[], None] | None = None) -> bytes:
         """The rest of the body, at once; `received` is called for each piece."""
+        body = self.body
+        if isinstance(body, LengthBody) and 0 < body.wants <= min(limit, self.stream.unread):
+            if received is not None:  # it is here whole, as most are
+                received()
+            return body.feed(self.stream.take(body.wants))
         pieces: list[bytes] = []
         size, blank = 0, True
         while not self.body.done:
@@ -6355,8 +6391,7 @@ RELAYED_REQUEST = (
     "accept", "content-type", "user-agent", "openai-beta", "anthropic-version", "anthropic-beta",
     "traceparent",
 )  # fmt: skip
-RELAYED_ANSWER = ("openai-processing-ms", "retry-after")
-RATE_LIMITS = "x-ratelimit-"
+RELAYED_ANSWER = re.compile("openai-processing-ms$|retry-after$|x-ratelimit-")
 ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
 NEVER = float("inf")
 NO_HEADERS: Headers = {}
@@ -6392,6 +6427,8 @@ RELAYED_TYPES = ("application/json", "application/x-ndjson", "text/event-stream"
 def relayed_type(head: ResponseHead) -> str:
     """What an answer is passed on as: of any other type a browser might run what is in it."""
     told = head.headers.get("content-type", RELAYED_TYPES[0])
+    if told in RELAYED_TYPES:
+        return told
     plain = told.partition(";")[0].strip().lower()
     return told if plain in RELAYED_TYPES else "application/octet-stream"
 
@@ -6534,10 +6571,12 @@ class Call:
         question, key, routes = self.question, self.ticket.model, self.ticket.want.routes
         if self.blind:
             return self.route
-        shared = EMBEDDINGS not in routes and backend.num_ctx(key)
-        needs = shared or self.policy.keep_alive or self.policy.overflow == "refuse"
-        if backend.traits.native and (question.context or question.keep_alive or needs):
-            routes = (*(one for one in routes if one in NATIVE), *routes)
+        if backend.traits.native:
+            policy, needs = self.policy, bool(question.context or question.keep_alive)
+            if policy is not NO_POLICY and (policy.keep_alive or policy.overflow == "refuse"):
+                needs = True
+            if needs or (EMBEDDINGS not in routes and backend.contexts.shared(key)):
+                routes = (*(one for one in routes if one in NATIVE), *routes)
         return backend.route_for(routes, key)
 
     def writer(self, backend: Backend) -> Callable[[], bytes]:
@@ -6567,7 +6606,9 @@ class Call:
             lines += relayed_lines(self.more, more_names(self.more, backend.settings.relay_headers))
 
         def write() -> bytes:
-            wanted = with_policy(body(), route, self.policy)
+            wanted = body()
+            if self.policy is not NO_POLICY:
+                wanted = with_policy(wanted, route, self.policy)
             return render_request(backend, "POST", target, lines, wanted)
 
         return write
@@ -6628,13 +6669,8 @@ class Call:
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
         kind = relayed_type(head)
-        self.answer_headers = tuple(
-            [
-                item
-                for item in head.headers.items()
-                if item[0] in RELAYED_ANSWER or item[0].startswith(RATE_LIMITS)
-            ]
-        )
+        relayed = filter(RELAYED_ANSWER.match, head.headers)
+        self.answer_headers = tuple([(name, head.headers[name]) for name in relayed])
         source = self.translator.source if self.translator else self.endpoint.dialect
         if self.question.stream and source.is_stream(kind):
             self.route_supported(backend)
@@ -7014,7 +7050,12 @@ class Admission:
         if context:
             context = await self.clamp_context(call.model, context)
             call.question = call.question._replace(context=context)
-        client, want = self.clients.named(caller.client), self.want_of(call)
+        pinned = request.headers.get("x-llmq-backend", "")
+        if pinned:
+            self.check_pin(pinned, call.model)
+        routes = () if call.blind else call.endpoint.routes
+        want = Want(model_key(call.model), routes, backend=pinned)
+        client = self.clients.named(caller.client)
         client.address = caller.address
         priority = self.class_of(call, client, policy, request.headers)
         call.lines = common_lines(self.via_lines, tuple(map(request.headers.get, RELAYED_REQUEST)))
@@ -7042,14 +7083,6 @@ class Admission:
             read = functools.partial(read_question, body, call.endpoint, header, foreign=foreign)
             call.question, values = await beside(read, heavy=is_heavy(body))
         return values
-
-    def want_of(self, call: Call) -> Want:
-        """What it waits for: at a backend that it names, or wherever its model is."""
-        assert call.request is not None  # it is new
-        pinned, key = call.request.headers.get("x-llmq-backend", ""), model_key(call.model)
-        if pinned:
-            self.check_pin(pinned, call.model)
-        return Want(key, () if call.blind else call.endpoint.routes, backend=pinned)
 
     def check_pin(self, pinned: str, model: str) -> None:
         """Refuse a pin to a backend that is not there, or is not to serve the model."""
@@ -7320,11 +7353,12 @@ class Gateway:
             call.error = None
         else:
             call.error = call.error or LlmqError("the call broke off")
-        if call.admitted:
+        if call.admitted and done:
+            call.ticket.client.done += 1
+        elif call.admitted:
             left = isinstance(call.error, ClientLeft)
-            call.ticket.client.done += done
             call.ticket.client.left += left
-            call.ticket.client.failed += not done and not left
+            call.ticket.client.failed += not left
         self.changes += 1
         self.journal.keep(record_of(call, self.now()))
 
@@ -8240,6 +8274,8 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
 
 def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
     """Refuse who is blocked; on this box they can still undo it, but give no work."""
+    if not clients.settings:
+        return
     works = path.startswith(("/llmq/leases", "/llmq/models"))
     undone_here = path.startswith("/llmq") and not works and exchange.is_local
     if clients.is_blocked(exchange.caller) and not undone_here:
@@ -8555,9 +8591,11 @@ class Api:
         """Everything that is checked before a handler runs."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
-        keep_alive, exchange.keep_alive = exchange.keep_alive, False
-        check_host(exchange, self.names)
-        exchange.keep_alive = keep_alive
+        try:
+            check_host(exchange, self.names)
+        except LlmqError:
+            exchange.keep_alive = False
+            raise
         exchange.caller = await find_caller(exchange, self.settings.server)
         route, argument = match_route(request)
         if argument and route is None and self.settings.server.allow_all_routes:
