@@ -7220,6 +7220,7 @@ def model_not_found(asked: str) -> LlmqError:
 # pool, on every way out.
 
 FORECAST_SECONDS = 1.0  # between two passes over all that wait, for positions and expectations
+FORECAST_AHEAD = 0.3  # seconds before that in which whoever shows them has the next one made
 
 
 class Gateway:
@@ -7433,6 +7434,14 @@ class Gateway:
             self._forecast, self._forecast_at = Forecast([]), now  # one at a time in memory
             self._forecast = forecast(self.scheduler, now)
         return self._forecast
+
+    async def foresee(self) -> None:
+        """Forecast in a turn of the loop by itself, before it is due: of 10,000 it takes 25 ms."""
+        now = self.now()
+        if now - self._forecast_at >= FORECAST_SECONDS - FORECAST_AHEAD:
+            self._forecast_at = float("-inf")
+            self.forecast(now)
+            await asyncio.sleep(0)
 
     def drop_caches(self) -> None:
         """Let go of what was kept of many that have gone."""
@@ -8488,11 +8497,12 @@ class SnapshotStream:
         self._rendered = float("-inf")  # when `latest` was
         self._wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def step(self) -> None:
+    async def step(self) -> None:
         """Render if anybody watches and anything changed; while requests are here, time does."""
         gateway = self.gateway
         aged = gateway.calls and gateway.now() - self._rendered >= TIME_SECONDS
         if self.watchers and (aged or self._changes != gateway.changes):
+            await gateway.foresee()
             self.tell()
 
     def tell(self) -> None:
@@ -8502,8 +8512,9 @@ class SnapshotStream:
         self._render()
         self.wake()
 
-    def first(self) -> bytes:
+    async def first(self) -> bytes:
         """What a new watcher sees; those who come at one time share it, as they do all else."""
+        await self.gateway.foresee()
         if self.gateway.now() - self._rendered >= STREAM_SECONDS:
             self._render()
         return self.latest
@@ -8781,6 +8792,7 @@ class Api:
         word, facts = query.get("find", "").lower(), {}
         if query.get("all") == "1":
             facts["requests"] = await show_all(self.gateway, word)
+        await self.gateway.foresee()
         return {**snapshot(self.gateway, word), **facts}
 
     async def get_events(self, exchange: Exchange, _: str) -> None:
@@ -8790,7 +8802,7 @@ class Api:
         try:
             exchange.watch(stream.wake)
             exchange.start(200, "text/event-stream")
-            newest, seen = stream.first(), stream.version
+            newest, seen = await stream.first(), stream.version
             while not exchange.gone:
                 exchange.send(b"data: " + newest + b"\n\n" if newest else b": ping\n\n")
                 if self.gateway.draining:

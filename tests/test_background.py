@@ -496,18 +496,18 @@ async def test_snapshot_is_rendered_once_for_all_who_watch_and_only_when_it_chan
     rendered = []
     snapshot = llmq.snapshot
     monkeypatch.setattr(llmq, "snapshot", lambda one: rendered.append(1) or snapshot(one))
-    stream.step()
+    await stream.step()
     assert not rendered, "nobody watches"
     stream.watchers = 3
     watchers = [asyncio.ensure_future(stream.wait(60)) for _ in range(3)]
     await asyncio.wait(watchers, timeout=0)
-    stream.step()
+    await stream.step()
     await asyncio.gather(*watchers)  # all are woken
     assert len(rendered) == 1
-    stream.step()
+    await stream.step()
     assert len(rendered) == 1, "nothing changed"
     gateway.set_mode(llmq.Mode.PAUSED)
-    stream.step()
+    await stream.step()
     assert len(rendered) == 2
     assert b'"mode":"paused"' in stream.latest
 

@@ -464,7 +464,7 @@ async def test_slow_watcher_gets_the_latest_and_not_the_backlog(
 
             async def change(mode: llmq.Mode) -> None:
                 q.gateway.set_mode(mode)
-                q.service.api.stream.step()
+                await q.service.api.stream.step()
                 assert (await ask(q.port, "GET", "/health")).status == 200
 
             for _ in range(100):  # 20 MB: more than any socket and llmq hold
