@@ -102,6 +102,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
+    Collection,
     Coroutine,
     Generator,
     Iterable,
@@ -529,6 +530,16 @@ class QueueSettings:
     overflow_status: int = setting(429, "what a full queue answers: 429 or 503", choices=(429, 503))
     aging: Duration = setting(300.0, "wait after which a request is overdue; 0: never")
     affinity: Duration = setting(30.0, "longest that a loaded model's requests go first; 0: never")
+
+    @functools.cached_property
+    def waits(self) -> tuple[float, ...]:
+        """The longest waits by class."""
+        return self.max_wait_high, self.max_wait_normal, self.max_wait_low
+
+    @functools.cached_property
+    def depths(self) -> tuple[int, ...]:
+        """How many may wait by class."""
+        return self.max_depth_high, self.max_depth_normal, self.max_depth_low
 
 
 @dataclass(frozen=True)
@@ -1369,7 +1380,7 @@ class Device:
         """Slots for one more request, that may be urgent or bears nothing beside it."""
         if self.held or self.claimed or (alone and self.busy):
             return 0
-        return self.slots - self.busy - (0 if urgent else min(self.reserve_high, self.slots - 1))
+        return self.slots - self.busy - (0 if urgent else self.reserve_high)
 
 
 @dataclass(frozen=True)
@@ -1484,7 +1495,7 @@ class Backend:
         # By number the tickets that it has passed over, and since when: see section 10.
         self.passed: dict[int, tuple[Any, float]] = {}
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
-        self.at_work: Counter[str] = Counter()  # model key -> requests that run
+        self.at_work: dict[str, int] = {}  # model key -> requests that run
         self.contexts = Contexts()
         # By (route, model key, or "" for any): its words where it said that it has no such route,
         # and where it has answered well, so that it cannot lack it.
@@ -1558,7 +1569,7 @@ class Backend:
     def starts(self, key: str, request: object, now: float) -> None:
         """A request starts here; where its model is not loaded, it is from now on alone there."""
         self.used = now
-        self.at_work[key] += 1
+        self.at_work[key] = self.at_work.get(key, 0) + 1
         if self.must_load(key):
             self.loading[key], self.switched = (request, now), now
             self.loaded = frozenset((key,))
@@ -2035,7 +2046,7 @@ class Fleet:
             slots = settings.slots_of(places[name])
             backend = self.backends.get(name) or self.add(name, row, places[name], slots)
             self.move(backend, self.device_of(places[name], slots))
-            backend.device.reserve_high = settings.reserve_of(places[name])
+            backend.device.reserve_high = min(settings.reserve_of(places[name]), slots - 1)
             if row != backend.settings:  # its list of models may be another
                 backend.changed, backend.next_probe = now, 0.0
                 if row.kind != backend.settings.kind:  # it is to be asked again
@@ -2062,12 +2073,13 @@ class Fleet:
 
     def candidates(self, want: Want, *, urgent: bool = False) -> list[Backend]:
         """Backends where a request could start now, without the one it failed at unless alone."""
-        key, avoid, policy = want.model, want.avoid, self.policy(want.model)
-        able = [backend for backend in self.serving(want) if backend.usable]
-        if avoid is not None:
-            able = [backend for backend in able if backend is not avoid] or able
-        alone = policy.exclusive or bool(want.device)
-        return [each for each in able if each.takes(key, urgent=urgent, alone=alone)]
+        key, able = want.model, self.serving(want)
+        if want.avoid is not None:
+            able = [each for each in able if each.usable and each is not want.avoid] or able
+        alone = bool(want.device) or self.policy(key).exclusive
+        return [
+            each for each in able if each.usable and each.takes(key, urgent=urgent, alone=alone)
+        ]
 
     def claim(self, want: Want) -> None:
         """Let a device run empty for what is next and bears nothing beside it there."""
@@ -2233,8 +2245,6 @@ OVERDUE_SHARE = 8  # of so many starts one may go to an overdue request
 AFFINITY_LEAST = 5.0  # seconds that a loaded model's requests may go first, however fast it loads
 LOADS_WORTH = 20  # and of the time that a load takes: so at most a twentieth is spent on loads
 MODELS_MEASURED = 2000  # models and kinds of requests whose times are known, at most
-MAX_WAITS = ("max_wait_high", "max_wait_normal", "max_wait_low")  # by class
-MAX_DEPTHS = ("max_depth_high", "max_depth_normal", "max_depth_low")
 
 
 class Mode(enum.Enum):
@@ -2291,7 +2301,7 @@ class Backlog:
         self.queued_bytes += ticket.size
         client.waiting += 1
         client.queued_bytes += ticket.size
-        longest = getattr(self.limits, MAX_WAITS[priority])
+        longest = self.limits.waits[priority]
         if longest:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
@@ -2319,9 +2329,9 @@ class Backlog:
         client.waiting -= 1
         client.queued_bytes -= ticket.size
 
-    def _devices(self, want: Want) -> list[Device]:
+    def _devices(self, want: Want) -> Collection[Device]:
         """What can serve it; where there is one device, that, without a look."""
-        devices = list(self.fleet.devices.values())
+        devices = self.fleet.devices.values()
         if len(devices) < 2:
             return devices
         return [backend.device for backend in self.fleet.serving(want)]
@@ -2366,7 +2376,7 @@ class Backlog:
 
     def _check_room(self, ticket: Ticket) -> None:
         limits, client, priority = self.limits, ticket.client, ticket.priority
-        in_class, most = getattr(limits, MAX_DEPTHS[priority]), max(1, limits.max_depth // 2)
+        in_class, most = limits.depths[priority], limits.max_depth // 2 or 1
         if len(self.waiting) >= limits.max_depth:
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
         elif in_class and sum(self._backlogs[priority].values()) >= in_class:
@@ -2429,7 +2439,7 @@ class Scheduler(Backlog):
         self.mode = Mode.OPEN
         self._numbers = count()
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
-        self._at_work: Counter[str] = Counter()  # requests that run, by model key
+        self._at_work: dict[str, int] = {}  # requests that run, by model key
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
         self._overdue: list[Group] = []  # that had overdue requests then
@@ -2610,7 +2620,7 @@ class Scheduler(Backlog):
     def _pick_fair(self, priority: Priority, now: float) -> Start | None:
         """The first by share that can start; what needs a whole device waits for it alone."""
         heads = [group.head(group.fair) for group in self._startable(priority)]
-        for head in in_turn([head for head in heads if head is not None]):
+        for head in in_turn(filter(None, heads)):
             if (found := self._try(head, now, fair=True)) is not None:
                 return found
             if not self.is_capped(head.want):
@@ -2644,6 +2654,8 @@ class Scheduler(Backlog):
         if self.is_capped(ticket.want):
             return None
         able = self.fleet.candidates(ticket.want, urgent=urgent)
+        if len(able) < 2:
+            return able[0] if able else None
         return pick_backend(able, ticket.want.model, self.fleet.served_last(ticket))
 
     def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
@@ -2669,7 +2681,7 @@ class Scheduler(Backlog):
         if not (self.fleet.model_settings and want.model):
             return False
         most = self.fleet.policy(want.model).max_concurrent
-        return 0 < most <= self._at_work[want.model]
+        return 0 < most <= self._at_work.get(want.model, 0)
 
     def affinity(self, backend: Backend) -> float:
         """Seconds for which requests for what it has loaded may go before others."""
@@ -2691,16 +2703,18 @@ class Scheduler(Backlog):
         client.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
-        self._at_work[ticket.want.model] += 1
+        key = ticket.want.model
+        self._at_work[key] = self._at_work.get(key, 0) + 1
         self._unaged += 1
         self._boost_due[priority] = True
 
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
         del self.running[ticket.id]
-        left = self._at_work.pop(ticket.want.model) - 1
+        key = ticket.want.model
+        left = self._at_work.pop(key) - 1
         if left:
-            self._at_work[ticket.want.model] = left
+            self._at_work[key] = left
         assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started

@@ -609,10 +609,10 @@ def test_the_context_is_forgotten_when_the_model_is_not_loaded_any_more() -> Non
     one.contexts.request("m", 4096, 1.0)
     look(one, 0.5)
     assert one.num_ctx("m") == 4096, "asked after that look had begun"
-    one.at_work["m"] += 1
+    one.at_work["m"] = 1
     look(one, 2.0)
     assert one.num_ctx("m") == 4096, "it is about to be loaded"
-    one.at_work["m"] -= 1
+    one.at_work["m"] = 0
     look(one, 3.0, m=4096)
     assert one.num_ctx("m") == 4096
     look(one, 4.0)
@@ -622,7 +622,7 @@ def test_the_context_is_forgotten_when_the_model_is_not_loaded_any_more() -> Non
 def test_work_for_another_model_keeps_nothing() -> None:
     one = ollama()
     one.contexts.request("m", 4096, 1.0)
-    one.at_work["n"] += 1
+    one.at_work["n"] = 1
     look(one, 2.0)
     assert one.num_ctx("m") == 0
 
