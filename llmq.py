@@ -1490,10 +1490,12 @@ class Backend:
         self.loading: dict[str, tuple[object, float]] = {}
         self.on_load: Callable[[], object] | None = None  # told that others may start now
         self.load_seconds = Average()  # from such a start to the first byte
+        self.load_times: dict[str, Average] = {}  # the same by model key
         self.last_load: tuple[object, float] = (None, 0.0)  # whose start it was, and how long
         self.switched = 0.0  # when it last began to load a model, monotonic
         # By number the tickets that it has passed over, and since when: see section 10.
         self.passed: dict[int, tuple[Any, float]] = {}
+        self.stayed = Average()  # seconds for which it passed over one that then made it load
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
         self.at_work: dict[str, int] = {}  # model key -> requests that run
         self.contexts = Contexts()
@@ -1573,6 +1575,9 @@ class Backend:
         if self.must_load(key):
             self.loading[key], self.switched = (request, now), now
             self.loaded = frozenset((key,))
+            for waiter, since in self.passed.values():
+                if waiter is request:
+                    self.stayed.add(now - since)
             self.passed.clear()
 
     def loaded_now(self, key: str, now: float, *, whole: bool = False) -> bool:
@@ -1585,11 +1590,17 @@ class Backend:
         request, began = self.loading.pop(key)
         if not whole:
             self.load_seconds.add(now - began)
+            if key in self.load_times or len(self.load_times) < MODELS_LIMIT:
+                self.load_times.setdefault(key, Average()).add(now - began)
             self.last_load = (request, now - began)
         self.changed = self.next_probe = now  # another may have gone for it
         if self.on_load is not None:
             self.on_load()
         return True
+
+    def load_time(self, key: str) -> float:
+        """Seconds that a load of this model takes, or of any where that is not known."""
+        return self.load_times.get(key, self.load_seconds).value or 0.0
 
     def load_of(self, request: object) -> float:
         """Seconds of a request's time here that went into the load of its model."""
@@ -2789,15 +2800,33 @@ class Timetable:
         self.device = device
         self.free = [0.0] * max(0, device.slots - device.busy)  # a heap of seconds from now
         self.loaded: frozenset[str] | None = None  # model keys; None: as it is now
-        self.passed: float | None = None  # when somebody was first passed over for them
+        self.loading: dict[str, float | None] = {}  # by model key when it is loaded, if known
+        self.passed: dict[Priority, float] = {}  # when one of a class was first passed over
 
-    def take(self, line: Alike) -> float:
+    def run(self, ticket: Ticket, backend: Backend, scheduler: Scheduler, now: float) -> None:
+        """Take in when this one ends, unless it takes more than twice what it mostly does."""
+        key, took = ticket.model, scheduler.service_of(ticket.model, self.device.name, ticket.kind)
+        loads = key in backend.loading and backend.loading[key][0] is ticket
+        load = backend.load_time(key) if loads else 0.0
+        passed = now - ticket.started - backend.load_of(ticket)
+        if took is not None and passed <= 2 * (load + took):
+            left = max(load + took - passed, (load + took) / 4)  # what is late ends soon, not now
+            heapq.heappush(self.free, left)
+            if load:
+                self.loading[key] = max(0.0, left - took)
+
+    def take(self, line: Alike, scheduler: Scheduler) -> float:
         """When the next of this line starts here; from then on it has the slot."""
         backend, took = line.backends[self], line.took[self]
         eta, load = self.free[0], 0.0
+        if self.loading:
+            eta = max(eta, self.loading.get(line.key) or 0.0)
         if self.must_load(line):
-            load, self.passed = backend.load_seconds.value or 0.0, None
-            self.loaded = frozenset((line.key,))
+            if line.priority in self.passed:  # what is loaded stays for those who come back
+                stays = min(backend.stayed.value or 0.0, scheduler.affinity(backend))
+                eta = max(eta, self.passed[line.priority] + stays)
+            load, self.loaded = backend.load_time(line.key), frozenset((line.key,))
+            self.passed.clear()
         if took is None:
             heapq.heappop(self.free)
         else:
@@ -2812,12 +2841,15 @@ class Timetable:
 
     def pick(self, lines: Sequence[Alike], scheduler: Scheduler) -> Alike:
         """Whose turn it is here: the first by share, but for a while what is loaded."""
+        if self.loading:  # who waits for the load of its model lets others go
+            free = self.free[0]
+            lines = [one for one in lines if (self.loading.get(one.key) or 0) <= free] or lines
         first = min(lines, key=lambda line: line.tickets[0])
         ready = [line for line in lines if not self.must_load(line)]
         if not ready or first in ready:
             return first
-        self.passed = self.free[0] if self.passed is None else self.passed
-        late = self.free[0] - self.passed >= scheduler.affinity(first.backends[self])
+        self.passed.setdefault(first.priority, self.free[0])
+        late = self.free[0] - min(self.passed.values()) >= scheduler.affinity(first.backends[self])
         return first if late else min(ready, key=lambda line: line.tickets[0])
 
 
@@ -2828,26 +2860,28 @@ class Alike:
         self, scheduler: Scheduler, ticket: Ticket, tables: Mapping[Device, Timetable]
     ) -> None:
         able = [one for one in scheduler.fleet.serving(ticket.want) if one.usable]
-        self.key = ticket.model
+        self.key, self.priority = ticket.model, ticket.priority
         self.held = why_held(scheduler, ticket, able)
         self.reason = self.held or why_busy(scheduler, ticket, able)
-        self.backends = {tables[one.device]: one for one in able if one.device in tables}
-        self.took = {
-            table: scheduler.service_of(self.key, table.device.name, ticket.kind)
-            for table in self.backends
-        }
+        places = [(tables[one.device], one) for one in able]
+        self.backends = {at: one for at, one in places if at.loading.get(self.key, 0) is not None}
+        usual = scheduler.service_of
+        self.took = {at: usual(self.key, at.device.name, ticket.kind) for at in self.backends}
         self.tickets: deque[tuple[int, str]] = deque()  # (position, id)
 
 
 def timetables(scheduler: Scheduler, now: float) -> dict[Device, Timetable]:
-    """What runs, and for how long still as far as that is known; what overruns may run for ever."""
+    """What runs, what loads and who was passed over."""
     tables = {device: Timetable(device) for device in scheduler.fleet.devices.values()}
+    for backend in scheduler.fleet.backends.values():
+        table = tables[backend.device]
+        table.loading.update(dict.fromkeys(backend.loading))
+        for ticket, since in backend.passed.values():
+            if ticket.state is TicketState.WAITING:
+                table.passed.setdefault(ticket.priority, since - now)
     for ticket in scheduler.running.values():
         if ticket.backend is not None and ticket.took and ticket.backend.device in tables:
-            device, passed = ticket.backend.device, now - ticket.started
-            took = scheduler.service_of(ticket.model, device.name, ticket.kind)
-            if took is not None and took >= passed:
-                heapq.heappush(tables[device].free, took - passed)
+            tables[ticket.backend.device].run(ticket, ticket.backend, scheduler, now)
     return tables
 
 
@@ -2855,8 +2889,8 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
     """What every waiting ticket can expect, in one pass.
 
     The time is when a slot will be free for it, by the averages of what goes before it; None when
-    that is not known: it is held back, or behind what was never measured or takes longer than it
-    mostly does.
+    that is not known: it is held back, or behind what was never measured or takes more than twice
+    as long as it mostly does.
     """
     tables, result = timetables(scheduler, now), Forecast(scheduler.in_order())
     lines: dict[Priority, dict[Any, Alike]] = {priority: {} for priority in Priority}
@@ -2865,13 +2899,10 @@ def forecast(scheduler: Scheduler, now: float) -> Forecast:
         line = kinds.get(kind)
         if line is None:
             line = kinds[kind] = Alike(scheduler, ticket, tables)
-        if line.held:
-            result.places[ident] = position, line.held
-        elif ticket.client.at_cap:
-            reason = f"{ticket.client.name} has as many running as it may"
-            result.places[ident] = position, reason
-        else:
-            result.places[ident] = position, line.reason
+        result.places[ident] = position, line.reason
+        if ticket.client.at_cap and not line.held:
+            result.places[ident] = position, f"{ticket.client.name} has as many running as it may"
+        elif not line.held:
             line.tickets.append((position, ident))
     for kinds in lines.values():
         foresee(scheduler, list(kinds.values()), tables.values(), result.etas)
@@ -2899,7 +2930,7 @@ def foresee(
             ready = [one for one in here if one.tickets] if looks >= 0 else []
             line = table.pick(ready, scheduler) if ready else here[0]
             _, ident = line.tickets.popleft()
-            etas[ident] = table.take(line)
+            etas[ident] = table.take(line, scheduler)
             if table.free:
                 heapq.heappush(known, (table.free[0], place, table))
 
@@ -2916,8 +2947,6 @@ def why_held(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> s
         if any(backend.state is State.LOADING for backend in serving):
             return MODEL_LOADS
         return f"{fleet.why_none(want)}, waited for {scheduler.limits.down_wait:g} s"
-    if all(want.model in backend.loading for backend in able):
-        return MODEL_LOADS
     return None
 
 
@@ -2929,6 +2958,7 @@ def why_busy(scheduler: Scheduler, ticket: Ticket, able: Sequence[Backend]) -> s
     most = f"for {scheduler.affinity(backend):g} s at most"
     urgent = ticket.priority is Priority.HIGH
     reasons = (  # the first that holds
+        (all(key in one.loading for one in able), MODEL_LOADS),
         (scheduler.is_capped(ticket.want), "as many of its model run as may"),
         (taken, f"{device.name} is taken whole: {runs}"),
         (device.busy >= device.slots, f"{device.name} busy ({device.busy}/{device.slots}): {runs}"),

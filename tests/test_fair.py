@@ -1015,9 +1015,9 @@ def test_light_user_waits_little_under_a_heavy_one() -> None:
 # ---- Traces: the same work in other orders
 
 
-def short_trace(name: str) -> replay.Trace:
-    trace = replay.TRACES[name](1)
-    trace.jobs = lambda: getattr(replay, name)(1, hours=2.0)
+def short_trace(name: str, seed: int = 1) -> replay.Trace:
+    trace = replay.TRACES[name](seed)
+    trace.jobs = lambda: getattr(replay, name)(seed, hours=2.0)
     return trace
 
 
@@ -1061,12 +1061,17 @@ def options(**given: Any) -> argparse.Namespace:
 
 @pytest.mark.deadline(60)
 @pytest.mark.parametrize("name", list(replay.TRACES))
-def test_three_of_four_expected_waits_are_within_a_factor_of_two(name: str) -> None:
-    """The aim is nine of ten: who comes later, and leaves, nobody foretells."""
-    sim = replay.simulate(short_trace(name), "llmq", foretell=True)
-    hits, told = replay.eta_hits(sim)
-    assert told > 100
-    assert hits / told >= 0.75, (hits, told)
+def test_nine_of_ten_expected_waits_are_within_a_factor_of_two(name: str) -> None:
+    """As told when they came, or within a second; and nearly all are told something."""
+    hits = told = waited = 0
+    for seed in (1, 2, 3):
+        sim = replay.simulate(short_trace(name, seed), "llmq", foretell=True)
+        good, of = replay.eta_hits(sim)
+        hits, told = hits + good, told + of
+        waited += sum(1 for one in sim.visits if one.started is not None and one.wait > 0)
+    assert told > 1000
+    assert hits / told >= 0.9, (hits, told)
+    assert told / waited >= 0.95, (told, waited)
 
 
 @pytest.mark.parametrize("shape", list(cost.SHAPES))

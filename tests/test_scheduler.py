@@ -857,8 +857,13 @@ def eta_of(box: Box, ticket: Ticket, now: float = 0.0) -> float | None:
 
 @pytest.mark.parametrize(
     ("now", "expected"),
-    [(4.0, (6.0, 9.0)), (10.0, (0.0, 3.0)), (10.5, (None, None))],
-    ids=["it has run for a while", "it should end", "it takes longer than it mostly does"],
+    [
+        (4.0, (6.0, 9.0)),
+        (9.0, (2.5, 5.5)),
+        (20.0, (2.5, 5.5)),
+        (20.5, (None, None)),
+    ],
+    ids=["it has run for a while", "it ends soon", "it is late", "it is twice as late"],
 )
 def test_expected_waits_are_by_model_and_less_what_runs_has_run_already(
     now: float, expected: tuple[float | None, float | None]
@@ -889,6 +894,137 @@ def test_expected_wait_is_not_known_behind_a_model_that_was_never_measured() -> 
     assert [eta_of(box, one) for one in tickets[1:3]] == [10.0, 11.0]
     assert box.queue.service_of("n", "a") == 1.0
     assert box.queue.service_of("never", "a") is None
+
+
+def loading_one(slots: int = 1, **limits: Any) -> tuple[Box, Backend]:
+    """A runner that loads what it is asked for: m in 4 s, n in 20 s; each request runs 2 s."""
+    box = Box(**limits)
+    backend = box.add("a", device="gpu", shared=slots)
+    news = llmq.Report("ollama", (), ("m", "n", "o"), (), 0.0)
+    backend.succeeded(0.0, news, INTERVAL)
+    for model, load in (("n", 20.0), ("m", 4.0)):
+        box.queue.note_service(model, 2.0, "gpu")
+        loader = box.submit(model=model, now=-30.0)
+        box.started(-30.0)
+        backend.loaded_now(model, load - 30.0)
+        box.queue.finish(loader, 2.0 + load - 30.0)
+    return box, backend
+
+
+@pytest.mark.parametrize(
+    ("affinity", "expected"), [(30.0, [0.0, 6.0, 2.0, 4.0]), (0.0, [0.0, 2.0, 24.0, 30.0])]
+)
+def test_expected_waits_know_what_each_model_takes_to_load(
+    affinity: float, expected: list[float]
+) -> None:
+    box, _ = loading_one(affinity=affinity)
+    tickets = [box.submit(model=model) for model in "mnmm"]
+    assert [eta_of(box, one) for one in tickets] == expected
+
+
+def passed_over(box: Box, priority: Priority = NORMAL) -> Ticket:
+    """One that waits for n since 0.0 and was passed over then for one of m, which runs."""
+    waits = box.submit(priority, model="n", client="y")
+    box.submit(priority, client="z")
+    assert [one.model for one in box.started()] == ["m"]
+    return waits
+
+
+def test_who_was_passed_over_is_told_how_long_a_model_stays() -> None:
+    """Not only of those who wait for it now: they come back."""
+    box, backend = loading_one()
+    waits = passed_over(box)
+    assert eta_of(box, waits, 1.0) == 1.0, "nothing is known yet of who comes back"
+    box.queue.finish(next(iter(box.queue.running.values())), 2.0)
+    for now in range(2, 30, 2):
+        box.submit(client="z", now=float(now))
+        (runs,) = box.started(float(now))
+        box.queue.finish(runs, now + 2.0)
+    assert box.started(30.0) == [waits]
+    assert backend.stayed.value == 30.0
+    backend.loaded_now("n", 50.0)
+    box.queue.finish(waits, 52.0)
+    box.submit(model="m", now=52.0)
+    ((loader, _),) = box.queue.dispatch(52.0)
+    backend.loaded_now("m", 56.0)
+    box.queue.finish(loader, 58.0)
+    later = box.submit(model="n", client="y", now=58.0)
+    box.submit(client="z", now=58.0)
+    assert box.started(58.0) != [later]
+    assert eta_of(box, later, 60.0) == 28.0
+
+
+@pytest.mark.parametrize(("affinity", "expected"), [(30.0, 19.0), (12.0, 11.0)])
+def test_a_model_stays_no_longer_than_it_may(affinity: float, expected: float) -> None:
+    box, backend = loading_one(affinity=affinity)
+    backend.stayed.add(20.0)
+    assert eta_of(box, passed_over(box), 1.0) == expected
+
+
+def test_who_is_more_urgent_than_those_passed_over_is_told_its_own_wait() -> None:
+    box, backend = loading_one()
+    backend.stayed.add(20.0)
+    passed_over(box)
+    urgent = box.submit(HIGH, model="n", client="x")
+    assert eta_of(box, urgent, 1.0) == 1.0
+
+
+def test_a_stay_that_has_begun_is_not_told_as_if_it_began_now() -> None:
+    box, _ = loading_one()
+    waits = passed_over(box)
+    behind = [box.submit(client="z") for _ in range(20)]
+    told = [eta_of(box, one, 1.0) for one in (*behind, waits)]
+    assert told[:14] == [1.0 + 2.0 * number for number in range(14)]
+    assert told[-1] == 29.0
+    assert told[14] == 29.0 + 22.0, "after the load of n and its request"
+
+
+def test_who_waits_for_a_load_is_told_when_it_ends() -> None:
+    box, backend = loading_one()
+    box.submit(model="n")
+    assert box.started()
+    waiting = [box.submit(model=model) for model in "nm"]
+    for now, left in ((0.0, 22.0), (15.0, 7.0), (22.0, 5.5), (44.5, None)):
+        later = None if left is None else left + 2.0
+        assert [eta_of(box, one, now) for one in waiting] == [left, later]
+        assert reason_of(box, waiting[0]) == "model is loading"
+    backend.loaded_now("n", 20.0)
+    assert eta_of(box, waiting[0], 21.0) == 1.0, "the load is no part of what it mostly takes"
+
+
+def test_others_start_beside_a_load_and_who_waits_for_it_starts_after_it() -> None:
+    box, _ = loading_one(slots=2)
+    box.submit(model="n")
+    box.started()
+    box.fleet.backends["a"].loaded |= {"m"}
+    waiting = [box.submit(model=model) for model in "nm"]
+    assert [eta_of(box, one) for one in waiting] == [20.0, 0.0]
+    assert eta_of(box, waiting[0], 15.0) == 5.0
+
+
+def test_nobody_is_told_when_a_first_load_ends() -> None:
+    box = Box()
+    backend = box.add("a", device="gpu", shared=2)
+    backend.succeeded(0.0, llmq.Report("ollama", (), ("m", "n"), ("n",), 0.0), INTERVAL)
+    for model in "mn":
+        box.queue.note_service(model, 2.0, "gpu")
+    box.submit(model="m")
+    box.started()
+    waiting = [box.submit(model=model) for model in "mn"]
+    assert [eta_of(box, one) for one in waiting] == [None, 0.0]
+
+
+def test_a_slot_whose_request_is_late_is_one_of_the_slots() -> None:
+    """Else those who wait for two slots would be told of one."""
+    box = Box()
+    box.add("a", "m", shared=2)
+    box.queue.note_service("m", 4.0, "a")
+    box.submit()
+    box.started()
+    box.submit(now=5.0)
+    box.started(5.0)
+    waiting = [box.submit(now=5.0) for _ in range(3)]
+    assert [eta_of(box, one, 5.0) for one in waiting] == [1.0, 4.0, 5.0]
 
 
 def test_expected_wait_is_not_known_behind_one_that_runs_and_was_never_measured() -> None:
