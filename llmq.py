@@ -7543,30 +7543,26 @@ def since(entry: Facts) -> str:
 
 
 def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
-    """A model that Ollama does not have, in Ollama's words."""
-    # Ollama's CLI shows its first 12 digits.
+    """A model that Ollama does not have, in Ollama's words; its CLI shows 12 digits of a digest."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
     facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": digest}
     return {**facts, "details": NO_DETAILS, **more}
 
 
-def bare_show(model: str, entries: Sequence[Facts]) -> Facts:
-    """What a list of models tells of one that Ollama does not have, as its /api/show would."""
+def bare_show(fleet: Fleet, model: str) -> Facts:
+    """What the lists of models tell of one that Ollama does not have, as its /api/show would."""
+    entries = [entry for report in reports_of(fleet) for entry in report.entries]
     facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
     capabilities, info = ["embedding" if EMBEDDING.search(model) else "completion"], {}
-    for entry in entries:
+    for entry in [one for one in entries if model_key(str(one["id"])) == model_key(model)]:
         told = entry.get("capabilities")
         words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
         capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
         seen = look_up(entry, "architecture", "input_modalities")
         sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
         capabilities += ["vision"] if sees else []
-        lengths = (
-            entry.get("max_model_len"),
-            entry.get("max_context_length"),
-            look_up(entry, "meta", "n_ctx_train"),
-        )
-        for length in lengths:
+        for place in (("max_model_len",), ("max_context_length",), ("meta", "n_ctx_train")):
+            length = look_up(entry, *place)
             if type(length) is int and length > 0:
                 info = {"general.architecture": "unknown", "unknown.context_length": length}
     return {**facts, "model_info": info, "capabilities": list(dict.fromkeys(capabilities))}
@@ -7789,7 +7785,6 @@ DAY = 86400.0  # seconds
 
 
 def read_seconds(values: Facts) -> float:
-    """How long a lease holds, unless it is renewed."""
     seconds = values.get("ttl_s", 60)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
         raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
@@ -7854,14 +7849,9 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
         except LlmqError as error:
             if error.code != "conflict":  # else somebody has ordered it already
                 raise
-    names = {errand.backend.name for errand in errands}
-    await asyncio.gather(
-        *[
-            task
-            for (what, at, _), task in gateway.errands.items()
-            if what == "unload" and at in names
-        ]
-    )
+    names, orders = {errand.backend.name for errand in errands}, gateway.errands.items()
+    unloading = [task for (what, at, _), task in orders if what == "unload" and at in names]
+    await asyncio.gather(*unloading)
     for call in calls:
         if call.error is not None:
             raise call.error
@@ -7917,7 +7907,6 @@ class Store:
     # ---- in its thread
 
     def _execute(self, sql: str, *values: str) -> list[Any]:
-        """The rows that this gives."""
         import sqlite3
 
         try:
@@ -7994,18 +7983,14 @@ class Changes:
     def apply(self) -> None:
         """Let hold what the file says, and each change until that says otherwise."""
         settings, clients = self.gateway.settings, self.gateway.clients
-        rows = {
-            f"ip:{one}": settings.clients.get(f"ip:{one}", NOTHING_SET)
-            for one in settings.ips.blocked
-        }
-        refused = {name: replace(row, blocked=True) for name, row in rows.items()}
-        self.file = {**settings.clients, **refused}
+        self.file = dict(settings.clients)
+        for name in map("ip:{}".format, settings.ips.blocked):
+            self.file[name] = replace(self.file.get(name, NOTHING_SET), blocked=True)
         found = dict(self.file)
         for name, facts in self.kept.items():
             row = self.file.get(name, NOTHING_SET)
-            holds = {
-                key: one for key, one in facts.items() if one[1] == vars(row).get(key, MISSING)
-            }
+            own = vars(row)
+            holds = {key: one for key, one in facts.items() if one[1] == own.get(key, MISSING)}
             found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
             if holds != facts:
                 self.kept[name] = holds
@@ -8041,7 +8026,6 @@ CROWD = 500  # calls at once, after which their memory is worth giving back
 
 
 async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> None:
-    """Do this for ever, with so much time between."""
     while True:
         try:
             doing = step()
@@ -8090,7 +8074,6 @@ class Preloader:
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
-    """Compare all deadlines with the clock."""
     now = time.monotonic()
     for server in servers:
         server.reap(now)
@@ -8174,8 +8157,6 @@ EXPOSED = (
 
 
 class Access(enum.Enum):
-    """Who may use a route."""
-
     OPEN = "everybody"  # also pages from elsewhere
     OWNER = "no foreign page"  # shows or changes what belongs to others
     LOCAL = "no foreign page, this box only"  # changes what is on its disk
@@ -8208,22 +8189,16 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
     They may hold patterns: `*.internal`, and `*` for any name without a dot.
     """
     name = parse_host(value)
-    if name in names or is_loopback(name):
+    if name in names or is_loopback(name) or plain_address(name.strip("[]")):
         return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        first, dot, _ = name.partition(".")
-        return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
-    return True
+    first, dot, _ = name.partition(".")
+    return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
 
 
 async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
     """Who asks; the connection is asked only where the request says nothing better."""
     headers, connection, told = exchange.request.headers, exchange.connection, ""
-    if (
-        settings.trusted_proxies and exchange.address in settings.trusted_proxies
-    ):  # whose own word is the last entry
+    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
         told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
         exchange.caller = NOBODY._replace(address=told)
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
@@ -8247,7 +8222,6 @@ def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
 
 
 def check_origin(exchange: Exchange, access: Access) -> None:
-    """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
         return
     request = exchange.request
@@ -8270,7 +8244,6 @@ TIME_SECONDS = 1.0  # while requests are here, time alone is news
 
 
 def members(source: object, *names: str) -> Facts:
-    """What a snapshot shows as it is."""
     return {name: getattr(source, name) for name in names}
 
 
@@ -8328,10 +8301,8 @@ def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[T
 async def show_all(gateway: Gateway, word: str) -> list[Facts]:
     """All that wait and run, some at a time: ten thousand would hold up everybody else."""
     scheduler, rows = gateway.scheduler, []
-    tickets = [
-        *scheduler.running.values(),
-        *having(gateway, in_order(gateway, gateway.now()), word),
-    ]
+    waiting = having(gateway, in_order(gateway, gateway.now()), word)
+    tickets = [*scheduler.running.values(), *waiting]
     for first in range(0, len(tickets), SHOWN_WAITING):
         some = [gateway.calls.get(one.id) for one in tickets[first : first + SHOWN_WAITING]]
         rows += [show_call(gateway, call, gateway.now()) for call in some if call]
@@ -8368,7 +8339,6 @@ def oldest_wait(tickets: Iterable[Ticket], now: float) -> float:
 
 
 def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
-    """How many there are of each class."""
     found = Counter(ticket.priority for ticket in tickets)
     return {priority.word: found[priority] for priority in Priority}
 
@@ -8420,7 +8390,6 @@ def show_clients(gateway: Gateway, now: float) -> list[Facts]:
 
 
 def show_gauges(gateway: Gateway) -> None:
-    """Let the gauges stand where things stand now."""
     show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
     gateway.journal.flush()
     now, waiting = gateway.now(), scheduler.waiting.values()
@@ -8460,7 +8429,6 @@ class SnapshotStream:
             self.tell()
 
     def tell(self) -> None:
-        """Let all who watch see how it is now."""
         self._changes = self.gateway.changes
         self.version += 1
         self._render()
@@ -8490,7 +8458,6 @@ class SnapshotStream:
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
 CONTROL_BODY = 64 * KIB
@@ -8499,25 +8466,22 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-PAGE_HEADERS = (
-    ("Cache-Control", "no-store"),
-    ("Referrer-Policy", "no-referrer"),
-)
+PAGE_HEADERS = (("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
+@dataclass(eq=False)
 class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
-    def __init__(
-        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], changes: Changes
-    ) -> None:
-        self.gateway = gateway
-        self.changes = changes
-        self.settings = gateway.settings
-        self.stream = SnapshotStream(gateway)
-        self.names = frozenset(names)  # of this box, lower case
-        self.reload = reload
+    gateway: Gateway
+    names: frozenset[str]  # of this box, lower case
+    reload: Callable[[], None]
+    changes: Changes
+
+    def __post_init__(self) -> None:
+        self.settings = self.gateway.settings
+        self.stream = SnapshotStream(self.gateway)
         self._numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -8546,7 +8510,6 @@ class Api:
             self.send_error(exchange, LlmqError("llmq failed; its log says how"))
 
     def send_error(self, exchange: Exchange, error: LlmqError) -> None:
-        """An error in the dialect of whoever asks."""
         request = exchange.request
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
@@ -8592,7 +8555,7 @@ class Api:
             if "Access-Control-Allow-Origin" not in dict(exchange.headers):
                 raise LlmqError("pages from there may not use this route", "forbidden_origin")
             asked = headers.get("access-control-request-headers", "").split(",")
-            names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
+            names = [name.strip() for name in asked if re.fullmatch(TOKEN, name.strip())]
             granted.append(("Access-Control-Allow-Methods", methods))
             granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
             granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
@@ -8678,13 +8641,10 @@ class Api:
                 except LlmqError as error:
                     failure = error.with_traceback(None)
         if serving and not any(backend.usable for backend in serving):
-            failure = BackendUnreached(f"{serving[0].name}, which has it, is down")
+            raise BackendUnreached(f"{serving[0].name}, which has it, is down")
         if failure is not None:
             raise failure
-        reports = reports_of(self.gateway.fleet)
-        entries = [entry for report in reports for entry in report.entries]
-        key = model_key(model)
-        return bare_show(model, [one for one in entries if model_key(str(one["id"])) == key])
+        return bare_show(self.gateway.fleet, model)
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
         """Straight to an Ollama and back, beside the queue; what changes something is recorded."""
@@ -8732,7 +8692,6 @@ class Api:
         return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
-        """A request that waits in the queue."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
         endpoint = endpoint_of(request.path)
         assert endpoint is not None  # its route says so
@@ -8819,7 +8778,6 @@ async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
-    """The members of a request's body."""
     body = await exchange.read_body(limit)
     read = functools.partial(read_object, decode_json(body))
     return (await beside(read, heavy=is_heavy(body))).values
@@ -9598,7 +9556,7 @@ class LogHandler(logging.Handler):
         if isinstance(record.msg, Lines):
             rows = record.msg.rows
         else:
-            rows = [(record.created, logging.Formatter().format(record))]
+            rows = [(record.created, self.format(record))]
         lines = [self.line(when, record.levelname, what) for when, what in rows]
         if self.lost and self.has_room(0):
             words = f"{self.lost} lines of the log were lost: nobody took them"
@@ -9723,11 +9681,12 @@ class Service:
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
-    def own_names(self) -> set[str]:
+    def own_names(self) -> frozenset[str]:
         """What clients may call this box, see `is_own_host`."""
         host = socket.gethostname().lower()
         allowed = map(str.lower, self.settings.server.allowed_hosts)
-        return {host, host + ".local", "*.internal", *allowed, *("*" if self.is_public else ())}
+        public = "*" if self.is_public else ()
+        return frozenset((host, host + ".local", "*.internal", *allowed, *public))
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
@@ -9806,7 +9765,7 @@ class Service:
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
-        self.api.names = frozenset(self.own_names())
+        self.api.names = self.own_names()
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
         self.changes.apply()
@@ -9886,7 +9845,6 @@ class Service:
         await self.until(lambda: not any(client.arriving for client in open_now), HANDOVER_SECONDS)
 
     def settled(self) -> bool:
-        """Nobody is owed another word."""
         quiet = (Phase.IDLE, Phase.LINGER)
         connections = self._servers[0].connections
         return all(client.phase in quiet and not client.unsent for client in connections)
@@ -9905,8 +9863,6 @@ class Service:
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
-
-
 LEASE_SECONDS = 60.0  # that a command has the device for without a word
 ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
 MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
@@ -10027,10 +9983,6 @@ def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: li
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
     settings = vars(options).items()
     return {key: value for key, value in settings if "." in key or key in ("backends", "config")}
-
-
-def cmd_serve(options: argparse.Namespace) -> int:
-    return asyncio.run(serve(options))
 
 
 async def serve(options: argparse.Namespace) -> int:
@@ -10278,14 +10230,12 @@ def forwarded_signals(pid: int) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    before = [
-        (signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)),
-        (signal.SIGTERM, signal.signal(signal.SIGTERM, forward)),
-    ]
+    wanted: dict[int, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: forward}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
         yield
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -10310,7 +10260,7 @@ def cmd_config(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "serve": cmd_serve,
+    "serve": lambda options: asyncio.run(serve(options)),
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
