@@ -7509,7 +7509,6 @@ Lister = Callable[[Report], Sequence[Facts]]
 
 
 def reports_of(fleet: Fleet) -> list[Report]:
-    """What the probes of all healthy backends have learned."""
     backends = fleet.backends.values()
     return [each.report for each in backends if each.report and each.state is State.UP]
 
@@ -7587,7 +7586,6 @@ def only_members(values: Mapping[str, Any], *names: str) -> None:
 
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
-    """The Ollama that a request of model management is for."""
     asked = [fleet.named(named)] if named is not None else list(fleet.backends.values())
     ollamas = [backend for backend in asked if backend.traits.native]
     if not ollamas and all(backend.models_known for backend in asked):
@@ -7604,10 +7602,7 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
 
 
 def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any) -> list[Errand]:
-    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded.
-
-    `named`, if not "any", is the name or url of the only backend meant.
-    """
+    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded."""
     able = [one for one in fleet.backends.values() if named in (None, "any", one.name, one.url)]
     if not able:
         raise LlmqError(f"there is no backend {printable(str(named))}", "not_found")
@@ -7628,10 +7623,7 @@ def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any
 def run_errand(
     gateway: Gateway, errand: Errand, caller: Caller, ident: str, priority: Priority
 ) -> Call:
-    """Have a model loaded by a ticket like any other, or unloaded beside the queue.
-
-    Raises `conflict` where the same is under way, Untranslatable where the kind cannot.
-    """
+    """Have a model loaded by a ticket like any other, or unloaded beside the queue."""
     action, backend, model, context, keep_alive = errand
     kind, same = backend.traits, (action, backend.name, key := model_key(model))
     again = action == "load" and not kind.native and backend.is_loaded(key)  # it would be a second
@@ -7744,7 +7736,6 @@ class Passthrough:
             heading.cancel()
 
     async def send(self, upstream: Upstream) -> None:
-        """The head, then the body in pieces as the client sends them."""
         exchange, request = self.exchange, self.exchange.request
         length = len(request.body) if request.body else exchange.length
         chunked = length == CHUNKED
@@ -7800,7 +7791,6 @@ def find_lease(gateway: Gateway, ident: str) -> Call:
 
 
 async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Facts:
-    """A whole device for a while, answered when its turn has come."""
     only_members(values, "device", "class", "ttl_s", "unload")
     if not isinstance(values.get("unload", False), bool):
         raise BadRequest("unload is true or false", param="unload")
@@ -8037,7 +8027,6 @@ async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> N
 
 
 async def dispatch_on_news(gateway: Gateway) -> None:
-    """Start what can start now that a probe has ended."""
     news = gateway.monitor.news
     await news.wait()
     news.clear()
@@ -8122,11 +8111,7 @@ class MemoryKeeper:
 
 
 def send_heartbeats(gateway: Gateway, now: float) -> None:
-    """Keep those patient who wait long, so that their clients do not give up.
-
-    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.  Never in an answer of
-    which nothing is known.
-    """
+    """Keep clients patient that wait long: after 1, 1.5, 2 … and at most 6 times the interval."""
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
         if now >= call.heartbeat_at and call.error is None and not call.blind:
@@ -8184,10 +8169,7 @@ def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
 
 @functools.lru_cache(maxsize=256)
 def is_own_host(value: str, names: frozenset[str]) -> bool:
-    """IP literals have no DNS record to flip; a name must be one of `names`.
-
-    They may hold patterns: `*.internal`, and `*` for any name without a dot.
-    """
+    """IP literals have no DNS record to flip; `*` among names is any without a dot."""
     name = parse_host(value)
     if name in names or is_loopback(name) or plain_address(name.strip("[]")):
         return True
@@ -8343,15 +8325,10 @@ def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
     return {priority.word: found[priority] for priority in Priority}
 
 
-def show_contexts(backend: Backend) -> dict[str, int]:
-    """The shared contexts, by the names of the models."""
-    keys = (*backend.contexts.requested, *backend.contexts.loaded)
-    found = {backend.models.get(key, [key])[0]: backend.num_ctx(key) for key in keys}
-    return {name: tokens for name, tokens in found.items() if tokens}
-
-
 def show_backend(backend: Backend) -> Facts:
     report, error = backend.report, backend.error
+    shared = (*backend.contexts.requested, *backend.contexts.loaded)
+    contexts = {backend.models.get(key, [key])[0]: backend.num_ctx(key) for key in shared}
     _, command = STARTERS.get(backend.kind or backend.name, ("", ""))
     if error and command and error.endswith("refused"):
         error = f"{error}; start it: {command}"
@@ -8366,7 +8343,7 @@ def show_backend(backend: Backend) -> Facts:
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
-        "context": show_contexts(backend),
+        "context": {name: tokens for name, tokens in contexts.items() if tokens},
         "latency_ms": round(1000 * report.latency, 1) if report else None,
     }
 
@@ -8410,8 +8387,6 @@ def show_gauges(gateway: Gateway) -> None:
 
 
 class SnapshotStream:
-    """The snapshot as it changes, rendered once for all who watch."""
-
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.latest = b""
@@ -8490,8 +8465,8 @@ class Api:
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, argument = await self.enter(exchange)
-            facts = await handler(self, exchange, argument)
+            handler, arguments = await self.enter(exchange)
+            facts = await handler(self, exchange, *arguments)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
         except LlmqError as error:
@@ -8514,8 +8489,8 @@ class Api:
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
-        """Everything that is checked before a handler runs."""
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, tuple[Any, ...]]:
+        """Everything that is checked before a handler runs; it, and what it is given."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
         keep_alive, exchange.keep_alive = exchange.keep_alive, False
@@ -8527,7 +8502,7 @@ class Api:
             route = OTHER_ROUTE
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
-            return Api.preflight, argument
+            return Api.preflight, (argument,)
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")
         if request.method not in METHODS:
@@ -8543,7 +8518,9 @@ class Api:
             exchange.keep_alive = False
             if route.path != "/health":
                 raise LlmqError("too many connections", "overloaded")
-        return route.handlers[request.method], argument
+        changes = route.path.startswith("/llmq") and request.method in ("POST", "DELETE")
+        arguments = (argument, await read_control(exchange)) if changes else (argument,)
+        return route.handlers[request.method], arguments
 
     async def preflight(self, exchange: Exchange, _: str) -> None:
         """Grant the method and the header names asked for, by name: `*` does not cover them all."""
@@ -8563,7 +8540,8 @@ class Api:
                 granted.append(("Access-Control-Allow-Private-Network", "true"))
         exchange.respond(204, b"", headers=granted)
 
-    # ---- handlers: they get what fills the path's {...}, and return the JSON to answer, if any
+    # ---- handlers: they get what fills the path's {...}, to change something under /llmq also the
+    # members of the body, and return the JSON to answer, if any
 
     async def get_health(self, exchange: Exchange, _: str) -> None:
         exchange.respond(200, b"ok", "text/plain")
@@ -8620,7 +8598,6 @@ class Api:
         return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
     async def get_rows(self, exchange: Exchange, _: str) -> Facts:
-        """Models as Ollama lists them: those that are loaded, or all."""
         await self.gateway.monitor.catch_up()
         rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
         return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
@@ -8665,8 +8642,7 @@ class Api:
         try:
             backend = await self.fresh(lambda: pick_manager(gateway.fleet, path, values, named))
             name, look = backend.name, functools.partial(gateway.monitor.probe_now, backend)
-            way = Passthrough(exchange, backend, path, self.settings, gateway.instance, look)
-            await way.run()
+            await Passthrough(exchange, backend, path, self.settings, gateway.instance, look).run()
         except LlmqError as error:
             keep(error)
             raise
@@ -8730,46 +8706,42 @@ class Api:
         text = self.gateway.metrics.render()
         exchange.respond(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
-    async def post_mode(self, exchange: Exchange, _: str) -> Facts:
-        wanted, modes = (await read_control(exchange)).get("mode"), [mode.value for mode in Mode]
+    async def post_mode(self, _exchange: Exchange, _: str, values: Facts) -> Facts:
+        wanted, modes = values.get("mode"), [mode.value for mode in Mode]
         if wanted not in modes:
             raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
         self.gateway.set_mode(Mode(wanted))
         return {"mode": wanted}
 
-    async def post_reload(self, exchange: Exchange, _: str) -> Facts:
-        await read_control(exchange)
+    async def post_reload(self, _exchange: Exchange, _: str, _values: Facts) -> Facts:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
-    async def post_model(self, exchange: Exchange, _: str) -> Facts | None:
-        values = await read_control(exchange)
+    async def post_model(self, exchange: Exchange, _: str, values: Facts) -> Facts | None:
         if values.get("action") == "reset_context":
             return {"reset": reset_context(self.gateway.fleet, read_name(values))}
         told = await order_models(self.gateway, values, exchange.caller, exchange.id)
         exchange.respond(202, render_json({"id": exchange.id, **told}))
         return None
 
-    async def delete_request(self, exchange: Exchange, ident: str) -> Facts:
-        await read_control(exchange)
+    async def delete_request(self, _exchange: Exchange, ident: str, _: Facts) -> Facts:
         self.gateway.cancel(self.gateway.find(ident))
         return {"cancelled": 1}
 
-    async def post_request(self, exchange: Exchange, ident: str) -> Facts:
-        priority = parse_priority((await read_control(exchange)).get("priority"))
+    async def post_request(self, _exchange: Exchange, ident: str, values: Facts) -> Facts:
+        priority = parse_priority(values.get("priority"))
         if priority is None:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
 
 
-async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
-    await api.changes.change(name, await read_control(exchange))
+async def post_client(api: Api, _exchange: Exchange, name: str, values: Facts) -> Facts:
+    await api.changes.change(name, values)
     return show_client(api.gateway.clients.named(name))
 
 
-async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
-    values = await read_control(exchange)
+async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts:
     address = plain_address(str(values.get("ip")))
     if not address or set(values) != {"ip", "blocked"}:
         raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
@@ -8784,14 +8756,11 @@ async def read_values(exchange: Exchange, limit: int) -> Facts:
 
 
 async def read_control(exchange: Exchange) -> Facts:
-    """The JSON object that changes something; DELETE may come without.
-
-    A page from elsewhere can send its content type only after a preflight, which it does not get.
-    """
+    """The JSON object that changes something; DELETE may come without."""
     if exchange.request.method == "DELETE" and not exchange.length:
         return {}
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/json":
+    if media != "application/json":  # which no page from elsewhere can send without a preflight
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
 
@@ -8824,35 +8793,32 @@ async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
     await Passthrough(exchange, backend, *rest).run()
 
 
-async def delete_requests(api: Api, exchange: Exchange, _: str) -> Facts:
-    await read_control(exchange)
+async def delete_requests(api: Api, exchange: Exchange, _: str, _values: Facts) -> Facts:
     query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     if query.get("state") != "waiting" or set(query) - {"state", "client"}:
         raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
     return {"cancelled": api.gateway.cancel_waiting(query.get("client"))}
 
 
-async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
-    return await grant_lease(api.gateway, exchange, await read_control(exchange))
+async def post_lease(api: Api, exchange: Exchange, _: str, values: Facts) -> Facts:
+    return await grant_lease(api.gateway, exchange, values)
 
 
-async def renew_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
-    values = await read_control(exchange)
+async def renew_lease(api: Api, _exchange: Exchange, ident: str, values: Facts) -> Facts:
     only_members(values, "ttl_s")
     seconds = read_seconds(values)
     api.gateway.renew(find_lease(api.gateway, ident), seconds)
     return {"id": ident, "expires_s": seconds}
 
 
-async def end_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
-    await read_control(exchange)
+async def end_lease(api: Api, _exchange: Exchange, ident: str, _: Facts) -> Facts:
     api.gateway.end_lease(find_lease(api.gateway, ident))
     return {"ended": ident}
 
 
-async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
+async def post_backends(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts:
     """Add a backend, or change one that was added."""
-    row = dict(await read_control(exchange))
+    row = dict(values)
     name, added = str(row.pop("name", "")), api.gateway.added
     if name in api.gateway.fleet.backends.keys() - added or name in api.settings.backends:
         raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
@@ -8867,8 +8833,7 @@ async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
     return show_backend(api.gateway.fleet.named(name))
 
 
-async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
-    await read_control(exchange)
+async def delete_backend(api: Api, _exchange: Exchange, name: str, _: Facts) -> Facts:
     if api.gateway.fleet.named(name) and name not in api.gateway.added:
         cure = 'take it out of the file, or drain it: POST {"draining":true}'
         raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
@@ -8878,8 +8843,7 @@ async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
     return {"deleted": name}
 
 
-async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
-    values = await read_control(exchange)
+async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) -> Facts:
     only_members(values, "draining")
     draining = values.get("draining")
     if not isinstance(draining, bool):
@@ -8894,7 +8858,7 @@ async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
 
 # ---- the table
 
-RouteHandler = Callable[[Api, Exchange, str], Awaitable[Union[Facts, None]]]
+RouteHandler = Callable[..., Awaitable[Union[Facts, None]]]
 
 
 class Route(NamedTuple):
@@ -8960,8 +8924,7 @@ ROUTES = (
           '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
           Api.post_model),
     local("POST /llmq/backends",
-          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
-          post_backends),
+          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one', post_backends),
     owned("DELETE POST /llmq/backends/{name}",
           'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
           delete_backend, post_backend),
@@ -9023,6 +8986,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
 # any other backend, so that what is tried with it is the real thing.
 
 DEMO_MODEL = "echo"
+DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
 WORD = re.compile(r"\S+\s*|\s+")
 
@@ -9038,43 +9002,39 @@ def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
     return (words[:most], "length") if cut else (words, "stop")
 
 
-class Demo:
-    """Answers with the last message, word by word."""
+async def answer_demo(exchange: Exchange) -> None:
+    """Answer with the last message, word by word."""
+    request = exchange.request
+    if request.path == "/v1/models":
+        entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
+        return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
+    if request.path != CHAT or request.method != "POST":
+        error = LlmqError("the demo has no such route", "not_found")
+        return exchange.respond(404, OPENAI.render_error(error))
+    question = json.loads(await exchange.read_body(64 * MIB))
+    words, reason = demo_words(question)
+    usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
+    ident = f"chatcmpl-demo-{next(DEMO_NUMBERS)}"
+    common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
 
-    _numbers = count(1)
+    def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return b"data: " + render_json(facts) + b"\n\n"
 
-    async def handle(self, exchange: Exchange) -> None:
-        request = exchange.request
-        if request.path == "/v1/models":
-            entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
-            return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-        if request.path != CHAT or request.method != "POST":
-            error = LlmqError("the demo has no such route", "not_found")
-            return exchange.respond(404, OPENAI.render_error(error))
-        question = json.loads(await exchange.read_body(64 * MIB))
-        words, reason = demo_words(question)
-        usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        ident = f"chatcmpl-demo-{next(self._numbers)}"
-        common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
-
-        def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
-            return b"data: " + render_json(facts) + b"\n\n"
-
-        if not question.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choice = {"index": 0, "message": message, "finish_reason": reason}
-            answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
-            return exchange.respond(200, render_json(answer))
-        exchange.start(200, "text/event-stream")
-        exchange.send(event({"role": "assistant", "content": ""}))
-        for word in words:
-            await asyncio.sleep(DEMO_WORD_SECONDS)
-            if exchange.gone:
-                return None
-            exchange.send(event({"content": word}))
-        return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
+    if not question.get("stream"):
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return exchange.respond(200, render_json(answer))
+    exchange.start(200, "text/event-stream")
+    exchange.send(event({"role": "assistant", "content": ""}))
+    for word in words:
+        await asyncio.sleep(DEMO_WORD_SECONDS)
+        if exchange.gone:
+            return None
+        exchange.send(event({"content": word}))
+    return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
 # ==== 35. Terminal view ===========================================================================
@@ -9084,6 +9044,7 @@ class Demo:
 
 Row = Mapping[str, Any]
 Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
+Told = tuple[str, list[str]]  # the same of a row, and its cells
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
@@ -9174,8 +9135,8 @@ def fit(text: str, width: int) -> str:
     return space + text if width < 0 else text + space
 
 
-def backend_row(backend: Row) -> tuple[str, list[str]]:
-    """The state of a backend, and its cells; or of one of its models."""
+def backend_row(backend: Row) -> Told:
+    """A backend, or one of its models."""
     if model := backend.get("model"):
         loaded = model in backend["loaded"]
         return "up" if loaded else "dim", [f"  {model}", "loaded" if loaded else ""]
@@ -9188,8 +9149,7 @@ def backend_row(backend: Row) -> tuple[str, list[str]]:
     return state, [backend["name"], state, *shares, ping, last]
 
 
-def client_row(client: Row) -> tuple[str, list[str]]:
-    """What stands out of a client, and its cells."""
+def client_row(client: Row) -> Told:
     vip, boost, blocked = client["class"] == "high", client["boost"], client["blocked"]
     kind = "blocked" if blocked else "high" if vip else "running" if client["running"] else ""
     works = "●" if client["waiting"] + client["running"] > 0 else "○"
@@ -9200,14 +9160,12 @@ def client_row(client: Row) -> tuple[str, list[str]]:
 
 
 def change_client(name: str, change: Facts) -> Order:
-    """The order to change what holds for a client, or for an address."""
     if name.startswith("ip:") and "blocked" in change:
         return "POST", "/llmq/ips", {"ip": name[3:], **change}
     return "POST", f"/llmq/clients/{quote(name, safe='')}", change
 
 
-def request_row(request: Row) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs, and its cells."""
+def request_row(request: Row) -> Told:
     kind, number, where = request["class"], str(request["position"]), request["reason"]
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
@@ -9218,8 +9176,8 @@ def request_row(request: Row) -> tuple[str, list[str]]:
     return kind, [number, *names, when, f" {where}"]
 
 
-def ended_row(record: Row) -> tuple[str, list[str]]:
-    """How a request ended, and its cells; what failed has its sentence in place of figures."""
+def ended_row(record: Row) -> Told:
+    """How a request ended; what failed has its sentence in place of figures."""
     outcome, error, took = record["outcome"], record.get("error"), brief(record["total_s"])
     names = [str(record[name]) for name in ("outcome", "client", "model")]
     if error and outcome not in CANCELS:
@@ -9238,11 +9196,9 @@ def share(needs: Sequence[int], room: int) -> list[int]:
     return given
 
 
-def table(
-    columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
-) -> list[Line]:
+def table(columns: Mapping[str, int], told: Iterable[Told], width: int, empty: str) -> list[Line]:
     """Titles and rows; the last cell of each is as long as it is."""
-    sizes, rows = list(columns.values()), [("head", list(columns)), *rows]
+    sizes, rows = list(columns.values()), [("head", list(columns)), *told]
     free = [place for place, size in enumerate(sizes) if not size]
     own = [row if len(row) == len(columns) else row[:-1] for _, row in rows]  # or its last spans
     needs = [max(cells(row[place][:1000]) for row in own if row[place:]) for place in free]
@@ -9277,8 +9233,6 @@ PANELS = {  # what their keys do, columns, what makes cells, what is said where 
 
 
 class View:
-    """What is shown and selected."""
-
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
         self.url, self.styles = url, styles
         self.snapshot: Row = {}
@@ -9296,11 +9250,12 @@ class View:
             rows, longest_first = snapshot["requests"], by == "waited_s"
             self.rows = sorted(rows, key=lambda row: row.get(by, 0), reverse=longest_first)
         elif self.panel == "Backends":
-            pairs = [(one, model) for one in snapshot["backends"] for model in ("", *one["models"])]
-            rows = [
-                {**one, "model": model, "id": f"{one['name']}\n{model}"} for one, model in pairs
+            self.rows = [
+                {**one, "model": model, "id": f"{one['name']}\n{model}"}
+                for one in snapshot["backends"]
+                for model in ("", *one["models"])
+                if not model or one["name"] in self.opened
             ]
-            self.rows = [row for row in rows if not row["model"] or row["name"] in self.opened]
         else:
             refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
             rows = refused if self.panel == "Blocked" else snapshot["clients"]
@@ -9480,7 +9435,6 @@ def own_screen() -> Iterator[None]:
 
 
 def read_keys() -> list[str]:
-    """The keys that are pressed within a moment."""
     if not select.select([0], [], [], KEY_SECONDS)[0]:
         return []
     typed = os.read(0, 1024).decode("utf-8", "ignore") or "q"  # nothing: the terminal is gone
@@ -9580,7 +9534,6 @@ class LogHandler(logging.Handler):
         sys.stderr.flush()
 
     def has_room(self, seconds: float) -> bool:
-        """Whether a piece can be written at once, or within a time."""
         try:
             return bool(select.select([], [sys.stderr], [], seconds)[1])
         except (OSError, ValueError):  # no file of the system, or one that cannot be asked
@@ -9656,8 +9609,6 @@ async def who_listens(url: str) -> str:
 
 @dataclass(eq=False)
 class Service:
-    """A running llmq."""
-
     settings: Settings
     demo: bool = False
     read: Callable[[], Settings] | None = None  # reads the settings again
@@ -9701,7 +9652,7 @@ class Service:
         server = HttpServer(self.api.handle, self.settings, self.most_connections)
         self._servers.append(server)
         if self.demo:
-            runner = HttpServer(Demo().handle, Settings(), 64)
+            runner = HttpServer(answer_demo, Settings(), 64)
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
@@ -9801,7 +9752,6 @@ class Service:
                 self.reload()
 
     def on_signal(self) -> None:
-        """The first asks to stop, the second to stop now."""
         (self.hurry if self.stopping.is_set() else self.stopping).set()
 
     async def stop(self) -> None:
@@ -9828,7 +9778,6 @@ class Service:
         self.gateway.journal.flush()
 
     def tell_what_runs(self) -> None:
-        """Why the stop takes its time, and how it would not."""
         running = list(self.gateway.scheduler.running.values())
         names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
         what = f"{plural(len(running), 'running request')} ({names})"
@@ -9892,7 +9841,6 @@ def read_file(path: str) -> Layer:
 
 
 def find_file(environ: Mapping[str, str]) -> str | None:
-    """The configuration file: LLMQ_CONFIG, else the first of the usual places."""
     places = [os.path.expanduser(place) for place in CONFIG_PLACES]
     usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
     return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
@@ -10086,7 +10034,6 @@ def banner(service: Service) -> str:
 
 
 def describe(backend: Backend) -> str:
-    """A backend in the banner."""
     report, words = backend.report, f"no answer{f': {backend.error}' if backend.error else ''}"
     if backend.state is State.UP and report:
         words = f"{report.kind} {report.version}".strip()
@@ -10098,7 +10045,6 @@ def describe(backend: Backend) -> str:
 
 
 def llmq_url(url: str | None) -> str:
-    """Where to ask; the llmq on this box unless it is said."""
     if url:
         return url.rstrip("/")
     settings, _ = read_settings({}, os.environ)
@@ -10188,7 +10134,6 @@ def cmd_top(options: argparse.Namespace) -> None:
 
 
 def cmd_run(options: argparse.Namespace) -> int:
-    """Run a command that has a device for itself meanwhile; its exit code is what this returns."""
     import subprocess
 
     argv = options.argv[options.argv[:1] == ["--"] :]
@@ -10739,14 +10684,15 @@ function tick() {
   draw(), drawPlots(), search();
   if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
+function kept(name, value) {  // where a page may keep nothing, it lasts as long as the page
+  try { return value ? localStorage.setItem(name, value) : localStorage.getItem(name); } catch { }
+}
 function theme(name) {
   shade = document.documentElement.dataset.theme = THEMES.includes(name) ? name : 'system';
-  render($('theme'), `Theme: ${shade}`);
-  try { localStorage.setItem('llmq-theme', shade); } catch { /* it lasts as long as the page */ }
+  render($('theme'), `Theme: ${shade}`), kept('llmq-theme', shade);
 }
 function shortcuts(on) {  // of one character, which speech input may type by mistake
-  $('single').checked = on;
-  try { localStorage.setItem('llmq-keys', on ? 'on' : 'off'); } catch { /* as above */ }
+  $('single').checked = on, kept('llmq-keys', on ? 'on' : 'off');
 }
 const next = (all, one) => all[(all.indexOf(one) + 1) % all.length];
 const owner = () => snap.clients.find(one => one.name === find(chosen)?.client);
@@ -10778,8 +10724,7 @@ for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], mo
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}/v1`);
 $('single').onchange = event => shortcuts(event.target.checked);
-try { theme(localStorage.getItem('llmq-theme')), shortcuts(localStorage.getItem('llmq-keys') !== 'off');
-} catch { theme(), shortcuts(true); }
+theme(kept('llmq-theme')), shortcuts(kept('llmq-keys') !== 'off');
 listen(), setInterval(tick, 1000);
 </script></body></html>
 """  # noqa: E501, RUF001
