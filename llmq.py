@@ -8093,8 +8093,6 @@ def release_memory() -> None:
 
 
 class MemoryKeeper:
-    """Gives memory back when a crowd has gone."""
-
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.most = 0  # calls at once, since memory was last given back
@@ -9256,11 +9254,11 @@ class View:
                 for model in ("", *one["models"])
                 if not model or one["name"] in self.opened
             ]
+        elif self.panel == "Users":
+            rows = sorted(snapshot["clients"], key=lambda row: -row["share"])
+            self.rows = [{"id": row["name"], **row} for row in rows]
         else:
-            refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
-            rows = refused if self.panel == "Blocked" else snapshot["clients"]
-            rows = [{"id": row["name"], **row} for row in rows]
-            self.rows = sorted(rows, key=lambda row: -row["share"])
+            self.rows = [{"id": name, "name": name} for name in snapshot["blocked"]]
         places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
@@ -9269,7 +9267,6 @@ class View:
         self.picked = self.rows[self.index]["id"] if self.rows else ""
 
     def press(self, key: str) -> list[Order]:
-        """What a key does; the orders it stands for."""
         if self.asking:
             orders, self.asking = self.asking[1], None
             return orders if key in ("y", "Y") else []
@@ -9328,7 +9325,6 @@ class View:
     # ---- the picture
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
-        """The picture, as many lines as the terminal has."""
         panels = "  ".join(f"[{one}]" if one == self.panel else one for one in PANELS)
         lines = self.head(width, trouble, f"{panels}   ")
         if self.help:
@@ -10012,7 +10008,6 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def banner(service: Service) -> str:
-    """What runs where, and the words that point a client here."""
     at, fleet = service.addresses[0], service.gateway.fleet
     if service.host and not service.host.strip("0.:"):  # on each box these zeros are another's
         at = base_url(socket.gethostname(), service.port)
@@ -10127,8 +10122,10 @@ def cmd_top(options: argparse.Namespace) -> None:
         snapshot = ask_llmq(url, STATUS if seen else EVERYTHING)
         width = max(80, shutil.get_terminal_size((140, 0)).columns) if seen else 4000
         cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-        plain = "" if options.json else plain_top(understood(snapshot, url), url, width)
-        say(plain or json.dumps(snapshot, indent=2))
+        if options.json:
+            say(json.dumps(snapshot, indent=2))
+        else:
+            say(plain_top(understood(snapshot, url), url, width))
     else:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
@@ -10424,6 +10421,8 @@ const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), d
 const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
 const act = (sign, title, onclick, off = false, more) =>
   h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`, ...more});
+const button = (verb, what, onclick, cls = '') =>
+  h('button', cls, verb, {ariaLabel: `${verb} ${what}`, onclick});
 const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
@@ -10587,15 +10586,13 @@ function step(by) {
 }
 function drawBackends({devices, backends}) {
   const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), verb &&
-    h('button', 'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () =>
-    load(verb.toLowerCase(), model, name)})], {key: model});
+    button(verb, `${model} on ${name}`, () => load(verb.toLowerCase(), model, name), 'push')], {key: model});
   const show = ({name, state, loaded, models, kind, error, busy, ...one}) => {
     const well = state === 'up' || state === 'draining', open = opened.has(name);
     const rest = models.filter(model => !loaded.includes(model));
     return h('div', `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name),
       h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
-      h('button', '', state === 'draining' ? 'Resume' : 'Drain', {onclick: () => drain({name, state}),
-      ariaLabel: `${state === 'draining' ? 'Resume' : 'Drain'} ${name}`})]),
+      button(state === 'draining' ? 'Resume' : 'Drain', name, () => drain({name, state}))]),
     h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
       (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), one.orders && 'Unload'))),
     well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
@@ -10614,23 +10611,23 @@ function drawBackends({devices, backends}) {
 function drawClients(all) {
   all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.share - a.share);
   const heads = {who: 'Client', 'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done',
-    'n failed': 'Failed', acts: ''}, pressed = on => ({ariaPressed: `${on}`});
+    'n failed': 'Failed', acts: ''};
+  const mark = (on, sign, title, run) => act(sign, title, run, false, {ariaPressed: `${on}`});
   table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [h('b', '', one.name),
     h('small', '', [h('span', '', `${one.share} %${one.left ? `, ${num(one.left)} left` : ''} `),
       ...tags([one.class, one.boost && 'boosted', one.blocked && 'blocked'])]),
     bar('thin', [one.share / 100])], {title: `${one.name}\n${dur(one.served_s, true)} served`}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
       one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one)),
-      act(one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one), false,
-        pressed(one.class === 'high')),
-      act('⚡\ufe0e', `Boost ${one.name}`, () => boost(one), false, pressed(one.boost)),
-      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked))])],
+      mark(one.class === 'high', one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one)),
+      mark(one.boost, '⚡\ufe0e', `Boost ${one.name}`, () => boost(one)),
+      mark(one.blocked, '⊘', `Block ${one.name}`, () => block(one))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
   const {blocked} = snap, more = blocked.length - 12;
   render($('blocked'), [...blocked.slice(0, 12).map(name => h('span', 'line', [...tags(['blocked']),
-    h('span', '', name), h('button', '', 'Unblock', {ariaLabel: `Unblock ${name}`, onclick: () =>
-    unblock(name)})], {key: name})), more > 0 && h('small', '', `and ${num(more)} more`)]);
+    h('span', '', name), button('Unblock', name, () => unblock(name))], {key: name})),
+  more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
