@@ -7696,15 +7696,14 @@ class Passthrough:
     exchange: Exchange
     backend: Backend
     path: str
-    settings: Settings
-    instance: str  # of this llmq
+    gateway: Gateway
     ended: Callable[[], None]  # called as soon as it has ended, well or not
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
         exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.origin))
-        limit = self.settings.upstream.connect_timeout
+        limit = self.gateway.settings.upstream.connect_timeout
         upstream = await connect_within(limit, dialling, self.backend)
         try:
             await self.relay(upstream, await self.ask(upstream))
@@ -7740,12 +7739,13 @@ class Passthrough:
         length = len(request.body) if request.body else exchange.length
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
-        lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
+        instance = self.gateway.instance
+        lines = f"Connection: close\r\nVia: 1.1 llmq-{instance}\r\n{coding}\r\n".encode()
         more = more_names(request.headers, self.backend.settings.relay_headers)
         lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
-        limit = self.settings.server.stall_timeout
+        limit = self.gateway.settings.server.stall_timeout
         async for piece in exchange.pieces():  # none of a body that is here already
             await upstream.push(render_chunk(piece) if chunked else piece, limit)
         if chunked:
@@ -8640,7 +8640,7 @@ class Api:
         try:
             backend = await self.fresh(lambda: pick_manager(gateway.fleet, path, values, named))
             name, look = backend.name, functools.partial(gateway.monitor.probe_now, backend)
-            await Passthrough(exchange, backend, path, self.settings, gateway.instance, look).run()
+            await Passthrough(exchange, backend, path, gateway, look).run()
         except LlmqError as error:
             keep(error)
             raise
@@ -8787,8 +8787,7 @@ async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
     backend = next((each for each in backends if each.usable), None)
     if backend is None:
         raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
-    rest = (request.path, api.settings, gateway.instance, lambda: None)
-    await Passthrough(exchange, backend, *rest).run()
+    await Passthrough(exchange, backend, request.path, gateway, lambda: None).run()
 
 
 async def delete_requests(api: Api, exchange: Exchange, _: str, _values: Facts) -> Facts:
@@ -8986,7 +8985,6 @@ def match_route(request: Request) -> tuple[Route | None, str]:
 DEMO_MODEL = "echo"
 DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
-WORD = re.compile(r"\S+\s*|\s+")
 
 
 def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -8994,7 +8992,7 @@ def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
     content = question["messages"][-1].get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    words = WORD.findall(content if isinstance(content, str) else "")
+    words = re.findall(r"\S+\s*|\s+", content if isinstance(content, str) else "")
     most = question.get("max_tokens", question.get("max_completion_tokens"))
     cut = isinstance(most, int) and 0 <= most < len(words)
     return (words[:most], "length") if cut else (words, "stop")
