@@ -7596,7 +7596,6 @@ Lister = Callable[[Report], Sequence[Facts]]
 
 
 def reports_of(fleet: Fleet) -> list[Report]:
-    """What the probes of all healthy backends have learned."""
     backends = fleet.backends.values()
     return [each.report for each in backends if each.report and each.state is State.UP]
 
@@ -7630,30 +7629,26 @@ def since(entry: Facts) -> str:
 
 
 def bare_tag(name: str, modified: str = LONG_AGO, **more: Any) -> Facts:
-    """A model that Ollama does not have, in Ollama's words."""
-    # Ollama's CLI shows its first 12 digits.
+    """A model that Ollama does not have, in Ollama's words; its CLI shows 12 digits of a digest."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
     facts = {"name": name, "model": name, "modified_at": modified, "size": 0, "digest": digest}
     return {**facts, "details": NO_DETAILS, **more}
 
 
-def bare_show(model: str, entries: Sequence[Facts]) -> Facts:
-    """What a list of models tells of one that Ollama does not have, as its /api/show would."""
+def bare_show(fleet: Fleet, model: str) -> Facts:
+    """What the lists of models tell of one that Ollama does not have, as its /api/show would."""
+    entries = [entry for report in reports_of(fleet) for entry in report.entries]
     facts = {"modelfile": "", "parameters": "", "template": "", "details": NO_DETAILS}
     capabilities, info = ["embedding" if EMBEDDING.search(model) else "completion"], {}
-    for entry in entries:
+    for entry in [one for one in entries if model_key(str(one["id"])) == model_key(model)]:
         told = entry.get("capabilities")
         words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
         capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
         seen = look_up(entry, "architecture", "input_modalities")
         sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
         capabilities += ["vision"] if sees else []
-        lengths = (
-            entry.get("max_model_len"),
-            entry.get("max_context_length"),
-            look_up(entry, "meta", "n_ctx_train"),
-        )
-        for length in lengths:
+        for place in (("max_model_len",), ("max_context_length",), ("meta", "n_ctx_train")):
+            length = look_up(entry, *place)
             if type(length) is int and length > 0:
                 info = {"general.architecture": "unknown", "unknown.context_length": length}
     return {**facts, "model_info": info, "capabilities": list(dict.fromkeys(capabilities))}
@@ -7678,7 +7673,6 @@ def only_members(values: Mapping[str, Any], *names: str) -> None:
 
 
 def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str | None) -> Backend:
-    """The Ollama that a request of model management is for."""
     asked = [fleet.named(named)] if named is not None else list(fleet.backends.values())
     ollamas = [backend for backend in asked if backend.traits.native]
     if not ollamas and all(backend.models_known for backend in asked):
@@ -7695,10 +7689,7 @@ def pick_manager(fleet: Fleet, path: str, values: Mapping[str, Any], named: str 
 
 
 def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any) -> list[Errand]:
-    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded.
-
-    `named`, if not "any", is the name or url of the only backend meant.
-    """
+    """To load a model where one is that has it; to unload it, `*` any, wherever it is loaded."""
     able = [one for one in fleet.backends.values() if named in (None, "any", one.name, one.url)]
     if not able:
         raise LlmqError(f"there is no backend {printable(str(named))}", "not_found")
@@ -7719,10 +7710,7 @@ def pick_errands(fleet: Fleet, action: str, model: str, named: object, *how: Any
 def run_errand(
     gateway: Gateway, errand: Errand, caller: Caller, ident: str, priority: Priority
 ) -> Call:
-    """Have a model loaded by a ticket like any other, or unloaded beside the queue.
-
-    Raises `conflict` where the same is under way, Untranslatable where the kind cannot.
-    """
+    """Have a model loaded by a ticket like any other, or unloaded beside the queue."""
     action, backend, model, context, keep_alive = errand
     kind, same = backend.traits, (action, backend.name, key := model_key(model))
     again = action == "load" and not kind.native and backend.is_loaded(key)  # it would be a second
@@ -7795,15 +7783,14 @@ class Passthrough:
     exchange: Exchange
     backend: Backend
     path: str
-    settings: Settings
-    instance: str  # of this llmq
+    gateway: Gateway
     ended: Callable[[], None]  # called as soon as it has ended, well or not
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
         """The whole way; there is no limit on its length, only on silence of the client."""
         exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.origin))
-        limit = self.settings.upstream.connect_timeout
+        limit = self.gateway.settings.upstream.connect_timeout
         upstream = await connect_within(limit, dialling, self.backend)
         try:
             await self.relay(upstream, await self.ask(upstream))
@@ -7835,17 +7822,17 @@ class Passthrough:
             heading.cancel()
 
     async def send(self, upstream: Upstream) -> None:
-        """The head, then the body in pieces as the client sends them."""
         exchange, request = self.exchange, self.exchange.request
         length = len(request.body) if request.body else exchange.length
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
-        lines = f"Connection: close\r\nVia: 1.1 llmq-{self.instance}\r\n{coding}\r\n".encode()
+        instance = self.gateway.instance
+        lines = f"Connection: close\r\nVia: 1.1 llmq-{instance}\r\n{coding}\r\n".encode()
         more = more_names(request.headers, self.backend.settings.relay_headers)
         lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
-        limit = self.settings.server.stall_timeout
+        limit = self.gateway.settings.server.stall_timeout
         async for piece in exchange.pieces():  # none of a body that is here already
             await upstream.push(render_chunk(piece) if chunked else piece, limit)
         if chunked:
@@ -7876,7 +7863,6 @@ DAY = 86400.0  # seconds
 
 
 def read_seconds(values: Facts) -> float:
-    """How long a lease holds, unless it is renewed."""
     seconds = values.get("ttl_s", 60)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= DAY:
         raise BadRequest("ttl_s is a number of seconds, at most a day", param="ttl_s")
@@ -7892,7 +7878,6 @@ def find_lease(gateway: Gateway, ident: str) -> Call:
 
 
 async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Facts:
-    """A whole device for a while, answered when its turn has come."""
     only_members(values, "device", "class", "ttl_s", "unload")
     if not isinstance(values.get("unload", False), bool):
         raise BadRequest("unload is true or false", param="unload")
@@ -7941,14 +7926,9 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
         except LlmqError as error:
             if error.code != "conflict":  # else somebody has ordered it already
                 raise
-    names = {errand.backend.name for errand in errands}
-    await asyncio.gather(
-        *[
-            task
-            for (what, at, _), task in gateway.errands.items()
-            if what == "unload" and at in names
-        ]
-    )
+    names, orders = {errand.backend.name for errand in errands}, gateway.errands.items()
+    unloading = [task for (what, at, _), task in orders if what == "unload" and at in names]
+    await asyncio.gather(*unloading)
     for call in calls:
         if call.error is not None:
             raise call.error
@@ -8004,7 +7984,6 @@ class Store:
     # ---- in its thread
 
     def _execute(self, sql: str, *values: str) -> list[Any]:
-        """The rows that this gives."""
         import sqlite3
 
         try:
@@ -8081,18 +8060,14 @@ class Changes:
     def apply(self) -> None:
         """Let hold what the file says, and each change until that says otherwise."""
         settings, clients = self.gateway.settings, self.gateway.clients
-        rows = {
-            f"ip:{one}": settings.clients.get(f"ip:{one}", NOTHING_SET)
-            for one in settings.ips.blocked
-        }
-        refused = {name: replace(row, blocked=True) for name, row in rows.items()}
-        self.file = {**settings.clients, **refused}
+        self.file = dict(settings.clients)
+        for name in map("ip:{}".format, settings.ips.blocked):
+            self.file[name] = replace(self.file.get(name, NOTHING_SET), blocked=True)
         found = dict(self.file)
         for name, facts in self.kept.items():
             row = self.file.get(name, NOTHING_SET)
-            holds = {
-                key: one for key, one in facts.items() if one[1] == vars(row).get(key, MISSING)
-            }
+            own = vars(row)
+            holds = {key: one for key, one in facts.items() if one[1] == own.get(key, MISSING)}
             found[name] = replace(row, **{key: one[0] for key, one in holds.items()})
             if holds != facts:
                 self.kept[name] = holds
@@ -8128,7 +8103,6 @@ CROWD = 500  # calls at once, after which their memory is worth giving back
 
 
 async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> None:
-    """Do this for ever, with so much time between."""
     while True:
         try:
             doing = step()
@@ -8140,7 +8114,6 @@ async def every(seconds: float, step: Callable[[], Awaitable[None] | None]) -> N
 
 
 async def dispatch_on_news(gateway: Gateway) -> None:
-    """Start what can start now that a probe has ended."""
     news = gateway.monitor.news
     await news.wait()
     news.clear()
@@ -8177,7 +8150,6 @@ class Preloader:
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
-    """Compare all deadlines with the clock."""
     now = time.monotonic()
     for server in servers:
         server.reap(now)
@@ -8208,8 +8180,6 @@ def release_memory() -> None:
 
 
 class MemoryKeeper:
-    """Gives memory back when a crowd has gone."""
-
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.most = 0  # calls at once, since memory was last given back
@@ -8226,11 +8196,7 @@ class MemoryKeeper:
 
 
 def send_heartbeats(gateway: Gateway, now: float) -> None:
-    """Keep those patient who wait long, so that their clients do not give up.
-
-    Rarer with time: after 1, 1.5, 2 … and at most 6 times the interval.  Never in an answer of
-    which nothing is known.
-    """
+    """Keep clients patient that wait long: after 1, 1.5, 2 … and at most 6 times the interval."""
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
         if now >= call.heartbeat_at and call.error is None and not call.blind:
@@ -8261,8 +8227,6 @@ EXPOSED = (
 
 
 class Access(enum.Enum):
-    """Who may use a route."""
-
     OPEN = "everybody"  # also pages from elsewhere
     OWNER = "no foreign page"  # shows or changes what belongs to others
     LOCAL = "no foreign page, this box only"  # changes what is on its disk
@@ -8290,27 +8254,18 @@ def grant(origin: str | None, access: Access, trusted: Names) -> Fields:
 
 @functools.lru_cache(maxsize=256)
 def is_own_host(value: str, names: frozenset[str]) -> bool:
-    """IP literals have no DNS record to flip; a name must be one of `names`.
-
-    They may hold patterns: `*.internal`, and `*` for any name without a dot.
-    """
+    """IP literals have no DNS record to flip; `*` among names is any without a dot."""
     name = parse_host(value)
-    if name in names or is_loopback(name):
+    if name in names or is_loopback(name) or plain_address(name.strip("[]")):
         return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        first, dot, _ = name.partition(".")
-        return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
-    return True
+    first, dot, _ = name.partition(".")
+    return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
 
 
 async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
     """Who asks; the connection is asked only where the request says nothing better."""
     headers, connection, told = exchange.request.headers, exchange.connection, ""
-    if (
-        settings.trusted_proxies and exchange.address in settings.trusted_proxies
-    ):  # whose own word is the last entry
+    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
         told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
         exchange.caller = NOBODY._replace(address=told)
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
@@ -8336,7 +8291,6 @@ def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
 
 
 def check_origin(exchange: Exchange, access: Access) -> None:
-    """Refuse pages from elsewhere where they have no business."""
     if access is Access.OPEN:
         return
     request = exchange.request
@@ -8359,7 +8313,6 @@ TIME_SECONDS = 1.0  # while requests are here, time alone is news
 
 
 def members(source: object, *names: str) -> Facts:
-    """What a snapshot shows as it is."""
     return {name: getattr(source, name) for name in names}
 
 
@@ -8417,10 +8370,8 @@ def having(gateway: Gateway, tickets: Sequence[Ticket], word: str) -> Sequence[T
 async def show_all(gateway: Gateway, word: str) -> list[Facts]:
     """All that wait and run, some at a time: ten thousand would hold up everybody else."""
     scheduler, rows = gateway.scheduler, []
-    tickets = [
-        *scheduler.running.values(),
-        *having(gateway, in_order(gateway, gateway.now()), word),
-    ]
+    waiting = having(gateway, in_order(gateway, gateway.now()), word)
+    tickets = [*scheduler.running.values(), *waiting]
     for first in range(0, len(tickets), SHOWN_WAITING):
         some = [gateway.calls.get(one.id) for one in tickets[first : first + SHOWN_WAITING]]
         rows += [show_call(gateway, call, gateway.now()) for call in some if call]
@@ -8457,20 +8408,14 @@ def oldest_wait(tickets: Iterable[Ticket], now: float) -> float:
 
 
 def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
-    """How many there are of each class."""
     found = Counter(ticket.priority for ticket in tickets)
     return {priority.word: found[priority] for priority in Priority}
 
 
-def show_contexts(backend: Backend) -> dict[str, int]:
-    """The shared contexts, by the names of the models."""
-    keys = (*backend.contexts.requested, *backend.contexts.loaded)
-    found = {backend.models.get(key, [key])[0]: backend.num_ctx(key) for key in keys}
-    return {name: tokens for name, tokens in found.items() if tokens}
-
-
 def show_backend(backend: Backend) -> Facts:
     report, error = backend.report, backend.error
+    shared = (*backend.contexts.requested, *backend.contexts.loaded)
+    contexts = {backend.models.get(key, [key])[0]: backend.num_ctx(key) for key in shared}
     _, command = STARTERS.get(backend.kind or backend.name, ("", ""))
     if error and command and error.endswith("refused"):
         error = f"{error}; start it: {command}"
@@ -8485,7 +8430,7 @@ def show_backend(backend: Backend) -> Facts:
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
-        "context": show_contexts(backend),
+        "context": {name: tokens for name, tokens in contexts.items() if tokens},
         "latency_ms": round(1000 * report.latency, 1) if report else None,
     }
 
@@ -8509,7 +8454,6 @@ def show_clients(gateway: Gateway, now: float) -> list[Facts]:
 
 
 def show_gauges(gateway: Gateway) -> None:
-    """Let the gauges stand where things stand now."""
     show, fleet, scheduler = gateway.metrics.show, gateway.fleet, gateway.scheduler
     gateway.journal.flush()
     now, waiting = gateway.now(), scheduler.waiting.values()
@@ -8530,8 +8474,6 @@ def show_gauges(gateway: Gateway) -> None:
 
 
 class SnapshotStream:
-    """The snapshot as it changes, rendered once for all who watch."""
-
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.latest = b""
@@ -8550,7 +8492,6 @@ class SnapshotStream:
             self.tell()
 
     def tell(self) -> None:
-        """Let all who watch see how it is now."""
         self._changes = self.gateway.changes
         self.version += 1
         self._render()
@@ -8581,7 +8522,6 @@ class SnapshotStream:
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-HEADER_NAME = re.compile(TOKEN)
 PREFLIGHT_SECONDS = "600"
 EVENT_PING_SECONDS = 10.0
 CONTROL_BODY = 64 * KIB
@@ -8590,25 +8530,22 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-PAGE_HEADERS = (
-    ("Cache-Control", "no-store"),
-    ("Referrer-Policy", "no-referrer"),
-)
+PAGE_HEADERS = (("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
+@dataclass(eq=False)
 class Api:
     """Answers every request: what its handlers need, and what is checked before they run."""
 
-    def __init__(
-        self, gateway: Gateway, names: Iterable[str], reload: Callable[[], None], changes: Changes
-    ) -> None:
-        self.gateway = gateway
-        self.changes = changes
-        self.settings = gateway.settings
-        self.stream = SnapshotStream(gateway)
-        self.names = frozenset(names)  # of this box, lower case
-        self.reload = reload
+    gateway: Gateway
+    names: frozenset[str]  # of this box, lower case
+    reload: Callable[[], None]
+    changes: Changes
+
+    def __post_init__(self) -> None:
+        self.settings = self.gateway.settings
+        self.stream = SnapshotStream(self.gateway)
         self._numbers = count(1)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -8617,8 +8554,8 @@ class Api:
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, argument = await self.enter(exchange)
-            facts = await handler(self, exchange, argument)
+            handler, arguments = await self.enter(exchange)
+            facts = await handler(self, exchange, *arguments)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
         except LlmqError as error:
@@ -8637,13 +8574,12 @@ class Api:
             self.send_error(exchange, LlmqError("llmq failed; its log says how"))
 
     def send_error(self, exchange: Exchange, error: LlmqError) -> None:
-        """An error in the dialect of whoever asks."""
         request = exchange.request
         body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
         exchange.respond(error.status, body, headers=error_headers(error))
 
-    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, str]:
-        """Everything that is checked before a handler runs."""
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, tuple[Any, ...]]:
+        """Everything that is checked before a handler runs; it, and what it is given."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
         try:
@@ -8657,7 +8593,7 @@ class Api:
             route = OTHER_ROUTE
         exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
         if request.method == "OPTIONS":
-            return Api.preflight, argument
+            return Api.preflight, (argument,)
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")
         if request.method not in METHODS:
@@ -8673,7 +8609,9 @@ class Api:
             exchange.keep_alive = False
             if route.path != "/health":
                 raise LlmqError("too many connections", "overloaded")
-        return route.handlers[request.method], argument
+        changes = route.path.startswith("/llmq") and request.method in ("POST", "DELETE")
+        arguments = (argument, await read_control(exchange)) if changes else (argument,)
+        return route.handlers[request.method], arguments
 
     async def preflight(self, exchange: Exchange, _: str) -> None:
         """Grant the method and the header names asked for, by name: `*` does not cover them all."""
@@ -8685,7 +8623,7 @@ class Api:
             if "Access-Control-Allow-Origin" not in dict(exchange.headers):
                 raise LlmqError("pages from there may not use this route", "forbidden_origin")
             asked = headers.get("access-control-request-headers", "").split(",")
-            names = [name.strip() for name in asked if HEADER_NAME.fullmatch(name.strip())]
+            names = [name.strip() for name in asked if re.fullmatch(TOKEN, name.strip())]
             granted.append(("Access-Control-Allow-Methods", methods))
             granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
             granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
@@ -8693,7 +8631,8 @@ class Api:
                 granted.append(("Access-Control-Allow-Private-Network", "true"))
         exchange.respond(204, b"", headers=granted)
 
-    # ---- handlers: they get what fills the path's {...}, and return the JSON to answer, if any
+    # ---- handlers: they get what fills the path's {...}, to change something under /llmq also the
+    # members of the body, and return the JSON to answer, if any
 
     async def get_health(self, exchange: Exchange, _: str) -> None:
         exchange.respond(200, b"ok", "text/plain")
@@ -8750,7 +8689,6 @@ class Api:
         return anthropic_model(entry) if "anthropic-version" in exchange.request.headers else entry
 
     async def get_rows(self, exchange: Exchange, _: str) -> Facts:
-        """Models as Ollama lists them: those that are loaded, or all."""
         await self.gateway.monitor.catch_up()
         rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
         return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
@@ -8771,13 +8709,10 @@ class Api:
                 except LlmqError as error:
                     failure = error.with_traceback(None)
         if serving and not any(backend.usable for backend in serving):
-            failure = BackendUnreached(f"{serving[0].name}, which has it, is down")
+            raise BackendUnreached(f"{serving[0].name}, which has it, is down")
         if failure is not None:
             raise failure
-        reports = reports_of(self.gateway.fleet)
-        entries = [entry for report in reports for entry in report.entries]
-        key = model_key(model)
-        return bare_show(model, [one for one in entries if model_key(str(one["id"])) == key])
+        return bare_show(self.gateway.fleet, model)
 
     async def manage(self, exchange: Exchange, digest: str) -> None:
         """Straight to an Ollama and back, beside the queue; what changes something is recorded."""
@@ -8798,8 +8733,7 @@ class Api:
         try:
             backend = await self.fresh(lambda: pick_manager(gateway.fleet, path, values, named))
             name, look = backend.name, functools.partial(gateway.monitor.probe_now, backend)
-            way = Passthrough(exchange, backend, path, self.settings, gateway.instance, look)
-            await way.run()
+            await Passthrough(exchange, backend, path, gateway, look).run()
         except LlmqError as error:
             keep(error)
             raise
@@ -8825,7 +8759,6 @@ class Api:
         return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
-        """A request that waits in the queue."""
         request, ids = exchange.request, (exchange.id, exchange.request_id)
         endpoint = endpoint_of(request.path)
         assert endpoint is not None  # its route says so
@@ -8865,46 +8798,42 @@ class Api:
         text = self.gateway.metrics.render()
         exchange.respond(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
-    async def post_mode(self, exchange: Exchange, _: str) -> Facts:
-        wanted, modes = (await read_control(exchange)).get("mode"), [mode.value for mode in Mode]
+    async def post_mode(self, _exchange: Exchange, _: str, values: Facts) -> Facts:
+        wanted, modes = values.get("mode"), [mode.value for mode in Mode]
         if wanted not in modes:
             raise BadRequest("mode is one of " + ", ".join(modes), param="mode")
         self.gateway.set_mode(Mode(wanted))
         return {"mode": wanted}
 
-    async def post_reload(self, exchange: Exchange, _: str) -> Facts:
-        await read_control(exchange)
+    async def post_reload(self, _exchange: Exchange, _: str, _values: Facts) -> Facts:
         self.reload()
         return {"config_error": self.gateway.config_error}
 
-    async def post_model(self, exchange: Exchange, _: str) -> Facts | None:
-        values = await read_control(exchange)
+    async def post_model(self, exchange: Exchange, _: str, values: Facts) -> Facts | None:
         if values.get("action") == "reset_context":
             return {"reset": reset_context(self.gateway.fleet, read_name(values))}
         told = await order_models(self.gateway, values, exchange.caller, exchange.id)
         exchange.respond(202, render_json({"id": exchange.id, **told}))
         return None
 
-    async def delete_request(self, exchange: Exchange, ident: str) -> Facts:
-        await read_control(exchange)
+    async def delete_request(self, _exchange: Exchange, ident: str, _: Facts) -> Facts:
         self.gateway.cancel(self.gateway.find(ident))
         return {"cancelled": 1}
 
-    async def post_request(self, exchange: Exchange, ident: str) -> Facts:
-        priority = parse_priority((await read_control(exchange)).get("priority"))
+    async def post_request(self, _exchange: Exchange, ident: str, values: Facts) -> Facts:
+        priority = parse_priority(values.get("priority"))
         if priority is None:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
 
 
-async def post_client(api: Api, exchange: Exchange, name: str) -> Facts:
-    await api.changes.change(name, await read_control(exchange))
+async def post_client(api: Api, _exchange: Exchange, name: str, values: Facts) -> Facts:
+    await api.changes.change(name, values)
     return show_client(api.gateway.clients.named(name))
 
 
-async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
-    values = await read_control(exchange)
+async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts:
     address = plain_address(str(values.get("ip")))
     if not address or set(values) != {"ip", "blocked"}:
         raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
@@ -8913,21 +8842,17 @@ async def post_ip(api: Api, exchange: Exchange, _: str) -> Facts:
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
-    """The members of a request's body."""
     body = await exchange.read_body(limit)
     read = functools.partial(read_object, decode_json(body))
     return (await beside(read, heavy=is_heavy(body))).values
 
 
 async def read_control(exchange: Exchange) -> Facts:
-    """The JSON object that changes something; DELETE may come without.
-
-    A page from elsewhere can send its content type only after a preflight, which it does not get.
-    """
+    """The JSON object that changes something; DELETE may come without."""
     if exchange.request.method == "DELETE" and not exchange.length:
         return {}
     media = exchange.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/json":
+    if media != "application/json":  # which no page from elsewhere can send without a preflight
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
 
@@ -8956,39 +8881,35 @@ async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
     backend = next((each for each in backends if each.usable), None)
     if backend is None:
         raise LlmqError(gateway.fleet.trouble() or "that backend is down", "backend_down")
-    rest = (request.path, api.settings, gateway.instance, lambda: None)
-    await Passthrough(exchange, backend, *rest).run()
+    await Passthrough(exchange, backend, request.path, gateway, lambda: None).run()
 
 
-async def delete_requests(api: Api, exchange: Exchange, _: str) -> Facts:
-    await read_control(exchange)
+async def delete_requests(api: Api, exchange: Exchange, _: str, _values: Facts) -> Facts:
     query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     if query.get("state") != "waiting" or set(query) - {"state", "client"}:
         raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
     return {"cancelled": api.gateway.cancel_waiting(query.get("client"))}
 
 
-async def post_lease(api: Api, exchange: Exchange, _: str) -> Facts:
-    return await grant_lease(api.gateway, exchange, await read_control(exchange))
+async def post_lease(api: Api, exchange: Exchange, _: str, values: Facts) -> Facts:
+    return await grant_lease(api.gateway, exchange, values)
 
 
-async def renew_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
-    values = await read_control(exchange)
+async def renew_lease(api: Api, _exchange: Exchange, ident: str, values: Facts) -> Facts:
     only_members(values, "ttl_s")
     seconds = read_seconds(values)
     api.gateway.renew(find_lease(api.gateway, ident), seconds)
     return {"id": ident, "expires_s": seconds}
 
 
-async def end_lease(api: Api, exchange: Exchange, ident: str) -> Facts:
-    await read_control(exchange)
+async def end_lease(api: Api, _exchange: Exchange, ident: str, _: Facts) -> Facts:
     api.gateway.end_lease(find_lease(api.gateway, ident))
     return {"ended": ident}
 
 
-async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
+async def post_backends(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts:
     """Add a backend, or change one that was added."""
-    row = dict(await read_control(exchange))
+    row = dict(values)
     name, added = str(row.pop("name", "")), api.gateway.added
     if name in api.gateway.fleet.backends.keys() - added or name in api.settings.backends:
         raise LlmqError(f"backend {name} is there already, and not by this route", "conflict")
@@ -9003,8 +8924,7 @@ async def post_backends(api: Api, exchange: Exchange, _: str) -> Facts:
     return show_backend(api.gateway.fleet.named(name))
 
 
-async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
-    await read_control(exchange)
+async def delete_backend(api: Api, _exchange: Exchange, name: str, _: Facts) -> Facts:
     if api.gateway.fleet.named(name) and name not in api.gateway.added:
         cure = 'take it out of the file, or drain it: POST {"draining":true}'
         raise LlmqError(f"backend {name} was not added at run time; {cure}", "conflict")
@@ -9014,8 +8934,7 @@ async def delete_backend(api: Api, exchange: Exchange, name: str) -> Facts:
     return {"deleted": name}
 
 
-async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
-    values = await read_control(exchange)
+async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) -> Facts:
     only_members(values, "draining")
     draining = values.get("draining")
     if not isinstance(draining, bool):
@@ -9030,7 +8949,7 @@ async def post_backend(api: Api, exchange: Exchange, name: str) -> Facts:
 
 # ---- the table
 
-RouteHandler = Callable[[Api, Exchange, str], Awaitable[Union[Facts, None]]]
+RouteHandler = Callable[..., Awaitable[Union[Facts, None]]]
 
 
 class Route(NamedTuple):
@@ -9096,8 +9015,7 @@ ROUTES = (
           '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
           Api.post_model),
     local("POST /llmq/backends",
-          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one',
-          post_backends),
+          '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one', post_backends),
     owned("DELETE POST /llmq/backends/{name}",
           'take out one that was added; `{"draining":true}`: it gets nothing new, until `false`',
           delete_backend, post_backend),
@@ -9159,8 +9077,8 @@ def match_route(request: Request) -> tuple[Route | None, str]:
 # any other backend, so that what is tried with it is the real thing.
 
 DEMO_MODEL = "echo"
+DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
-WORD = re.compile(r"\S+\s*|\s+")
 
 
 def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -9168,49 +9086,45 @@ def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
     content = question["messages"][-1].get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    words = WORD.findall(content if isinstance(content, str) else "")
+    words = re.findall(r"\S+\s*|\s+", content if isinstance(content, str) else "")
     most = question.get("max_tokens", question.get("max_completion_tokens"))
     cut = isinstance(most, int) and 0 <= most < len(words)
     return (words[:most], "length") if cut else (words, "stop")
 
 
-class Demo:
-    """Answers with the last message, word by word."""
+async def answer_demo(exchange: Exchange) -> None:
+    """Answer with the last message, word by word."""
+    request = exchange.request
+    if request.path == "/v1/models":
+        entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
+        return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
+    if request.path != CHAT or request.method != "POST":
+        error = LlmqError("the demo has no such route", "not_found")
+        return exchange.respond(404, OPENAI.render_error(error))
+    question = json.loads(await exchange.read_body(64 * MIB))
+    words, reason = demo_words(question)
+    usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
+    ident = f"chatcmpl-demo-{next(DEMO_NUMBERS)}"
+    common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
 
-    _numbers = count(1)
+    def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return b"data: " + render_json(facts) + b"\n\n"
 
-    async def handle(self, exchange: Exchange) -> None:
-        request = exchange.request
-        if request.path == "/v1/models":
-            entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
-            return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-        if request.path != CHAT or request.method != "POST":
-            error = LlmqError("the demo has no such route", "not_found")
-            return exchange.respond(404, OPENAI.render_error(error))
-        question = json.loads(await exchange.read_body(64 * MIB))
-        words, reason = demo_words(question)
-        usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
-        ident = f"chatcmpl-demo-{next(self._numbers)}"
-        common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
-
-        def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            facts = {**common, "object": "chat.completion.chunk", "choices": [choice], **more}
-            return b"data: " + render_json(facts) + b"\n\n"
-
-        if not question.get("stream"):
-            message = {"role": "assistant", "content": "".join(words)}
-            choice = {"index": 0, "message": message, "finish_reason": reason}
-            answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
-            return exchange.respond(200, render_json(answer))
-        exchange.start(200, "text/event-stream")
-        exchange.send(event({"role": "assistant", "content": ""}))
-        for word in words:
-            await asyncio.sleep(DEMO_WORD_SECONDS)
-            if exchange.gone:
-                return None
-            exchange.send(event({"content": word}))
-        return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
+    if not question.get("stream"):
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        answer = {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return exchange.respond(200, render_json(answer))
+    exchange.start(200, "text/event-stream")
+    exchange.send(event({"role": "assistant", "content": ""}))
+    for word in words:
+        await asyncio.sleep(DEMO_WORD_SECONDS)
+        if exchange.gone:
+            return None
+        exchange.send(event({"content": word}))
+    return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
 # ==== 35. Terminal view ===========================================================================
@@ -9220,6 +9134,7 @@ class Demo:
 
 Row = Mapping[str, Any]
 Line = tuple[str, str]  # what it tells of, which makes its colour, and its text
+Told = tuple[str, list[str]]  # the same of a row, and its cells
 Order = tuple[str, str, Union[dict[str, Any], None]]  # method, path, JSON to send
 Ask = Callable[[Order], Any]  # raises StartError when nobody answers, or not as wished
 STATUS: Order = ("GET", "/llmq/status", None)
@@ -9310,8 +9225,8 @@ def fit(text: str, width: int) -> str:
     return space + text if width < 0 else text + space
 
 
-def backend_row(backend: Row) -> tuple[str, list[str]]:
-    """The state of a backend, and its cells; or of one of its models."""
+def backend_row(backend: Row) -> Told:
+    """A backend, or one of its models."""
     if model := backend.get("model"):
         loaded = model in backend["loaded"]
         return "up" if loaded else "dim", [f"  {model}", "loaded" if loaded else ""]
@@ -9324,8 +9239,7 @@ def backend_row(backend: Row) -> tuple[str, list[str]]:
     return state, [backend["name"], state, *shares, ping, last]
 
 
-def client_row(client: Row) -> tuple[str, list[str]]:
-    """What stands out of a client, and its cells."""
+def client_row(client: Row) -> Told:
     vip, boost, blocked = client["class"] == "high", client["boost"], client["blocked"]
     kind = "blocked" if blocked else "high" if vip else "running" if client["running"] else ""
     works = "●" if client["waiting"] + client["running"] > 0 else "○"
@@ -9336,14 +9250,12 @@ def client_row(client: Row) -> tuple[str, list[str]]:
 
 
 def change_client(name: str, change: Facts) -> Order:
-    """The order to change what holds for a client, or for an address."""
     if name.startswith("ip:") and "blocked" in change:
         return "POST", "/llmq/ips", {"ip": name[3:], **change}
     return "POST", f"/llmq/clients/{quote(name, safe='')}", change
 
 
-def request_row(request: Row) -> tuple[str, list[str]]:
-    """The class of a request, or that it runs, and its cells."""
+def request_row(request: Row) -> Told:
     kind, number, where = request["class"], str(request["position"]), request["reason"]
     when = "" if request["eta_s"] is None else f"~ {brief(request['eta_s'])}"
     if request["state"] != "waiting":
@@ -9354,8 +9266,8 @@ def request_row(request: Row) -> tuple[str, list[str]]:
     return kind, [number, *names, when, f" {where}"]
 
 
-def ended_row(record: Row) -> tuple[str, list[str]]:
-    """How a request ended, and its cells; what failed has its sentence in place of figures."""
+def ended_row(record: Row) -> Told:
+    """How a request ended; what failed has its sentence in place of figures."""
     outcome, error, took = record["outcome"], record.get("error"), brief(record["total_s"])
     names = [str(record[name]) for name in ("outcome", "client", "model")]
     if error and outcome not in CANCELS:
@@ -9374,11 +9286,9 @@ def share(needs: Sequence[int], room: int) -> list[int]:
     return given
 
 
-def table(
-    columns: Mapping[str, int], rows: Iterable[tuple[str, list[str]]], width: int, empty: str
-) -> list[Line]:
+def table(columns: Mapping[str, int], told: Iterable[Told], width: int, empty: str) -> list[Line]:
     """Titles and rows; the last cell of each is as long as it is."""
-    sizes, rows = list(columns.values()), [("head", list(columns)), *rows]
+    sizes, rows = list(columns.values()), [("head", list(columns)), *told]
     free = [place for place, size in enumerate(sizes) if not size]
     own = [row if len(row) == len(columns) else row[:-1] for _, row in rows]  # or its last spans
     needs = [max(cells(row[place][:1000]) for row in own if row[place:]) for place in free]
@@ -9413,8 +9323,6 @@ PANELS = {  # what their keys do, columns, what makes cells, what is said where 
 
 
 class View:
-    """What is shown and selected."""
-
     def __init__(self, url: str, styles: Mapping[str, str]) -> None:
         self.url, self.styles = url, styles
         self.snapshot: Row = {}
@@ -9432,16 +9340,17 @@ class View:
             rows, longest_first = snapshot["requests"], by == "waited_s"
             self.rows = sorted(rows, key=lambda row: row.get(by, 0), reverse=longest_first)
         elif self.panel == "Backends":
-            pairs = [(one, model) for one in snapshot["backends"] for model in ("", *one["models"])]
-            rows = [
-                {**one, "model": model, "id": f"{one['name']}\n{model}"} for one, model in pairs
+            self.rows = [
+                {**one, "model": model, "id": f"{one['name']}\n{model}"}
+                for one in snapshot["backends"]
+                for model in ("", *one["models"])
+                if not model or one["name"] in self.opened
             ]
-            self.rows = [row for row in rows if not row["model"] or row["name"] in self.opened]
+        elif self.panel == "Users":
+            rows = sorted(snapshot["clients"], key=lambda row: -row["share"])
+            self.rows = [{"id": row["name"], **row} for row in rows]
         else:
-            refused = [{"name": name, "share": 0} for name in snapshot["blocked"]]
-            rows = refused if self.panel == "Blocked" else snapshot["clients"]
-            rows = [{"id": row["name"], **row} for row in rows]
-            self.rows = sorted(rows, key=lambda row: -row["share"])
+            self.rows = [{"id": name, "name": name} for name in snapshot["blocked"]]
         places = {row["id"]: place for place, row in enumerate(self.rows)}
         self.select(places.get(self.picked, self.index))
 
@@ -9450,7 +9359,6 @@ class View:
         self.picked = self.rows[self.index]["id"] if self.rows else ""
 
     def press(self, key: str) -> list[Order]:
-        """What a key does; the orders it stands for."""
         if self.asking:
             orders, self.asking = self.asking[1], None
             return orders if key in ("y", "Y") else []
@@ -9509,7 +9417,6 @@ class View:
     # ---- the picture
 
     def lines(self, width: int, height: int, trouble: str = "") -> list[str]:
-        """The picture, as many lines as the terminal has."""
         panels = "  ".join(f"[{one}]" if one == self.panel else one for one in PANELS)
         lines = self.head(width, trouble, f"{panels}   ")
         if self.help:
@@ -9616,7 +9523,6 @@ def own_screen() -> Iterator[None]:
 
 
 def read_keys() -> list[str]:
-    """The keys that are pressed within a moment."""
     if not select.select([0], [], [], KEY_SECONDS)[0]:
         return []
     typed = os.read(0, 1024).decode("utf-8", "ignore") or "q"  # nothing: the terminal is gone
@@ -9692,7 +9598,7 @@ class LogHandler(logging.Handler):
         if isinstance(record.msg, Lines):
             rows = record.msg.rows
         else:
-            rows = [(record.created, logging.Formatter().format(record))]
+            rows = [(record.created, self.format(record))]
         lines = [self.line(when, record.levelname, what) for when, what in rows]
         if self.lost and self.has_room(0):
             words = f"{self.lost} lines of the log were lost: nobody took them"
@@ -9716,7 +9622,6 @@ class LogHandler(logging.Handler):
         sys.stderr.flush()
 
     def has_room(self, seconds: float) -> bool:
-        """Whether a piece can be written at once, or within a time."""
         try:
             return bool(select.select([], [sys.stderr], [], seconds)[1])
         except (OSError, ValueError):  # no file of the system, or one that cannot be asked
@@ -9792,8 +9697,6 @@ async def who_listens(url: str) -> str:
 
 @dataclass(eq=False)
 class Service:
-    """A running llmq."""
-
     settings: Settings
     demo: bool = False
     read: Callable[[], Settings] | None = None  # reads the settings again
@@ -9817,11 +9720,12 @@ class Service:
         self._servers: list[HttpServer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
-    def own_names(self) -> set[str]:
+    def own_names(self) -> frozenset[str]:
         """What clients may call this box, see `is_own_host`."""
         host = socket.gethostname().lower()
         allowed = map(str.lower, self.settings.server.allowed_hosts)
-        return {host, host + ".local", "*.internal", *allowed, *("*" if self.is_public else ())}
+        public = "*" if self.is_public else ()
+        return frozenset((host, host + ".local", "*.internal", *allowed, *public))
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
@@ -9836,7 +9740,7 @@ class Service:
         server = HttpServer(self.api.handle, self.settings, self.most_connections)
         self._servers.append(server)
         if self.demo:
-            runner = HttpServer(Demo().handle, Settings(), 64)
+            runner = HttpServer(answer_demo, Settings(), 64)
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
@@ -9900,7 +9804,7 @@ class Service:
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
-        self.api.names = frozenset(self.own_names())
+        self.api.names = self.own_names()
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
         self.changes.apply()
@@ -9936,7 +9840,6 @@ class Service:
                 self.reload()
 
     def on_signal(self) -> None:
-        """The first asks to stop, the second to stop now."""
         (self.hurry if self.stopping.is_set() else self.stopping).set()
 
     async def stop(self) -> None:
@@ -9963,7 +9866,6 @@ class Service:
         self.gateway.journal.flush()
 
     def tell_what_runs(self) -> None:
-        """Why the stop takes its time, and how it would not."""
         running = list(self.gateway.scheduler.running.values())
         names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
         what = f"{plural(len(running), 'running request')} ({names})"
@@ -9980,7 +9882,6 @@ class Service:
         await self.until(lambda: not any(client.arriving for client in open_now), HANDOVER_SECONDS)
 
     def settled(self) -> bool:
-        """Nobody is owed another word."""
         quiet = (Phase.IDLE, Phase.LINGER)
         connections = self._servers[0].connections
         return all(client.phase in quiet and not client.unsent for client in connections)
@@ -9999,8 +9900,6 @@ class Service:
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
-
-
 LEASE_SECONDS = 60.0  # that a command has the device for without a word
 ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
 MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
@@ -10030,7 +9929,6 @@ def read_file(path: str) -> Layer:
 
 
 def find_file(environ: Mapping[str, str]) -> str | None:
-    """The configuration file: LLMQ_CONFIG, else the first of the usual places."""
     places = [os.path.expanduser(place) for place in CONFIG_PLACES]
     usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
     return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
@@ -10123,10 +10021,6 @@ def given_flags(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in settings if "." in key or key in ("backends", "config")}
 
 
-def cmd_serve(options: argparse.Namespace) -> int:
-    return asyncio.run(serve(options))
-
-
 async def serve(options: argparse.Namespace) -> int:
     flags = given_flags(options)
     settings, notes = read_settings(flags, os.environ)
@@ -10206,7 +10100,6 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def banner(service: Service) -> str:
-    """What runs where, and the words that point a client here."""
     at, fleet = service.addresses[0], service.gateway.fleet
     if service.host and not service.host.strip("0.:"):  # on each box these zeros are another's
         at = base_url(socket.gethostname(), service.port)
@@ -10228,7 +10121,6 @@ def banner(service: Service) -> str:
 
 
 def describe(backend: Backend) -> str:
-    """A backend in the banner."""
     report, words = backend.report, f"no answer{f': {backend.error}' if backend.error else ''}"
     if backend.state is State.UP and report:
         words = f"{report.kind} {report.version}".strip()
@@ -10240,7 +10132,6 @@ def describe(backend: Backend) -> str:
 
 
 def llmq_url(url: str | None) -> str:
-    """Where to ask; the llmq on this box unless it is said."""
     if url:
         return url.rstrip("/")
     settings, _ = read_settings({}, os.environ)
@@ -10323,14 +10214,15 @@ def cmd_top(options: argparse.Namespace) -> None:
         snapshot = ask_llmq(url, STATUS if seen else EVERYTHING)
         width = max(80, shutil.get_terminal_size((140, 0)).columns) if seen else 4000
         cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
-        plain = "" if options.json else plain_top(understood(snapshot, url), url, width)
-        say(plain or json.dumps(snapshot, indent=2))
+        if options.json:
+            say(json.dumps(snapshot, indent=2))
+        else:
+            say(plain_top(understood(snapshot, url), url, width))
     else:
         run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
 
 
 def cmd_run(options: argparse.Namespace) -> int:
-    """Run a command that has a device for itself meanwhile; its exit code is what this returns."""
     import subprocess
 
     argv = options.argv[options.argv[:1] == ["--"] :]
@@ -10372,14 +10264,12 @@ def forwarded_signals(pid: int) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    before = [
-        (signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)),
-        (signal.SIGTERM, signal.signal(signal.SIGTERM, forward)),
-    ]
+    wanted: dict[int, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: forward}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
         yield
     finally:
-        for number, handler in before:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -10404,7 +10294,7 @@ def cmd_config(options: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "serve": cmd_serve,
+    "serve": lambda options: asyncio.run(serve(options)),
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
@@ -10623,6 +10513,8 @@ const td = (cls, kids, props) => h('td', cls, kids, {role: 'cell', ...props}), d
 const two = (first, second) => [h('b', '', first), h('small', 'clip', second)];
 const act = (sign, title, onclick, off = false, more) =>
   h('button', 'icon', sign, {title, ariaLabel: title, onclick, ariaDisabled: `${off}`, ...more});
+const button = (verb, what, onclick, cls = '') =>
+  h('button', cls, verb, {ariaLabel: `${verb} ${what}`, onclick});
 const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
@@ -10786,15 +10678,13 @@ function step(by) {
 }
 function drawBackends({devices, backends}) {
   const line = (model, name, text, verb) => h('div', 'line', [h('span', 'tag clip', text), verb &&
-    h('button', 'push', verb, {ariaLabel: `${verb} ${model} on ${name}`, onclick: () =>
-    load(verb.toLowerCase(), model, name)})], {key: model});
+    button(verb, `${model} on ${name}`, () => load(verb.toLowerCase(), model, name), 'push')], {key: model});
   const show = ({name, state, loaded, models, kind, error, busy, ...one}) => {
     const well = state === 'up' || state === 'draining', open = opened.has(name);
     const rest = models.filter(model => !loaded.includes(model));
     return h('div', `backend ${TONES[state] ?? 'red'}`, [h('div', 'line', [dot, h('b', 'clip', name),
       h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
-      h('button', '', state === 'draining' ? 'Resume' : 'Drain', {onclick: () => drain({name, state}),
-      ariaLabel: `${state === 'draining' ? 'Resume' : 'Drain'} ${name}`})]),
+      button(state === 'draining' ? 'Resume' : 'Drain', name, () => drain({name, state}))]),
     h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
       (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), one.orders && 'Unload'))),
     well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
@@ -10813,23 +10703,23 @@ function drawBackends({devices, backends}) {
 function drawClients(all) {
   all.sort((a, b) => b.waiting + b.running - a.waiting - a.running || b.share - a.share);
   const heads = {who: 'Client', 'n waiting': 'Waits', 'n running': 'Runs', 'n done': 'Done',
-    'n failed': 'Failed', acts: ''}, pressed = on => ({ariaPressed: `${on}`});
+    'n failed': 'Failed', acts: ''};
+  const mark = (on, sign, title, run) => act(sign, title, run, false, {ariaPressed: `${on}`});
   table('clients', heads, all.slice(0, 12).map(one => h('tr', '', [td('who', [h('b', '', one.name),
     h('small', '', [h('span', '', `${one.share} %${one.left ? `, ${num(one.left)} left` : ''} `),
       ...tags([one.class, one.boost && 'boosted', one.blocked && 'blocked'])]),
     bar('thin', [one.share / 100])], {title: `${one.name}\n${dur(one.served_s, true)} served`}),
     ...Object.keys(heads).slice(1, 5).map(cls => td('n', num(one[cls.slice(2)]))), td('acts', [
       one.waiting && act('×', `Cancel all that waits of ${one.name}`, () => cancelAll(one)),
-      act(one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one), false,
-        pressed(one.class === 'high')),
-      act('⚡\ufe0e', `Boost ${one.name}`, () => boost(one), false, pressed(one.boost)),
-      act('⊘', `Block ${one.name}`, () => block(one), false, pressed(one.blocked))])],
+      mark(one.class === 'high', one.class === 'high' ? '★' : '☆', `VIP: ${one.name}`, () => vip(one)),
+      mark(one.boost, '⚡\ufe0e', `Boost ${one.name}`, () => boost(one)),
+      mark(one.blocked, '⊘', `Block ${one.name}`, () => block(one))])],
     {key: one.name, role: 'row'})), 'Who asks shows here, named by X-User-ID or by its program.');
   render(q('clients', 'small'), all.length > 12 ? `12 of ${num(all.length)}` : '');
   const {blocked} = snap, more = blocked.length - 12;
   render($('blocked'), [...blocked.slice(0, 12).map(name => h('span', 'line', [...tags(['blocked']),
-    h('span', '', name), h('button', '', 'Unblock', {ariaLabel: `Unblock ${name}`, onclick: () =>
-    unblock(name)})], {key: name})), more > 0 && h('small', '', `and ${num(more)} more`)]);
+    h('span', '', name), button('Unblock', name, () => unblock(name))], {key: name})),
+  more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
@@ -10883,14 +10773,15 @@ function tick() {
   draw(), drawPlots(), search();
   if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
+function kept(name, value) {  // where a page may keep nothing, it lasts as long as the page
+  try { return value ? localStorage.setItem(name, value) : localStorage.getItem(name); } catch { }
+}
 function theme(name) {
   shade = document.documentElement.dataset.theme = THEMES.includes(name) ? name : 'system';
-  render($('theme'), `Theme: ${shade}`);
-  try { localStorage.setItem('llmq-theme', shade); } catch { /* it lasts as long as the page */ }
+  render($('theme'), `Theme: ${shade}`), kept('llmq-theme', shade);
 }
 function shortcuts(on) {  // of one character, which speech input may type by mistake
-  $('single').checked = on;
-  try { localStorage.setItem('llmq-keys', on ? 'on' : 'off'); } catch { /* as above */ }
+  $('single').checked = on, kept('llmq-keys', on ? 'on' : 'off');
 }
 const next = (all, one) => all[(all.indexOf(one) + 1) % all.length];
 const owner = () => snap.clients.find(one => one.name === find(chosen)?.client);
@@ -10922,8 +10813,7 @@ for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], mo
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}/v1`);
 $('single').onchange = event => shortcuts(event.target.checked);
-try { theme(localStorage.getItem('llmq-theme')), shortcuts(localStorage.getItem('llmq-keys') !== 'off');
-} catch { theme(), shortcuts(true); }
+theme(kept('llmq-theme')), shortcuts(kept('llmq-keys') !== 'off');
 listen(), setInterval(tick, 1000);
 </script></body></html>
 """  # noqa: E501, RUF001

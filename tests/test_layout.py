@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 10900  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 10780  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 125,
@@ -63,17 +63,17 @@ BUDGET = {
     "Records": 175,
     "Admission": 235,
     "Gateway": 310,
-    "Models": 290,
-    "Leases": 85,
+    "Models": 280,
+    "Leases": 80,
     "Store": 160,
-    "Background": 135,
-    "Access": 95,
-    "Snapshot": 225,
-    "Routes": 575,
+    "Background": 130,
+    "Access": 90,
+    "Snapshot": 210,
+    "Routes": 550,
     "Demo": 60,
-    "Terminal view": 450,
+    "Terminal view": 440,
     "Service": 330,
-    "Command line": 445,
+    "Command line": 430,
     "Web page": 500,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}

@@ -916,8 +916,8 @@ def recorded(refuse: str = "load") -> Iterator[list[Any]]:
     """What llmq is asked of models, in place of what it would do; one action is refused."""
     asked: list[Any] = []
 
-    async def post(_api: Any, exchange: Any, _rest: str) -> None:
-        asked.append(json.loads(await exchange.read_body(4096)))
+    async def post(_api: Any, exchange: Any, _rest: str, values: Any) -> None:
+        asked.append(values)
         if asked[-1]["action"] == refuse:
             raise llmq.LlmqError(f"box cannot {refuse} models", "not_implemented")
         exchange.respond(202, b'{"queued":"yes"}')
