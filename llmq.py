@@ -2450,7 +2450,6 @@ class Scheduler(Backlog):
         self.mode = Mode.OPEN
         self._numbers = count()
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
-        self._at_work: dict[str, int] = {}  # requests that run, by model key
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
         self._overdue: list[Group] = []  # that had overdue requests then
@@ -2692,7 +2691,7 @@ class Scheduler(Backlog):
         if not (self.fleet.model_settings and want.model):
             return False
         most = self.fleet.policy(want.model).max_concurrent
-        return 0 < most <= self._at_work.get(want.model, 0)
+        return 0 < most <= sum(one.want.model == want.model for one in self.running.values())
 
     def affinity(self, backend: Backend) -> float:
         """Seconds for which requests for what it has loaded may go before others."""
@@ -2714,18 +2713,12 @@ class Scheduler(Backlog):
         client.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
-        key = ticket.want.model
-        self._at_work[key] = self._at_work.get(key, 0) + 1
         self._unaged += 1
         self._boost_due[priority] = True
 
     def _free(self, ticket: Ticket, now: float) -> None:
         client, backend = ticket.client, ticket.backend
         del self.running[ticket.id]
-        key = ticket.want.model
-        left = self._at_work.pop(key) - 1
-        if left:
-            self._at_work[key] = left
         assert backend is not None  # a running ticket has one
         self.fleet.ends(ticket, backend)
         seconds = now - ticket.started
