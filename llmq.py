@@ -672,11 +672,10 @@ def as_document(settings: Settings) -> Facts:
     """The settings as a configuration file has them."""
     document = asdict(settings)
     for table in ROW_TABLES:
-        rows = document[table]
-        for row in rows.values():
+        for row in document[table].values():
             if "class_" in row:
                 row["class"] = row.pop("class_")
-        document[table] = list(rows.values()) if table == "rules" else rows
+    document["rules"] = list(document["rules"].values())
     for name, row in document["models"].items():  # what is not said, a pattern may say
         document["models"][name] = {key: row[key] for key in settings.models[name].said}
     return document
@@ -732,28 +731,28 @@ def known_settings(tables: Mapping[str, Any] = TABLES) -> Iterator[Setting]:
             yield Setting(f"{table}.{name}", str(fact.type), default, **fact.metadata)
 
 
-def parse_int(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,15}", text.strip()):
-        raise ValueError("wants a whole number")
-    return int(text)
-
-
 def parse_text(raw: Any) -> str:
     if not isinstance(raw, str):
         raise ValueError("wants a text")
     return raw
 
 
-def parse_form(form: str, wanted: str, raw: Any) -> str:
-    """A text of this form, or what a file has as a number."""
-    if not re.fullmatch(form, str(raw)):
-        raise ValueError(f"wants {wanted}")
-    return str(raw)
+def of_form(form: str, wanted: str, convert: Callable[[str], Any] = str) -> Callable[[Any], Any]:
+    """Parses texts of this form, and what a file has as a number."""
+
+    def parse(raw: Any) -> Any:
+        if not re.fullmatch(form, str(raw)):
+            raise ValueError(f"wants {wanted}")
+        return convert(str(raw))
+
+    return parse
 
 
 KEEP_ALIVE = r"|-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)){1,9}"
-parse_tokens = functools.partial(parse_form, "|fit|[1-9][0-9]{0,8}", 'a number, or "fit"')
-parse_keep_alive = functools.partial(parse_form, KEEP_ALIVE, "seconds, or a time like 5m")
+parse_int = of_form(r"\s*[0-9]{1,15}\s*", "a whole number", int)
+parse_number = of_form(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", "a number", float)
+parse_tokens = of_form("|fit|[1-9][0-9]{0,8}", 'a number, or "fit"')
+parse_keep_alive = of_form(KEEP_ALIVE, "seconds, or a time like 5m")
 
 
 def parse_bool(raw: Any) -> bool:
@@ -800,12 +799,6 @@ def parse_key(raw: Any) -> Key:
     if text == HIDDEN or not re.fullmatch(r"[\x21-\x7e]*", text):
         raise ValueError("wants a key: visible ASCII without spaces")
     return text
-
-
-def parse_number(raw: Any) -> float:
-    if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", str(raw).strip()):
-        raise ValueError("wants a number")
-    return float(raw)
 
 
 def parse_facts(raw: Any) -> Facts:
@@ -879,10 +872,6 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
     return value
 
 
-def unknown(source: str, what: str, word: str, known: Iterable[str]) -> ConfigError:
-    return ConfigError(f"{source}: {misspelt(what, word, known)}")
-
-
 def misspelt(what: str, word: str, known: Iterable[str]) -> str:
     """The cure for an unknown word: the nearest known one, else all of them."""
     import difflib
@@ -900,14 +889,12 @@ def file_layer(path: str, document: Any) -> Layer:
     flat: dict[str, Any] = {}
     for table, values in document.items():
         if table not in TABLES and table not in OWN_TABLES:
-            raise unknown(path, "table", table, [*TABLES, *OWN_TABLES])
+            raise ConfigError(f"{path}: {misspelt('table', table, (*TABLES, *OWN_TABLES))}")
         shape, brackets = (list, f"[[{table}]]") if table == "rules" else (dict, f"[{table}]")
         if not isinstance(values, shape):
             raise ConfigError(f"{path}: {table}: wants a table, write {brackets}")
-        if table in OWN_TABLES:
-            flat[table] = values
-        else:
-            flat.update({f"{table}.{name}": values[name] for name in values})
+        own = table in OWN_TABLES
+        flat |= {table: values} if own else {f"{table}.{name}": values[name] for name in values}
     return path, flat
 
 
@@ -917,7 +904,7 @@ def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[st
     foreign = {row.env_alias: row.key for row in known_settings() if row.env_alias}
     for name in environ:
         if name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES and name not in own:
-            raise unknown("environment", "variable", name, own)
+            raise ConfigError(f"environment: {misspelt('variable', name, own)}")
     layers: list[Layer] = []
     notes = []
     variables = {**foreign, "OLLAMA_URL": "backends", **own, "LLMQ_BACKENDS": "backends"}
@@ -934,10 +921,7 @@ def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[st
 
 def is_address(host: str) -> bool:
     """An IP literal or `localhost`: what shells do not export by accident."""
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host)
-        return True
-    return host == "localhost"
+    return host == "localhost" or (host == host.strip() and plain_address(host) != "")
 
 
 def merge_layers(layers: Iterable[Layer]) -> Settings:
@@ -954,7 +938,7 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
             elif key in rows:
                 found[table][name] = parse_value(source, rows[key], raw)
             else:
-                raise unknown(source, "key", key, rows)
+                raise ConfigError(f"{source}: {misspelt('key', key, rows)}")
     return Settings(**{**found, **{table: cls(**found[table]) for table, cls in TABLES.items()}})
 
 
@@ -980,7 +964,7 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
         rows = {row.key.split(".")[-1]: row for row in known_settings({f"{table}.{name}": cls})}
         for key in values:
             if key not in rows:
-                raise unknown(where, "key", key, rows)
+                raise ConfigError(f"{where}: {misspelt('key', key, rows)}")
         # Defaults are parsed too: a url has no good one.
         given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
         row = result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
