@@ -1194,20 +1194,17 @@ LLMQ = Caller("llmq", foreign=False)  # by itself
 def identify(
     user_id: str | None, origin: str | None, agent: str | None, foreign: bool, peer: Names
 ) -> Caller:
-    """Who asks; `peer` is the address it comes from, and the person that the connection tells."""
-    name = client_name(None if foreign else user_id, origin, agent, peer[1])
-    return Caller(name, foreign, peer[0])
+    """`user:` + X-User-ID, else the person, else `app:` + Origin or first User-Agent word.
 
-
-def client_name(
-    user_id: str | None, origin: str | None, agent: str | None, person: str = ""
-) -> str:
-    """`user:` + X-User-ID, else the person, else `app:` + Origin or first User-Agent word."""
+    `peer` is the address that it comes from, and the person that the connection tells.
+    """
+    address, person = peer
     words = (agent or "").partition("/")[0].split()
-    name = "user:" + user_id if user_id else person
+    name = "user:" + user_id if user_id and not foreign else person
     if not name and (origin or words):
         name = "app:" + (origin or words[0])
-    return NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
+    name = NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH] or NOBODY.client
+    return Caller(name, foreign, address)
 
 
 @functools.lru_cache(maxsize=256)
