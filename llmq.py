@@ -4067,7 +4067,9 @@ def read_question(
     found = read_object(decode_json(body))
     text, values, places = found
     check_common(values)
-    endpoint.check(values)
+    empty = endpoint.content != "" and not values.get(endpoint.content)
+    if not empty:
+        endpoint.check(values)
     options = taken(values, MEMBERS, "options").get("options") if endpoint.options else None
     context = parse_context(values.get("numCtx"), "numCtx")
     if options is not None:
@@ -4077,7 +4079,6 @@ def read_question(
         read_object(text[slice(*places["options"][1:])])  # no member twice: it may be rewritten
         context = max(context, parse_context(options.get("num_ctx"), "options.num_ctx"))
     model, stream = values.get("model") or "", values.get("stream")
-    empty = endpoint.content != "" and not values.get(endpoint.content)
     order = "unload" if values.get("keep_alive") in UNLOADS else "load"
     question = Question(
         model=model if model.strip() else "",
@@ -4211,26 +4212,14 @@ class Ollama(Dialect):
         return line
 
 
-def check_chat(values: Mapping[str, Any]) -> None:
-    """Without messages it asks to load the model, or to unload it."""
-    if values.get("messages"):
-        check_messages(values)
-
-
 OLLAMA = Ollama()
-PREDICT = ("num_predict",)
+native = functools.partial(Endpoint, dialect=OLLAMA, options=True)
+writes = functools.partial(native, streams=True, limits=("num_predict",))
 OLLAMA_ENDPOINTS = (
-    Endpoint((OLLAMA_CHAT, CHAT), OLLAMA, check_chat, True, True, "messages", PREDICT),
-    Endpoint(
-        (OLLAMA_GENERATE, COMPLETIONS),
-        OLLAMA,
-        streams=True,
-        options=True,
-        content="prompt",
-        limits=PREDICT,
-    ),
-    Endpoint((OLLAMA_EMBED, EMBEDDINGS), OLLAMA, streams=None, options=True),
-    Endpoint((OLLAMA_EMBEDDINGS, EMBEDDINGS), OLLAMA, streams=None, options=True),
+    writes((OLLAMA_CHAT, CHAT), check=check_messages, content="messages"),
+    writes((OLLAMA_GENERATE, COMPLETIONS), content="prompt"),
+    native((OLLAMA_EMBED, EMBEDDINGS), streams=None),
+    native((OLLAMA_EMBEDDINGS, EMBEDDINGS), streams=None),
 )
 
 
