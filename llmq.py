@@ -370,7 +370,6 @@ EMBEDS = frozenset({OLLAMA_EMBED, OLLAMA_EMBEDDINGS})  # which get a context onl
 NATIVE = frozenset({OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED, OLLAMA_EMBEDDINGS})
 EVERY = COMMON | {RERANK, COUNT_TOKENS}  # tried at whatever runner; its answers teach better
 
-
 # What runners have of Ollama's options on /v1, beyond OpenAI's: Ollama's name, and their own.
 USUAL_OPTIONS = {name: name for name in ("top_k", "min_p", "typical_p", "repeat_penalty")}
 LLAMACPP_OPTIONS = {**USUAL_OPTIONS, "repeat_last_n": "repeat_last_n", "num_keep": "n_keep"}
@@ -3217,8 +3216,6 @@ WHITE = re.compile(r"[ \t\n\r]*")
 PLAIN_ITEMS = re.compile(r'[^\[\]{}"]{1,8192},')
 PART = 500  # numbers that are written at a time
 ITEM_DELIMITER = re.compile(r"[ \t\n\r]*([,\]])")
-WHITE_END = re.compile(r"[ \t\n\r]*\Z")
-
 
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
@@ -3229,7 +3226,6 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 Scan = Callable[[str, int], "tuple[Any, int]"]
 scan_value: Scan = JSON.scan_once  # type: ignore[attr-defined]
 scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
-
 
 HEAVY_BODY = MIB  # bytes of JSON that are not read in the event loop
 MANY_VALUES = 50_000  # in a body: more are not looked at, 10 ms of work and 5 MB of memory
@@ -3261,17 +3257,15 @@ def decode_json(body: bytes) -> str:
         raise BadRequest("the body is not UTF-8") from None
 
 
-def count_values(text: str | bytes, start: int = 0, end: int = sys.maxsize) -> int:
+def count_values(text: str | bytes) -> int:
     """At most so many values are in a piece of JSON; what is in its strings counts too."""
-    if isinstance(text, str):
-        return sum([text.count(mark, start, end) for mark in (",", "[", "{")])
-    return sum([text.count(mark, start, end) for mark in (b",", b"[", b"{")])
+    marks: Any = ",[{" if isinstance(text, str) else b",[{"
+    return sum([text.count(mark) for mark in marks])
 
 
 def is_heavy(body: bytes) -> bool:
     """Whether to read this JSON would hold the event loop for too long."""
-    large = len(body) > MANY_VALUES
-    return large and (len(body) > HEAVY_BODY or count_values(body) > MANY_VALUES)
+    return len(body) > MANY_VALUES and (len(body) > HEAVY_BODY or count_values(body) > MANY_VALUES)
 
 
 def read_object(text: str) -> JsonObject:
@@ -3324,9 +3318,8 @@ def skip_value(text: str, at: int) -> tuple[int, int]:
             at = scan_string(text, at + 1)[1]
             continue
         piece, stop = without_strings(text, at)
-        levels = list(
-            accumulate([NESTING[one] for one in NO_BRACKETS.sub("", piece)], initial=level)
-        )
+        steps = map(NESTING.__getitem__, NO_BRACKETS.sub("", piece))
+        levels = list(accumulate(steps, initial=level))
         if max(levels) > DEPTH_LIMIT:
             raise BadRequest(f"the body nests deeper than {DEPTH_LIMIT}")
         values += count_values(piece)
@@ -3387,7 +3380,7 @@ def scan_object(text: str) -> JsonObject:
         if not delimiter:
             raise ValueError(f"a comma or a brace is wanted at character {at}")
         at, following = delimiter.end(), delimiter[1]
-    if not WHITE_END.match(text, at):
+    if not WHITE.fullmatch(text, at):
         raise ValueError(f"something follows it at character {at}")
     return JsonObject(text, values, places)
 
@@ -3952,9 +3945,9 @@ class BlindWatch(StreamWatch):
         return b""
 
 
-def chosen(facts: Facts, *names: str) -> Facts:
-    """These members, or all where none is named, without those that are null."""
-    return {name: facts[name] for name in names or facts if facts.get(name) is not None}
+def chosen(facts: Facts) -> Facts:
+    """The members that are not null."""
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 Shape = Callable[[Any], bool]  # whether a value has it
@@ -4370,11 +4363,8 @@ class Translator:
 
     def retell(self, body: bytes) -> bytes:
         """A long whole answer in the caller's dialect; takes its time, and lets others work."""
-
-        def retold() -> bytes:
-            return b"".join(list(render_parts(self.whole(parse_parts(body)))))
-
-        return cast(bytes, self.translate(retold))
+        parts = self.translate(lambda: list(render_parts(self.whole(parse_parts(body)))))
+        return b"".join(parts)
 
     def translate(self, how: Callable[..., Any], *answer: Any) -> Any:
         try:
@@ -6028,10 +6018,8 @@ async def inspect(backend: Backend, instance: str) -> Report:
         entries = ({"capabilities": told, **entries[0]},) if told else entries
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
-    tags, running = (
-        sound_rows(look_up(told, "models"))
-        for told in (await fetch_json(backend, "/api/tags"), shown)
-    )
+    tags = sound_rows(look_up(await fetch_json(backend, "/api/tags"), "models"))
+    running = sound_rows(look_up(shown, "models"))
     return Report(kind, entries, models, loaded, latency, tags, running, began, version)
 
 
@@ -6164,8 +6152,7 @@ class Monitor:
         looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
             report = await within(limit, looking, BackendTimeout("does not answer"))
-            before = backend.report or report
-            for name in set(report.loaded).difference(before.loaded):
+            for name in set(report.loaded).difference((backend.report or report).loaded):
                 self.metrics.add("llmq_model_loads_total", backend.name, name)
             backend.succeeded(time.monotonic(), report, interval)
         except (OSError, LlmqError, ValueError, SelfFound) as error:
@@ -6178,8 +6165,7 @@ class Monitor:
                 self.record_failure(backend, error, now)
         except Exception:
             log.exception("probe failed")
-            why = "cannot be understood; the log says how"
-            backend.failed(time.monotonic(), why, interval)
+            backend.failed(time.monotonic(), "cannot be understood; the log says how", interval)
         finally:
             self._flights.pop(backend, None)
             self.news.set()
