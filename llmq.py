@@ -444,12 +444,9 @@ def kind_by_owner(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
-    """The loaded models, as the runner's answer at its `loaded_path`, or its list of them, tells.
-
-    A list that says nothing of it is of a runner that has loaded what it lists; llama.cpp's router
-    mode says it of each.
-    """
+    """The loaded models, as a runner's answer at its `loaded_path`, or its list of them, tells."""
     name, member = ("name", "models") if KINDS[kind].native else ("id", "data")
+    # A list that does not say it is of what is loaded; llama.cpp's router mode says it of each.
     told, unsaid = ("state", "") if kind == "lmstudio" else ("status", "loaded")
     rows = payload.get(member) if isinstance(payload, dict) else None
     found = []
@@ -1049,7 +1046,6 @@ class Metrics:
         self._known: dict[str, set[str]] = {}  # the values that each label has had
 
     def add(self, name: str, *values: str, amount: float = 1) -> None:
-        """Count in a counter."""
         if amount:
             self._find(name, values)[0] += amount
 
@@ -1073,7 +1069,6 @@ class Metrics:
         return "".join(lines).encode()
 
     def _find(self, name: str, values: Names) -> list[float]:
-        """The numbers to change."""
         metric, series = self._families[name]
         if values not in series:
             values = tuple(map(self._bound, metric.labels, values))
@@ -1234,8 +1229,6 @@ NOTHING_SET = ClientSettings()
 
 @dataclass(eq=False)
 class Client:
-    """One name that asks, and what it has had so far."""
-
     name: str
     settings: ClientSettings = NOTHING_SET
     tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
@@ -1261,10 +1254,7 @@ class Client:
         self.tags[priority] += max(0.0, owed)
 
     def correct(self, priority: Priority, charged: float, seconds: float) -> float:
-        """It was charged so much and has been served so much: where that has brought it.
-
-        A tag never falls; what it is ahead is a credit.
-        """
+        """Where this has brought it; a tag never falls, what it is ahead is a credit."""
         owed = (seconds - charged) / self.settings.weight
         if owed < 0:
             self.credits[priority] += owed
@@ -3217,6 +3207,7 @@ PLAIN_ITEMS = re.compile(r'[^\[\]{}"]{1,8192},')
 PART = 500  # numbers that are written at a time
 ITEM_DELIMITER = re.compile(r"[ \t\n\r]*([,\]])")
 
+
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
@@ -3237,7 +3228,6 @@ PLAIN_STRING = re.compile(r'"[^"\\]*"')
 STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)
 BRACKET = re.compile(STRING.pattern + r"|[\[\]{}]", re.DOTALL)
 NESTING = {"[": 1, "{": 1, "]": -1, "}": -1}
-
 
 Place = tuple[int, int, int]  # of a member in the text: where its name, its value begin, its end
 
@@ -3269,10 +3259,7 @@ def is_heavy(body: bytes) -> bool:
 
 
 def read_object(text: str) -> JsonObject:
-    """The JSON object that `text` is; BadRequest says where it is none.
-
-    Of more than MANY_VALUES the rest is skipped: whoever gets it reads it.
-    """
+    """The JSON object that `text` is, or BadRequest; what is beyond MANY_VALUES is skipped."""
     try:
         found = scan_object(text)
     except RecursionError:
@@ -3302,18 +3289,13 @@ class Scanner:
 
 
 def was_skipped(values: Mapping[str, Any]) -> bool:
-    """Whether some of these members were."""
     return any(value is one for value in values.values() for one in STAND_INS.values())
 
 
 def skip_value(text: str, at: int) -> tuple[int, int]:
-    """Where the list or object that begins here ends, and how many values it holds at most.
-
-    It goes a piece at a time, for threads take turns between them, and looks at strings and levels
-    only: ValueError where those are not in order.
-    """
+    """Where the list or object that begins here ends, and how many values it holds at most."""
     level = values = 0
-    while at < len(text):
+    while at < len(text):  # by levels and strings alone, in pieces: threads take turns between them
         if text[at] == '"':
             at = scan_string(text, at + 1)[1]
             continue
@@ -3519,10 +3501,7 @@ def find_edits(found: JsonObject, names: Iterable[str], cut: Names = ()) -> Edit
 
 
 def rewrite(found: JsonObject, put: Mapping[str, str], cut: Names = ()) -> str:
-    """The object with these members put in, as JSON, and these cut out; each other byte as it was.
-
-    What is put takes the place of the old value; what is new stands first.
-    """
+    """The object with these members put in, as JSON, new ones first, and these cut out."""
     return find_edits(found, put, cut).apply(found.text, put)
 
 
@@ -3636,8 +3615,6 @@ UNKNOWN_ROUTE = re.compile(  # what runners answer to a path that they do not ha
 
 
 class Dialect:
-    """How a family of routes is spoken."""
-
     stream_type = stream_mark = "text/event-stream"  # what llmq writes; what a runner's must hold
     line_limit = end_limit = WATCHED_LINE  # of a stream, and of what its end may be
     line_events = False  # each line is an event; else an empty one ends it
@@ -3743,10 +3720,7 @@ def parse_parts(body: bytes) -> Any:
 
 
 def read_refusal(head: ResponseHead, body: bytes, key: Key = "", hidden: Names = ()) -> LlmqError:
-    """What a client is told of a backend's answer that is not 200, but none of the secrets.
-
-    A refused key is llmq's own mistake where it sent one, else the runner's word to the client.
-    """
+    """What a client is told of a backend's answer that is not 200, but none of the secrets."""
     for secret in hidden:
         body = body.replace(secret.encode(), HIDDEN.encode())
     status, document, error = head.status, parse_json(body), None
@@ -3756,7 +3730,7 @@ def read_refusal(head: ResponseHead, body: bytes, key: Key = "", hidden: Names =
     message = (text if isinstance(error, dict) else text[:1000]) or f"the backend answered {status}"
     if status < 400:
         return BackendError(f"the backend answered {status}; redirects are not followed")
-    if key and status in (401, 403):
+    if key and status in (401, 403):  # llmq's own mistake; without one the runner's own word
         return BackendError(f"the backend refuses llmq's key: {message}")
     if status == 503 and LOADING.search(message):
         return BackendLoading(message)
@@ -3831,10 +3805,8 @@ MODEL_NAMED = re.compile(
 
 
 def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
-    """Puts the model that was asked for in place of the backend's name, once in a line.
-
-    Texts have their quotes escaped; what a tool's arguments say of a model comes behind the first.
-    """
+    """Puts the model that was asked for in place of the backend's name, once in a line."""
+    # Texts have their quotes escaped; a model in a tool's arguments comes behind the first.
     name, shown = json.dumps(told, ensure_ascii=False).encode(), json.dumps(asked).encode()
 
     def rename(found: re.Match[bytes]) -> bytes:
@@ -3995,10 +3967,7 @@ MESSAGE_MEMBERS = shapes(
 
 
 def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
-    """These members, or all, without those that are null; BadRequest for one that is wrong.
-
-    `at` is where they stand in the request.
-    """
+    """These members, or all, without the nulls; BadRequest names a wrong one, and where: `at`."""
     found = {}
     for name in names or members:
         value = facts.get(name)
@@ -4017,10 +3986,7 @@ def taken_inside(facts: Facts, name: str, *names: str, at: str = "") -> Facts:
 
 
 def taken_functions(told: Facts, member: str, *names: str, at: str = "") -> Facts:
-    """What is told, once the tools or tool calls in it, and their functions, are what they must be.
-
-    `names` are what a function has beside its own.
-    """
+    """What is told; BadRequest where its tools or tool calls, or their functions, are wrong."""
     for place, each in enumerate(told.get(member, ())):
         here = f"{at}{member}[{place}]"
         if not isinstance(each, dict):
@@ -4402,16 +4368,12 @@ def called(function: Facts) -> str:
 
 
 def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> list[Facts]:
-    """Tool calls in the other words, `tell` for each.
-
-    One that is not understood is refused where it stands `at` this place of a request; in an answer
-    it is lost, not the text beside it.
-    """
+    """Tool calls in the other words; a bad one is refused `at` its place, or lost of an answer."""
     found: list[Facts] = []
     for place, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else ()):
         try:
             found.append(tell(call, len(found)))
-        except MALFORMED:  # noqa: PERF203 - one that is bad costs no other
+        except MALFORMED:  # noqa: PERF203 - one that is bad costs no other, nor an answer's text
             if at:
                 words = f"{at}tool_calls[{place}] has no name, or its arguments are no object"
                 raise BadRequest(words, param=f"{at}tool_calls") from None
@@ -4494,10 +4456,7 @@ class ChatToOllama(ToOllama):
         }
 
     def choices(self, answer: Facts, whole: bool) -> Iterator[Facts]:
-        """Of a stream, a delta for each event, two where reasoning stands beside the rest, an end.
-
-        What has nothing but the counts is no delta, unless it is all that comes.
-        """
+        """Of a stream, a delta for each event, two for reasoning beside the rest, and an end."""
         done = answer.get("done") is True
         message = answer.get("message") or {} if done else answer["message"]
         calls = retold(message.get("tool_calls"), self.tool_call)
@@ -4508,6 +4467,7 @@ class ChatToOllama(ToOllama):
             yield self.wrap("message", facts, answer, ends=True)
             return
         heard = bool(told["content"] or calls)
+        # What has nothing but the counts is no delta, unless it is all that comes.
         if heard or reasoning or answer.get("logprobs") or self._first or not done:
             deltas = [reasoning, told] if reasoning and heard else [{**reasoning, **told}]
             for place, delta in enumerate(deltas):
@@ -6078,10 +6038,7 @@ class Asked:
 
 
 def is_answer(error: Exception, backend: Backend) -> bool:
-    """Whether a runner that is no worse for it has answered a look so.
-
-    One that was up has answered, whatever it said; else only one that wants a key of its clients.
-    """
+    """Whether it is the answer of a runner that is no worse for it: that is up, or wants a key."""
     if isinstance(error, BackendAnswer) and error.status in (401, 403):
         return True
     broke = isinstance(error, BackendError) and error.unhealthy
@@ -6147,7 +6104,6 @@ class Monitor:
                 await asyncio.wait(behind)
 
     async def probe(self, backend: Backend) -> None:
-        """Look at a backend, and tell it what came of that."""
         limit, interval = backend.limits.probe_timeout, backend.limits.probe_interval
         looking = asyncio.ensure_future(inspect(backend, self.instance))
         try:
@@ -6181,8 +6137,7 @@ class Monitor:
     ) -> Facts:
         """The JSON object that a POST beside the queue is answered with; LlmqError for all else.
 
-        Few run at once at a runner, so that no crowd of them is a burden to it; what is asked twice
-        at a time is asked once, and ends when the clients of all its replies have left.
+        What is asked twice at a time is asked once, and ends when all who wait for it have left.
         """
         turns = self._turns.setdefault(backend.origin, asyncio.Semaphore(BESIDE))
 
