@@ -3922,78 +3922,82 @@ def chosen(facts: Facts) -> Facts:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-Shape = Callable[[Any], bool]  # whether a value has it
-Shapes = Mapping[str, tuple[str, Shape]]
+class Shape(NamedTuple):
+    """What a member must be: in words, and as a test of what is not null."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    inside: Mapping[str, Shape] = {}  # the members of the object, or of each in the list
+
+    def of(self, **inside: Shape) -> Shape:
+        return self._replace(inside=inside)
 
 
-def is_one_of(*types: type) -> Shape:
-    return lambda value: type(value) in types
+def one_of(words: str, *types: type) -> Shape:
+    return Shape(words, lambda value: type(value) in types)
 
 
 def are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def shapes(*rows: tuple[str, Shape, str]) -> Shapes:
-    """What members must be, by their names: in words, and as a test of what is not null."""
-    return {name: (words, fits) for words, fits, names in rows for name in names.split()}
+def shapes(*rows: tuple[Any, ...]) -> Mapping[str, Shape]:
+    return {name: Shape(*shape) for *shape, names in rows for name in names.split()}
 
 
-WHOLE = ("a whole number", lambda value: whole_number(value) is not None)
-NUMBER = ("a number", is_one_of(int, float))
-TEXT, LIST = ("a text", is_one_of(str)), ("a list", is_one_of(list))
+WHOLE = Shape("a whole number", lambda value: whole_number(value) is not None)
+NUMBER, SWITCH = one_of("a number", int, float), one_of("true or false", bool)
+TEXT, LIST, OBJECT = one_of("a text", str), one_of("a list", list), one_of("an object", dict)
+WRITTEN = one_of("an object, or its text", dict, str)
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
     (*NUMBER, "temperature top_p frequency_penalty presence_penalty"),
     (*NUMBER, "min_p typical_p repeat_penalty"),
-    ("true or false", is_one_of(bool), "logprobs include_usage"),
-    ("true, false or an effort", is_one_of(bool, str), "think"),
-    ("a text or a number", is_one_of(str, int, float), "keep_alive"),
+    (*SWITCH, "logprobs"),
+    (*one_of("true, false or an effort", bool, str), "think"),
+    (*one_of("a text or a number", str, int, float), "keep_alive"),
     ("a text or a list of texts", lambda told: type(told) is str or are_texts(told), "stop input"),
     ('"json" or an object', lambda form: form in ("", "json") or type(form) is dict, "format"),
     ("float or base64", lambda form: str(form).lower() in ("float", "base64"), "encoding_format"),
-    ("an object, or its text", is_one_of(dict, str), "arguments"),
-    (*TEXT, "reasoning_effort effort prompt suffix id type name"),
-    ("an object", is_one_of(dict), "response_format json_schema schema reasoning stream_options"),
-    ("an object", is_one_of(dict), "function parameters options"),
-    (*LIST, "tools messages"),
+    (*TEXT, "reasoning_effort prompt suffix"),
+    (*LIST, "messages"),
+    (*LIST.of(id=TEXT, type=TEXT, function=OBJECT.of(name=TEXT, parameters=OBJECT)), "tools"),
+    (*OBJECT, "options"),
+    (*OBJECT.of(effort=TEXT), "reasoning"),
+    (*OBJECT.of(include_usage=SWITCH), "stream_options"),
+    (*OBJECT.of(type=TEXT, json_schema=OBJECT.of(schema=OBJECT)), "response_format"),
 )
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
-    (*LIST, "tool_calls"),
+    (*LIST.of(id=TEXT, type=TEXT, function=OBJECT.of(name=TEXT, arguments=WRITTEN)), "tool_calls"),
     ("a list of texts", are_texts, "images"),
 )
 
 
-def taken(facts: Facts, members: Shapes, *names: str, at: str = "") -> Facts:
+def taken(facts: Facts, members: Mapping[str, Shape], *names: str, at: str = "") -> Facts:
     """These members, or all, without the nulls; BadRequest names a wrong one, and where: `at`."""
     found = {}
     for name in names or members:
         value = facts.get(name)
         if value is not None:
-            words, fits = members[name]
+            words, fits, inside = members[name]
             if not fits(value):
                 raise BadRequest(f"{at}{name} is {words}", param=at + name)
-            found[name] = whole_number(value) if words is WHOLE[0] else value
+            if inside:
+                check_inside(value, inside, at + name)
+            found[name] = whole_number(value) if words is WHOLE.words else value
     return found
 
 
-def taken_inside(facts: Facts, name: str, *names: str, at: str = "") -> Facts:
-    """The same of the object that is this member; nothing where there is none."""
-    inside = taken(facts, MEMBERS, name, at=at).get(name, {})
-    return taken(inside, MEMBERS, *names, at=f"{at}{name}.")
-
-
-def taken_functions(told: Facts, member: str, *names: str, at: str = "") -> Facts:
-    """What is told; BadRequest where its tools or tool calls, or their functions, are wrong."""
-    for place, each in enumerate(told.get(member, ())):
-        here = f"{at}{member}[{place}]"
+def check_inside(value: Any, members: Mapping[str, Shape], at: str) -> None:
+    """The same of what an object has in it, or each object of a list."""
+    listed = isinstance(value, list)
+    for number, each in enumerate(value if listed else [value]):
+        place = f"{at}[{number}]" if listed else at
         if not isinstance(each, dict):
-            raise BadRequest(f"{here} is an object", param=here)
-        taken(each, MEMBERS, "id", "type", at=here + ".")
-        taken_inside(each, "function", "name", *names, at=here + ".")
-    return told
+            raise BadRequest(f"{place} is an object", param=place)
+        taken(each, members, at=place + ".")
 
 
 class Endpoint(NamedTuple):
@@ -4299,11 +4303,6 @@ class Translator:
     def taken(self, *names: str) -> Facts:
         return taken(self.question, MEMBERS, *names)
 
-    def sought(self) -> Facts:
-        """What a chat has in both dialects alike."""
-        found = self.taken("tools", "logprobs", "top_logprobs")
-        return taken_functions(found, "tools", "parameters")
-
     def body(self) -> bytes:
         """The request to send; BadRequest, or Untranslatable where it has no counterpart."""
         try:
@@ -4381,12 +4380,6 @@ def retold(calls: Any, tell: Callable[[Facts, int], Facts], at: str = "") -> lis
     return found
 
 
-def taken_message(message: Facts, at: str, *names: str) -> Facts:
-    """Its members, as `taken` has them; also what is in its tool calls is looked at."""
-    told = taken(message, MESSAGE_MEMBERS, *names, at=at)
-    return taken_functions(told, "tool_calls", "arguments", at=at)
-
-
 # ---- from OpenAI to Ollama: what chats and completions have in common, then each route
 
 
@@ -4398,7 +4391,7 @@ class ToOllama(Translator):
 
     def common(self) -> Facts:
         """Sampling as Ollama's own /v1 sets it; absent temperature and top_p are 1 there."""
-        taken_inside(self.question, "stream_options", "include_usage")
+        self.taken("stream_options")
         stop = self.taken("stop").get("stop")
         limits = self.taken("max_completion_tokens", "max_tokens")
         options: Facts = {"temperature": 1.0, "top_p": 1.0, **self.taken(*SAMPLING)}
@@ -4441,17 +4434,16 @@ class ChatToOllama(ToOllama):
     _first = True  # no delta sent yet
 
     def request(self) -> Facts:
-        asked = self.taken("reasoning", "reasoning_effort")
-        form = taken_inside(self.question, "response_format", "type", "json_schema")
-        schema = taken_inside(form, "json_schema", "schema", at="response_format.").get("schema")
-        effort = asked.get("reasoning_effort")
+        asked = self.taken("reasoning", "reasoning_effort", "response_format")
+        form, effort = asked.get("response_format", {}), asked.get("reasoning_effort")
+        schema = look_up(form, "json_schema", "schema")
         if "reasoning" in asked:
-            effort = taken_inside(asked, "reasoning", "effort").get("effort")
+            effort = asked["reasoning"].get("effort")
         return {
             **self.common(),
-            **self.sought(),
+            **self.taken("tools", "logprobs", "top_logprobs"),
             "messages": ollama_messages(self.question["messages"]),
-            "format": {"json_object": "json", "json_schema": schema}.get(form.get("type", "")),
+            "format": {"json_object": "json", "json_schema": schema}.get(form.get("type")),
             "think": EFFORTS.get(effort, effort) if effort else None,
         }
 
@@ -4497,7 +4489,7 @@ def ollama_messages(messages: Sequence[Facts]) -> list[Facts]:
     translated: list[Facts] = []
     places = [f"messages[{index}]." for index in range(len(messages))]
     members = ("role", "name", "reasoning", "tool_calls")
-    told = [taken_message(message, place, *members) for message, place in zip(messages, places)]
+    told = [taken(one, MESSAGE_MEMBERS, *members, at=at) for one, at in zip(messages, places)]
     names = {  # of the functions called; of two calls with one id the last counts
         call.get("id"): look_up(call, "function", "name")
         for facts in told
@@ -4662,7 +4654,7 @@ class ChatToOpenAi(ToOpenAi):
         free_form = {"type": "json_object"} if form == "json" else None
         return {
             **self.common(),
-            **self.sought(),
+            **self.taken("tools", "logprobs", "top_logprobs"),
             "messages": openai_messages(self.need("messages")),
             "response_format": schema if isinstance(form, dict) else free_form,
             "chat_template_kwargs": switch,
@@ -4752,7 +4744,7 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     unanswered = OpenCalls()
     for index, message in enumerate(messages):
         at = f"messages[{index}]."
-        told = taken_message(message, at)
+        told = taken(message, MESSAGE_MEMBERS, at=at)
         facts = {"role": told.get("role"), "content": openai_content(told)}
         facts["reasoning_content"] = told.get("thinking") or None
         if "tool_calls" in told:
