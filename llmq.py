@@ -733,22 +733,18 @@ def parse_text(raw: Any) -> str:
     return raw
 
 
-def of_form(form: str, wanted: str, convert: Callable[[str], Any] = str) -> Callable[[Any], Any]:
-    """Parses texts of this form, and what a file has as a number."""
-
-    def parse(raw: Any) -> Any:
-        if not re.fullmatch(form, str(raw)):
-            raise ValueError(f"wants {wanted}")
-        return convert(str(raw))
-
-    return parse
+def parse_form(form: str, wanted: str, convert: Callable[[str], Any], raw: Any) -> Any:
+    """A text of this form, or what a file has as a number."""
+    if not re.fullmatch(form, str(raw)):
+        raise ValueError(f"wants {wanted}")
+    return convert(str(raw))
 
 
 KEEP_ALIVE = r"|-?[0-9]{1,9}|-?([0-9]{1,9}(\.[0-9]{1,9})?(ms|s|m|h)){1,9}"
-parse_int = of_form(r"\s*[0-9]{1,15}\s*", "a whole number", int)
-parse_number = of_form(r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", "a number", float)
-parse_tokens = of_form("|fit|[1-9][0-9]{0,8}", 'a number, or "fit"')
-parse_keep_alive = of_form(KEEP_ALIVE, "seconds, or a time like 5m")
+parse_int = functools.partial(parse_form, r"\s*[0-9]{1,15}\s*", "a whole number", int)
+parse_number = functools.partial(parse_form, r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", "a number", float)
+parse_tokens = functools.partial(parse_form, "|fit|[1-9][0-9]{0,8}", 'a number, or "fit"', str)
+parse_keep_alive = functools.partial(parse_form, KEEP_ALIVE, "seconds, or a time like 5m", str)
 
 
 def parse_bool(raw: Any) -> bool:
@@ -3809,10 +3805,9 @@ def model_echo(told: str, asked: str) -> Callable[[bytes], bytes]:
     # Texts have their quotes escaped; a model in a tool's arguments comes behind the first.
     name, shown = json.dumps(told, ensure_ascii=False).encode(), json.dumps(asked).encode()
 
-    def rename(found: re.Match[bytes]) -> bytes:
-        return found[1] + (shown if found[2] == name else found[2])
-
-    return functools.partial(MODEL_NAMED.sub, rename)
+    return functools.partial(
+        MODEL_NAMED.sub, lambda found: found[1] + (shown if found[2] == name else found[2])
+    )
 
 
 def echo_whole(body: bytes, told: str, asked: str) -> bytes:
@@ -4114,23 +4109,20 @@ class OpenAiResponses(OpenAi):
         return {**facts, "type": "error", "sequence_number": 0, "error": facts}
 
 
-def needs(name: str, other: str) -> Callable[[Mapping[str, Any]], None]:
-    """A check that there is a text or a list, or else what vLLM takes in its place."""
-
-    def check(values: Mapping[str, Any]) -> None:
-        if not isinstance(values.get(name), (str, list)) and not values.get(other):
-            raise BadRequest(f"{name} is a text or a list", param=name)
-
-    return check
+def check_either(name: str, other: str, values: Mapping[str, Any]) -> None:
+    """It has a text or a list, or else what vLLM takes in its place."""
+    if not isinstance(values.get(name), (str, list)) and not values.get(other):
+        raise BadRequest(f"{name} is a text or a list", param=name)
 
 
 OPENAI = OpenAi()
 LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # which llama.cpp has, too
-check_prompt = needs("prompt", "prompt_embeds")
+check_prompt = functools.partial(check_either, "prompt", "prompt_embeds")
+check_input = functools.partial(check_either, "input", "messages")
 OPENAI_ENDPOINTS = (
     Endpoint((CHAT, OLLAMA_CHAT), OPENAI, check_messages, limits=LIMITS),
     Endpoint((COMPLETIONS, OLLAMA_GENERATE), OPENAI, check_prompt, limits=LIMITS),
-    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, needs("input", "messages"), streams=None),
+    Endpoint((EMBEDDINGS, OLLAMA_EMBED), OPENAI, check_input, streams=None),
     Endpoint((RESPONSES,), OpenAiResponses(), limits=("max_output_tokens",)),
     Endpoint((RERANK,), OPENAI),
     Endpoint((TRANSCRIPTIONS,), OPENAI),  # which comes as a form
