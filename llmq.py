@@ -3203,7 +3203,7 @@ WHITE = re.compile(r"[ \t\n\r]*")
 AT_ONCE = re.compile(r'\[[ \t\n\r]*\]|\{[ \t\n\r]*\}|\[[^\[\]{}"]{0,262144}\]')
 CLOSING = {"[": "]", "{": "}"}
 PART_DELIMITER = re.compile(r"[ \t\n\r]*([,\]}])[ \t\n\r]*")
-PART = 500  # numbers that are written at a time
+PART = 16_384  # numbers that are written at once, likewise
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -3212,8 +3212,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
 # The decoder's own scanners, in C: (text, index) -> (value, index behind it).
-Scan = Callable[[str, int], "tuple[Any, int]"]
-scan_value: Scan = JSON.scan_once  # type: ignore[attr-defined]
+scan_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
 scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
 
 HEAVY_BODY = MIB  # bytes of JSON that are not read in the event loop
@@ -3399,25 +3398,18 @@ def scan_parts(text: str, at: int) -> tuple[Any, int]:
 
 def render_parts(value: Any) -> Iterator[bytes]:
     """JSON as `render_json` makes it, a part at a time, for the same end."""
-    before = b"{" if isinstance(value, dict) else b"["
-    if isinstance(value, dict) and value:
-        for name, one in value.items():
-            yield before + render_json(name) + b":"
-            yield from render_parts(one)
-            before = b","
-        yield b"}"
-    elif isinstance(value, list) and value:
-        nested = isinstance(value[0], (dict, list))
-        for at in range(0, len(value), 1 if nested else PART):
-            yield before
-            if nested:
-                yield from render_parts(value[at])
-            else:
-                yield render_json(value[at : at + PART])[1:-1]
-            before = b","
-        yield b"]"
-    else:
+    first = value[0] if isinstance(value, list) and value else None
+    short = isinstance(value, list) and len(value) <= PART and not isinstance(first, (dict, list))
+    if short or not isinstance(value, (dict, list)):
         yield render_json(value)
+        return
+    named, comma = isinstance(value, dict), b""
+    yield b"{" if named else b"["
+    for one in value:
+        yield comma + render_json(one) + b":" if named else comma
+        yield from render_parts(value[one] if named else one)
+        comma = b","
+    yield b"}" if named else b"]"
 
 
 def check_depth(value: Any) -> None:
