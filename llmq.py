@@ -4707,13 +4707,12 @@ def openai_messages(messages: Sequence[Facts]) -> list[Facts]:
     for index, message in enumerate(messages):
         at = f"messages[{index}]."
         told = taken(message, MESSAGE_MEMBERS, at=at)
+        tell = functools.partial(openai_tool_call, among=str(index))
+        calls = retold(told.get("tool_calls"), tell, at)
+        for call in calls:
+            unanswered.add(call["id"], call["function"]["name"])
         facts = {"role": told.get("role"), "content": openai_content(told)}
-        facts["reasoning_content"] = told.get("thinking") or None
-        if "tool_calls" in told:
-            tell = functools.partial(openai_tool_call, among=str(index))
-            facts["tool_calls"] = retold(told["tool_calls"], tell, at) or None
-            for call in facts["tool_calls"] or ():
-                unanswered.add(call["id"], call["function"]["name"])
+        facts.update(reasoning_content=told.get("thinking") or None, tool_calls=calls or None)
         if facts["role"] == "tool":
             facts["tool_call_id"] = unanswered.take(told.get("tool_name"), told.get("tool_call_id"))
         translated.append(chosen(facts))
@@ -5925,8 +5924,9 @@ async def inspect(backend: Backend, instance: str) -> Report:
     path = KINDS[kind].loaded_path
     shown = await fetch_json(backend, path) if path else {"data": entries}
     loaded = read_loaded(kind, shown)
-    if path == LMSTUDIO:
-        entries = with_details(entries, shown)
+    if path == LMSTUDIO:  # which tells at its own route only what its models can
+        details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
+        entries = tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
     if kind == "llamacpp" and len(entries) == 1:  # in router mode that would tell of the router
         told = read_props(await fetch_json(backend, "/props"))
         entries = ({"capabilities": told, **entries[0]},) if told else entries
@@ -5935,12 +5935,6 @@ async def inspect(backend: Backend, instance: str) -> Report:
     tags = sound_rows(look_up(await fetch_json(backend, "/api/tags"), "models"))
     running = sound_rows(look_up(shown, "models"))
     return Report(kind, entries, models, loaded, latency, tags, running, began, version)
-
-
-def with_details(entries: Rows, shown: Any) -> Rows:
-    """The entries with what LM Studio tells of its models at its own route only."""
-    details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
-    return tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
 
 
 def read_props(props: Any) -> list[str]:
