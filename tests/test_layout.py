@@ -33,32 +33,32 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 10900  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 10770  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 125,
     "Errors": 140,
     "Tools": 90,
     "Kinds": 110,
-    "Settings": 545,
+    "Settings": 530,
     "Metrics": 120,
-    "Identity": 195,
+    "Identity": 190,
     "Backends": 400,
     "Fair share": 205,
     "Fleet": 280,
     "Scheduler": 515,
     "Forecast": 200,
     "Messages": 290,
-    "Bodies": 425,
-    "Dialects": 505,
-    "OpenAI": 55,
-    "Ollama": 60,
+    "Bodies": 380,
+    "Dialects": 490,
+    "OpenAI": 50,
+    "Ollama": 50,
     "Anthropic": 70,
-    "Translation": 595,
+    "Translation": 570,
     "Streams": 290,
     "Server": 555,
     "Upstream": 265,
-    "Probes": 330,
+    "Probes": 320,
     "Calls": 420,
     "Records": 175,
     "Admission": 235,
