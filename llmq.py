@@ -7259,26 +7259,6 @@ class Gateway:
         self.changes += 1
         self.journal.keep(record_of(call, self.now()))
 
-    async def lease(self, call: Call, seconds: float) -> None:
-        """The life of a lease up to its start: it waits like a request, and has no answer."""
-        try:
-            self.enqueue(call)
-            call.heartbeat_at = NEVER
-            while call.ticket.state is TicketState.WAITING:
-                await call.turn
-                if call.reply.gone:
-                    self.leave(call)
-        finally:
-            if not call.ticket.started:  # else it is settled where it ends
-                self.settle(call, done=False)
-        if call.ticket.state is TicketState.ENDED:
-            raise call.error or LlmqError("the lease broke off")
-        self.renew(call, seconds)
-
-    def renew(self, call: Call, seconds: float) -> None:
-        """The lease ends that long from now, unless it is renewed again."""
-        call.deadline = self.now() + seconds
-
     def end_lease(self, call: Call) -> None:
         """The device is everybody's again."""
         self.scheduler.finish(call.ticket, self.now())
@@ -7729,6 +7709,27 @@ def find_lease(gateway: Gateway, ident: str) -> Call:
     return gateway.calls[ident]
 
 
+async def await_device(gateway: Gateway, call: Call) -> None:
+    """The life of a lease up to its start: it waits like a request, and has no answer."""
+    try:
+        gateway.enqueue(call)
+        call.heartbeat_at = NEVER
+        while call.ticket.state is TicketState.WAITING:
+            await call.turn
+            if call.reply.gone:
+                gateway.leave(call)
+    finally:
+        if not call.ticket.started:  # else it is settled where it ends
+            gateway.settle(call, done=False)
+    if call.ticket.state is TicketState.ENDED:
+        raise call.error or LlmqError("the lease broke off")
+
+
+def renew(gateway: Gateway, call: Call, seconds: float) -> None:
+    """The lease ends that long from now, unless it is renewed again."""
+    call.deadline = gateway.now() + seconds
+
+
 async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Facts:
     only_members(values, "device", "class", "ttl_s", "unload")
     if not isinstance(values.get("unload", False), bool):
@@ -7746,9 +7747,10 @@ async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Fa
     call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
     call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
     call.request = None
-    await gateway.lease(call, seconds)
+    await await_device(gateway, call)
+    renew(gateway, call, seconds)
     if values.get("unload"):
-        gateway.renew(call, NEVER)  # its time begins when it has the device empty
+        renew(gateway, call, NEVER)  # its time begins when it has the device empty
         try:
             await empty_device(gateway, device, exchange.caller, call.id)
         except BaseException as error:  # or nobody would ever give the device back
@@ -7757,7 +7759,7 @@ async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Fa
             raise
         if call.ticket.state is TicketState.ENDED:  # somebody has cancelled it meanwhile
             raise call.error or LlmqError("the lease was ended while it unloaded", "cancelled")
-        gateway.renew(call, seconds)
+        renew(gateway, call, seconds)
     if exchange.gone:
         gateway.end_lease(call)
     return {"id": call.id, "device": device, "expires_s": seconds}
@@ -8750,7 +8752,7 @@ async def post_lease(api: Api, exchange: Exchange, _: str, values: Facts) -> Fac
 async def renew_lease(api: Api, _exchange: Exchange, ident: str, values: Facts) -> Facts:
     only_members(values, "ttl_s")
     seconds = read_seconds(values)
-    api.gateway.renew(find_lease(api.gateway, ident), seconds)
+    renew(api.gateway, find_lease(api.gateway, ident), seconds)
     return {"id": ident, "expires_s": seconds}
 
 
