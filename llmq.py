@@ -2135,7 +2135,7 @@ class Fleet:
         for device in self.devices.values():
             if device.busy < device.slots:
                 return True
-        return any(map(attrgetter("remote"), self.backends.values()))
+        return any(backend.remote for backend in self.backends.values())
 
     def trouble(self) -> str | None:
         """What everybody is told while no runner answers."""
@@ -2956,7 +2956,6 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\x
 # No obs-fold (RFC 9112 s.5.2), no control characters (RFC 9110 s.5.5), no space before the colon
 # (RFC 9112 s.5.1).
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-FIELD = re.compile("([^:]*):[\t ]*((?:[^\r]*[^\r\t ])?)[\t ]*\r\n")  # one of those
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE")
 DIGITS = re.compile(r"[0-9]+")
@@ -3007,15 +3006,12 @@ def parse_fields(text: str) -> Headers:
     """Field lines, each ended by CRLF; ValueError for anything else."""
     if not FIELD_LINES.fullmatch(text):
         raise ValueError("malformed header line")
-    if not text:
-        return {}
-    names, values = zip(*FIELD.findall(text))
-    headers = dict(zip(map(str.lower, names), values))
-    if len(headers) < len(names):
-        repeated: dict[str, list[str]] = {}
-        for name, value in zip(names, values):
-            repeated.setdefault(name.lower(), []).append(value)
-        headers = {name: ", ".join(values) for name, values in repeated.items()}
+    headers: Headers = {}
+    for line in text.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name = name.lower()
+        value = value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
@@ -3584,8 +3580,8 @@ NO_QUESTION = Question("", stream=False, priority=None, body=b"", edits=NO_EDITS
 
 def check_case(values: Mapping[str, Any], names: Set[str]) -> None:
     """Ollama reads names in any case, so that one could say two things."""
-    for name in values.keys() - names:
-        if name.casefold() in names:
+    for name in values:
+        if name not in names and name.casefold() in names:
             raise BadRequest(f"write {name.casefold()} in lower case", param=name)
 
 
@@ -5295,7 +5291,7 @@ class Exchange:
             ending = "Connection: close\r\n"
         elif self.request.minor == 0:
             ending = "Connection: keep-alive\r\n"
-        more = "".join(map("%s: %s\r\n".__mod__, (*self.headers, *headers)))
+        more = "".join([f"{name}: {value}\r\n" for name, value in (*self.headers, *headers)])
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
             f"{framing}X-Request-Id: {self.request_id}\r\nrequest-id: {self.request_id}\r\n"
@@ -6287,7 +6283,8 @@ RELAYED_REQUEST = (
     "accept", "content-type", "user-agent", "openai-beta", "anthropic-version", "anthropic-beta",
     "traceparent",
 )  # fmt: skip
-RELAYED_ANSWER = re.compile("openai-processing-ms$|retry-after$|x-ratelimit-")
+RELAYED_ANSWER = frozenset(("openai-processing-ms", "retry-after"))
+RATE_LIMITS = "x-ratelimit-"
 ERROR_BODY = 1 * MIB  # of a backend's error answer that is read
 NEVER = float("inf")
 NO_HEADERS: Headers = {}
@@ -6565,8 +6562,9 @@ class Call:
         if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendError("the backend's answer is compressed, unasked")
         kind = relayed_type(head)
-        relayed = filter(RELAYED_ANSWER.match, head.headers)
-        self.answer_headers = tuple([(name, head.headers[name]) for name in relayed])
+        told, most = head.headers, len(RATE_LIMITS)
+        relayed = [name for name in told if name in RELAYED_ANSWER or name[:most] == RATE_LIMITS]
+        self.answer_headers = tuple([(name, told[name]) for name in relayed])
         source = self.translator.source if self.translator else self.endpoint.dialect
         if self.question.stream and source.is_stream(kind):
             self.route_supported(backend)
