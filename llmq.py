@@ -15,52 +15,53 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 19 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 26: the life of one request.
+The map.  A section uses only what stands above it; nothing above 20 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 27: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
      2. Tools          durations, sizes, averages, JSON
      3. Kinds          the routes that requests queue for, and the kinds of runners
      4. Settings       every setting, declared once
-     5. Metrics        what is counted, and how Prometheus reads it
+     5. Layers         what a file, variables and flags say of them
+     6. Metrics        what is counted, and how Prometheus reads it
   B  The queue
-     6. Identity       who asks, and how urgently
-     7. Backends       who serves: a runner, its device, slots, models and health
-     8. Fair share     whose turn it is inside a class
-     9. Fleet          all of them: where there is room, and which is picked
-    10. Scheduler      who goes next
-    11. Forecast       when, and why not yet
+     7. Identity       who asks, and how urgently
+     8. Backends       who serves: a runner, its device, slots, models and health
+     9. Fair share     whose turn it is inside a class
+    10. Fleet          all of them: where there is room, and which is picked
+    11. Scheduler      who goes next
+    12. Forecast       when, and why not yet
   C  HTTP
-    12. Messages       bytes to heads and bodies, and back
-    13. Bodies         JSON read without losing a byte of it
-    14. Dialects       what all of them share: errors, streams, questions
-    15. OpenAI         its endpoints, its errors, how its streams end
-    16. Ollama         the same for Ollama's own routes
-    17. Anthropic      the same for messages
-    18. Translation    one dialect in the words of another
-    19. Streams        how a coroutine reads a connection, and is woken
-    20. Server         sockets towards the clients; whom a call answers
-    21. Upstream       sockets towards the runners
+    13. Messages       bytes to heads and bodies, and back
+    14. Bodies         JSON read without losing a byte of it
+    15. Dialects       what all of them share: errors, streams, questions
+    16. OpenAI         its endpoints, its errors, how its streams end
+    17. Ollama         the same for Ollama's own routes
+    18. Anthropic      the same for messages
+    19. Translation    one dialect in the words of another
+    20. Streams        how a coroutine reads a connection, and is woken
+    21. Server         sockets towards the clients; whom a call answers
+    22. Upstream       sockets towards the runners
   D  The gateway
-    22. Probes         what a backend has and how it does
-    23. Calls          one request on its way, and its answer from a backend
-    24. Records        what remains of it: log, metrics, the latest
-    25. Admission      from a request to a call that may wait
-    26. Gateway        the life of one request
-    27. Models         what there is, and its management
-    28. Leases         a device as a whole, for work that is no request
-    29. Store          what outlives a restart: one SQLite file, one thread
-    30. Background     what runs beside the requests: deadlines, heartbeats
+    23. Probes         what a backend has and how it does
+    24. Calls          one request on its way, and its answer from a backend
+    25. Records        what remains of it: log, metrics, the latest
+    26. Admission      from a request to a call that may wait
+    27. Gateway        the life of one request
+    28. Models         what there is, and its management
+    29. Leases         a device as a whole, for work that is no request
+    30. Store          what outlives a restart: one SQLite file, one thread
+    31. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    31. Access         which names and pages may use a route
-    32. Snapshot       what the outside sees
-    33. Routes         which path leads where
-    34. Demo           a runner that only echoes
-    35. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    36. Service        start, reload, drain, stop
-    37. Command line   serve, status, top, mode, config
-    38. Web page       what a browser is shown
+    32. Access         which names and pages may use a route
+    33. Snapshot       what the outside sees
+    34. Routes         which path leads where
+    35. Demo           a runner that only echoes
+    36. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    37. Service        start, reload, drain, stop
+    38. Command line   serve, status, top, mode, config
+    39. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ import functools
 import gc
 import hashlib
 import heapq
+import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -114,11 +117,11 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
-from itertools import accumulate, count
+from itertools import accumulate, combinations, count
 from operator import attrgetter
 from textwrap import wrap
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 __version__ = "0.1.0"
 
@@ -128,7 +131,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 14 turns errors into bytes.
+# `render_error` of section 15 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -139,6 +142,7 @@ class ErrorRow(NamedTuple):
 
 ERRORS = {
     "bad_request": ErrorRow(400),
+    "unauthorized": ErrorRow(401),
     "context_length_exceeded": ErrorRow(400),
     "forbidden": ErrorRow(403),
     "forbidden_host": ErrorRow(403),
@@ -152,6 +156,7 @@ ERRORS = {
     "uri_too_long": ErrorRow(414),
     "unsupported_media_type": ErrorRow(415),
     "queue_full": ErrorRow(429),
+    "rate_limited": ErrorRow(429, 60),
     "headers_too_large": ErrorRow(431),
     "cancelled": ErrorRow(499, should_retry=False),
     "client_left": ErrorRow(499),  # nginx's number for it; only the log says so
@@ -270,6 +275,7 @@ class StartError(Exception):
 # Small pure helpers that several sections share.
 
 KIB, MIB = 1024, 1024 * 1024
+DAY = 86400.0  # seconds
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h|d)?")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([KMG])(i?)B?|B)?", re.IGNORECASE)
@@ -344,6 +350,17 @@ def plain_address(text: str) -> str:
     except ValueError:
         return ""
     return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or literal can only be this box itself."""
+    if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -461,30 +478,38 @@ def read_loaded(kind: str, payload: Any) -> tuple[str, ...]:
 
 # ==== 4. Settings =================================================================================
 # Every setting is declared once, as a field of the dataclass of its table; flags, LLMQ_* variables,
-# the check of the file, --help and the README's table are derived.  Defaults < file < environment <
-# flags; each value is parsed where its source is known, so a mistake names place, key and cure.
+# the check of the file, --help and the README's table are derived.
 
 Facts = dict[str, Any]
 Duration = float  # seconds
 Size = int  # bytes
 Names = tuple[str, ...]
 Addresses = Names  # of IP, each in its one spelling
+Networks = Names  # of IP, likewise: 10.0.0.0/24
 Key = str  # a secret: never shown
+KeyHash = str  # of one
+Rate = str  # so many in a time: 60/m
 Tokens = str  # a number of them, or "fit"
 KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
 Url = str  # a base URL without query, credentials, /v1 or slash at its end
+OptionalUrl = str  # the same, or empty
+File = str  # where one is
+BasePath = str  # empty, or a path with a slash before it and none behind
 Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
+RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
-def setting(default: Any, help: str, env_alias: str = "", **limits: Any) -> Any:
+def setting(
+    default: Any, help: str, env_alias: str = "", *, secret: bool = False, **limits: Any
+) -> Any:
     """Declare a setting: its annotation is its type, the rest are facts of a `Setting`."""
     facts = {"help": help, "env_alias": env_alias, **limits}
     if default == {}:
-        return field(default_factory=dict, metadata=facts)
-    return field(default=default, metadata=facts)
+        return field(default_factory=dict, metadata=facts, repr=not secret)
+    return field(default=default, metadata=facts, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -494,10 +519,17 @@ class ServerSettings:
     allowed_hosts: Names = setting((), "further names that clients may use for this box")
     cors_origins: Names = setting(("*",), "web origins that may read answers; * is everybody")
     allow_anonymous_lan: bool = setting(False, "listen beyond this box although nobody needs a key")
+    require_key: str = setting(
+        "all", "who needs a key once there is one; remote: not this box", choices=("all", "remote")
+    )
     allow_all_routes: bool = setting(False, "pass paths that llmq does not know on to a backend")
+    base_path: BasePath = setting("", "goes before every route, as in /llm")
+    tls_cert: File = setting("", "file of the certificate, and what signed it: llmq speaks HTTPS")
+    tls_key: File = setting("", "file of its key; empty: the same file")
+    tls_client_ca: File = setting("", "file of who signs the certificates that clients must have")
     trusted_proxies: Addresses = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
-    state: str = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
+    state: File = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -580,6 +612,45 @@ class ClientSettings:
 
 
 @dataclass(frozen=True)
+class GrantSettings:
+    """What holds for whoever comes with a key, or to a port of its own."""
+
+    class_: str = setting("", "class of requests that name none", choices=("", *CLASSES))
+    max_class: str = setting(
+        "", "the most urgent class they get; empty: high", choices=("", *CLASSES)
+    )
+    max_concurrent: int = setting(0, "requests that may run at once; 0: any number")
+    models: Names = setting((), "the models they may use, `*` any text; none: all")
+    rights: Names = setting(("infer",), "of infer, models (manage them), control (see and steer)")
+
+
+@dataclass(frozen=True)
+class KeySettings(GrantSettings):
+    """[keys.NAME]: somebody, by the secret they send; once there is one, everybody needs one."""
+
+    key: Key = setting("", "the secret", secret=True)
+    key_hash: KeyHash = setting(
+        "", "in its place sha256: and its hash, see `llmq key NAME`", secret=True
+    )
+    max_waiting: int = setting(0, "requests that may wait; 0: as many as all may")
+    rate: Rate = setting("", "requests in a time, as in 60/m; empty: any number")
+    tokens_per_day: int = setting(0, "tokens in and out, from midnight on; 0: any number")
+    ips: Networks = setting((), "networks they may come from; none: all")
+
+
+@dataclass(frozen=True)
+class PortSettings(GrantSettings):
+    """[ports.NUMBER]: a port of its own, for who can send no key, or for another service."""
+
+    client: str = setting("", "who comes there; empty: `port:` and the number")
+    bind: str = setting("127.0.0.1", "address to listen on")
+    public: bool = setting(False, "beyond this box, for everybody who reaches it")
+    upstream: OptionalUrl = setting("", "another HTTP service, that it passes everything on to")
+    headers: Sent = setting({}, "header fields sent there, in place of a client's", secret=True)
+    timeout: Duration = setting(300.0, "until that service says something, and between two pieces")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """[models.NAME], `*` in it any text: of the rows that fit, the most exact that says it."""
 
@@ -622,8 +693,8 @@ class BackendSettings:
     device: str = setting("", "the device it shares; empty: its host")
     slots: int = setting(0, "requests at once, if fewer than the device's; 0: the device's")
     kind: str = setting("", "what it is; empty: asked", choices=("", *KINDS))
-    key: Key = setting("", "sent to it as bearer token; never taken from a client")
-    headers: Sent = setting({}, "further header fields that it is sent")
+    key: Key = setting("", "sent to it as bearer token; never taken from a client", secret=True)
+    headers: Sent = setting({}, "further header fields that it is sent", secret=True)
     relay_headers: Names = setting((), "header fields of clients passed on, no keys; *: nearly all")
     models: Names = setting((), "its models, where it cannot tell them")
     weight: float = setting(1.0, "share among equal backends", minimum=0.01)
@@ -647,6 +718,8 @@ class Settings:
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
     clients: dict[str, ClientSettings] = field(default_factory=dict)
+    keys: dict[str, KeySettings] = field(default_factory=dict)
+    ports: dict[str, PortSettings] = field(default_factory=dict)  # by number
     models: dict[str, ModelSettings] = field(default_factory=dict)  # by name or pattern
     rules: dict[str, RuleSettings] = field(default_factory=dict)  # by number, the first first
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
@@ -676,6 +749,27 @@ def policy_of(rows: Mapping[str, ModelSettings], key: str) -> ModelSettings:
     return ModelSettings(**said)
 
 
+# ==== 5. Layers ===================================================================================
+# From what a file, the variables and the flags say to one Settings: defaults < file < environment <
+# flags.  A type of setting is a row with how its values are read; each is read where its source is
+# known, so that a mistake names place, key and cure.
+
+ROW_TABLES: dict[str, Any] = {
+    "devices": DeviceSettings,
+    "backends": BackendSettings,
+    "clients": ClientSettings,
+    "keys": KeySettings,
+    "ports": PortSettings,
+    "models": ModelSettings,
+    "rules": RuleSettings,
+}
+OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
+TABLES: dict[str, Any] = {
+    table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
+}
+Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
+
+
 def as_document(settings: Settings) -> Facts:
     """The settings as a configuration file has them."""
     document = asdict(settings)
@@ -687,20 +781,6 @@ def as_document(settings: Settings) -> Facts:
     for name, row in document["models"].items():  # what is not said, a pattern may say
         document["models"][name] = {key: row[key] for key in settings.models[name].said}
     return document
-
-
-ROW_TABLES: dict[str, Any] = {
-    "devices": DeviceSettings,
-    "backends": BackendSettings,
-    "clients": ClientSettings,
-    "models": ModelSettings,
-    "rules": RuleSettings,
-}
-OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
-TABLES: dict[str, Any] = {
-    table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
-}
-Layer = tuple[str, dict[str, Any]]  # where values come from, and the raw values by dotted key
 
 
 class Setting(NamedTuple):
@@ -739,6 +819,13 @@ def known_settings(tables: Mapping[str, Any] = TABLES) -> Iterator[Setting]:
             yield Setting(f"{table}.{name}", str(fact.type), default, **fact.metadata)
 
 
+TEXTS = {  # what may be in a file of its own
+    row.key.partition(".")[2]
+    for row in known_settings({**TABLES, **ROW_TABLES})
+    if row.type in ("str", "Key", "KeyHash", "Url", "OptionalUrl")
+}
+
+
 def parse_text(raw: Any) -> str:
     if not isinstance(raw, str):
         raise ValueError("wants a text")
@@ -757,6 +844,11 @@ parse_int = functools.partial(parse_form, r"\s*[0-9]{1,15}\s*", "a whole number"
 parse_number = functools.partial(parse_form, r"\s*[0-9]{1,9}(\.[0-9]{1,9})?\s*", "a number", float)
 parse_tokens = functools.partial(parse_form, "|fit|[1-9][0-9]{0,8}", 'a number, or "fit"', str)
 parse_keep_alive = functools.partial(parse_form, KEEP_ALIVE, "seconds, or a time like 5m", str)
+RATE = r"([1-9][0-9]{0,8})/(s|m|h|d)"
+parse_rate = functools.partial(parse_form, RATE + "|", "a number and a time, as in 60/m", str)
+HASH = "sha256:[0-9a-fA-F]{64}|"
+parse_hash = functools.partial(parse_form, HASH, "sha256: and 64 digits", str.lower)
+BASE = r"/?([A-Za-z0-9._~-]+/)*[A-Za-z0-9._~-]*"
 
 
 def parse_bool(raw: Any) -> bool:
@@ -780,7 +872,25 @@ def parse_addresses(raw: Any) -> Addresses:
     return found
 
 
-def parse_url(raw: Any) -> Url:
+def parse_networks(raw: Any) -> Networks:
+    try:
+        return tuple([str(ipaddress.ip_network(one, strict=False)) for one in parse_names(raw)])
+    except ValueError:
+        raise ValueError("wants networks like 10.0.0.0/24, or addresses") from None
+
+
+def parse_base(raw: Any) -> BasePath:
+    text: str = parse_form(BASE, "a path like /llm", str, parse_text(raw)).strip("/")
+    if set(text.split("/")) & {".", ".."}:
+        raise ValueError("wants a path without dots alone")
+    return text and "/" + text
+
+
+def parse_optional_url(raw: Any) -> OptionalUrl:
+    return parse_url(raw, ending="") if raw else ""
+
+
+def parse_url(raw: Any, ending: str = "/v1") -> Url:
     """`http://box:8080`, also as `box:8080`; a path is kept, but for the /v1 that routes have."""
     text = parse_text(raw)
     try:
@@ -794,7 +904,7 @@ def parse_url(raw: Any) -> Url:
     path = parts.path.rstrip("/")
     if parts.query or parts.fragment or not re.fullmatch(r"[\x21-\x7e]*", path):
         raise ValueError("wants a url without a query, its path in visible ASCII")
-    return f"{parts.scheme}://{parts.netloc}{path[: -len('/v1')] if path.endswith('/v1') else path}"
+    return f"{parts.scheme}://{parts.netloc}{path.removesuffix(ending)}"
 
 
 def parse_key(raw: Any) -> Key:
@@ -850,10 +960,16 @@ TYPES = {
     "Addresses": SettingType(parse_addresses, {"metavar": "IP", "action": "append"}, ", ".join),
     "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
+    "File": SettingType(parse_text, {"metavar": "FILE"}),
     "Tokens": SettingType(parse_tokens, {"metavar": "N"}),
     "KeepAlive": SettingType(parse_keep_alive, {"metavar": "TIME"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
+    "OptionalUrl": SettingType(parse_optional_url, {"metavar": "URL"}),
+    "BasePath": SettingType(parse_base, {"metavar": "PATH"}),
+    "Networks": SettingType(parse_networks, {"metavar": "NETWORK"}, ", ".join),
+    "Rate": SettingType(parse_rate, {"metavar": "N/TIME"}),
     "Key": SettingType(parse_key, {"metavar": "KEY"}),
+    "KeyHash": SettingType(parse_hash, {"metavar": "HASH"}),
 }
 
 
@@ -870,7 +986,7 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        secret = row.type in ("Url", "Key", "Sent")  # a url may hold a password
+        secret = row.type in ("Url", "OptionalUrl", "Key", "KeyHash", "Sent")  # so may a url
         written = "" if secret else f" = {printable(str(raw), 60)}"
         raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
@@ -943,7 +1059,32 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
                 found[table][name] = parse_value(source, rows[key], raw)
             else:
                 raise ConfigError(f"{source}: {misspelt('key', key, rows)}")
-    return Settings(**{**found, **{table: cls(**found[table]) for table, cls in TABLES.items()}})
+    tables = {table: cls(**found[table]) for table, cls in TABLES.items()}
+    settings = Settings(**{**found, **tables})
+    check_doors(settings)
+    return settings
+
+
+def check_doors(settings: Settings) -> None:
+    """ConfigError where keys and ports are not told apart."""
+    rows = [(f"keys.{name}", digest_of(row), name) for name, row in settings.keys.items()]
+    rows += [
+        (f"ports.{number}", number.encode(), row.client or f"port:{number}")
+        for number, row in settings.ports.items()
+    ]
+    rows.append(("server.port", str(settings.server.port).encode(), ""))
+    for one, other in combinations(rows, 2):
+        if one[1] == other[1]:
+            raise ConfigError(f"{one[0]} and {other[0]} are the same")
+        if one[2] == other[2]:
+            raise ConfigError(f"{one[0]} and {other[0]} are both named {one[2]}")
+
+
+def digest_of(row: KeySettings) -> bytes:
+    """The SHA-256 of a key."""
+    if row.key_hash:
+        return bytes.fromhex(row.key_hash.partition(":")[2])
+    return hashlib.sha256(row.key.encode()).digest()
 
 
 ROW_NAME = re.compile(r"[\w.:\[\]-]{1,64}", re.ASCII)
@@ -959,24 +1100,61 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
         raw = dict(named)
         if len(raw) != len(named):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
-    cls, result = ROW_TABLES[table], {}
-    for name, values in raw.items():
-        where = f"{source}: {table}.{printable(name)}"
-        plain = FREE_NAME if table in ("clients", "models") else ROW_NAME
-        if not isinstance(values, dict) or not plain.fullmatch(name):
-            raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
-        rows = {row.key.split(".")[-1]: row for row in known_settings({f"{table}.{name}": cls})}
-        for key in values:
-            if key not in rows:
-                raise ConfigError(f"{where}: {misspelt('key', key, rows)}")
-        # Defaults are parsed too: a url has no good one.
-        given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
-        row = result[name] = cls(*[parse_value(source, *facts) for facts in given.values()])
-        if cls is DeviceSettings and 0 < row.slots <= row.reserve_high:
-            raise ConfigError(f"{where}.reserve_high: wants fewer than its {row.slots} slots")
-        if cls is ModelSettings:  # a default that is said goes before what a pattern says
-            vars(row)["said"] = tuple(values)
-    return result
+    return {name: parse_row(source, table, name, values) for name, values in raw.items()}
+
+
+def parse_row(source: str, table: str, name: str, values: Any) -> Any:
+    cls, where = ROW_TABLES[table], f"{source}: {table}.{printable(name)}"
+    plain = FREE_NAME if table in ("clients", "models") else ROW_NAME
+    if not isinstance(values, dict) or not plain.fullmatch(name):
+        raise ConfigError(f"{where}: write a table, [{table}.NAME] of letters and digits")
+    rows = {row.key.split(".")[-1]: row for row in known_settings({f"{table}.{name}": cls})}
+    for key in values:
+        if key not in rows:
+            raise ConfigError(f"{where}: {misspelt('key', key, rows)}")
+    # Defaults are parsed too: a url has no good one.
+    given = {key: (row, values.get(key, row.default)) for key, row in rows.items()}
+    row = cls(*[parse_value(source, *facts) for facts in given.values()])
+    if cls is DeviceSettings and 0 < row.slots <= row.reserve_high:
+        raise ConfigError(f"{where}.reserve_high: wants fewer than its {row.slots} slots")
+    if cls is ModelSettings:  # a default that is said goes before what a pattern says
+        vars(row)["said"] = tuple(values)
+    if isinstance(row, GrantSettings):
+        check_grant(where, name, row)
+    return row
+
+
+OWN_NAME = r"(?!(anonymous|llmq)$)[A-Za-z0-9._@-]{1,64}"  # that nobody has without a key or a port
+
+
+def check_grant(where: str, name: str, row: GrantSettings) -> None:
+    """ConfigError for a key or a port that cannot be meant."""
+    odd = [one for one in row.rights if one not in RIGHTS]
+    if odd:
+        raise ConfigError(f"{where}.rights: {misspelt('right', odd[0], RIGHTS)}")
+    if isinstance(row, PortSettings):
+        check_port(where, name, row)
+    elif not re.fullmatch(OWN_NAME, name):
+        raise ConfigError(f"{where}: wants another name, of letters and digits")
+    elif isinstance(row, KeySettings) and bool(row.key) == bool(row.key_hash):
+        raise ConfigError(f"{where}: wants `key`, `key_file` or `key_hash`; see `llmq key {name}`")
+
+
+def check_port(where: str, number: str, row: PortSettings) -> None:
+    if not re.fullmatch("[1-9][0-9]{0,4}", number) or int(number) > 0xFFFF:
+        raise ConfigError(f"{where}: wants the number of a port")
+    if row.client and not re.fullmatch(OWN_NAME, row.client):
+        raise ConfigError(f"{where}.client: wants another name, of letters and digits")
+    if not is_address(row.bind):
+        raise ConfigError(f"{where}.bind: wants an address")
+    if not (row.public or is_loopback(row.bind)):
+        raise ConfigError(f"{where}.bind: everybody could use it; say public = true if meant")
+    usual = GrantSettings()
+    said = [one.name for one in fields(usual) if getattr(row, one.name) != getattr(usual, one.name)]
+    if row.upstream and said:
+        raise ConfigError(f"{where}.{said[0].rstrip('_')}: means nothing beside `upstream`")
+    if row.headers and not row.upstream:
+        raise ConfigError(f"{where}.headers: means nothing without `upstream`")
 
 
 def parse_aliases(source: str, raw: Any) -> dict[str, str]:
@@ -996,7 +1174,7 @@ def named_url(item: str) -> tuple[str, dict[str, str]]:
     return name or place.rpartition("@")[2].partition("/")[0][:64], {"url": url}
 
 
-# ==== 5. Metrics ==================================================================================
+# ==== 6. Metrics ==================================================================================
 # Each metric is declared once; Prometheus' text and the README's table are derived.  Labels hold
 # names that clients choose, so both length and number are bounded: what is too many is counted as
 # `other`.
@@ -1112,7 +1290,7 @@ def render_metric(metric: Metric, series: Series) -> Iterator[str]:
             yield f"{name}{labels and f'{{{labels}}}'} {numbers[0]:.15g}\n"
 
 
-# ==== 6. Identity =================================================================================
+# ==== 7. Identity =================================================================================
 # Who asks, and how urgently: found before anything else is read of a request.  Without keys a name
 # is courtesy, not protection: it keeps apart the programs of people who trust each other.  Foreign
 # web pages are told apart by their Origin, which browsers do not let them choose.
@@ -1181,10 +1359,184 @@ def find_rule(
     return "", ""
 
 
+@dataclass(eq=False)
+class Account:
+    """Somebody with a key or a port: what they may, and what they have had of it.
+
+    It covers all clients of its name: `alice`, `alice/bob`.  The numbers outlive a reload.
+    """
+
+    name: str
+    settings: KeySettings = KeySettings()  # a port's are told in the same words
+    digest: bytes = field(default=b"", repr=False)  # SHA-256 of the key
+    waiting: int = 0
+    running: int = 0
+    left: float = -1.0  # requests that its rate leaves it, as of `left_at`; below 0: all
+    left_at: float = 0.0  # monotonic
+    tokens: int = 0  # of the day
+    day: str = ""
+
+    @property
+    def is_metered(self) -> bool:
+        """Whether it has a rate or a budget."""
+        return bool(self.settings.rate or self.settings.tokens_per_day)
+
+    def may_use(self, key: str) -> bool:
+        """Whether it may use the model of this key."""
+        wanted = self.settings.models
+        return not wanted or any(fits(one.removesuffix(":latest"), key) for one in wanted)
+
+    @property
+    def class_line(self) -> list[tuple[str, str]]:
+        """What an answer says of the class of what has none of its own."""
+        if not self.name:  # it is nobody's
+            return []
+        usual = self.lowered(PRIORITY_WORDS[self.settings.class_ or Priority.NORMAL.word])
+        return [("X-LLMQ-Class", usual.word)]
+
+    def lowered(self, priority: Priority) -> Priority:
+        """The class that it gets where it asks for this one."""
+        most = self.settings.max_class
+        return max(priority, PRIORITY_WORDS[most]) if most else priority
+
+    def refill(self, now: float) -> tuple[int, float]:
+        """The most of its rate, and the seconds in which one more comes; (0, 0) without a rate."""
+        match = re.fullmatch(RATE, self.settings.rate)
+        if not match:
+            return 0, 0.0
+        most, each = int(match[1]), SECONDS[match[2]] / int(match[1])
+        full = self.left < 0
+        self.left = most if full else min(most, self.left + max(0.0, now - self.left_at) / each)
+        self.left_at = now
+        return most, each
+
+    def take(self, now: float, day: str) -> float:
+        """Count one request; else the seconds until it may come, and -1.0 for: until midnight."""
+        budget = self.settings.tokens_per_day
+        if budget and day == self.day and self.tokens >= budget:
+            return -1.0
+        most, each = self.refill(now)
+        if most and self.left < 1:
+            return (1 - self.left) * each
+        self.left -= bool(most)
+        return 0.0
+
+    def note_tokens(self, tokens: int, day: str) -> None:
+        self.tokens = self.tokens * (day == self.day) + tokens
+        self.day = day
+
+    def limits(self, now: float, day: str, until_midnight: float) -> list[tuple[str, str]]:
+        """What every answer says of its rate and budget, in OpenAI's header fields."""
+        found: list[tuple[str, str]] = []
+        most, each = self.refill(now)
+        if most:
+            found += limit_fields("requests", most, int(self.left), (most - self.left) * each)
+        budget = self.settings.tokens_per_day
+        if budget:
+            left = max(0, budget - self.tokens * (day == self.day))
+            found += limit_fields("tokens", budget, left, until_midnight)
+        return found
+
+
+def limit_fields(what: str, most: int, left: int, seconds: float) -> list[tuple[str, str]]:
+    told = {"limit": str(most), "remaining": str(left), "reset": f"{math.ceil(seconds)}s"}
+    return [(f"x-ratelimit-{name}-{what}", value) for name, value in told.items()]
+
+
+NO_ACCOUNT = Account("")  # of whoever has none
+GUESSES = 10  # bad keys from one address in GUESS_SECONDS; then no key from there is looked at
+GUESS_SECONDS = 60.0
+GUESSERS = 1000  # addresses that are remembered for it
+
+
+class Accounts:
+    """All who have a key or a port."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Account] = {}
+        self.by_digest: dict[bytes, Account] = {}
+        self._guesses: OrderedDict[str, list[float]] = OrderedDict()  # when, by place
+        self._proven: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # that were right there
+
+    def configure(self, settings: Settings) -> None:
+        """Have those of the settings and no others; who stays keeps their numbers."""
+        rows: dict[str, GrantSettings] = dict(settings.keys)
+        rows.update({f"port {number}": row for number, row in settings.ports.items()})
+        self.by_digest = {}
+        for name, row in rows.items():
+            account = self.named.setdefault(name, Account(name))  # also of one that comes back
+            if isinstance(row, PortSettings):
+                account.name = row.client or name.replace(" ", ":")
+                shared = {one.name: getattr(row, one.name) for one in fields(GrantSettings)}
+                account.settings = KeySettings(**shared)
+            elif isinstance(row, KeySettings):
+                account.settings, account.digest = row, digest_of(row)
+                self.by_digest[account.digest] = account
+
+    def of_key(self, key: str, address: str, now: float, *, free: bool = False) -> Account | None:
+        """Whose key it is, in a time that tells nothing of any; None: nobody's.
+
+        Who guesses is `rate_limited`; then only a key counts that was right there before, so that
+        nobody is locked out by others.  Who is `free` to come without one may send any.
+        """
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        account, place = self.by_digest.get(digest), guess_place(address)
+        right = account is not None and hmac.compare_digest(account.digest, digest)
+        bad = [when for when in self._guesses.get(place, ()) if now - when < GUESS_SECONDS]
+        if len(bad) >= GUESSES and not free and not (right and (digest, place) in self._proven):
+            error = LlmqError("too many wrong keys came from there", "rate_limited")
+            error.retry_after = math.ceil(bad[0] + GUESS_SECONDS - now)
+            raise error
+        if account is not None and right:
+            remember(self._proven, (digest, place), None)
+            return account
+        if free:
+            return NO_ACCOUNT
+        remember(self._guesses, place, [*bad, now])
+        return None
+
+
+def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep it as the latest of GUESSERS."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > GUESSERS:
+        known.popitem(last=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def guess_place(address: str) -> str:
+    """Where guesses are counted together: an address, of IPv6 the network that one person has."""
+    wide = ":" in address
+    return str(ipaddress.ip_network(f"{address}/64", strict=False)) if wide else address
+
+
+def read_key(headers: Mapping[str, str], *, page: bool) -> str:
+    """The key that a request brings: as Bearer, `x-api-key` or, to a page, Basic's password."""
+    scheme, _, told = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return told.strip()
+    if scheme.lower() == "basic" and page:
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(told.strip(), validate=True).decode().partition(":")[2]
+    return headers.get("x-api-key", "").strip()
+
+
+@functools.lru_cache(maxsize=1024)
+def is_inside(address: str, networks: Names) -> bool:
+    """Whether an address is in one of these networks."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in ipaddress.ip_network(one) for one in networks)
+
+
 class Caller(NamedTuple):
     client: str  # the name that shares and limits go by
     foreign: bool  # a web page from elsewhere
     address: str = ""
+    account: Account = NO_ACCOUNT
 
 
 NOBODY = Caller("anonymous", foreign=False)  # until it is known
@@ -1209,17 +1561,6 @@ def identify(
 
 
 @functools.lru_cache(maxsize=256)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or literal can only be this box itself."""
-    if host == "localhost" or (host.endswith(".localhost") and not host.startswith(".")):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-@functools.lru_cache(maxsize=256)
 def is_foreign(origin: str, trusted: Names) -> bool:
     """Whether an Origin is a web page from elsewhere; `null` (a sandboxed frame) is."""
     match = ORIGIN.fullmatch(origin)
@@ -1238,9 +1579,10 @@ NOTHING_SET = ClientSettings()
 class Client:
     name: str
     settings: ClientSettings = NOTHING_SET
-    tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+    tags: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 9
     credits: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # likewise
     service: Average = field(default_factory=Average)  # seconds that its requests run
+    account: Account = NO_ACCOUNT
     address: str = ""  # that it asked from last
     waiting: int = 0
     queued_bytes: int = 0
@@ -1252,7 +1594,10 @@ class Client:
 
     @property
     def at_cap(self) -> bool:
-        return 0 < self.settings.max_concurrent <= self.running
+        account = self.account
+        if 0 < self.settings.max_concurrent <= self.running:
+            return True
+        return 0 < account.settings.max_concurrent <= account.running
 
     def charge(self, priority: Priority, seconds: float) -> None:
         """Move its tag by what it is about to be served, less what it was charged too much."""
@@ -1281,12 +1626,22 @@ class Clients:
         self.settings: Mapping[str, ClientSettings] = {}  # by name, `ip:` + address among them
 
     def of(self, name: str) -> ClientSettings:
-        return self.settings.get(name, NOTHING_SET)
+        """Its own settings, else those of the key that it came with: `alice` for `alice/bob`."""
+        own = self.settings.get(name)
+        return own or self.settings.get(name.partition("/")[0], NOTHING_SET)
 
     def is_blocked(self, caller: Caller) -> bool:
         if not self.settings:
             return False
         return self.of(caller.client).blocked or self.of("ip:" + caller.address).blocked
+
+    def asking(self, caller: Caller) -> Client:
+        """The client that asks; what it has under way counts for the account that it came with."""
+        client = self.named(caller.client)
+        client.address = caller.address
+        if not (client.waiting or client.running):
+            client.account = caller.account
+        return client
 
     def named(self, name: str) -> Client:
         """The client of this name; a new one takes the place of the longest silent."""
@@ -1302,7 +1657,7 @@ class Clients:
         return self.known[name]
 
 
-# ==== 7. Backends =================================================================================
+# ==== 8. Backends =================================================================================
 # Who serves.  A backend is one runner, a device what runners on one host share: a request starts
 # only where both have a free slot.  Probes and requests tell how a backend does, its last probe
 # which models it has.  It has the routes of its kind, until its own answers teach better.
@@ -1340,7 +1695,7 @@ class Device:
     reserve_high: int = 0  # slots that only class high and the overdue may take
     held: bool = False  # by what bears nothing beside it
     claimed: bool = False  # by what is next, and waits until the device is empty
-    virtual: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 8
+    virtual: list[float] = field(default_factory=lambda: [0.0] * len(Priority))  # see section 9
 
     def room(self, *, urgent: bool = False, alone: bool = False) -> int:
         """Slots for one more request, that may be urgent or bears nothing beside it."""
@@ -1459,7 +1814,7 @@ class Backend:
         self.load_times: dict[str, Average] = {}  # the same by model key
         self.last_load: tuple[object, float] = (None, 0.0)  # whose start it was, and how long
         self.switched = 0.0  # when it last began to load a model, monotonic
-        # By number the tickets that it has passed over, and since when: see section 10.
+        # By number the tickets that it has passed over, and since when: see section 11.
         self.passed: dict[int, tuple[Any, float]] = {}
         self.stayed = Average()  # seconds for which it passed over one that then made it load
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
@@ -1717,7 +2072,7 @@ def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) ->
     return found
 
 
-# ==== 8. Fair share ===============================================================================
+# ==== 9. Fair share ===============================================================================
 # Whose turn it is inside a class: start-time fair queueing (Goyal, Vin, Cheng 1996) by served
 # seconds.  A client has a tag for each class, its virtual time: the seconds that it was served
 # there, divided by its weight.  The least tag goes first.  A start charges what the client's
@@ -1912,6 +2267,13 @@ class Group:
             if lane is not None and not lane.client.at_cap:
                 yield lane.head
 
+    def unpark_all(self, client: Client) -> None:
+        """The client may have more running now, and who else has its key."""
+        for name in list(self.parked):
+            lane = self.lanes[name]
+            if lane.client is client or lane.client.account is client.account is not NO_ACCOUNT:
+                self.unpark(name)
+
     def unpark(self, name: str) -> None:
         """The client may have more running now."""
         if name in self.parked:
@@ -1924,7 +2286,7 @@ class Group:
         self.oldest.drop(lane)
 
 
-# ==== 9. Fleet ====================================================================================
+# ==== 10. Fleet ===================================================================================
 # All backends: who can serve what, where there is room, and which one is picked.  A start takes
 # what it needs in one place, an end gives it back in one; a lease takes a device as a whole.
 
@@ -2206,7 +2568,7 @@ class Fleet:
         return next((name for name in names if not EMBEDDING.search(name)), None)
 
 
-# ==== 10. Scheduler ===============================================================================
+# ==== 11. Scheduler ===============================================================================
 # Who goes next, as a pure object: plain values in, tickets out, `now` is an argument.  It owns the
 # grant: a waiting ticket ends by `cancel` or `expire`, a running one by `finish` or `retry`, each
 # exactly once, and each way gives back what the ticket held.
@@ -2277,6 +2639,7 @@ class Backlog:
         self.waiting[ticket.id] = ticket
         self.queued_bytes += ticket.size
         client.waiting += 1
+        client.account.waiting += 1
         client.queued_bytes += ticket.size
         longest = self.limits.waits[priority]
         if longest:
@@ -2304,6 +2667,7 @@ class Backlog:
         ticket.deadline = None
         self.queued_bytes -= ticket.size
         client.waiting -= 1
+        client.account.waiting -= 1
         client.queued_bytes -= ticket.size
 
     def _devices(self, want: Want) -> Collection[Device]:
@@ -2362,6 +2726,8 @@ class Backlog:
             message = "the waiting requests hold all the memory they may"
         elif client.waiting >= min(client.settings.max_waiting or most, most):
             message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
+        elif 0 < client.account.settings.max_waiting <= client.account.waiting:
+            message = f"{client.account.waiting} requests with that key are waiting, as many as may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
         elif ticket.foreign and client.waiting >= MOST_PER_ORIGIN:
@@ -2677,6 +3043,7 @@ class Scheduler(Backlog):
         ticket.charged = client.service.value or self.service.value or 1.0
         client.charge(priority, ticket.charged)
         client.running += 1
+        client.account.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
         self._unaged += 1
@@ -2694,8 +3061,9 @@ class Scheduler(Backlog):
         client.served += seconds
         if client.at_cap:  # until now
             for group in self.groups():
-                group.unpark(client.name)
+                group.unpark_all(client)
         client.running -= 1
+        client.account.running -= 1
 
 
 def in_turn(heads: Iterable[Ticket]) -> list[Ticket]:
@@ -2718,7 +3086,7 @@ def passed_since(backend: Backend, ticket: Ticket, now: float) -> float:
     return now
 
 
-# ==== 11. Forecast ================================================================================
+# ==== 12. Forecast ================================================================================
 # What those who wait may know: their position, when they can expect to start, and why not yet.
 
 
@@ -2938,7 +3306,7 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 12. Messages ================================================================================
+# ==== 13. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -2970,6 +3338,9 @@ REASONS = {499: "Client Closed Request", **{code.value: code.phrase for code in 
 Headers = dict[str, str]  # lower-case names; repeated fields are joined by ", "
 Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
 Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
+
+
+COOKIE_BREAK = "\n"  # between several of `set-cookie`
 
 
 class Request:
@@ -3011,7 +3382,9 @@ def parse_fields(text: str) -> Headers:
         name, _, value = line.partition(":")
         name = name.lower()
         value = value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        if name in headers:  # cookies have commas of their own, RFC 6265 s.3
+            value = f"{headers[name]}{COOKIE_BREAK if name == 'set-cookie' else ', '}{value}"
+        headers[name] = value
     return headers
 
 
@@ -3229,7 +3602,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 13. Bodies ==================================================================================
+# ==== 14. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -3616,7 +3989,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 14. Dialects ================================================================================
+# ==== 15. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -4115,7 +4488,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 15. OpenAI ==================================================================================
+# ==== 16. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -4165,7 +4538,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 16. Ollama ==================================================================================
+# ==== 17. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -4214,7 +4587,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 17. Anthropic ===============================================================================
+# ==== 18. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -4282,7 +4655,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 18. Translation =============================================================================
+# ==== 19. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -4853,7 +5226,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 19. Streams =================================================================================
+# ==== 20. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -4957,7 +5330,11 @@ class Stream(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes that were written and that the kernel has not taken."""
-        return int(self.transport.get_write_buffer_size())
+        size = int(self.transport.get_write_buffer_size())
+        if self._tls and sys.version_info >= (3, 11):  # it counts what TLS itself holds, no more
+            below = getattr(getattr(self.transport, "_ssl_protocol", None), "_transport", None)
+            size += below.get_write_buffer_size() if below is not None else 0
+        return size
 
     # ---- what the transport tells
 
@@ -5138,7 +5515,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 20. Server ==================================================================================
+# ==== 21. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -5146,6 +5523,8 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
 ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
 UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
 COPIED = 64 * KIB  # of an answer that leaves in one write with its head; a longer one in two
+HANDSHAKE_SECONDS = 3.0  # of TLS: until it has ended, a connection is in no count
+TLS_LOOK_SECONDS = 0.1  # between two looks at what TLS has sent
 LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
 SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
 IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
@@ -5159,14 +5538,32 @@ class Exchange:
     """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
-        "_chunked", "_head", "_head_status", "caller", "connection", "finished",
-        "headers", "id", "keep_alive", "length", "request", "request_id", "status", "unread",
+        "_chunked",
+        "_head",
+        "_head_status",
+        "caller",
+        "connection",
+        "finished",
+        "headers",
+        "id",
+        "is_plain",
+        "keep_alive",
+        "length",
+        "request",
+        "request_id",
+        "status",
+        "told_length",
+        "unread",
+        "wrong_key",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
         self.connection = connection
         self.request = request
         self.caller = NOBODY
+        self.is_plain = False  # the answer is another service's: llmq says nothing of its own
+        self.told_length = ""  # of that answer, as the service tells it
+        self.wrong_key: LlmqError | None = None  # what is wrong with the one that it came with
         self.length = request_length(request)
         self.headers: Fields = ()  # for the head of whatever answer comes
         self.id = self.request_id = ""  # llmq's own, and the client's where it gave one
@@ -5260,7 +5657,8 @@ class Exchange:
     ) -> None:
         if self.unread and (self.expects_continue or not 0 < self.length <= UNREAD_BODY):
             self.keep_alive = False
-        framing = f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        length = self.told_length or len(body)
+        framing = f"Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
         self.finished = True
         self.status = status
         shown = b"" if self.request.method == "HEAD" else body
@@ -5276,8 +5674,11 @@ class Exchange:
     def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
         """An answer in pieces; its head leaves with the first of them, or gives way to an error."""
         self._chunked = self.request.minor >= 1 and status not in (204, 304)
-        framing = f"Content-Type: {content_type}\r\n{STREAM_LINES}"
-        if self._chunked:
+        framing = f"Content-Type: {content_type}\r\n{'' if self.is_plain else STREAM_LINES}"
+        if self.told_length:
+            self._chunked = False
+            framing += f"Content-Length: {self.told_length}\r\n"
+        elif self._chunked:
             framing += "Transfer-Encoding: chunked\r\n"
         else:
             self.keep_alive = False
@@ -5291,6 +5692,10 @@ class Exchange:
             ending = "Connection: close\r\n"
         elif self.request.minor == 0:
             ending = "Connection: keep-alive\r\n"
+        if self.is_plain:
+            lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+            first = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
+            return f"{first}{framing}{lines}{ending}\r\n".encode("latin-1", "replace")
         more = "".join([f"{name}: {value}\r\n" for name, value in (*self.headers, *headers)])
         head = (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\nDate: {server.date}\r\n"
@@ -5473,7 +5878,7 @@ class Connection:
                     await self.read_body(exchange.length, UNREAD_BODY)
                 finally:
                     self.let_go()
-            return not self.stream.ended
+            return not (self.stream.ended or self.server.closing)
         return False
 
     async def read_request(self) -> Request | None:
@@ -5554,13 +5959,16 @@ class Connection:
         if self.unsent:
             self.stream.transport.set_write_buffer_limits(high=0)
             await self.stream.drain()  # for as long as the client takes something
+        while self.unsent and not self.stream.lost:  # noqa: ASYNC110 - TLS tells nobody what is below
+            await asyncio.sleep(TLS_LOOK_SECONDS)
         if self.reset_at_end:
             raw = self.stream.transport.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.stream.abort()
             return
-        self.stream.transport.write_eof()  # to close with input unread would destroy the answer
-        await self.stream.linger(LINGER_SECONDS)
+        if self.stream.transport.can_write_eof():  # over TLS there is no half of a close
+            self.stream.transport.write_eof()  # to close with input unread would destroy the answer
+            await self.stream.linger(LINGER_SECONDS)
 
     def reap(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
@@ -5595,6 +6003,8 @@ class HttpServer:
         self.most = most  # connections that are served; a few more are told so
         self.connections: dict[Connection, asyncio.Task[None]] = {}
         self.arriving_bytes = 0  # bytes of bodies that are not here whole yet
+        self.account = NO_ACCOUNT  # of whoever comes here, if it is somebody's own port
+        self.tls: Any = None  # the `ssl.SSLContext` for it, if it speaks HTTPS
         self.closing = False
         self.date = ""
         self._servers: list[asyncio.Server] = []
@@ -5608,7 +6018,14 @@ class HttpServer:
     async def listen_on(self, listening: socket.socket) -> int:
         """Let in whom this socket brings; its port."""
         loop, opening = asyncio.get_running_loop(), functools.partial(Stream, self._opened)
-        server = await loop.create_server(opening, sock=listening, backlog=ACCEPT_BURST)
+        limit = min(HANDSHAKE_SECONDS, self.settings.server.head_timeout) if self.tls else None
+        server = await loop.create_server(
+            opening,
+            sock=listening,
+            backlog=ACCEPT_BURST,
+            ssl=self.tls,
+            ssl_handshake_timeout=limit,
+        )
         listening.listen(BACKLOG)  # asyncio takes one number for both
         self._servers.append(server)
         return int(listening.getsockname()[1])
@@ -5669,6 +6086,13 @@ class HttpServer:
             for listening in server.sockets:  # closing them could lose one just being accepted
                 loop.remove_reader(listening.fileno())
 
+    def stop_listening(self) -> None:
+        """Give the port back; those inside are answered, and each then goes."""
+        self.stop_accepting()
+        for server in self._servers:
+            server.close()
+        self.quiesce()
+
     def quiesce(self) -> None:
         """Answer what is being answered, then close each connection; idle ones at once."""
         self.closing = True
@@ -5692,7 +6116,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 21. Upstream ================================================================================
+# ==== 22. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -5848,10 +6272,11 @@ async def addresses(host: str, port: int) -> list[str]:
     return list(dict.fromkeys([str(found[4][0]) for found in await in_thread(find)]))
 
 
-async def dial(url: str) -> Upstream:
+async def dial(url: str, tls: Any = None) -> Upstream:
     """A fresh connection to where a url says; OSError when nobody is there, OutOfFiles."""
     parts = urlsplit(url)
-    tls = tls_context() if parts.scheme == "https" else None
+    if parts.scheme == "https":
+        tls = tls or tls_context()
     host, port = parts.hostname or "", parts.port or (443 if tls else 80)
     failure = OSError(f"{host} has no address")
     for address in await addresses(host, port):
@@ -5895,10 +6320,10 @@ async def connect_within(
 
 
 async def fetch(
-    backend: Backend, path: str, body: bytes | None = None, lines: bytes = b""
+    backend: Backend, path: str, body: bytes | None = None, lines: bytes = b"", tls: Any = None
 ) -> tuple[ResponseHead, bytes]:
     """What a GET, or a POST of this JSON, is answered with; raises OSError, BackendError."""
-    upstream = await dial(backend.origin)
+    upstream = await dial(backend.origin, tls)
     try:
         method = "GET" if body is None else "POST"
         lines += FETCH_LINES + (b"" if body is None else b"Content-Type: application/json\r\n")
@@ -5960,7 +6385,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 22. Probes ==================================================================================
+# ==== 23. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -6275,7 +6700,7 @@ class Discovery:
             self.configure()
 
 
-# ==== 23. Calls ===================================================================================
+# ==== 24. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -6451,11 +6876,16 @@ class Call:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
-        if not self.admitted or self.ticket.backend is None:
-            return []
-        ticket = self.ticket
-        waited = str(round(1000 * (ticket.started - ticket.arrived)))
-        return [("X-LLMQ-Backend", self.ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+        account = self.caller.account
+        if not self.admitted:
+            return account.class_line
+        ticket, told = self.ticket, []
+        if ticket.backend is not None:
+            waited = str(round(1000 * (ticket.started - ticket.arrived)))
+            told = [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+        if account is not NO_ACCOUNT:
+            told.append(("X-LLMQ-Class", ticket.priority.word))
+        return told
 
     # ---- what is sent
 
@@ -6564,6 +6994,8 @@ class Call:
         kind = relayed_type(head)
         told, most = head.headers, len(RATE_LIMITS)
         relayed = [name for name in told if name in RELAYED_ANSWER or name[:most] == RATE_LIMITS]
+        if self.caller.account.is_metered:  # which is told its own
+            relayed = [name for name in relayed if name in RELAYED_ANSWER]
         self.answer_headers = tuple([(name, told[name]) for name in relayed])
         source = self.translator.source if self.translator else self.endpoint.dialect
         if self.question.stream and source.is_stream(kind):
@@ -6698,7 +7130,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 24. Records =================================================================================
+# ==== 25. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -6841,6 +7273,21 @@ def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
         add("llmq_tokens_out_total", model, client, amount=sum(one.tokens or 0 for one in group))
 
 
+def tokens_of(call: Call, record: Record) -> int:
+    """What counts for a budget: as the runner tells, else by the size and pieces of what passed."""
+    given = call.ticket.size // 4 if call.admitted and call.first_byte else 0
+    pieces = call.watch.pieces if call.watch else 0
+    told, asked = record.tokens, record.tokens_in
+    return (given if asked is None else asked) + (pieces if told is None else told)
+
+
+def today() -> tuple[str, float]:
+    """The day here, and the seconds that are left of it."""
+    at = time.localtime()
+    left = DAY - (at.tm_hour * 3600 + at.tm_min * 60 + at.tm_sec)
+    return time.strftime("%Y-%m-%d", at), max(1.0, left)
+
+
 class Lines(NamedTuple):
     """Request lines for the log, each with the time at which its request ended."""
 
@@ -6872,7 +7319,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 25. Admission ===============================================================================
+# ==== 26. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -6907,8 +7354,9 @@ def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
     return None
 
 
-def first_class(*words: str) -> Priority:
-    """The first class that is said; normal where none is."""
+def usual_class(client: Client, policy: ModelSettings, by_rule: str = "") -> Priority:
+    """The class of requests that name none: by a rule > the client's > its key's > the model's."""
+    words = (by_rule, client.settings.class_, client.account.settings.class_, policy.class_)
     return PRIORITY_WORDS[next(filter(None, words), Priority.NORMAL.word)]
 
 
@@ -6949,8 +7397,7 @@ class Admission:
             self.check_pin(pinned, call.model)
         routes = () if call.blind else call.endpoint.routes
         want = Want(model_key(call.model), routes, backend=pinned)
-        client = self.clients.named(caller.client)
-        client.address = caller.address
+        client = self.client_of(call)
         priority = self.class_of(call, client, policy, request.headers)
         call.lines = common_lines(self.via_lines, tuple(map(request.headers.get, RELAYED_REQUEST)))
         if self.fleet.relayed:
@@ -6965,6 +7412,12 @@ class Admission:
             raise LlmqError(BLOCKED, "forbidden")
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    def client_of(self, call: Call) -> Client:
+        """Who asks; `forbidden` where the model is none of theirs."""
+        if call.model:
+            check_model(call.caller, call.model)
+        return self.clients.asking(call.caller)
 
     async def read(self, call: Call, request: Request, body: bytes) -> Mapping[str, Any]:
         """The call's question; and the members of its body, as far as it has such."""
@@ -6998,7 +7451,8 @@ class Admission:
             number, word = find_rule(self.settings.rules, facts, headers)
             call.rule = number and f"class {word} by rule {number}"
         if priority is None:
-            priority = first_class(word, client.settings.class_, policy.class_)
+            priority = usual_class(client, policy, word)
+        priority = client.account.lowered(priority)
         return max(priority, Priority.NORMAL) if call.caller.foreign else priority
 
     async def answer_load(self, call: Call) -> bool:
@@ -7102,11 +7556,17 @@ def fitting(values: Mapping[str, Any], endpoint: Endpoint) -> int:
     return 1 << (tokens - 1).bit_length() if tokens > LEAST_CONTEXT else 0
 
 
+def check_model(caller: Caller, model: str) -> None:
+    """Refuse a model that is none of those that whoever asks may use."""
+    if not caller.account.may_use(model_key(model)):
+        raise LlmqError(f"{caller.account.name} may not use {printable(model)}", "forbidden")
+
+
 def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 26. Gateway =================================================================================
+# ==== 27. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -7127,6 +7587,7 @@ class Gateway:
         self.started = now()
         self.fleet = Fleet()
         self.clients = Clients()
+        self.accounts = Accounts()
         self.metrics = Metrics()
         self.journal = Journal(self.metrics)
         self.scheduler = Scheduler(self.fleet, settings)
@@ -7255,7 +7716,10 @@ class Gateway:
             call.ticket.client.left += left
             call.ticket.client.failed += not left
         self.changes += 1
-        self.journal.keep(record_of(call, self.now()))
+        record, account = record_of(call, self.now()), call.caller.account
+        self.journal.keep(record)
+        if account.is_metered:
+            account.note_tokens(tokens_of(call, record), today()[0])
 
     def end_lease(self, call: Call) -> None:
         """The device is everybody's again."""
@@ -7407,7 +7871,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 27. Models ==================================================================================
+# ==== 28. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -7451,6 +7915,11 @@ def merge_rows(fleet: Fleet, rows_of: Lister = lambda report: report.entries) ->
         for row in rows_of(report):
             merged.setdefault(model_key(str(row.get("id") or row.get("name"))), row)
     return merged
+
+
+def usable_rows(rows: Mapping[str, Facts], caller: Caller) -> list[Facts]:
+    """Those of the models that whoever asks may use."""
+    return [row for key, row in rows.items() if caller.account.may_use(key)]
 
 
 def since(entry: Facts) -> str:
@@ -7556,7 +8025,7 @@ def run_errand(
     asked = Question(model, False, priority, body, edits, context, kind.native)
     call.question, call.model, call.request = asked._replace(done_reason=action), model, None
     call.lines = gateway.admission.via_lines + b"Content-Type: application/json\r\n"
-    client, want = gateway.clients.named(caller.client), Want(key, (path,), backend=backend.name)
+    client, want = gateway.clients.asking(caller), Want(key, (path,), backend=backend.name)
     call.ticket = Ticket(ident, client, want, priority, len(body))
     call.ticket.backend = backend
     task = gateway.errands[same] = asyncio.ensure_future(gateway.serve(call))
@@ -7587,10 +8056,13 @@ async def order_models(gateway: Gateway, values: Facts, caller: Caller, ident: s
     context = parse_context(values.get("num_ctx"), "num_ctx")
     if model != "*" or action == "load":
         model = await gateway.admission.resolve_model(model)
+        check_model(caller, model)
         context = context and await gateway.admission.clamp_context(model, context)
     if action == "unload":
         await gateway.monitor.catch_up()  # what has just been loaded is in no list yet
     errands = pick_errands(gateway.fleet, action, model, named, context, keep_alive)
+    for errand in errands:
+        check_model(caller, errand.model)
     for number, errand in enumerate(errands):
         own = ident + f".{number}" * (number > 0)
         run_errand(gateway, errand, caller, own, Priority.HIGH)
@@ -7606,6 +8078,27 @@ def read_name(values: Mapping[str, Any], member: str = "model") -> str:
     return model
 
 
+async def count_tokens(gateway: Gateway, exchange: Exchange) -> Facts:
+    """Tokens of a request for messages: counted where the model is loaded, else estimated."""
+    body = await exchange.read_body(gateway.settings.server.max_body)
+    read = functools.partial(read_question, body, COUNT_ENDPOINT)
+    question, values = await beside(read, heavy=is_heavy(body))
+    monitor = gateway.monitor
+    model = await gateway.admission.resolve_model(question.model)
+    check_model(exchange.caller, model)
+    key = model_key(model)
+    lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
+    for backend in gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
+        if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
+            body = question.body_for(backend.name_for(model))
+            limit = backend.limits.probe_timeout
+            with contextlib.suppress(LlmqError):
+                counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
+                if isinstance(counted.get("input_tokens"), int):
+                    return counted
+    return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
+
+
 @dataclass
 class Passthrough:
     """A request that goes to one backend and back as it is, both bodies piece by piece."""
@@ -7614,11 +8107,12 @@ class Passthrough:
     backend: Backend
     path: str
     gateway: Gateway
-    ended: Callable[[], None]  # called as soon as it has ended, well or not
+    ended: Callable[[], object]  # called as soon as it has ended, well or not
+    limit: float = 0.0  # seconds for which the backend may be silent; 0: for ever
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
-        """The whole way; there is no limit on its length, only on silence of the client."""
+        """The whole way; there is no limit on its length, only on silence."""
         exchange, dialling = self.exchange, asyncio.ensure_future(dial(self.backend.origin))
         limit = self.gateway.settings.upstream.connect_timeout
         upstream = await connect_within(limit, dialling, self.backend)
@@ -7627,8 +8121,7 @@ class Passthrough:
         except LlmqError as error:
             if not exchange.started:
                 raise
-            dialect = dialect_of(exchange.request.path, exchange.request.headers)
-            exchange.fail(dialect.render_stream_error(error, exchange.request_id, self.inside))
+            exchange.fail(self.last_words(error))
         finally:
             self.ended()
             await upstream.close()
@@ -7646,10 +8139,22 @@ class Passthrough:
                 sending.result()  # or what it met
             left = ClientLeft("the client left")
             self.exchange.watch(functools.partial(upstream.stream.interrupt, left))
-            return await heading
+            with self.patience(upstream):
+                return await heading
         finally:
             sending.cancel()
             heading.cancel()
+
+    @contextlib.contextmanager
+    def patience(self, upstream: Upstream) -> Iterator[None]:
+        """Inside, the backend may be silent for as long as it may."""
+        late = BackendTimeout(f"{self.backend.name} said nothing for {self.limit:g} s")
+        loop, until = asyncio.get_running_loop(), self.limit or DAY
+        timer = loop.call_later(until, upstream.stream.interrupt, late)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     async def send(self, upstream: Upstream) -> None:
         exchange, request = self.exchange, self.exchange.request
@@ -7657,9 +8162,10 @@ class Passthrough:
         chunked = length == CHUNKED
         coding = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {length}"
         instance = self.gateway.instance
-        lines = f"Connection: close\r\nVia: 1.1 llmq-{instance}\r\n{coding}\r\n".encode()
-        more = more_names(request.headers, self.backend.settings.relay_headers)
-        lines += relayed_lines(request.headers, (*RELAYED_REQUEST, *more))
+        lines = f"Connection: close\r\nVia: 1.1 llmq-{instance}\r\n".encode()
+        if length or request.method in ("POST", "PUT", "PATCH"):
+            lines += f"{coding}\r\n".encode()
+        lines += relayed_lines(request.headers, self.relayed(request.headers))
         target = f"{self.path}?{request.query}" if request.query else self.path
         upstream.send(render_request(self.backend, request.method, target, lines) + request.body)
         limit = self.gateway.settings.server.stall_timeout
@@ -7670,26 +8176,65 @@ class Passthrough:
 
     async def relay(self, upstream: Upstream, head: ResponseHead) -> None:
         exchange = self.exchange
-        via = [("X-LLMQ-Backend", self.backend.name)]
-        kind = relayed_type(head)
         if exchange.request.method == "HEAD":
-            exchange.respond(head.status, b"", kind, via)
+            exchange.respond(head.status, b"", *self.told(head))
             return
-        exchange.start(head.status, kind, via)
-        while piece := await upstream.read_piece():
+        exchange.start(head.status, *self.told(head))
+        exchange.send(b"")  # its head: the first piece may be long in coming
+        while True:
+            with self.patience(upstream):
+                piece = await upstream.read_piece()
+            if not piece:
+                break
             exchange.send(piece)
             self.inside = not piece.endswith(b"\n")
             if exchange.blocked and not upstream.body.done:
                 await exchange.catch_up()
         exchange.finish()
 
+    # ---- in which a way to another service differs
 
-# ==== 28. Leases ==================================================================================
+    def relayed(self, headers: Headers) -> Names:
+        """The header fields that the backend gets."""
+        return (*RELAYED_REQUEST, *more_names(headers, self.backend.settings.relay_headers))
+
+    def told(self, head: ResponseHead) -> tuple[str, Pairs]:
+        """The type of the answer, and the header fields that the client gets."""
+        return relayed_type(head), [("X-LLMQ-Backend", self.backend.name)]
+
+    def last_words(self, error: LlmqError) -> bytes:
+        """What the client is told inside an answer that breaks off."""
+        request = self.exchange.request
+        dialect = dialect_of(request.path, request.headers)
+        return dialect.render_stream_error(error, self.exchange.request_id, self.inside)
+
+
+class PlainPassthrough(Passthrough):
+    """The same to any HTTP service: all header fields but those of one hop, RFC 9110 s.7.6.1."""
+
+    def relayed(self, headers: Headers) -> Names:
+        own = {*OWN_FIELDS, *connection_options(headers)} - {"accept-encoding"}
+        return tuple(name for name in headers if name not in own)
+
+    def told(self, head: ResponseHead) -> tuple[str, Pairs]:
+        if head.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            raise BackendError("the service switches to a protocol that nobody asked for")
+        self.exchange.is_plain = True
+        self.exchange.told_length = head.headers.get("content-length", "")
+        own = {*OWN_FIELDS, *connection_options(head.headers), "content-type", "date"}
+        kind = head.headers.get("content-type", "application/octet-stream")
+        told = [(name, head.headers[name]) for name in head.headers if name not in own]
+        return kind, [(name, one) for name, value in told for one in value.split(COOKIE_BREAK)]
+
+    def last_words(self, error: LlmqError) -> bytes:  # noqa: ARG002 - it is another's answer
+        return b""
+
+
+# ==== 29. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
 LEASE = Endpoint(("/llmq/leases",), OPENAI, check_common)  # what it is shown as
-DAY = 86400.0  # seconds
 
 
 def read_seconds(values: Facts) -> float:
@@ -7736,14 +8281,15 @@ async def grant_lease(gateway: Gateway, exchange: Exchange, values: Facts) -> Fa
     device = values.get("device") or (next(iter(devices)) if len(devices) == 1 else "")
     if not isinstance(device, str) or device not in devices:
         raise BadRequest("device is one of " + ", ".join(devices), param="device")
-    client, want = gateway.clients.named(exchange.caller.client), Want("", device=device)
-    word = values.get("class") or client.settings.class_ or "normal"
+    client, want = gateway.clients.asking(exchange.caller), Want("", device=device)
+    word = values.get("class") or usual_class(client, NO_POLICY).word
     if word not in CLASSES:
         raise BadRequest("class is one of " + ", ".join(CLASSES), param="class")
+    priority = client.account.lowered(PRIORITY_WORDS[word])
     if gateway.clients.is_blocked(exchange.caller):  # since it came
         raise LlmqError(BLOCKED, "forbidden")
     call = Call(exchange, LEASE, exchange.request, exchange.caller, (exchange.id, exchange.id))
-    call.ticket = Ticket(call.id, client, want, PRIORITY_WORDS[word])
+    call.ticket = Ticket(call.id, client, want, priority)
     call.request = None
     await await_device(gateway, call)
     renew(gateway, call, seconds)
@@ -7786,7 +8332,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 29. Store ===================================================================================
+# ==== 30. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -7936,14 +8482,14 @@ class Changes:
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
             elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
                 policy = self.gateway.fleet.policy(ticket.model)
-                priority = first_class(ticket.client.settings.class_, policy.class_)
+                priority = ticket.client.account.lowered(usual_class(ticket.client, policy))
                 highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
                 self.gateway.reprioritise(call, max(highest, priority))
         self.gateway.scheduler.reconsider()
         self.gateway.pump()
 
 
-# ==== 30. Background ==============================================================================
+# ==== 31. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -8069,12 +8615,13 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 31. Access ==================================================================================
+# ==== 32. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
 
 EXPOSED = (
     "Access-Control-Expose-Headers",
-    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Wait-Ms, Retry-After",
+    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Wait-Ms, "
+    "Retry-After",
 )
 
 
@@ -8087,11 +8634,13 @@ class Access(enum.Enum):
 def check_host(exchange: Exchange, names: frozenset[str]) -> None:
     """DNS rebinding makes a page same-origin with us, but it cannot hide the name it used."""
     value = exchange.request.headers.get("host")
+    keep_alive, exchange.keep_alive = exchange.keep_alive, False  # for who is refused here
     if value is None and exchange.request.minor >= 1:
         raise BadRequest("an HTTP/1.1 request needs a Host")
     if value is not None and not is_own_host(value, names):
         message = f"host {printable(value)!r} is not llmq's; start it with --allowed-host NAME"
         raise LlmqError(message, "forbidden_host")
+    exchange.keep_alive = keep_alive
 
 
 @functools.lru_cache(maxsize=256)
@@ -8114,15 +8663,33 @@ def is_own_host(value: str, names: frozenset[str]) -> bool:
     return bool(first) and ("*." + name.rpartition(".")[2] if dot else "*") in names
 
 
-async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
+async def find_caller(exchange: Exchange, gateway: Gateway) -> Caller:
     """Who asks; the connection is asked only where the request says nothing better."""
+    settings, accounts = gateway.settings.server, gateway.accounts
     headers, connection, told = exchange.request.headers, exchange.connection, ""
-    if exchange.address in settings.trusted_proxies:  # whose own word is the last entry
-        told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])
+    if settings.trusted_proxies and exchange.address in settings.trusted_proxies:
+        told = plain_address(headers.get("x-forwarded-for", "").rpartition(",")[2])  # its own word
         exchange.caller = NOBODY._replace(address=told)
     user = headers.get("x-user-id") or headers.get("x-openwebui-user-id")
     origin, agent, person = headers.get("origin"), headers.get("user-agent"), ""
-    foreign = origin is not None and is_foreign(origin, settings.cors_origins)
+    own = origin is not None and origin.partition("://")[2] == headers.get("host")  # our own page
+    foreign = origin is not None and not own and is_foreign(origin, settings.cors_origins)
+    account = connection.server.account
+    if account is not NO_ACCOUNT:  # by its own port: what it says of itself does not count
+        return Caller(account.name, foreign, exchange.address, account)
+    if accounts.by_digest and (key := read_key(headers, page=not foreign)):
+        free = settings.require_key == "remote" and exchange.is_local  # where any word will do
+        try:
+            found = accounts.of_key(key, exchange.address, gateway.now(), free=free)
+            account = found or NO_ACCOUNT
+            if found is None:
+                exchange.wrong_key = LlmqError("that key is not known", "unauthorized")
+        except LlmqError as error:  # told only where a key is needed
+            exchange.wrong_key = error.with_traceback(None)
+    if account is not NO_ACCOUNT:
+        name = f"{account.name}/{user}" if user else account.name
+        name = NAME_CHARACTERS.sub("-", name)[:NAME_LENGTH]
+        return Caller(name, foreign, exchange.address, account)
     if not (user or foreign or exchange.is_local):
         person = "ip:" + exchange.address
     elif not (user or foreign or told):  # else the connection is the proxy's
@@ -8130,6 +8697,67 @@ async def find_caller(exchange: Exchange, settings: ServerSettings) -> Caller:
             connection.person = await other_user(connection.stream.transport)
         person = connection.person
     return identify(user, origin, agent, foreign, (exchange.address, person))
+
+
+def check_right(exchange: Exchange, right: str, gateway: Gateway, *, own: bool = False) -> None:
+    """Refuse who has no key, a wrong one, or one without this right; an empty one everybody has.
+
+    Of llmq's `own` routes the right `control` is enough.
+    """
+    settings, keyed = gateway.settings.server, bool(gateway.accounts.by_digest)
+    account = exchange.caller.account
+    if not (keyed or account is not NO_ACCOUNT) or not right:
+        return
+    if account is NO_ACCOUNT:
+        if settings.require_key == "remote" and exchange.is_local:
+            return
+        error = exchange.wrong_key or LlmqError("a key is needed", "unauthorized")
+        if error.code != "unauthorized":
+            raise error
+        exchange.headers += (("WWW-Authenticate", CHALLENGE[right == "control"]),)
+        raise error
+    networks = account.settings.ips
+    if networks and not is_inside(exchange.address, networks):
+        raise LlmqError(f"{account.name} may not come from {exchange.address}", "forbidden")
+    rights = account.settings.rights
+    if right not in rights and not (own and "control" in rights):
+        raise LlmqError(f"{account.name} has no right to this: {right}", "forbidden")
+
+
+CHALLENGE = ("Bearer", 'Basic realm="llmq", charset="UTF-8"')  # which a browser asks its user for
+
+
+def meter(exchange: Exchange, now: float, *, counts: bool = False) -> None:
+    """Tell what is left of a key's rate and budget; `rate_limited` where that is nothing."""
+    account, (day, rest) = exchange.caller.account, today()
+    wait = account.take(now, day) if counts else 0.0
+    told = account.limits(now, day, rest)
+    shown = ", ".join(name for name, _ in told)  # to pages too
+    exchange.headers += (*told, ("Access-Control-Expose-Headers", shown))
+    if wait:
+        what = "tokens of the day" if wait < 0 else "requests"
+        error = LlmqError(f"{account.name} has had all {what} that it may", "rate_limited")
+        error.retry_after = math.ceil(rest if wait < 0 else wait)
+        raise error
+
+
+def strip_base(exchange: Exchange, base: str) -> bool:
+    """Take the base path from the path, but on a port of somebody; False where it is not there."""
+    request, own = exchange.request, exchange.connection.server.account is not NO_ACCOUNT
+    if base and not own and request.path != "*":
+        if request.path != base and not request.path.startswith(base + "/"):
+            return False
+        request.path = request.path[len(base) :] or "/"
+    return True
+
+
+def check_method(exchange: Exchange, methods: Names, path: str) -> None:
+    method = exchange.request.method
+    if method not in METHODS:
+        raise LlmqError(f"method {printable(method, 20)} is not known", "not_implemented")
+    if method not in methods:
+        exchange.headers += (("Allow", ", ".join((*methods, "OPTIONS"))),)
+        raise LlmqError(f"{path} takes {', '.join(methods)}", "method_not_allowed")
 
 
 def check_blocked(exchange: Exchange, path: str, clients: Clients) -> None:
@@ -8151,11 +8779,12 @@ def check_origin(exchange: Exchange, access: Access) -> None:
     cross_site = unnamed and request.headers.get("sec-fetch-site") == "cross-site"
     if exchange.caller.foreign or (cross_site and not safe):
         raise LlmqError("pages from elsewhere may not use this route", "forbidden_origin")
-    if access is Access.LOCAL and not exchange.is_local:
+    keyed = exchange.caller.account is not NO_ACCOUNT  # with the right to it
+    if access is Access.LOCAL and not (exchange.is_local or keyed):
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 32. Snapshot ================================================================================
+# ==== 33. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -8369,7 +8998,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 33. Routes ==================================================================================
+# ==== 34. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -8400,13 +9029,20 @@ class Api:
         self.stream = SnapshotStream(self.gateway)
         self._numbers = count(1)
 
-    async def handle(self, exchange: Exchange) -> None:
-        """Answer one request, with what its handler returns or with what went wrong."""
+    async def handle(self, exchange: Exchange, service: Backend | None = None) -> None:
+        """Answer one request, with what its handler returns or with what went wrong.
+
+        `service` is another one, that a port is for.
+        """
         given = exchange.request.headers.get("x-request-id")
         exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
         exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
         try:
-            handler, arguments = await self.enter(exchange)
+            handler: RouteHandler
+            if service is not None:
+                handler, arguments = pass_to, (service,)
+            else:
+                handler, arguments = await self.enter(exchange)
             facts = await handler(self, exchange, *arguments)
             if facts is not None:
                 exchange.respond(200, render_json(facts))
@@ -8434,36 +9070,43 @@ class Api:
         """Everything that is checked before a handler runs; it, and what it is given."""
         request, headers = exchange.request, exchange.request.headers
         trusted, origin = self.settings.server.cors_origins, headers.get("origin")
-        try:
-            check_host(exchange, self.names)
-        except LlmqError:
-            exchange.keep_alive = False
-            raise
-        exchange.caller = await find_caller(exchange, self.settings.server)
+        base = self.settings.server.base_path
+        inside = strip_base(exchange, base)
+        check_host(exchange, self.names)
+        exchange.caller = await find_caller(exchange, self.gateway)
+        if not inside:
+            raise LlmqError(f"here every path begins with {base}/", "not_found")
         route, argument = match_route(request)
         if argument and route is None and self.settings.server.allow_all_routes:
             route = OTHER_ROUTE
-        exchange.headers = grant(origin, route.access if route else Access.OPEN, trusted)
+        account = exchange.caller.account
+        granted = grant(origin, route.access if route else Access.OPEN, trusted)
+        waits = route is not None and route.handlers.get(request.method) is Api.enqueue
+        if not waits:  # else its answer tells its class
+            granted += tuple(account.class_line)
+        exchange.headers, now = granted, self.gateway.now()
+        if account.is_metered:
+            meter(exchange, now)
         if request.method == "OPTIONS":
             return Api.preflight, (argument,)
+        own = route is not None and route.path.startswith("/llmq")
+        check_right(exchange, route.right if route else "infer", self.gateway, own=own)
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")
-        if request.method not in METHODS:
-            message = f"method {printable(request.method, 20)} is not known"
-            raise LlmqError(message, "not_implemented")
-        if request.method not in route.methods:
-            exchange.headers += (("Allow", ", ".join((*route.methods, "OPTIONS"))),)
-            message = f"{route.path} takes {', '.join(route.methods)}"
-            raise LlmqError(message, "method_not_allowed")
+        check_method(exchange, route.methods, route.path)
         check_origin(exchange, route.access)
         check_blocked(exchange, route.path, self.gateway.clients)
         if exchange.connection.above_cap:
             exchange.keep_alive = False
             if route.path != "/health":
                 raise LlmqError("too many connections", "overloaded")
+        if account.is_metered and (waits or route is OTHER_ROUTE):
+            exchange.headers = granted
+            meter(exchange, now, counts=True)
+        handler = route.handlers[request.method]
         changes = route.path.startswith("/llmq") and request.method in ("POST", "DELETE")
         arguments = (argument, await read_control(exchange)) if changes else (argument,)
-        return route.handlers[request.method], arguments
+        return handler, arguments
 
     async def preflight(self, exchange: Exchange, _: str) -> None:
         """Grant the method and the header names asked for, by name: `*` does not cover them all."""
@@ -8493,6 +9136,7 @@ class Api:
         """What clients of Ollama look for, to a browser the page."""
         exchange.headers += (("Vary", "Accept"),)
         if "text/html" in exchange.request.headers.get("accept", "").lower():
+            check_right(exchange, "control", self.gateway)
             await self.get_page(exchange, "")
         else:
             exchange.respond(200, b"Ollama is running", "text/plain; charset=utf-8")
@@ -8501,8 +9145,8 @@ class Api:
         """The page, with a nonce that no earlier response had."""
         nonce = secrets.token_urlsafe(16)
         headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
-        page = PAGE.replace("NONCE", nonce).encode()
-        exchange.respond(200, page, "text/html; charset=utf-8", headers)
+        page = PAGE.replace("NONCE", nonce).replace("BASEPATH", self.settings.server.base_path)
+        exchange.respond(200, page.encode(), "text/html; charset=utf-8", headers)
 
     async def get_version(self, _exchange: Exchange, _: str) -> Facts:
         versions = [report.version for report in reports_of(self.gateway.fleet) if report.version]
@@ -8522,7 +9166,7 @@ class Api:
 
     async def get_models(self, exchange: Exchange, _: str) -> Facts:
         await self.gateway.monitor.catch_up()
-        entries = list(merge_rows(self.gateway.fleet).values())
+        entries = usable_rows(merge_rows(self.gateway.fleet), exchange.caller)
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
@@ -8533,7 +9177,7 @@ class Api:
         def look() -> Facts:
             entries = merge_rows(self.gateway.fleet)
             entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
-            if entry is None:
+            if entry is None or not exchange.caller.account.may_use(model_key(alias or name)):
                 raise model_not_found(name)
             return entry
 
@@ -8543,13 +9187,14 @@ class Api:
     async def get_rows(self, exchange: Exchange, _: str) -> Facts:
         await self.gateway.monitor.catch_up()
         rows = running_rows if exchange.request.path == "/api/ps" else tag_rows
-        return {"models": list(merge_rows(self.gateway.fleet, rows).values())}
+        return {"models": usable_rows(merge_rows(self.gateway.fleet, rows), exchange.caller)}
 
     async def post_show(self, exchange: Exchange, _: str) -> Facts:
         """What an Ollama shows of its model, asked now; of other runners what their list tells."""
         values = await read_values(exchange, self.settings.server.max_body)
         monitor = self.gateway.monitor
         model = await self.gateway.admission.resolve_model(read_name(values))
+        check_model(exchange.caller, model)
         failure: LlmqError | None = None
         serving = self.gateway.fleet.serving(Want(model_key(model)))
         for backend in serving:
@@ -8590,25 +9235,6 @@ class Api:
             keep(error)
             raise
         keep()
-
-    async def post_count(self, exchange: Exchange, _: str) -> Facts:
-        """Tokens of a request for messages: counted where the model is loaded, else estimated."""
-        body = await exchange.read_body(self.settings.server.max_body)
-        read = functools.partial(read_question, body, COUNT_ENDPOINT)
-        question, values = await beside(read, heavy=is_heavy(body))
-        monitor = self.gateway.monitor
-        model = await self.gateway.admission.resolve_model(question.model)
-        key = model_key(model)
-        lines = relayed_lines(exchange.request.headers, ("anthropic-version", "anthropic-beta"))
-        for backend in self.gateway.fleet.serving(Want(key, (COUNT_TOKENS,))):
-            if backend.usable and backend.traits.counts_tokens and backend.is_loaded(key):
-                body = question.body_for(backend.name_for(model))
-                limit = backend.limits.probe_timeout
-                with contextlib.suppress(LlmqError):
-                    counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
-                    if isinstance(counted.get("input_tokens"), int):
-                        return counted
-        return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
 
     def enqueue(self, exchange: Exchange, _: str) -> Awaitable[None]:
         request, ids = exchange.request, (exchange.id, exchange.request_id)
@@ -8668,16 +9294,24 @@ class Api:
         exchange.respond(202, render_json({"id": exchange.id, **told}))
         return None
 
-    async def delete_request(self, _exchange: Exchange, ident: str, _: Facts) -> Facts:
-        self.gateway.cancel(self.gateway.find(ident))
+    async def delete_request(self, exchange: Exchange, ident: str, _: Facts) -> Facts:
+        call, account = self.gateway.find(ident), exchange.caller.account
+        if account is NO_ACCOUNT or account is not call.caller.account:  # else it is its own
+            check_right(exchange, "control", self.gateway)
+        self.gateway.cancel(call)
         return {"cancelled": 1}
 
-    async def post_request(self, _exchange: Exchange, ident: str, values: Facts) -> Facts:
+    async def post_request(self, exchange: Exchange, ident: str, values: Facts) -> Facts:
+        check_right(exchange, "control", self.gateway)
         priority = parse_priority(values.get("priority"))
         if priority is None:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
         self.gateway.reprioritise(self.gateway.find(ident), priority)
         return {"id": ident, "class": priority.word}
+
+
+async def post_count(api: Api, exchange: Exchange, _: str) -> Facts:
+    return await count_tokens(api.gateway, exchange)
 
 
 async def post_client(api: Api, _exchange: Exchange, name: str, values: Facts) -> Facts:
@@ -8707,6 +9341,33 @@ async def read_control(exchange: Exchange) -> Facts:
     if media != "application/json":  # which no page from elsewhere can send without a preflight
         raise LlmqError("send Content-Type: application/json", "unsupported_media_type")
     return await read_values(exchange, CONTROL_BODY)
+
+
+SAME_SITES = ("none", "same-origin")  # as `Sec-Fetch-Site`: no page, or the service's own
+
+
+async def pass_to(api: Api, exchange: Exchange, service: Backend) -> None:
+    """To the other service that a port is for; no page may use its secrets."""
+    check_host(exchange, api.names)
+    exchange.caller = await find_caller(exchange, api.gateway)
+    exchange.headers = grant(None, Access.OWNER, ())
+    check_origin(exchange, Access.OWNER)
+    headers = exchange.request.headers
+    if "origin" not in headers and headers.get("sec-fetch-site", "none") not in SAME_SITES:
+        raise LlmqError("pages from elsewhere may not use this port", "forbidden_origin")
+    check_blocked(exchange, "", api.gateway.clients)
+    limit, path, method = (
+        service.settings.idle_timeout,
+        exchange.request.path,
+        exchange.request.method,
+    )
+    if method in ("TRACE", "CONNECT") or method not in METHODS:
+        raise LlmqError(f"method {printable(method, 20)} is not passed on", "not_implemented")
+    if {".", ".."}.intersection(re.split(r"[/\\]", unquote(path))):
+        raise LlmqError("dot segments lead nowhere", "not_found")
+    if f"llmq-{api.gateway.instance}" in headers.get("via", ""):
+        raise LlmqError("this request has been through this llmq before", "loop_detected")
+    await PlainPassthrough(exchange, service, path, api.gateway, lambda: None, limit).run()
 
 
 async def pass_on(api: Api, exchange: Exchange, _: str) -> None:
@@ -8808,17 +9469,20 @@ class Route(NamedTuple):
     methods: Names
     path: str  # {id} stands for one segment, {id...} for the rest
     access: Access
+    right: str  # of RIGHTS, that a key must have for it; empty: it needs none
     summary: str
     handlers: Mapping[str, RouteHandler]  # by method
 
 
-def row(access: Access, what: str, summary: str, *handlers: RouteHandler) -> Route:
+def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHandler) -> Route:
     *methods, path = what.split()
     each = handlers if len(handlers) > 1 else handlers * len(methods)
-    return Route(tuple(methods), path, access, summary, dict(zip(methods, each)))
+    return Route(tuple(methods), path, access, right, summary, dict(zip(methods, each)))
 
 
-public, owned, local = (functools.partial(row, access) for access in Access)
+free, public = (functools.partial(row, Access.OPEN, right) for right in ("", "infer"))
+owned = functools.partial(row, Access.OWNER, "control")
+managed, local = (functools.partial(row, Access.LOCAL, right) for right in ("models", "control"))
 ROUTES = (
     public(f"POST {CHAT}",
            f"OpenAI chat; this and {len((*ENDPOINTS, *SHORT_PATHS)) - 1} more wait in the queue",
@@ -8835,26 +9499,26 @@ ROUTES = (
     public(f"POST {OLLAMA_EMBEDDINGS}", "the older form", Api.enqueue),
     *[public(f"POST {path}", f"the same as `{long}`", Api.enqueue)
       for path, long in SHORT_PATHS.items()],
-    public(f"POST {COUNT_TOKENS}", "a message's tokens, counted or estimated", Api.post_count),
+    public(f"POST {COUNT_TOKENS}", "a message's tokens, counted or estimated", post_count),
     public("GET HEAD /v1/models", "the models of all backends", Api.get_models),
     public("GET HEAD /models", "the same", Api.get_models),
     public("GET HEAD /v1/models/{id...}", "one model", Api.get_model),
     public("GET HEAD /api/tags", "the models, as Ollama lists them", Api.get_rows),
     public("GET /api/ps", "the loaded ones", Api.get_rows),
     public("POST /api/show", "one model, as its Ollama shows it", Api.post_show),
-    local("POST /api/pull", "to the first Ollama, straight through", Api.manage),
-    local("POST /api/create", "the same", Api.manage),
-    local("GET HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
-    local("POST /api/push", "to the Ollama that has the model", Api.manage),
-    local("POST /api/copy", "the same", Api.manage),
-    local("DELETE /api/delete", "the same", Api.manage),
-    local("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
-    local("POST /api/signout", "ends that", Api.manage),
+    managed("POST /api/pull", "to the first Ollama, straight through", Api.manage),
+    managed("POST /api/create", "the same", Api.manage),
+    managed("GET HEAD POST /api/blobs/{digest}", "the same, a body of any size", Api.manage),
+    managed("POST /api/push", "to the Ollama that has the model", Api.manage),
+    managed("POST /api/copy", "the same", Api.manage),
+    managed("DELETE /api/delete", "the same", Api.manage),
+    managed("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
+    managed("POST /api/signout", "ends that", Api.manage),
     public("GET /api/status", "what the first Ollama says of its cloud", Api.manage),
-    public("GET HEAD /health", "`ok` while serving", Api.get_health),
-    public("GET HEAD /",
-           "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
-    public("GET HEAD /llmq", "the page", Api.get_page),
+    free("GET HEAD /health", "`ok` while serving", Api.get_health),
+    free("GET HEAD /",
+         "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
+    row(Access.OPEN, "control", "GET HEAD /llmq", "the page", Api.get_page),
     public("GET HEAD /api/version",
            "a version for clients of Ollama, and llmq's own", Api.get_version),
     owned("GET HEAD /llmq/status",
@@ -8863,8 +9527,8 @@ ROUTES = (
     owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
-    owned("POST /llmq/models",
-          '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
+    row(Access.OWNER, "models", "POST /llmq/models",
+        '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
           Api.post_model),
     local("POST /llmq/backends",
           '`{"name":NAME,"url":URL}` and what else `[backends.NAME]` has: add one', post_backends),
@@ -8879,8 +9543,8 @@ ROUTES = (
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", delete_requests),
-    owned("DELETE POST /llmq/requests/{id}",
-          'cancel it, or with `{"priority":"high"}` change its class while it waits',
+    row(Access.OWNER, "infer", "DELETE POST /llmq/requests/{id}",
+        'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
     owned("POST /llmq/leases",
           '`{"device":NAME,"class":"low","ttl_s":60}`: the whole device, when its turn has come',
@@ -8888,7 +9552,9 @@ ROUTES = (
     owned("DELETE POST /llmq/leases/{id}",
           'end it, or with `{"ttl_s":60}` renew it', end_lease, renew_lease),
 )  # fmt: skip
-OTHER_ROUTE = owned("GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on)
+OTHER_ROUTE = row(
+    Access.OWNER, "models", "GET HEAD POST /{path...}", "with --allow-all-routes: as it is", pass_on
+)
 EXACT_ROUTES = {route.path: route for route in ROUTES if "{" not in route.path}
 PREFIX_ROUTES = [(route.path.partition("{")[0], route) for route in ROUTES if "{" in route.path]
 
@@ -8924,7 +9590,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 34. Demo ====================================================================================
+# ==== 35. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -8979,7 +9645,7 @@ async def answer_demo(exchange: Exchange) -> None:
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 35. Terminal view ===========================================================================
+# ==== 36. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -9421,7 +10087,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 36. Service =================================================================================
+# ==== 37. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -9498,8 +10164,8 @@ def set_up_log(settings: LogSettings) -> None:
     log.propagate = False
 
 
-def base_url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def base_url(host: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def raise_file_limit(wanted: int) -> int:
@@ -9540,11 +10206,46 @@ def inherited_sockets() -> list[socket.socket]:
 async def who_listens(url: str) -> str:
     """Who has the port already, and what to do."""
     there, late = Backend("", BackendSettings(url=url), Device("", 1)), BackendTimeout("silent")
+    context = None
+    if url.startswith("https:"):
+        import ssl
+
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is told it
     with contextlib.suppress(OSError, LlmqError, ValueError):
-        asking = asyncio.ensure_future(fetch_json(there, "/api/version"))
-        if look_up(await within(LOOK_SECONDS, asking, late), "llmq"):
+        asking = asyncio.ensure_future(fetch(there, "/api/version", tls=context))
+        if "x-llmq-id" in (await within(LOOK_SECONDS, asking, late))[0].headers:
             return "llmq runs there already: see `llmq status`, stop it, or add --port N"
     return "another program listens there: add --port N"
+
+
+def server_tls(settings: ServerSettings) -> Any:
+    """An `ssl.SSLContext` to serve with, None for HTTP; ConfigError where its files are none."""
+    if not settings.tls_cert:
+        for name in ("tls_key", "tls_client_ca"):
+            if getattr(settings, name):
+                raise ConfigError(f"server.{name}: means nothing without server.tls_cert")
+        return None
+    import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password=str)
+    except OSError as error:  # which an SSLError is too
+        raise ConfigError(f"server.tls_cert, server.tls_key: {error.strerror or error}") from None
+    if settings.tls_client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(settings.tls_client_ca)
+        except OSError as error:
+            raise ConfigError(f"server.tls_client_ca: {error.strerror or error}") from None
+    return context
+
+
+def port_service(number: str, row: PortSettings) -> Backend:
+    """The other service that a port is for, as what is asked like a backend."""
+    settings = BackendSettings(url=row.upstream, headers=row.headers, idle_timeout=row.timeout)
+    return Backend(f"port {number}", settings, Device("", 1))
 
 
 @dataclass(eq=False)
@@ -9570,26 +10271,36 @@ class Service:
         self.changes = Changes(self.gateway, self.store)
         self.api = Api(self.gateway, self.own_names(), self.reload, self.changes)
         self._servers: list[HttpServer] = []
+        self._ports: dict[str, tuple[PortSettings, HttpServer]] = {}  # by number
+        self._moving: asyncio.Future[None] | None = None  # opens and closes them
         self._tasks: list[asyncio.Task[None]] = []
+        self.tls: Any = None  # what each connection begins with, and what it goes on with
+        self.newest_tls: Any = None
+
+    def renew_tls(self, connection: Any, _name: str | None, _context: Any) -> None:
+        """Let a new connection have what the files hold since the last reload."""
+        connection.context = self.newest_tls
 
     def own_names(self) -> frozenset[str]:
         """What clients may call this box, see `is_own_host`."""
         host = socket.gethostname().lower()
         allowed = map(str.lower, self.settings.server.allowed_hosts)
-        public = "*" if self.is_public else ()
+        ports = any(row.public for row in self.settings.ports.values())
+        public = "*" if self.is_public or ports else ()
         return frozenset((host, host + ".local", "*.internal", *allowed, *public))
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
-        if self.is_public and not self.settings.server.allow_anonymous_lan:
-            raise ConfigError(
-                f"host {self.host}: nobody needs a key, so the whole network could use your runner;"
-                " add --allow-anonymous-lan if that is meant"
-            )
+        self.check_public(self.settings)
+        self.newest_tls = server_tls(self.settings.server)
+        self.tls = server_tls(self.settings.server)
+        if self.tls is not None:
+            self.tls.sni_callback = self.renew_tls
         limits = self.settings.queue
         spare = RESERVED_FILES + SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * limits.slots
         self.most_connections = max(4, raise_file_limit(limits.max_depth + 512) - spare)
         server = HttpServer(self.api.handle, self.settings, self.most_connections)
+        server.tls = self.tls
         self._servers.append(server)
         if self.demo:
             runner = HttpServer(answer_demo, Settings(), 64)
@@ -9607,6 +10318,7 @@ class Service:
                 log.warning("state: %s; it is left out", error)
         self.apply()
         await self.listen(server)
+        await self.move_ports()
         loops = (
             (REAP_SECONDS, gateway.monitor.probe_due),
             (REAP_SECONDS, functools.partial(reap, gateway, self._servers)),
@@ -9622,7 +10334,7 @@ class Service:
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
             self.port = await server.listen_on(inherited)
-            self.addresses.append(base_url(inherited.getsockname()[0], self.port))
+            self.addresses.append(self.url_of(inherited.getsockname()[0]))
         if self.sockets:
             return
         wanted, port = self.settings.server.host, self.settings.server.port
@@ -9632,13 +10344,55 @@ class Service:
         except OSError as error:
             self.gateway.monitor.close()
             taken = error.errno == errno.EADDRINUSE
-            why = await who_listens(base_url(host, port)) if taken else error.strerror or error
+            self.port = port
+            why = await who_listens(self.url_of(host)) if taken else error.strerror or error
             raise StartError(f"cannot listen on {host}:{port}: {why}") from None
-        self.addresses = [base_url(host, self.port)]
+        self.addresses = [self.url_of(host)]
         if not wanted:
             with contextlib.suppress(OSError):  # a box without IPv6
                 await server.listen("::1", self.port)
-                self.addresses.append(base_url("::1", self.port))
+                self.addresses.append(self.url_of("::1"))
+
+    def url_of(self, host: str) -> str:
+        """Where llmq is by this name, as clients write it."""
+        scheme = "https" if self.tls else "http"
+        return base_url(host, self.port, scheme) + self.settings.server.base_path
+
+    def check_public(self, settings: Settings) -> None:
+        """ConfigError where the whole network could use the runners without a key."""
+        if self.is_public and not (settings.keys or settings.server.allow_anonymous_lan):
+            raise ConfigError(
+                f"host {self.host}: nobody needs a key, so the whole network could use your runner;"
+                " make one, see `llmq key NAME`, or add --allow-anonymous-lan if that is meant"
+            )
+
+    async def move_ports(self) -> None:
+        """Have the ports of the settings open and no others; what runs on one ends in peace."""
+        for number, (row, server) in list(self._ports.items()):
+            if self.settings.ports.get(number) != row:
+                del self._ports[number]
+                server.stop_listening()
+        gone = [one for one in self._servers if one.closing and not one.connections]
+        self._servers[:] = [one for one in self._servers if one not in gone]
+        for number, row in self.settings.ports.items():
+            if number in self._ports:
+                continue
+            handler: Handler = self.api.handle
+            if row.upstream:
+                service = port_service(number, row)
+                handler = functools.partial(self.api.handle, service=service)
+            server = HttpServer(handler, self.settings, max(4, self.most_connections // 4))
+            server.account = self.gateway.accounts.named[f"port {number}"]
+            try:
+                await server.listen(row.bind, int(number))
+            except OSError as error:
+                why = f"cannot listen on {row.bind}:{number}: {error.strerror or error}"
+                if not self._tasks:
+                    raise StartError(why) from None
+                log.warning("%s", why)
+                continue
+            self._ports[number] = row, server
+            self._servers.append(server)
 
     async def look_around(self) -> None:
         await self.gateway.discovery.step()
@@ -9657,6 +10411,7 @@ class Service:
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
         self.api.names = self.own_names()
+        self.gateway.accounts.configure(self.settings)
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
         self.changes.apply()
@@ -9665,6 +10420,8 @@ class Service:
         """Read the settings again; a mistake changes nothing and is shown."""
         try:
             settings = self.read() if self.read else self.settings
+            self.check_public(settings)
+            tls = server_tls(settings.server)
         except ConfigError as error:
             self.gateway.config_error = str(error)
             self.gateway.changes += 1
@@ -9673,14 +10430,23 @@ class Service:
         self.gateway.config_error = None
         if self.demo:
             settings.backends = self.settings.backends
-        for name in ("host", "port", "state"):  # which stay open as they are
+        for name in ("host", "port", "state"):  # which stay as they are
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
+        for name in (
+            "tls_cert",
+            "tls_client_ca",
+        ):  # others may be named, but no first one, nor none
+            if bool(getattr(settings.server, name)) != bool(getattr(self.settings.server, name)):
+                log.warning("reload: server.%s needs restart", name)
+        self.newest_tls = tls or self.newest_tls
         if settings.log != self.settings.log:
             self.gateway.journal.flush()
             set_up_log(settings.log)
         vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
+        if self._tasks:
+            self._moving = asyncio.ensure_future(self.move_ports())
         log.info("reload: done")
 
     async def watch(self) -> None:
@@ -9702,8 +10468,9 @@ class Service:
         self.gateway.drain()
         self.api.stream.tell()
         self.tell_what_runs()
-        self._servers[0].quiesce()
-        await self.until(lambda: not self.gateway.calls, self.settings.server.drain_timeout)
+        for server in (self._servers[0], *(server for _, server in self._ports.values())):
+            server.quiesce()
+        await self.until(self.idle, self.settings.server.drain_timeout)
         for call in list(self.gateway.calls.values()):
             self.gateway.stop(call, LlmqError("llmq is shutting down", "shutting_down"))
         await self.until(self.settled, LINGER_SECONDS)
@@ -9733,10 +10500,16 @@ class Service:
         open_now = server.connections
         await self.until(lambda: not any(client.arriving for client in open_now), HANDOVER_SECONDS)
 
+    def idle(self) -> bool:
+        """Nothing runs any more, nor is anything passed on at a port."""
+        ports = [server for _, server in self._ports.values()]
+        busy = [one for server in ports for one in server.connections if one.phase is Phase.BUSY]
+        return not self.gateway.calls and not busy
+
     def settled(self) -> bool:
         quiet = (Phase.IDLE, Phase.LINGER)
-        connections = self._servers[0].connections
-        return all(client.phase in quiet and not client.unsent for client in connections)
+        clients = [client for server in self._servers for client in server.connections]
+        return all(client.phase in quiet and not client.unsent for client in clients)
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for this, but not beyond the time, nor when it has to go fast."""
@@ -9746,7 +10519,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 37. Command line ============================================================================
+# ==== 38. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -9768,16 +10541,65 @@ def read_file(path: str) -> Layer:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
         with open(path, "rb") as file:
             if path.endswith(".json"):
-                return file_layer(path, json.load(file))
+                return file_layer(path, resolved(path, json.load(file)))
             import tomllib  # novm
 
-            return file_layer(path, tomllib.load(file))
+            return file_layer(path, resolved(path, tomllib.load(file)))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ImportError:
         raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+REFERENCE = re.compile(r"\$\{([^}]*)\}")
+SECRET_FILE = 64 * KIB
+
+
+def resolved(place: str, value: Any) -> Any:
+    """A value of the file, with variables for `${NAME}`, and what it has for NAME_file."""
+
+    def variable(found: re.Match[str]) -> str:
+        text = os.environ.get(found[1], "")
+        if not text:
+            raise ConfigError(f"{place}: the variable {printable(found[1])} is not set, or empty")
+        return text
+
+    if isinstance(value, str):
+        return REFERENCE.sub(variable, value)
+    if isinstance(value, list):
+        return [resolved(place, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    facts: Facts = {}
+    for name, raw in value.items():
+        here, told, one = f"{place}: {name}", name, resolved(f"{place}: {name}", raw)
+        if name.endswith("_file") and name[: -len("_file")] in TEXTS and isinstance(one, str):
+            told, one = name[: -len("_file")], secret_of(here, one)
+        if told in facts:
+            raise ConfigError(f"{here}: {told} is said twice")
+        facts[told] = one
+    return facts
+
+
+def secret_of(place: str, path: str) -> str:
+    try:
+        return read_secret(path)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def read_secret(path: str) -> str:
+    """The text of a file without what ends its line; ValueError where there is none."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            text = file.read(SECRET_FILE).strip()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    if not text:
+        raise ValueError(f"{path}: is empty")
+    return text
 
 
 def find_file(environ: Mapping[str, str]) -> str | None:
@@ -9847,6 +10669,10 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
     for asking in (status, mode, top, run, models):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
+        text = "with the key that it wants (default: the variable LLMQ_KEY)"
+        asking.add_argument("--key-file", metavar="FILE", help=text)
+    making = commands.add_parser("key", help="make a key, and the lines of the file that let it in")
+    making.add_argument("name", help="of whoever gets it")
     for showing in (status, top, models):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
@@ -9954,7 +10780,7 @@ def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 def banner(service: Service) -> str:
     at, fleet = service.addresses[0], service.gateway.fleet
     if service.host and not service.host.strip("0.:"):  # on each box these zeros are another's
-        at = base_url(socket.gethostname(), service.port)
+        at = service.url_of(socket.gethostname())
     usual = at == base_url("127.0.0.1", ServerSettings().port)
     rows = {
         **{f"backend {backend.name}": describe(backend) for backend in fleet.backends.values()},
@@ -9986,22 +10812,50 @@ def describe(backend: Backend) -> str:
 def llmq_url(url: str | None) -> str:
     if url:
         return url.rstrip("/")
-    settings, _ = read_settings({}, os.environ)
-    return base_url(settings.server.host or "127.0.0.1", settings.server.port)
+    server = read_settings({}, os.environ)[0].server
+    scheme = "https" if server.tls_cert else "http"
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - asked, not bound
+    return base_url(host, server.port, scheme) + server.base_path
 
 
-def ask_llmq(url: str, order: Order, seconds: float | None = ANSWER_SECONDS) -> Any:
+def own_key(path: str | None) -> str:
+    """The key that commands send: from --key-file or LLMQ_KEY, as command lines are seen by all."""
+    key = secret_of("--key-file", path) if path else os.environ.get("LLMQ_KEY", "")
+    try:
+        return parse_key(key)
+    except ValueError as error:
+        raise ConfigError(f"{'--key-file' if path else 'LLMQ_KEY'}: {error}") from None
+
+
+def trusted_tls(url: str) -> Any:
+    """How whoever answers over TLS is checked: on this box by the certificate in its settings."""
+    import ssl
+
+    context, server = ssl.create_default_context(), read_settings({}, os.environ)[0].server
+    if is_loopback(urlsplit(url).hostname or "") and server.tls_cert:
+        context.check_hostname = False  # it is made for the name that others call this box
+        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0x80000)
+        context.load_verify_locations(server.tls_cert)
+    return context
+
+
+def ask_llmq(
+    url: str, order: Order, seconds: float | None = ANSWER_SECONDS, *, key: str = ""
+) -> Any:
     """What a running llmq answers; StartError in plain words when there is none."""
     from http.client import HTTPException
     from urllib.error import HTTPError
-    from urllib.request import ProxyHandler, Request, build_opener
+    from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
     method, path, change = order
     data = None if change is None else render_json(change)
     headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     try:
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        with build_opener(ProxyHandler({})).open(request, timeout=seconds) as answer:
+        tls = [HTTPSHandler(context=trusted_tls(url))] if url.startswith("https:") else []
+        with build_opener(ProxyHandler({}), *tls).open(request, timeout=seconds) as answer:
             facts = json.loads(read_bounded(answer))
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
@@ -10030,22 +10884,37 @@ def read_bounded(answer: Any) -> bytearray:
     return data
 
 
+def asked(options: argparse.Namespace) -> tuple[str, Callable[..., Any]]:
+    """Where the llmq is that a command asks, and what asks it."""
+    url = llmq_url(options.url)
+    return url, functools.partial(ask_llmq, url, key=own_key(options.key_file))
+
+
+def cmd_key(options: argparse.Namespace) -> None:
+    """A new key, which is shown this once, and the lines that let it in."""
+    key = "llmq-" + secrets.token_urlsafe(32)
+    name, digest = options.name, hashlib.sha256(key.encode()).hexdigest()
+    parse_rows("key", "keys", {name: {"key_hash": f"sha256:{digest}"}})
+    say(f"the key of {name}, shown only now: {key}\n")
+    say(f'for the file:\n\n[keys."{name}"]\nkey_hash = "sha256:{digest}"\nrights = ["infer"]')
+
+
 def cmd_mode(options: argparse.Namespace) -> None:
-    answer = ask_llmq(llmq_url(options.url), ("POST", "/llmq/mode", {"mode": options.mode}))
+    answer = asked(options)[1](("POST", "/llmq/mode", {"mode": options.mode}))
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
 def cmd_models(options: argparse.Namespace) -> None:
-    url = llmq_url(options.url)
+    url, ask = asked(options)
     if options.action and not options.name:
         raise ConfigError(f"models {options.action}: write the model's name behind it")
     if options.action:
         change = {"action": options.action, "model": options.name, "backend": options.on}
-        answer = ask_llmq(url, ("POST", "/llmq/models", change))
+        answer = ask(("POST", "/llmq/models", change))
         where = answer.get("backend") or "no backend has it loaded"
         say(printable(f"{options.action} {answer.get('model')}: {where}"))
         return
-    snapshot = understood(ask_llmq(url, STATUS), url)
+    snapshot = understood(ask(STATUS), url)
     backends, none = snapshot["backends"], snapshot["trouble"] or "none"
     pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
     rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
@@ -10059,11 +10928,11 @@ def cmd_models(options: argparse.Namespace) -> None:
 
 
 def cmd_top(options: argparse.Namespace) -> None:
-    url = llmq_url(options.url)
+    url, ask = asked(options)
     plain = options.once or options.json or os.name != "posix" or os.environ.get("TERM") == "dumb"
     if plain or not (os.isatty(0) and os.isatty(1)):
         seen = os.isatty(1)  # else a program reads it, and gets all of it
-        snapshot = ask_llmq(url, STATUS if seen else EVERYTHING)
+        snapshot = ask(STATUS if seen else EVERYTHING)
         width = max(80, shutil.get_terminal_size((140, 0)).columns) if seen else 4000
         cast(Any, sys.stdout).reconfigure(errors="replace")  # a terminal may know fewer characters
         if options.json:
@@ -10071,7 +10940,7 @@ def cmd_top(options: argparse.Namespace) -> None:
         else:
             say(plain_top(understood(snapshot, url), url, width))
     else:
-        run_top(functools.partial(ask_llmq, url), url, max(0.1, options.interval))
+        run_top(ask, url, max(0.1, options.interval))
 
 
 def cmd_run(options: argparse.Namespace) -> int:
@@ -10080,7 +10949,7 @@ def cmd_run(options: argparse.Namespace) -> int:
     argv = options.argv[options.argv[:1] == ["--"] :]
     if not argv:
         raise ConfigError("run: write the command behind --")
-    ask, place = functools.partial(ask_llmq, llmq_url(options.url)), "/llmq/leases"
+    ask, place = asked(options)[1], "/llmq/leases"
     wish = {"class": options.priority, "ttl_s": LEASE_SECONDS, "unload": options.unload}
     wish["device"] = options.device
     lease = ask(("POST", place, wish), None)
@@ -10131,11 +11000,16 @@ def cmd_config(options: argparse.Namespace) -> None:
         say(note, error=True)
     tables = as_document(settings)
     if options.what == "check":
+        server_tls(settings.server)
         say("the configuration is good")
         return
     for backend in tables["backends"].values():
         backend["key"] = HIDDEN if backend["key"] else ""
         backend["headers"] = dict.fromkeys(backend["headers"], HIDDEN)
+    for account in tables["keys"].values():
+        account.update({name: HIDDEN for name in ("key", "key_hash") if account[name]})
+    for port in tables["ports"].values():
+        port["headers"] = dict.fromkeys(port["headers"], HIDDEN)
     if options.json:
         say(json.dumps(tables, indent=2))
     else:
@@ -10150,6 +11024,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "status": cmd_top,
     "top": cmd_top,
     "mode": cmd_mode,
+    "key": cmd_key,
     "run": cmd_run,
     "models": cmd_models,
     "config": cmd_config,
@@ -10178,7 +11053,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 38. Web page ================================================================================
+# ==== 39. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
@@ -10338,6 +11213,7 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
 <script nonce="NONCE">
 'use strict';
 const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelector(what);
+const BASE = 'BASEPATH';  // before every route
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
 const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
@@ -10392,7 +11268,7 @@ function toast(text, kind) {  // the latest of its kind, and of all kinds the la
 async function change(method, path, body, said) {
   const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
   try {
-    const answer = await fetch(`/llmq/${path}`, {method, headers, body: sent});
+    const answer = await fetch(`${BASE}/llmq/${path}`, {method, headers, body: sent});
     toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()),
       method);
   } catch { toast('llmq does not answer: nothing was changed', method); }
@@ -10480,7 +11356,7 @@ function drawFigures({queue, devices, requests_total: {done = 0, client_left: le
 }
 function drawQueue({requests, queue}) {
   const want = wanted(), shown = requests.length - queue.running;
-  const base = `${location.origin}/v1`, pastes = [base, `curl ${base}/chat/completions -H 'Content-` +
+  const base = `${location.origin}${BASE}/v1`, pastes = [base, `curl ${base}/chat/completions -H 'Content-` +
     `Type: application/json' -d '{"messages": [{"role": "user", "content": "hello"}]}'`];
   const heads = {pos: 'Place', who: 'Client, model', time: 'Waited, starts in', class: 'Class',
     reason: 'Why', acts: ''}, known = new Set(requests.map(one => one.id)), all = !want ? requests :
@@ -10515,7 +11391,7 @@ function drawQueue({requests, queue}) {
 }
 const wanted = () => $('filter').value.trim().toLowerCase();
 async function search() {  // the snapshot shows the first that wait: llmq looks through the rest
-  const want = wanted(), {waiting, running} = snap.queue, url = '/llmq/status?find=';
+  const want = wanted(), {waiting, running} = snap.queue, url = `${BASE}/llmq/status?find=`;
   if (!want || snap.requests.length - running >= waiting) return void (found = []);
   const told = await fetch(url + encodeURIComponent(want)).then(answer => answer.json(), () => {});
   if (told && want === wanted()) found = told.requests, draw();
@@ -10613,7 +11489,7 @@ function drawPlots() {
 function listen() {  // one stream while the page is seen, none while it is hidden
   clearTimeout(again);
   if (stream || document.hidden) return;
-  stream = Object.assign(new EventSource('/llmq/events'), {onerror: lost});
+  stream = Object.assign(new EventSource(`${BASE}/llmq/events`), {onerror: lost});
   stream.onmessage = event => {
     [snap, got, live] = [JSON.parse(event.data), performance.now(), true];
     draw(), past.length || drawPlots(); };
@@ -10623,7 +11499,7 @@ function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(
 function tick() {
   if (!snap || document.hidden) return;
   draw(), drawPlots(), search();
-  if (live && age() > 15) fetch('/health', {signal: AbortSignal.timeout(2000)}).catch(lost);
+  if (live && age() > 15) fetch(`${BASE}/health`, {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
 function kept(name, value) {  // where a page may keep nothing, it lasts as long as the page
   try { return value ? localStorage.setItem(name, value) : localStorage.getItem(name); } catch { }
@@ -10663,7 +11539,7 @@ render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', 
   names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
-$('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}/v1`);
+$('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}${BASE}/v1`);
 $('single').onchange = event => shortcuts(event.target.checked);
 theme(kept('llmq-theme')), shortcuts(kept('llmq-keys') !== 'off');
 listen(), setInterval(tick, 1000);

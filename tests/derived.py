@@ -30,9 +30,28 @@ def metrics_markdown() -> str:
 
 
 def routes_markdown() -> str:
-    lines = ["| route | for | what |", "|---|---|---|"]
-    lines += [
-        f"| `{' '.join(route.methods)} {route.path}` | {route.access.value} | {route.summary} |"
-        for route in llmq.ROUTES
-    ]
+    """`right` is what a key must have for it; there is none where it needs no key."""
+    lines = ["| route | for | right | what |", "|---|---|---|---|"]
+    for route in llmq.ROUTES:
+        path, right = (
+            f"`{' '.join(route.methods)} {route.path}`",
+            f"`{route.right}`" * bool(route.right),
+        )
+        lines.append(f"| {path} | {route.access.value} | {right} | {route.summary} |")
+    return "\n".join(lines)
+
+
+def row_title(table: str) -> str:
+    """A table with rows as the file has it."""
+    odd = {"rules": "[[rules]]", "ports": "[ports.NUMBER]"}
+    return odd.get(table, f"[{table}.NAME]")
+
+
+def rows_markdown() -> str:
+    """The keys of the tables that have rows, each with what it is for."""
+    lines = ["| key | default | what |", "|---|---|---|"]
+    for table, cls in llmq.ROW_TABLES.items():
+        for row in llmq.known_settings({table: cls}):
+            name = row.key.partition(".")[2]
+            lines.append(f"| `{row_title(table)}` `{name}` | {row.shown_default} | {row.help} |")
     return "\n".join(lines)

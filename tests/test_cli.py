@@ -104,12 +104,12 @@ def test_odd_arguments_end_with_2_and_the_usage(
         (
             ("dance",),
             "config",
-            "unknown command dance; known: config, mode, models, run, serve, status, top",
+            "unknown command dance; known: config, key, mode, models, run, serve, status, top",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
         (("top", "--intervl=3"), "--once", "unknown flag --intervl; did you mean --interval?"),
-        (("status", "--\x1b[2J"), "--url", "unknown flag --?[2J; known: --json, --url"),
+        (("status", "--\x1b[2J"), "--url", "unknown flag --?[2J; known: --json, --key-file, --url"),
     ],
 )
 def test_what_is_not_known_is_answered_with_the_list_and_the_nearest(

@@ -14,6 +14,7 @@ import pytest
 
 from tests.fake_ollama import Ollama
 from tests.fakes import LLMQ, Answer, FakeBackend, Process, ask, chat, eventually, require_command
+from tests.test_ports import free_port
 from tests.test_readme import README, as_json, example
 
 HERE = "http://127.0.0.1:11500"
@@ -127,17 +128,19 @@ async def test_first_request_is_answered_as_shown() -> None:
 
 # ---- The example file ------------------------------------------------------------------------
 
-BOB, PAPERLESS = {"X-User-ID": "bob"}, {"User-Agent": "paperless"}
+ALICE, PAPERLESS = {"Authorization": "Bearer alice-key"}, {"User-Agent": "paperless"}
+NEAR = {"X-Forwarded-For": "192.168.1.21"}  # as the proxy tells
+CHAT = {"x-api-key": "chat-key", "X-OpenWebUI-User-Id": "bob", **NEAR}
 ASKS: list[tuple[dict[str, str], str, str]] = [  # headers, class, client
-    (BOB, "high", "user:bob"),
-    ({"X-OpenWebUI-User-Id": "bob"}, "high", "user:bob"),
-    ({**BOB, "X-OpenWebUI-Task": "title"}, "low", "user:bob"),
-    ({**BOB, "X-Queue-Priority": "normal"}, "normal", "user:bob"),
-    ({"User-Agent": "home-assistant/2026.11"}, "high", "app:home-assistant"),
+    (ALICE, "normal", "alice"),
+    ({**ALICE, **NEAR, "X-Queue-Priority": "high"}, "high", "alice"),
+    (CHAT, "normal", "chat/bob"),
+    ({**CHAT, "X-OpenWebUI-Task": "title"}, "low", "chat/bob"),
+    ({**CHAT, "X-Queue-Priority": "high"}, "normal", "chat/bob"),
     (PAPERLESS, "low", "app:paperless"),
     ({"User-Agent": "photo-tagger"}, "low", "app:photo-tagger"),
-    ({"X-Forwarded-For": "192.168.1.21"}, "normal", "ip:192.168.1.21"),
 ]
+SECRETS = {"METRICS_KEY": "metrics", "SEARCH_TOKEN": "search", "RACK_KEY": "sk-0123456789"}
 
 
 async def post(p: Process, body: Any, headers: dict[str, str]) -> Answer:
@@ -150,6 +153,10 @@ def on_this_box(urls: dict[str, str]) -> dict[str, Any]:
     document["server"].update(host="127.0.0.1", port=0, trusted_proxies=["127.0.0.1"])
     for name, url in urls.items():
         document["backends"][name]["url"] = url
+    for name in ("alice", "chat"):  # whose keys nobody has
+        del document["keys"][name]["key_hash"]
+        document["keys"][name]["key"] = f"{name}-key"
+    document["ports"] = {str(free_port()): row for row in document["ports"].values()}
     return document
 
 
@@ -159,8 +166,9 @@ async def test_example_file_does_what_it_says(tmp_path: Path) -> None:
     async with Ollama(["qwen3:32b", "llama3.3:70b"]) as tower, Ollama(["qwen3:8b"]) as mini:
         async with FakeBackend(models=["big"]) as rack:
             urls = {"tower": tower.url, "mini": mini.url, "rack": rack.url}
-            path.write_text(json.dumps(on_this_box(urls)), encoding="utf-8")
-            async with Process("--config", str(path)) as p:
+            document = on_this_box(urls)
+            path.write_text(json.dumps(document), encoding="utf-8")
+            async with Process("--config", str(path), env=SECRETS) as p:
                 await up(p, 3)
                 await eventually(lambda: "qwen3:32b" in tower.contexts)  # by preload
                 for headers, priority, client in ASKS:
@@ -171,7 +179,7 @@ async def test_example_file_does_what_it_says(tmp_path: Path) -> None:
                 embed = {"model": "qwen3:8b", "input": "a"}
                 await ask(p.port, "POST", "/v1/embeddings", json=embed, headers=PAPERLESS)
                 assert (await status(p))["recent"][0]["class"] == "normal"
-                await post(p, chat("hi", model="big"), BOB)
+                await post(p, chat("hi", model="big"), {**ALICE, "X-User-ID": "bob"})
                 sent = rack.requests[-1]
                 own = ("authorization", "x-tenant", "x-user-id")
                 assert [sent.headers[name] for name in own] == [
@@ -180,8 +188,15 @@ async def test_example_file_does_what_it_says(tmp_path: Path) -> None:
                     "bob",
                 ]
                 assert sent.json["max_tokens"] == 8192
-                blocked = {"X-Forwarded-For": "192.168.1.66"}
+                blocked = {**ALICE, "X-Forwarded-For": "192.168.1.66"}
                 assert (await post(p, chat("hi", model="big"), blocked)).status == 403
+                assert (await post(p, chat("hi", model="big"), NEAR)).status == 401
+                assert (await post(p, chat("hi", model="big"), CHAT)).status == 403
+                home = next(port for port, row in document["ports"].items() if "client" in row)
+                hi = chat("hi", model="qwen3:8b")
+                await ask(int(home), "POST", "/v1/chat/completions", json=hi)
+                record = (await status(p))["recent"][0]
+                assert (record["client"], record["class"]) == ("home-assistant", "high")
                 assert (await post(p, chat("hi", model="big"), {"Host": "llm.home"})).status == 200
                 devices = {one["name"]: one["slots"] for one in (await status(p))["devices"]}
                 assert devices["tower"] == 2

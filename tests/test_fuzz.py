@@ -155,6 +155,9 @@ class Transport:
         if not self.closing:
             self.sent.append(data)
 
+    def can_write_eof(self) -> bool:
+        return True
+
     def write_eof(self) -> None:
         self.sent.append(b"(end)")
 

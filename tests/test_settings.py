@@ -27,6 +27,8 @@ WRITTEN: dict[str, list[tuple[Any, Any]]] = {
     "str": [("one", "one"), ("two", "two"), ("three", "three")],
     "bool": [("true", True), ("false", False), ("1", True)],
     "Names": [("a", ("a",)), ("b, c", ("b", "c")), ("d", ("d",))],
+    "File": [("one", "one"), ("two", "two"), ("three", "three")],
+    "BasePath": [("/a", "/a"), ("a/b/", "/a/b"), ("/c-d.e/", "/c-d.e")],
     "Addresses": [("::1", ("::1",)), ("10.0.0.1, ::2", ("10.0.0.1", "::2")), ("::3", ("::3",))],
 }
 
@@ -353,6 +355,8 @@ def wrong_values(row: Any) -> list[Any]:
         "str": ["other"] if row.choices else [],
         "bool": ["", "maybe", "2"],
         "Names": [],
+        "File": [],
+        "BasePath": ["/a b", "//a", "/a//b", "/../a", "/a?b", "/%41"],
         "Addresses": ["localhost", "10.0.0.256", "10.0.0.0/8"],
     }
     low = [str(row.minimum - 1)] if row.type in ("int", "Size") and row.minimum >= 1 else []
@@ -365,7 +369,7 @@ def wrong_types(row: Any) -> list[Any]:
     wrong: list[Any] = [None, {}, [1]]
     wrong += [] if row.type in LISTS else [["a"]]
     wrong += [True] if row.type != "bool" else []
-    return wrong + ([1.5] if row.type in ("int", "str", *LISTS) else [])
+    return wrong + ([1.5] if row.type in ("int", "str", "File", *LISTS) else [])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=KEYS)
@@ -459,6 +463,39 @@ def test_no_two_settings_share_a_name() -> None:
 # ---- Every setting has an effect that a test sees --------------------------------------------
 
 EFFECTS = {
+    "server.require_key": "test_keys.py"
+    "::test_every_row_is_free_for_this_box_where_only_others_need_a_key",
+    "server.base_path": "test_base_path.py::test_every_route_is_under_the_base_and_nowhere_else",
+    "server.tls_cert": "test_tls.py::test_official_library_trusts_the_ca_and_chats",
+    "server.tls_key": "test_tls.py::test_certificate_key_and_chain_may_be_in_one_file",
+    "server.tls_client_ca": "test_tls.py::test_only_clients_with_a_certificate_of_the_ca_get_in",
+    "keys.class": "test_keys.py::test_class_of_a_key_is_its_default_and_max_class_its_most",
+    "keys.max_class": "test_keys.py::test_class_of_a_key_is_its_default_and_max_class_its_most",
+    "keys.max_concurrent": "test_keys.py"
+    "::test_caps_hold_exactly_for_a_hundred_clients_of_four_keys",
+    "keys.models": "test_keys.py::test_key_may_use_the_models_that_its_patterns_fit",
+    "keys.rights": "test_keys.py::test_every_row_wants_a_key_that_has_its_right",
+    "keys.key": "test_keys.py::test_every_row_wants_a_key_that_has_its_right",
+    "keys.key_hash": "test_keys.py::test_keys_by_hash_file_and_variable_let_in",
+    "keys.max_waiting": "test_keys.py::test_caps_hold_exactly_for_a_hundred_clients_of_four_keys",
+    "keys.rate": "test_keys.py::test_rate_allows_a_burst_and_then_one_per_its_share_of_the_time",
+    "keys.tokens_per_day": "test_keys.py"
+    "::test_budget_ends_with_the_tokens_and_the_day_gives_it_back",
+    "keys.ips": "test_keys.py::test_key_counts_only_from_its_networks",
+    "ports.class": "test_ports.py"
+    "::test_class_of_a_port_is_the_default_and_its_max_class_the_ceiling",
+    "ports.max_class": "test_ports.py"
+    "::test_class_of_a_port_is_the_default_and_its_max_class_the_ceiling",
+    "ports.max_concurrent": "test_ports.py"
+    "::test_max_concurrent_of_a_port_holds_and_is_freed_on_every_way_out",
+    "ports.models": "test_ports.py::test_models_of_a_port_are_the_only_ones_it_may_use",
+    "ports.rights": "test_ports.py::test_rights_of_a_port_open_what_they_name_and_nothing_else",
+    "ports.client": "test_ports.py::test_who_comes_to_a_port_is_its_client_and_needs_no_key",
+    "ports.bind": "test_ports.py::test_mistake_in_a_port_on_reload_changes_nothing",
+    "ports.public": "test_ports.py::test_mistake_in_a_port_on_reload_changes_nothing",
+    "ports.upstream": "test_ports.py::test_header_fields_of_the_row_go_in_place_of_the_clients",
+    "ports.headers": "test_ports.py::test_header_fields_of_the_row_go_in_place_of_the_clients",
+    "ports.timeout": "test_ports.py::test_service_that_says_nothing_is_a_504_after_its_timeout",
     "server.host": "test_service.py::test_host_is_where_it_listens",
     "server.port": "test_service.py::test_port_is_where_it_listens",
     "server.allowed_hosts": "test_wire_host.py"
