@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import FakeBackend, Process, eventually, need, render_answer, require, running
+import llmq
+from tests.fakes import (
+    FakeBackend,
+    Process,
+    eventually,
+    need,
+    render_answer,
+    require,
+    require_command,
+    running,
+)
 from tests.test_top import recorded
 from tests.tray import sheet
 from tray import llmq_tray as tray
@@ -80,6 +90,7 @@ SHOWN = [
     (replace(UP, link="absent", waiting=5), "absent", 0, "llmq: not running"),
     (State(link="down"), "down", 0, "llmq: no answer"),
     (State(link="denied"), "denied", 0, "llmq: not authorised"),
+    (State(link="untrusted"), "untrusted", 0, "llmq: its certificate is not trusted"),
     (
         State(url="https://gpu-box:8443/llm", local=False, link="down"),
         "down",
@@ -103,6 +114,24 @@ def test_face_number_and_title_tell_the_state(state: State, face: str, number: i
 def test_titles_fit_on_every_system():
     state = State(url=f"http://{'x' * 300}", local=False)
     assert len(view(state).title) == 100
+    assert len(view(State(link="denied", why="x" * 300)).menu[0].text) == 100
+
+
+def test_llmqs_own_words_tell_why_it_does_not_let_the_tray_in():
+    state, _ = play(State(), (0, Event("lost", "denied", "bob has no right to this: control")))
+    assert view(state).title == "llmq: not authorised: bob has no right to this: control"
+    assert view(state).menu[0].text == "Not authorised: bob has no right to this: control"
+    assert not item(state, "start").enabled
+    assert not item(state, "dashboard").enabled
+    state, _ = play(state, (1, snapshot()))
+    assert view(state).title == "llmq: idle"
+    assert view(play(state, (2, ABSENT))[0]).title == "llmq: not running"
+
+
+@pytest.mark.parametrize("link", ["denied", "untrusted"])
+def test_an_llmq_that_lets_the_tray_in_no_more_is_not_gone(link: str):
+    _, effects = play(UP, (0, GONE), (1, Event("lost", link)), (9, TICK))
+    assert told(effects) == []
 
 
 def test_the_menu_does_not_change_with_the_numbers():
@@ -344,6 +373,7 @@ def test_every_face_and_number_draws_another_picture(pixels: int):
             drawn[name, number] = picture.tobytes()
     drawn.pop(("foreign", 0))  # its sentence tells it from `runners`
     drawn.pop(("down", 0))
+    drawn.pop(("untrusted", 0))
     assert len(set(drawn.values())) == len(drawn)
 
 
@@ -500,7 +530,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch, links: str, woken: list[bool]) -> li
     """The pauses between links, of which those marked + were good, where nothing spreads them."""
     left, waited = list(links), []
 
-    def live(_url: str, tell: Any) -> Event:
+    def live(_url: str, tell: Any, _key_file: str) -> Event:
         if not left:
             raise Enough
         if left.pop(0) == "+":
@@ -555,6 +585,149 @@ def test_snapshots_that_nobody_looked_at_give_way_to_newer_ones():
     ]
 
 
+# ---- keys, HTTPS, a base path
+
+KEYS = {"tray": {"key": "k-tray", "rights": ["control", "models"]}, "bob": {"key": "k-bob"}}
+
+
+async def beside(work: Any, *arguments: Any) -> Any:
+    """What a call returns that waits for this llmq."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
+
+async def link_of(url: str, key_file: str = "") -> tuple[list[Event], Event]:
+    """What the link tells first, and how it ends when somebody asks the one who told it."""
+    events: list[Event] = []
+    task = asyncio.ensure_future(beside(tray.watch, url, events.append, key_file))
+    await eventually(lambda: events or task.done())
+    return events, await task if task.done() else Event("seen")
+
+
+@pytest.mark.usefixtures("home")
+async def test_the_key_of_a_file_goes_before_that_of_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "key"
+    file.write_text("k-tray\n", encoding="utf-8")
+    monkeypatch.delenv("LLMQ_KEY", raising=False)
+    async with FakeBackend() as fake, running(fake.url, keys=KEYS) as q:
+        assert (await link_of(q.base))[1] == Event("lost", "denied", "a key is needed")
+        monkeypatch.setenv("LLMQ_KEY", "k-bob")
+        words = "bob has no right to this: control"
+        assert (await link_of(q.base))[1] == Event("lost", "denied", words)
+        monkeypatch.setenv("LLMQ_KEY", "wrong")
+        assert (await link_of(q.base))[1] == Event("lost", "denied", "that key is not known")
+        told, _ = await link_of(q.base, str(file))
+        assert told[0].kind == "seen"
+        box = tray.Box(q.base, str(file))
+        await beside(box.mode, "paused")
+        assert q.gateway.scheduler.mode.value == "paused"
+        with pytest.raises(ValueError, match="that key is not known"):
+            await beside(tray.Box(q.base).mode, "open")
+        monkeypatch.setenv("LLMQ_KEY", "k-tray")
+        assert (await link_of(q.base))[0][0].kind == "seen"
+        with recorded() as asked:
+            assert await beside(tray.Box(q.base).free) == ""
+        assert asked == [{"action": "unload", "model": "*"}]
+        file.unlink()  # while the tray runs: llmq itself says what is wrong
+        assert (await link_of(q.base, str(file)))[1].why == "a key is needed"
+
+
+async def test_a_refused_key_is_shown_seldom_enough_not_to_count_as_guessing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    waited = []
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        if len(waited) > 12:
+            raise Enough
+        return False
+
+    denied = Event("lost", "denied", "that key is not known")
+    monkeypatch.setattr(tray, "watch", lambda *_: denied)
+    told: list[Event] = []
+    retry: Any = SimpleNamespace(wait=wait, clear=lambda: None)
+    with pytest.raises(Enough):
+        tray.keep_watching("", told.append, retry)
+    assert set(told) == {denied}
+    assert min(waited) * (llmq.GUESSES - 1) > llmq.GUESS_SECONDS
+    async with running("http://127.0.0.1:9", keys=KEYS) as q:
+        monkeypatch.undo()
+        monkeypatch.setenv("LLMQ_KEY", "wrong")
+        for _ in range(llmq.GUESSES):
+            await link_of(q.base)
+        ended = (await link_of(q.base))[1]
+        assert (ended.what, ended.why) == ("denied", "too many wrong keys came from there")
+
+
+@pytest.mark.parametrize(
+    ("status", "link"), [(401, "denied"), (403, "denied"), (404, "foreign"), (429, "foreign"),
+                         (502, "down"), (503, "down"), (504, "down")]
+)  # fmt: skip
+async def test_what_a_proxy_in_front_says_is_not_taken_for_llmqs_words(status: int, link: str):
+    async with FakeBackend() as fake:
+        fake.probe_answers["/llmq/events"] = (status, {"error": {"message": "buy\x1b more"}})
+        assert (await told_by(fake.url, nothing))[1] == Event("lost", link)
+
+
+async def test_the_key_does_not_follow_a_redirect(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLMQ_KEY", "k-tray")
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        place = f"Location: {url}/elsewhere\r\n".encode() if len(seen) == 1 else b""
+        status = b"302 Found" if place else b"401 No"
+        writer.write(b"HTTP/1.1 %s\r\n%sContent-Length: 0\r\n\r\n" % (status, place))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert (await told_by(url, nothing))[1] == Event("lost", "denied")
+    assert [b"k-tray" in head for head in seen] == [True, False]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> dict[str, str]:
+    """One for localhost, signed by itself."""
+    files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
+    subprocess.run(
+        [require_command("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-keyout", files["tls_key"], "-out", files["tls_cert"]],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return {**files, "folder": str(tmp_path)}
+
+
+def trusting(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """As a tray that was started with this variable."""
+    monkeypatch.setenv("SSL_CERT_FILE", file)
+    monkeypatch.setattr(tray, "OPENER", tray.build_opener(tray.ProxyHandler({})))
+
+
+async def test_the_link_works_over_https_under_a_base_path_with_a_key(
+    certificate: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LLMQ_KEY", "k-tray")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", certificate.pop("folder"))
+    server = {f"server__{name}": file for name, file in certificate.items()}
+    async with running("http://127.0.0.1:9", keys=KEYS, server__base_path="/llm", **server) as q:
+        url = f"https://127.0.0.1:{q.port}/llm"
+        assert (await link_of(url))[1] == Event("lost", "untrusted")
+        trusting(monkeypatch, certificate["tls_cert"])
+        assert (await link_of(url))[0][0].kind == "seen"
+        box = tray.Box(url)
+        await beside(box.mode, "priority")
+        assert q.gateway.scheduler.mode.value == "priority"
+        assert await beside(tray.instance_at, url) == q.gateway.instance[:6]
+        bare = url.removesuffix("/llm")
+        assert (await link_of(bare))[1].what in ("foreign", "denied")
+        plain = (await link_of(url.replace("https", "http")))[1]
+        assert plain.what in ("down", "foreign")
+
+
 # ---- this box
 
 
@@ -562,7 +735,7 @@ def test_snapshots_that_nobody_looked_at_give_way_to_newer_ones():
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with nothing in it, and nothing on PATH."""
     for name in [*os.environ]:
-        if name.startswith(("XDG_", "LLMQ_")):
+        if name.startswith(("XDG_", "LLMQ_", "SSL_")):
             monkeypatch.delenv(name)
     home = tmp_path / 'my "home" 100%'
     (home / "bin").mkdir(parents=True)
@@ -634,6 +807,119 @@ def test_a_url_that_is_none_is_refused(url: str, capsys: pytest.CaptureFixture[s
         tray.main(["--url", url])
     assert caught.value.code == 2
     assert "--url wants http://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (None, "No such file or directory"),
+        (b"", "there is no key: visible ASCII without spaces"),
+        (b"two words\n", "there is no key: visible ASCII without spaces"),
+        (b"\xff\n", "is no text"),
+    ],
+)
+def test_a_key_file_without_a_key_is_named_and_its_text_is_not(
+    data: bytes | None, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "key"
+    if data is not None:
+        file.write_bytes(data)
+    assert tray.main(["--key-file", str(file)]) == 2
+    assert capsys.readouterr().err == f"llmq tray: --key-file {file}: {why}\n"
+
+
+def test_a_variable_without_a_key_is_named_and_its_text_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("LLMQ_KEY", "k\x1by")
+    assert tray.main([]) == 2
+    why = "there is no key: visible ASCII without spaces"
+    assert capsys.readouterr().err == f"llmq tray: LLMQ_KEY: {why}\n"
+
+
+class Stand:
+    """In place of a process that is started: it notes the command, and never listens."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        self.command = command
+        Stand.last = self
+
+    last: Any = None
+    pid = 1
+
+    def poll(self) -> int:
+        return 1
+
+    def wait(self) -> int:
+        return 1
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("http://127.0.0.1:11500", ["--port", "11500"]),
+        ("http://localhost", ["--port", "80"]),
+        ("https://localhost/llm", ["--port", "443", "--base-path", "/llm"]),
+        ("https://127.0.0.1:8443/a/b", ["--port", "8443", "--base-path", "/a/b"]),
+    ],
+)
+def test_llmq_is_started_where_the_url_has_it_and_its_command_holds_no_key(
+    url: str, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "key"
+    file.write_text("k-tray", encoding="utf-8")
+    monkeypatch.setenv("LLMQ_KEY", "k-tray")
+    monkeypatch.setattr(tray.subprocess, "Popen", Stand)
+    tray.Box(url, str(file)).start()
+    assert Stand.last.command[2:] == ["serve", *wanted]
+    parser = llmq.build_parser()
+    options = llmq.given_flags(parser.parse_args(Stand.last.command[2:]))
+    assert options["server.base_path"] if "--base-path" in wanted else "server.port" in options
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.usefixtures("home")
+async def test_an_llmq_that_wants_keys_is_started_and_stopped_from_here(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also by a tray whose key may see it, but not use it."""
+    config = home / ".config" / "llmq"
+    config.mkdir(parents=True)
+    rows = {"keys": {"tray": {"key": "k-tray", "rights": ["control"]}}}
+    (config / "llmq.json").write_text(json.dumps(rows), encoding="utf-8")
+    monkeypatch.setenv("LLMQ_KEY", "k-tray")
+    monkeypatch.setenv("LLMQ_BACKENDS", "http://127.0.0.1:9")
+    monkeypatch.setattr(tray, "HERE", sheet.ROOT / "tray" / "llmq_tray.py")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    box = tray.Box(f"http://127.0.0.1:{port}/llm")
+    assert await beside(box.start) == ""
+    pid = json.loads(box.born.read_text(encoding="utf-8"))[0]
+    with contextlib.suppress(FileNotFoundError):  # where there is no /proc
+        assert b"k-tray" not in await beside(Path(f"/proc/{pid}/cmdline").read_bytes)
+    assert (await link_of(box.url))[0][0].kind == "seen"
+    assert await beside(box.stop) == ""
+    await eventually(lambda: is_free(port))
+
+
+@pytest.mark.usefixtures("home")
+def test_at_login_the_key_comes_from_the_same_file(tmp_path: Path):
+    require("PIL.Image")
+    file = tmp_path / "key"
+    file.write_text("k-tray", encoding="utf-8")
+    box = tray.Box(URL, str(file))
+    if box.entry.suffix != ".desktop":
+        pytest.skip("another kind of entry here")
+    box.login(True)
+    written = box.entry.read_text(encoding="utf-8")
+    assert f'"--key-file" "{file}"' in written
+    assert "k-tray" not in written
 
 
 def test_nothing_to_start_and_nothing_of_ours_to_stop_is_said(

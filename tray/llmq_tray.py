@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,8 @@ FREED = "The GPU is being freed", "llmq is paused, and unloads every model once 
 class State:
     url: str = "http://127.0.0.1:11500"
     local: bool = True  # llmq is on this box: it may be started and stopped from here
-    link: str = "connecting"  # "up", "absent" (nothing listens), "down", "foreign", "denied"
+    link: str = "connecting"  # "up", "absent" (nothing listens), "down", "foreign", "denied", …
+    why: str = ""  # llmq's own words where it does not let the tray in
     mode: str = "open"
     waiting: int = 0
     running: int = 0
@@ -101,12 +103,13 @@ def seen(state: State, event: Event, now: float) -> Step:
 
 def lost(state: State, event: Event, _now: float) -> Step:
     dead = state.dead or (state.link == "up" and not event.goodbye and not state.stopping)
+    dead = dead and event.what not in ("denied", "untrusted")  # somebody answers
     state = replace(state, dead=dead, stopping=False)
     if event.what == "absent" and state.busy == "Starting…":
         return state, []  # it does not listen yet
     if event.what == "absent" and state.link == "connecting" and state.local and state.may_start:
         return replace(state, may_start=False, busy="Starting…"), [("start",)]
-    return replace(state, link=event.what, busy="", confirm_until=0.0), []
+    return replace(state, link=event.what, why=event.why, busy="", confirm_until=0.0), []
 
 
 def click(state: State, event: Event, now: float) -> Step:
@@ -173,6 +176,7 @@ FACES = {
     "down": Face("no answer", "cross", "#b91c1c"),
     "foreign": Face("the port is used by another program", "alarm", "#b91c1c"),
     "denied": Face("not authorised", "lock", "#b91c1c"),
+    "untrusted": Face("its certificate is not trusted", "lock", "#b91c1c"),
 }
 
 
@@ -198,21 +202,26 @@ def view(state: State) -> View:
     name = "llmq" if state.local else f"llmq at {urlsplit(state.url).hostname}"
     counts = {"waiting": state.waiting * up, "running": state.running * up}
     words = [f"{number} {word}" for word, number in counts.items() if number]
-    words += [FACES[face].words] * (face != "working")
+    words += [words_of(state, face)] * (face != "working")
     title = f"{name}: {', '.join(words)}"[:100]  # Windows has room for 127
     return View(face, counts["waiting"], title, menu(state, face))
+
+
+def words_of(state: State, face: str) -> str:
+    """What the face says, and llmq's words for why it does not let the tray in."""
+    return FACES[face].words + (f": {state.why}" if face == "denied" and state.why else "")
 
 
 def menu(state: State, face: str) -> tuple[Item, ...]:
     """Without numbers of what is going on: a menu that changes closes under the user's hand."""
     up, mode, free = state.link == "up", state.mode, not state.busy
-    asked = " (requests run, click again)" if state.confirm_until else ""
+    words, asked = words_of(state, face), " (requests run, click again)" * bool(state.confirm_until)
     again, free_it = ("Open again", "paused"), ("Free the GPU", "free")
     switch = Item("Start llmq", "start", None, free and face in ("absent", "down"))
     if up:
         switch = Item("Stop llmq" + asked, "stop", None, free)
     return (
-        Item(state.busy or FACES[face].words.capitalize(), enabled=False),
+        Item(state.busy or words[:1].upper() + words[1:100], enabled=False),
         Item(),
         Item("Priority mode", "priority", up and mode == "priority", up and free),
         Item("Pause", "paused", up and mode == "paused", up and free),
@@ -295,19 +304,59 @@ def draw(face: Face, number: int, pixels: int) -> Any:
 
 ANSWER_SECONDS, SILENCE_SECONDS = 3.0, 20.0  # llmq pings every 10 s
 FIRST_DELAY, LAST_DELAY = 0.5, 10.0  # between two attempts
+DENIED_DELAY = 30.0  # after ten wrong keys in a minute llmq looks at none from this address
 MOST_BYTES = 1 << 24  # of one snapshot
 OPENER = build_opener(ProxyHandler({}))  # no proxy, whatever the environment says
 
 
-def ask(url: str, body: Any = None) -> Any:
-    """What llmq answers; an exception with its words when it refuses."""
+def read_key(path: str) -> str:
+    """From the file, else from LLMQ_KEY: everybody on this box can read command lines."""
+    text = os.environ.get("LLMQ_KEY", "")
+    if path:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or "is no text"
+            raise ValueError(f"{path}: {why}") from None
+    if not re.fullmatch(r"[\x21-\x7e]*", text) or (path and not text):
+        raise ValueError(f"{path or 'LLMQ_KEY'}: there is no key: visible ASCII without spaces")
+    return text
+
+
+def request_of(url: str, key_file: str, body: Any = None) -> Request:
     data = json.dumps(body).encode() if body else None
     request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - see main()
+    with contextlib.suppress(ValueError):  # the file is gone: llmq says that it wants a key
+        if key := read_key(key_file):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+    return request
+
+
+def ask(url: str, body: Any = None, key_file: str = "") -> Any:
+    """What llmq answers; an exception with its words when it refuses."""
     try:
-        with OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
+        with OPENER.open(request_of(url, key_file, body), timeout=ANSWER_SECONDS) as answer:
             return json.loads(read_bounded(answer))
     except HTTPError as error:
-        raise ValueError(json.loads(read_bounded(error))["error"]["message"]) from None
+        raise ValueError(refusal(error) or f"it answers {error.code}") from None
+
+
+def refusal(error: HTTPError) -> str:
+    """The words of llmq for it; none where another program answers."""
+    with contextlib.suppress(Exception):  # who knows what another program answers
+        if "X-LLMQ-Id" in error.headers:
+            words = str(json.loads(read_bounded(error))["error"]["message"])
+            return "".join(one for one in words if one.isprintable())
+    return ""
+
+
+def instance_at(url: str) -> str:
+    """What tells one run of llmq from another; no key is needed for it."""
+    with OPENER.open(url + "/health", timeout=ANSWER_SECONDS) as answer:
+        told = answer.headers["X-LLMQ-Id"]
+    if not told:
+        raise ValueError("what answers is no llmq")
+    return str(told).partition("-")[0]
 
 
 def read_bounded(answer: Any) -> bytes:
@@ -331,11 +380,12 @@ def read_snapshot(data: bytes) -> Event:
     return Event("seen", {**facts, "mode": mode, "runners_down": down})
 
 
-def watch(url: str, tell: Callable[[Event], None]) -> Event:
+def watch(url: str, tell: Callable[[Event], None], key_file: str = "") -> Event:
     """Tell the newest snapshot whenever it is another, until the link ends; how it ended."""
     heard, told = False, None
     try:
-        with OPENER.open(url + "/llmq/events", timeout=SILENCE_SECONDS) as answer:
+        asked = request_of(url + "/llmq/events", key_file)
+        with OPENER.open(asked, timeout=SILENCE_SECONDS) as answer:
             heard = answer.headers.get_content_type() == "text/event-stream"
             buffer = b""
             # Not readline(), which takes a broken stream for one that has ended well.
@@ -345,17 +395,24 @@ def watch(url: str, tell: Callable[[Event], None]) -> Event:
                 if newest and (event := read_snapshot(newest[6:])) != told:
                     tell(told := event)
         return Event("lost", "down" if heard else "foreign", goodbye=heard)
+    except HTTPError as error:
+        words = refusal(error)
+        if error.code in (401, 403) or (error.code == 429 and words):
+            return Event("lost", "denied", words)
+        return Event("lost", "down" if error.code in (502, 503, 504) else "foreign")
     except Exception as error:  # noqa: BLE001 - who knows what another program answers
         cause = getattr(error, "reason", error)  # urllib wraps what comes before the answer
         if isinstance(cause, ConnectionRefusedError):
             return Event("lost", "absent")
-        if isinstance(cause, OSError):
-            return Event("lost", "down")
-        denied, broke = getattr(error, "code", 0) in (401, 403), isinstance(error, HTTPException)
-        return Event("lost", "denied" if denied else "down" if heard and broke else "foreign")
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Event("lost", "untrusted")
+        broke = heard and isinstance(error, HTTPException)
+        return Event("lost", "down" if broke or isinstance(cause, OSError) else "foreign")
 
 
-def keep_watching(url: str, tell: Callable[[Event], None], retry: threading.Event) -> None:
+def keep_watching(
+    url: str, tell: Callable[[Event], None], retry: threading.Event, key_file: str = ""
+) -> None:
     """For ever, with pauses that grow until a link is good; `retry` ends a pause."""
     delay = FIRST_DELAY
 
@@ -365,8 +422,10 @@ def keep_watching(url: str, tell: Callable[[Event], None], retry: threading.Even
         tell(event)
 
     while True:
-        tell(watch(url, hear))
-        early = retry.wait(delay * random.uniform(0.8, 1.2))  # noqa: S311 - it only spreads
+        ended = watch(url, hear, key_file)
+        tell(ended)
+        pause = DENIED_DELAY if ended.what == "denied" else delay
+        early = retry.wait(pause * random.uniform(0.8, 1.2))  # noqa: S311 - it only spreads
         retry.clear()
         delay = FIRST_DELAY if early else min(2 * delay, LAST_DELAY)
 
@@ -409,8 +468,8 @@ def exec_line(command: list[str]) -> str:
 class Box:
     """What a click may do: methods named like their commands return what went wrong."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, key_file: str = "") -> None:
+        self.url, self.key_file = url, key_file
         self.private = place("XDG_RUNTIME_DIR", ".cache") / "llmq-tray" / re.sub(r"\W", "-", url)
         self.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.born = self.private / "llmq.json"  # the llmq that was started from here
@@ -431,13 +490,14 @@ class Box:
         return bool(self.lock.in_transaction)
 
     def mode(self, mode: str) -> None:
-        ask(self.url + "/llmq/mode", {"mode": mode})
+        ask(self.url + "/llmq/mode", {"mode": mode}, self.key_file)
 
     def free(self) -> str:
         """Pause llmq and let it unload every model."""
         self.mode("paused")
         try:
-            ask(self.url + "/llmq/models", {"action": "unload", "model": "*"})
+            order = {"action": "unload", "model": "*"}
+            ask(self.url + "/llmq/models", order, self.key_file)
         except Exception as error:  # noqa: BLE001 - whatever it is, half of it is done
             return f"llmq is paused, but its models stay loaded: {error}"
         return ""
@@ -454,6 +514,7 @@ class Box:
 
     def login(self, on: bool) -> None:
         command, data = [sys.executable, str(HERE), "--autostart", "--url", self.url], b""
+        command += ["--key-file", self.key_file] if self.key_file else []
         if sys.platform == "darwin":
             facts = {"Label": self.entry.stem, "ProgramArguments": command, "RunAtLoad": True}
             data = plistlib.dumps({**facts, "ProcessType": "Interactive"})
@@ -480,7 +541,9 @@ class Box:
         if command := self.service("start"):
             return run(*command)
         command = [sys.executable, str(HERE.parent.parent / "llmq.py"), "serve"]
-        command += ["--port", str(urlsplit(self.url).port or 80)]
+        parts = urlsplit(self.url)
+        command += ["--port", str(parts.port or (443 if parts.scheme == "https" else 80))]
+        command += ["--base-path", parts.path] if parts.path else []
         apart: Any = {"start_new_session": True, "cwd": Path.home(), "stdin": subprocess.DEVNULL}
         apart["creationflags"] = 0x08000008 * (sys.platform == "win32")  # detached, no window
         log = self.state / "llmq.log"
@@ -491,8 +554,7 @@ class Box:
         end = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < end:
             with contextlib.suppress(Exception):  # it does not listen yet
-                instance = ask(self.url + "/api/version")["instance"]
-                write(self.born, json.dumps([process.pid, instance]).encode())
+                write(self.born, json.dumps([process.pid, instance_at(self.url)]).encode())
                 return ""
             time.sleep(0.05)
         return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
@@ -501,7 +563,7 @@ class Box:
         with contextlib.suppress(OSError, ValueError):
             pid, instance = json.loads(self.born.read_bytes())
             # Another llmq answers there? Then the number may be somebody else's by now.
-            if instance == ask(self.url + "/api/version").get("instance"):
+            if instance == instance_at(self.url):
                 os.kill(pid, signal.SIGTERM)
                 return ""
         command = self.service("stop")
@@ -598,7 +660,7 @@ class Shell:
                 gi("GLib").unix_signal_add(0, number, self.events.put, Event("click", "quit"))
         self.on_ui(setattr, self.icon, "visible", True)
         threading.Thread(target=self.think, daemon=True).start()
-        link = (self.box.url, self.events.put, self.retry)
+        link = (self.box.url, self.events.put, self.retry, self.box.key_file)
         threading.Thread(target=keep_watching, args=link, daemon=True).start()
 
     def think(self) -> None:
@@ -648,7 +710,9 @@ class Shell:
 
 
 def start(options: argparse.Namespace) -> int:
-    pystray, box = load_pystray(), Box(options.url.rstrip("/"))
+    pystray = load_pystray()
+    key_file = str(Path(options.key_file).expanduser().absolute()) if options.key_file else ""
+    box = Box(options.url.rstrip("/"), key_file)
     if not box.alone():
         say(f"one is already running for {box.url}; here is the dashboard")
         box.dashboard()
@@ -681,11 +745,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llmq_tray", description="llmq's tray icon.")
     add = parser.add_argument
     add("--url", default=State.url, help="of the llmq (default: %(default)s)")
+    text = "with the key that it wants (default: the variable LLMQ_KEY)"
+    add("--key-file", default="", metavar="FILE", help=text)
     add("--autostart", action="store_true", help="started at login: to show nothing is no failure")
     add("--panel-wait", type=float, default=10.0, help="seconds for a panel to appear")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"https?://[^/?#@]+(/[^?#]*)?", options.url):
         parser.error(f"--url wants http://HOST:PORT, not {options.url}")
+    try:
+        read_key(options.key_file)
+    except ValueError as error:
+        say(f"--key-file {error}" if options.key_file else str(error))
+        return 0 if options.autostart else 2
     try:
         return start(options)
     except (RuntimeError, OSError) as error:
