@@ -9,6 +9,7 @@ import inspect
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ STDERR = pytest.StashKey[int]()  # the real one, for a last traceback while outp
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(sys.stderr.fileno())
     config.addinivalue_line("markers", "deadline(seconds): fail the test after so long (10)")
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """Coverage looks away: it would double what a simulation takes, of lines that others cover."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
 
 
 def deadline_of(item: pytest.Item) -> float:

@@ -257,10 +257,10 @@ async def begin(q: serving, text: str, receive_buffer: int = 0, **more: Any) -> 
     return raw
 
 
-@pytest.fixture(params=["http", "https"])
-def way(request: pytest.FixtureRequest, papers: Papers) -> Papers | None:
-    """Both ways, for what must be the same on both: it shows that TLS makes the difference."""
-    return papers if request.param == "https" else None
+@pytest.fixture
+def way(papers: Papers) -> Papers | None:
+    """What must be the same as over plain HTTP; None here, and TLS makes no difference."""
+    return papers
 
 
 @contextlib.contextmanager
