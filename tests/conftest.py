@@ -36,6 +36,13 @@ def untraced() -> Iterator[None]:
     sys.settrace(tracer)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage does not begin in the processes that a test starts: it takes a while in each."""
+    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+        monkeypatch.delenv(name)
+
+
 def deadline_of(item: pytest.Item) -> float:
     mark = item.get_closest_marker("deadline")
     return float(mark.args[0]) if mark else DEADLINE

@@ -25,6 +25,8 @@ import llmq
 from tests import corpus
 from tests.derived import build_settings
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 COUNT = int(os.environ.get("LLMQ_FUZZ", "20000"))
 SEED = os.environ.get("LLMQ_FUZZ_SEED", "1")
 SLOW = 5.0  # seconds of processor time for one input: far above any of them
