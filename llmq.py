@@ -3340,7 +3340,7 @@ Pairs = Iterable[tuple[str, str]]  # of a head that is to be rendered
 Fields = tuple[tuple[str, str], ...]  # likewise, to be kept
 
 
-COOKIE_BREAK = "\n"  # between several of `set-cookie`
+COOKIE_BREAK = "\n"  # of answers: cookies have commas of their own, RFC 6265 s.3
 
 
 class Request:
@@ -3373,8 +3373,11 @@ def connection_options(headers: Headers) -> set[str]:
     return {option.strip().lower() for option in value.split(",")} if value else set()
 
 
-def parse_fields(text: str) -> Headers:
-    """Field lines, each ended by CRLF; ValueError for anything else."""
+def parse_fields(text: str, cookie_break: str = ", ") -> Headers:
+    """Field lines, each ended by CRLF; ValueError for anything else.
+
+    Repeated ones are joined; `cookie_break` stands between several of `set-cookie`.
+    """
     if not FIELD_LINES.fullmatch(text):
         raise ValueError("malformed header line")
     headers: Headers = {}
@@ -3382,8 +3385,8 @@ def parse_fields(text: str) -> Headers:
         name, _, value = line.partition(":")
         name = name.lower()
         value = value.strip(" \t")
-        if name in headers:  # cookies have commas of their own, RFC 6265 s.3
-            value = f"{headers[name]}{COOKIE_BREAK if name == 'set-cookie' else ', '}{value}"
+        if name in headers:
+            value = f"{headers[name]}{cookie_break if name == 'set-cookie' else ', '}{value}"
         headers[name] = value
     return headers
 
@@ -3439,7 +3442,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise ValueError("malformed status line")
-    return ResponseHead(int(match[2]), int(match[1]), parse_fields(rest[:-2]))
+    return ResponseHead(int(match[2]), int(match[1]), parse_fields(rest[:-2], COOKIE_BREAK))
 
 
 def request_length(request: Request) -> int:

@@ -1273,6 +1273,17 @@ async def test_header_field_with_a_line_break_gets_through_in_neither_direction(
         assert (await raw.response()).status == 400
 
 
+async def test_cookies_of_a_request_put_no_line_break_into_its_head() -> None:
+    """Only those of an answer are told a line each: what a client sends ends no head early."""
+    async with through() as (port, other):
+        raw = await Raw.open(port)
+        await raw.send(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nSet-Cookie: a\r\nSet-Cookie:\r\n\r\n")
+        request = await other.arrived()
+        assert lines_of(request, "set-cookie") == ["a,"]
+        await request.status(200, b"ok")
+        assert (await raw.response()).body == b"ok"
+
+
 async def test_answer_shorter_than_it_says_is_unclean() -> None:
     async with through() as (port, other):
         wire = render_head(200, [("Content-Length", "10")]) + b"some"
