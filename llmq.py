@@ -8150,10 +8150,13 @@ class Passthrough:
 
     @contextlib.contextmanager
     def patience(self, upstream: Upstream) -> Iterator[None]:
-        """Inside, the backend may be silent for as long as it may."""
+        """Inside, BackendTimeout ends a silence of more than `limit` seconds."""
+        if not self.limit:
+            yield
+            return
         late = BackendTimeout(f"{self.backend.name} said nothing for {self.limit:g} s")
-        loop, until = asyncio.get_running_loop(), self.limit or DAY
-        timer = loop.call_later(until, upstream.stream.interrupt, late)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.limit, upstream.stream.interrupt, late)
         try:
             yield
         finally:
@@ -8183,7 +8186,10 @@ class Passthrough:
             exchange.respond(head.status, b"", *self.told(head))
             return
         exchange.start(head.status, *self.told(head))
-        exchange.send(b"")  # its head: the first piece may be long in coming
+        if (
+            exchange.is_plain
+        ):  # its head is the service's own word, and may come long before the rest
+            exchange.send(b"")
         while True:
             with self.patience(upstream):
                 piece = await upstream.read_piece()

@@ -711,6 +711,18 @@ async def test_backend_that_breaks_before_its_answer_is_a_502_and_asked_once(
         assert len(fake.managed) == 1
 
 
+async def test_backend_that_breaks_behind_its_head_is_a_502_still() -> None:
+    """Nothing of an answer has come: a failure has a status, as long as it can have one."""
+    async with Runner() as fake, running(fake.url) as q:
+        await up(q)
+        raw = await begin(q.port, ORDERS["pull"])
+        request = await fake.management()
+        await request.send(render_head(200, NDJSON))
+        request.close()
+        answer = await raw.response()
+        assert (answer.status, answer.clean) == (502, True)
+
+
 async def test_stop_ends_a_pull_after_the_drain() -> None:
     async with Runner() as fake:
         async with running(fake.url, server__drain_timeout=0.3) as q:
