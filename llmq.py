@@ -54,13 +54,13 @@ reads a clock.  Start reading at `Gateway.serve` in section 27: the life of one 
     30. Store          what outlives a restart: one SQLite file, one thread
     31. Background     what runs beside the requests: deadlines, heartbeats
   E  Doors
-    32. Access         which names and pages may use a route
+    32. Access         which names, pages and keys may use a route
     33. Snapshot       what the outside sees
     34. Routes         which path leads where
     35. Demo           a runner that only echoes
     36. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
     37. Service        start, reload, drain, stop
-    38. Command line   serve, status, top, mode, config
+    38. Command line   what a person types: serve, status, top, key and the others
     39. Web page       what a browser is shown
 """
 
@@ -1444,7 +1444,7 @@ def limit_fields(what: str, most: int, left: int, seconds: float) -> list[tuple[
 
 
 NO_ACCOUNT = Account("")  # of whoever has none
-GUESSES = 10  # bad keys from one address in GUESS_SECONDS; then no key from there is looked at
+GUESSES = 10  # bad keys from one address in GUESS_SECONDS; then no new one from there counts
 GUESS_SECONDS = 60.0
 GUESSERS = 1000  # addresses that are remembered for it
 
@@ -1461,12 +1461,12 @@ class Accounts:
     def configure(self, settings: Settings) -> None:
         """Have those of the settings and no others; who stays keeps their numbers."""
         rows: dict[str, GrantSettings] = dict(settings.keys)
-        rows.update({f"port {number}": row for number, row in settings.ports.items()})
+        rows.update({f"port:{number}": row for number, row in settings.ports.items()})
         self.by_digest = {}
         for name, row in rows.items():
             account = self.named.setdefault(name, Account(name))  # also of one that comes back
             if isinstance(row, PortSettings):
-                account.name = row.client or name.replace(" ", ":")
+                account.name = row.client or name
                 shared = {one.name: getattr(row, one.name) for one in fields(GrantSettings)}
                 account.settings = KeySettings(**shared)
             elif isinstance(row, KeySettings):
@@ -2996,8 +2996,6 @@ class Scheduler(Backlog):
         if self.is_capped(ticket.want):
             return None
         able = self.fleet.candidates(ticket.want, urgent=urgent)
-        if len(able) < 2:
-            return able[0] if able else None
         return pick_backend(able, ticket.want.model, self.fleet.served_last(ticket))
 
     def _before(self, head: Ticket, backend: Backend, now: float) -> Ticket | None:
@@ -3374,10 +3372,7 @@ def connection_options(headers: Headers) -> set[str]:
 
 
 def parse_fields(text: str, cookie_break: str = ", ") -> Headers:
-    """Field lines, each ended by CRLF; ValueError for anything else.
-
-    Repeated ones are joined; `cookie_break` stands between several of `set-cookie`.
-    """
+    """Field lines, each ended by CRLF, repeated ones joined; ValueError for anything else."""
     if not FIELD_LINES.fullmatch(text):
         raise ValueError("malformed header line")
     headers: Headers = {}
@@ -5541,23 +5536,9 @@ class Exchange:
     """One HTTP request, and the one way to answer it."""
 
     __slots__ = (
-        "_chunked",
-        "_head",
-        "_head_status",
-        "caller",
-        "connection",
-        "finished",
-        "headers",
-        "id",
-        "is_plain",
-        "keep_alive",
-        "length",
-        "request",
-        "request_id",
-        "status",
-        "told_length",
-        "unread",
-        "wrong_key",
+        "_chunked", "_head", "_head_status", "caller", "connection", "finished", "headers", "id",
+        "is_plain", "keep_alive", "length", "request", "request_id", "status", "told_length",
+        "unread", "wrong_key",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, request: Request) -> None:
@@ -8111,7 +8092,7 @@ class Passthrough:
     path: str
     gateway: Gateway
     ended: Callable[[], object]  # called as soon as it has ended, well or not
-    limit: float = 0.0  # seconds for which the backend may be silent; 0: for ever
+    limit: float = NEVER  # seconds for which the backend may be silent
     inside: bool = False  # what the client was shown ends inside a line
 
     async def run(self) -> None:
@@ -8151,9 +8132,6 @@ class Passthrough:
     @contextlib.contextmanager
     def patience(self, upstream: Upstream) -> Iterator[None]:
         """Inside, BackendTimeout ends a silence of more than `limit` seconds."""
-        if not self.limit:
-            yield
-            return
         late = BackendTimeout(f"{self.backend.name} said nothing for {self.limit:g} s")
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.limit, upstream.stream.interrupt, late)
@@ -8625,7 +8603,8 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
 
 
 # ==== 32. Access ==================================================================================
-# Who may use a route: Host names against DNS rebinding, origins against pages from elsewhere.
+# Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
+# pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
 EXPOSED = (
     "Access-Control-Expose-Headers",
@@ -8708,6 +8687,9 @@ async def find_caller(exchange: Exchange, gateway: Gateway) -> Caller:
     return identify(user, origin, agent, foreign, (exchange.address, person))
 
 
+CHALLENGE = ("Bearer", 'Basic realm="llmq", charset="UTF-8"')  # which a browser asks its user for
+
+
 def check_right(exchange: Exchange, right: str, gateway: Gateway, *, own: bool = False) -> None:
     """Refuse who has no key, a wrong one, or one without this right; an empty one everybody has.
 
@@ -8731,9 +8713,6 @@ def check_right(exchange: Exchange, right: str, gateway: Gateway, *, own: bool =
     rights = account.settings.rights
     if right not in rights and not (own and "control" in rights):
         raise LlmqError(f"{account.name} has no right to this: {right}", "forbidden")
-
-
-CHALLENGE = ("Bearer", 'Basic realm="llmq", charset="UTF-8"')  # which a browser asks its user for
 
 
 def meter(exchange: Exchange, now: float, *, counts: bool = False) -> None:
@@ -9365,11 +9344,8 @@ async def pass_to(api: Api, exchange: Exchange, service: Backend) -> None:
     if "origin" not in headers and headers.get("sec-fetch-site", "none") not in SAME_SITES:
         raise LlmqError("pages from elsewhere may not use this port", "forbidden_origin")
     check_blocked(exchange, "", api.gateway.clients)
-    limit, path, method = (
-        service.settings.idle_timeout,
-        exchange.request.path,
-        exchange.request.method,
-    )
+    path, method = exchange.request.path, exchange.request.method
+    limit = service.settings.idle_timeout or NEVER
     if method in ("TRACE", "CONNECT") or method not in METHODS:
         raise LlmqError(f"method {printable(method, 20)} is not passed on", "not_implemented")
     if {".", ".."}.intersection(re.split(r"[/\\]", unquote(path))):
@@ -10391,7 +10367,7 @@ class Service:
                 service = port_service(number, row)
                 handler = functools.partial(self.api.handle, service=service)
             server = HttpServer(handler, self.settings, max(4, self.most_connections // 4))
-            server.account = self.gateway.accounts.named[f"port {number}"]
+            server.account = self.gateway.accounts.named[f"port:{number}"]
             try:
                 await server.listen(row.bind, int(number))
             except OSError as error:
@@ -10442,10 +10418,7 @@ class Service:
         for name in ("host", "port", "state"):  # which stay as they are
             if getattr(settings.server, name) != getattr(self.settings.server, name):
                 log.warning("reload: server.%s needs restart", name)
-        for name in (
-            "tls_cert",
-            "tls_client_ca",
-        ):  # others may be named, but no first one, nor none
+        for name in ("tls_cert", "tls_client_ca"):  # others are taken; a first one is not, nor none
             if bool(getattr(settings.server, name)) != bool(getattr(self.settings.server, name)):
                 log.warning("reload: server.%s needs restart", name)
         self.newest_tls = tls or self.newest_tls
@@ -10474,6 +10447,8 @@ class Service:
         self.stopping.set()
         if self.sockets:
             await self.hand_over()
+        if self._moving is not None:
+            await asyncio.wait({self._moving})  # or a port would open behind us
         self.gateway.drain()
         self.api.stream.tell()
         self.tell_what_runs()
@@ -10823,7 +10798,8 @@ def llmq_url(url: str | None) -> str:
         return url.rstrip("/")
     server = read_settings({}, os.environ)[0].server
     scheme = "https" if server.tls_cert else "http"
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - asked, not bound
+    everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be asked
+    host = everywhere.get(server.host, server.host)
     return base_url(host, server.port, scheme) + server.base_path
 
 

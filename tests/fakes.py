@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json as jsonlib
 import os
+import random
 import re
 import shutil
 import signal as signals
@@ -62,6 +63,15 @@ def require_command(name: str, reason: str = "") -> str:
     path = shutil.which(name)
     need(path, reason or f"the program {name} is not installed")
     return str(path)
+
+
+def free_port() -> int:
+    """A port that nobody has, outside the range from which the kernel gives clients theirs."""
+    while True:
+        port = random.Random(os.urandom(8)).randrange(10240, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def eventually(predicate: Callable[[], Any], seconds: float = 5) -> Any:

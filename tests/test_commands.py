@@ -13,8 +13,17 @@ from typing import Any, Callable
 import pytest
 
 from tests.fake_ollama import Ollama
-from tests.fakes import LLMQ, Answer, FakeBackend, Process, ask, chat, eventually, require_command
-from tests.test_ports import free_port
+from tests.fakes import (
+    LLMQ,
+    Answer,
+    FakeBackend,
+    Process,
+    ask,
+    chat,
+    eventually,
+    free_port,
+    require_command,
+)
 from tests.test_readme import README, as_json, example
 
 HERE = "http://127.0.0.1:11500"

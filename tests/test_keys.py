@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import re
-import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from tests.fakes import (
     ask,
     chat,
     eventually,
+    free_port,
     http,
     run_llmq,
     running,
@@ -359,12 +359,6 @@ def every_feature(fake: FakeBackend, tmp_path: Path, port: int, form: str) -> di
         "ports": {str(port): {"upstream": fake.url, "headers": token}},
         "clients": {"alice": {"weight": 2}},
     }
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 ORDERS: list[tuple[str, str, Any]] = [
@@ -1290,7 +1284,7 @@ class Crowd:
     PEOPLE: ClassVar[dict[str, str]] = {
         "alice": "alice", "alice/bob": "alice", "alice/eve": "alice", "carol": "carol",
         "carol/x": "carol", "carol/y": "carol", "dave/x": "dave", "dave/y": "dave",
-        "port": "port 1", "user:solo": "", "app:curl": "",
+        "port": "port:1", "user:solo": "", "app:curl": "",
     }  # fmt: skip
 
     def __init__(self, seed: int) -> None:

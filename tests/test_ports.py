@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
 import signal
 import socket
@@ -42,6 +41,7 @@ from tests.fakes import (
     ask,
     chunk,
     eventually,
+    free_port,
     http,
     need,
     render_head,
@@ -76,15 +76,6 @@ leaving = pytest.mark.parametrize("leave", [Raw.close, Raw.rst], ids=["closes", 
 
 
 # ---- Helpers ---------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    """A port that nobody has, outside the range from which the kernel gives clients theirs."""
-    while True:
-        port = random.Random(os.urandom(8)).randrange(10240, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def with_keys(*fakes: FakeBackend, **settings: Any) -> running:
@@ -341,7 +332,7 @@ async def test_max_concurrent_of_a_port_holds_and_is_freed_on_every_way_out() ->
             assert request.text == "beside", "those who wait for the cap hold up nobody"
             await speak(request)
         assert [CHAT.text(await raw.response()) for raw in others] == ["beside"] * 2
-        account = q.gateway.accounts.named[f"port {port}"]
+        account = q.gateway.accounts.named[f"port:{port}"]
         await eventually(lambda: account.waiting == 2)
         first.rst()  # a running one that leaves
         await one.left()

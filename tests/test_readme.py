@@ -34,6 +34,7 @@ from tests.fakes import (
     ask,
     chat,
     eventually,
+    free_port,
     http,
     need,
     require_command,
@@ -298,12 +299,6 @@ PROXIES = {
     "caddy": """{{\nadmin off\nauto_https off\n}}
         http://:{port} {{\nbind 127.0.0.1\n{lines}\n}}""",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @contextlib.asynccontextmanager
