@@ -7312,6 +7312,10 @@ def check_way(request: Request, instance: str) -> None:
     """What is refused of a body that goes on to a backend, and of a way that it has come."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise LlmqError("send the body without Content-Encoding", "unsupported_media_type")
+    check_loop(request, instance)
+
+
+def check_loop(request: Request, instance: str) -> None:
     if f"llmq-{instance}" in request.headers.get("via", ""):
         raise LlmqError("this request has been through this llmq before", "loop_detected")
 
@@ -9350,8 +9354,7 @@ async def pass_to(api: Api, exchange: Exchange, service: Backend) -> None:
         raise LlmqError(f"method {printable(method, 20)} is not passed on", "not_implemented")
     if {".", ".."}.intersection(re.split(r"[/\\]", unquote(path))):
         raise LlmqError("dot segments lead nowhere", "not_found")
-    if f"llmq-{api.gateway.instance}" in headers.get("via", ""):
-        raise LlmqError("this request has been through this llmq before", "loop_detected")
+    check_loop(exchange.request, api.gateway.instance)
     await PlainPassthrough(exchange, service, path, api.gateway, lambda: None, limit).run()
 
 
