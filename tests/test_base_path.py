@@ -598,8 +598,14 @@ async def behind(
         "caddy": ["run", "--config", str(config), "--adapter", "caddyfile"],
     }[kind]
     process = start([program(kind), *words], folder, log)
+    # Caddy listens before that; what it passes on meanwhile it may hang up on in the middle.
+    last = {"nginx": "", "caddy": "serving initial configuration"}[kind]
+
+    def is_ready() -> bool:
+        return listens(port) and listens(secure) and last in log.read_text()
+
     try:
-        await eventually(lambda: process.poll() is not None or (listens(port) and listens(secure)))
+        await eventually(lambda: process.poll() is not None or is_ready())
         assert process.poll() is None, log.read_text()
         yield Proxy(port, secure, log)
     finally:
@@ -707,17 +713,31 @@ async def test_streams_come_piece_by_piece_through_a_proxy(
 ) -> None:
     """Each is read before the next one is sent."""
     async with FakeBackend(auto=False) as fake:
-        async with proxied(form, papers, tmp_path, fake, lines=lines) as (_, proxy):
+        async with proxied(form, papers, tmp_path, fake, lines=lines) as (q, proxy):
+            recent = q.service.gateway.journal.recent
             for port, way in ((proxy.port, None), (proxy.secure_port, papers)):
-                async with await connect(port, way) as raw:
-                    body = json.dumps(chat("hi", stream=True)).encode()
-                    await raw.send(http("POST", BASE + path, JSON, body))
-                    request = await fake.arrived()
-                    await request.start_stream()
-                    for word in (" one", " two", " three"):
-                        await request.piece(word)
-                        await raw.until(word.encode())
-                    await request.finish_stream()
+                # Debian's Caddy 2.6.2 hangs up in about one of fifty streams of a busy machine,
+                # within milliseconds: then llmq's record says so, and it is asked again.
+                for left in reversed(range(3 if form == "caddy" else 1)):
+                    before = len(recent)
+                    try:
+                        await assert_comes_piecewise(fake, await connect(port, way), BASE + path)
+                        break
+                    except (EOFError, OSError):
+                        await eventually(lambda seen=before: len(recent) > seen)
+                        if not left or recent[-1].outcome != "client_left":
+                            raise
+
+
+async def assert_comes_piecewise(fake: FakeBackend, raw: Raw, path: str) -> None:
+    async with raw:
+        await raw.send(http("POST", path, JSON, json.dumps(chat("hi", stream=True)).encode()))
+        request = await fake.arrived()
+        await request.start_stream()
+        for word in (" one", " two", " three"):
+            await request.piece(word)
+            await raw.until(word.encode())
+        await request.finish_stream()
 
 
 async def test_events_come_as_they_happen_through_a_proxy(
