@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 20 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 27: the life of one request.
+The map.  A section uses only what stands above it; nothing above 21 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -32,36 +32,46 @@ reads a clock.  Start reading at `Gateway.serve` in section 27: the life of one 
     10. Fleet          all of them: where there is room, and which is picked
     11. Scheduler      who goes next
     12. Forecast       when, and why not yet
+    13. Cache          what was answered before
   C  HTTP
-    13. Messages       bytes to heads and bodies, and back
-    14. Bodies         JSON read without losing a byte of it
-    15. Dialects       what all of them share: errors, streams, questions
-    16. OpenAI         its endpoints, its errors, how its streams end
-    17. Ollama         the same for Ollama's own routes
-    18. Anthropic      the same for messages
-    19. Translation    one dialect in the words of another
-    20. Streams        how a coroutine reads a connection, and is woken
-    21. Server         sockets towards the clients; whom a call answers
-    22. Upstream       sockets towards the runners
+    14. Messages       bytes to heads and bodies, and back
+    15. Bodies         JSON read without losing a byte of it
+    16. Dialects       what all of them share: errors, streams, questions
+    17. OpenAI         its endpoints, its errors, how its streams end
+    18. Ollama         the same for Ollama's own routes
+    19. Anthropic      the same for messages
+    20. Translation    one dialect in the words of another
+    21. Streams        how a coroutine reads a connection, and is woken
+    22. Replies        whom a call answers: an exchange, several at once, a store
+    23. Server         sockets towards the clients
+    24. Upstream       sockets towards the runners
   D  The gateway
-    23. Probes         what a backend has and how it does
-    24. Calls          one request on its way, and its answer from a backend
-    25. Records        what remains of it: log, metrics, the latest
-    26. Admission      from a request to a call that may wait
-    27. Gateway        the life of one request
-    28. Models         what there is, and its management
-    29. Leases         a device as a whole, for work that is no request
-    30. Store          what outlives a restart: one SQLite file, one thread
-    31. Background     what runs beside the requests: deadlines, heartbeats
+    25. Probes         what a backend has and how it does
+    26. Calls          one request on its way, and its answer from a backend
+    27. Records        what remains of it: log, metrics, the latest
+    28. Store          what outlives a restart: one SQLite file, one thread
+    29. Recall         what was answered before, or is being answered
+    30. Jobs           what may be answered later, kept until it is
+    31. Admission      from a request to a call that may wait
+    32. Gateway        the life of one request
+    33. Models         what there is, and its management
+    34. Leases         a device as a whole, for work that is no request
+    35. Runs           how jobs run: a few at a time, as calls
+    36. Batches        OpenAI's files and batches, of jobs
+    37. Changes        what is changed at run time
+    38. Background     what runs beside the requests: deadlines, heartbeats
+    39. Webhooks       whom else it tells what happens
   E  Doors
-    32. Access         which names, pages and keys may use a route
-    33. Snapshot       what the outside sees
-    34. Routes         which path leads where
-    35. Demo           a runner that only echoes
-    36. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    37. Service        start, reload, drain, stop
-    38. Command line   what a person types: serve, status, top, key and the others
-    39. Web page       what a browser is shown
+    40. Access         which names, pages and keys may use a route
+    41. Snapshot       what the outside sees
+    42. Job routes     what clients ask of jobs, files and batches
+    43. Handlers       what is answered at once
+    44. Routes         which path leads where
+    45. Demo           a runner that only echoes
+    46. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    47. Service        start, reload, drain, stop
+    48. Command line   what a person types: serve, status, top, key and the others
+    49. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -85,6 +95,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import io
 import ipaddress
 import json
 import logging
@@ -131,7 +142,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 15 turns errors into bytes.
+# `render_error` of section 16 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -152,6 +163,7 @@ ERRORS = {
     "method_not_allowed": ErrorRow(405),
     "request_timeout": ErrorRow(408),
     "conflict": ErrorRow(409),
+    "gone": ErrorRow(410, should_retry=False),
     "body_too_large": ErrorRow(413),
     "uri_too_long": ErrorRow(414),
     "unsupported_media_type": ErrorRow(415),
@@ -493,6 +505,7 @@ Tokens = str  # a number of them, or "fit"
 KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
 Url = str  # a base URL without query, credentials, /v1 or slash at its end
 OptionalUrl = str  # the same, or empty
+HookUrl = str  # a whole one, which may have a secret in it
 File = str  # where one is
 BasePath = str  # empty, or a path with a slash before it and none behind
 Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
@@ -592,6 +605,23 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    embeddings: bool = setting(True, "answer embeddings from memory that were asked for before")
+    chat: bool = setting(False, "the same of unstreamed answers at temperature 0, without tools")
+    max_bytes: Size = setting(64 * MIB, "memory for answers")
+    embeddings_ttl: Duration = setting(86400.0, "longest that embeddings are kept")
+    chat_ttl: Duration = setting(300.0, "longest that other answers are kept")
+    persist: bool = setting(False, "keep answers in the state file, over a restart")
+
+
+@dataclass(frozen=True)
+class JobsSettings:
+    result_ttl: Duration = setting(86400.0, "results, batches and files are kept", minimum=SHORT)
+    max_attempts: int = setting(2, "times that a job is begun, crashes among them", minimum=1)
+    max_bytes: Size = setting(1024 * MIB, "the state file, with which new jobs are refused")
+
+
+@dataclass(frozen=True)
 class DeviceSettings:
     """[devices.NAME]: what backends on one host share, one GPU usually."""
 
@@ -680,6 +710,21 @@ class RuleSettings:
     class_: str = setting("", "the class that it gives", choices=CLASSES)
 
 
+EVENTS = (
+    "queue.full", "queue.high_watermark", "queue.drained", "host.unhealthy", "host.recovered",
+    "job.done",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WebhookSettings:
+    """[webhooks.NAME]: a service that is told what happens."""
+
+    url: HookUrl = setting("", "where each event is posted to, as JSON", secret=True)
+    events: Names = setting((), "of " + ", ".join(EVENTS) + "; none: all")
+    secret: Key = setting("", "signs what is sent: X-LLMQ-Signature", secret=True)
+
+
 @dataclass(frozen=True)
 class IpSettings:
     blocked: Addresses = setting((), "addresses that are refused")
@@ -715,6 +760,8 @@ class Settings:
     upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
     log: LogSettings = field(default_factory=LogSettings)
     ips: IpSettings = field(default_factory=IpSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    jobs: JobsSettings = field(default_factory=JobsSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
     clients: dict[str, ClientSettings] = field(default_factory=dict)
@@ -722,6 +769,7 @@ class Settings:
     ports: dict[str, PortSettings] = field(default_factory=dict)  # by number
     models: dict[str, ModelSettings] = field(default_factory=dict)  # by name or pattern
     rules: dict[str, RuleSettings] = field(default_factory=dict)  # by number, the first first
+    webhooks: dict[str, WebhookSettings] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
 
     def slots_of(self, device: str) -> int:
@@ -762,6 +810,7 @@ ROW_TABLES: dict[str, Any] = {
     "ports": PortSettings,
     "models": ModelSettings,
     "rules": RuleSettings,
+    "webhooks": WebhookSettings,
 }
 OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
 TABLES: dict[str, Any] = {
@@ -797,7 +846,10 @@ class Setting(NamedTuple):
     @property
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
-        name = {"log": f"log_{name}", "ips": f"{name}_ips"}.get(table, name)  # unlike all others
+        if table in ("log", "cache", "jobs"):
+            name = f"{table}_{name}"
+        elif table == "ips":
+            name += "_ips"
         one = re.sub("ie$", "y", name[:-1]) if self.type in ("Names", "Addresses") else name
         return "--" + one.replace("_", "-")
 
@@ -822,7 +874,7 @@ def known_settings(tables: Mapping[str, Any] = TABLES) -> Iterator[Setting]:
 TEXTS = {  # what may be in a file of its own
     row.key.partition(".")[2]
     for row in known_settings({**TABLES, **ROW_TABLES})
-    if row.type in ("str", "Key", "KeyHash", "Url", "OptionalUrl")
+    if row.type in ("str", "Key", "KeyHash", "Url", "OptionalUrl", "HookUrl")
 }
 
 
@@ -888,6 +940,13 @@ def parse_base(raw: Any) -> BasePath:
 
 def parse_optional_url(raw: Any) -> OptionalUrl:
     return parse_url(raw, ending="") if raw else ""
+
+
+def parse_hook(raw: Any) -> HookUrl:
+    text = parse_text(raw)
+    if not re.fullmatch(r"https?://[^/?#\s@]+([/?][\x21-\x7e]*)?", text):
+        raise ValueError("wants a url like https://host/path, without a user in it")
+    return text
 
 
 def parse_url(raw: Any, ending: str = "/v1") -> Url:
@@ -965,6 +1024,7 @@ TYPES = {
     "KeepAlive": SettingType(parse_keep_alive, {"metavar": "TIME"}),
     "Url": SettingType(parse_url, {"metavar": "URL"}),
     "OptionalUrl": SettingType(parse_optional_url, {"metavar": "URL"}),
+    "HookUrl": SettingType(parse_hook, {"metavar": "URL"}),
     "BasePath": SettingType(parse_base, {"metavar": "PATH"}),
     "Networks": SettingType(parse_networks, {"metavar": "NETWORK"}, ", ".join),
     "Rate": SettingType(parse_rate, {"metavar": "N/TIME"}),
@@ -986,7 +1046,7 @@ def parse_value(source: str, row: Setting, raw: Any) -> Any:
             raise ValueError("a port is at most 65535")
     except ValueError as error:
         place = f"{source}: {row.flag}" if source == "command line" else f"{source}:"
-        secret = row.type in ("Url", "OptionalUrl", "Key", "KeyHash", "Sent")  # so may a url
+        secret = row.type in ("Url", "OptionalUrl", "HookUrl", "Key", "KeyHash", "Sent")
         written = "" if secret else f" = {printable(str(raw), 60)}"
         raise ConfigError(f"{place} {row.key}{written}: {error}") from None
     return value
@@ -1121,6 +1181,9 @@ def parse_row(source: str, table: str, name: str, values: Any) -> Any:
         vars(row)["said"] = tuple(values)
     if isinstance(row, GrantSettings):
         check_grant(where, name, row)
+    odd = [one for one in getattr(row, "events", ()) if one not in EVENTS]
+    if odd:
+        raise ConfigError(f"{where}.events: {misspelt('event', odd[0], EVENTS)}")
     return row
 
 
@@ -1203,6 +1266,7 @@ METRICS = (
     Metric("llmq_total_seconds", "histogram", ("model",), "from arrival to a good end"),
     Metric("llmq_tokens_in_total", "counter", WHO, "tokens of prompts, as the runner tells"),
     Metric("llmq_tokens_out_total", "counter", WHO, "tokens of answers, as the runner tells"),
+    Metric("llmq_cache_total", "counter", ("result",), "cache: hit, joined or miss"),
     Metric("llmq_rejected_total", "counter", ("reason",), "refused, at the door or as too many"),
     Metric("llmq_cancels_total", "counter", ("by",), "requests given up, by client or order"),
     Metric("llmq_retries_total", "counter", ("backend",), "attempts there that had to be repeated"),
@@ -1802,6 +1866,8 @@ class Backend:
         self.next_probe = 0.0  # when it is to be probed, monotonic
         self.models_known = False  # it has told its models at least once
         self.models: dict[str, list[str]] = {}  # model key -> names as the backend spells them
+        self.digests: dict[str, str] = {}  # model key -> what tells its state, as Ollama lists it
+        self.lists = 0  # counts up with each other list of models, and each time it was down
         self.report: Report | None = None
         self.last_received = float("-inf")  # when it last sent bytes of an answer, monotonic
         self.used = 0.0  # when it was last given a request
@@ -1874,6 +1940,10 @@ class Backend:
     def may_have(self, key: str) -> bool:
         """Whether it has the model, or has never told which it has."""
         return not self.models_known or self.has(key)
+
+    def version(self, key: str) -> str:
+        """Of a model here: its digest, or how often it may have become another."""
+        return self.digests.get(key) or f"{self.name}/{self.lists}"
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -1962,6 +2032,11 @@ class Backend:
             self.unsupported_until = now + UNSUPPORTED_SECONDS
         self.unsupported[route, key if error.for_model else ""] = error.message
 
+    def route_supported(self, route: str | None, key: str) -> None:
+        """It has answered well there, for this model and so at all."""
+        if route is not None and (route, key) not in self.supported:
+            self.supported |= {(route, ""), (route, key)}
+
     def num_ctx(self, key: str) -> int:
         """Tokens of context that the requests for this model share here; 0: the backend's own."""
         return self.contexts.shared(key) if self.traits.native else 0
@@ -1974,6 +2049,13 @@ class Backend:
         if self.state is not State.UP:  # it may have been started anew, as something else
             self.unsupported.clear()
             self.supported.clear()
+        if self.state is not State.UP or self.report is None or self.report.models != report.models:
+            self.lists += 1
+        self.digests = {
+            model_key(str(row.get("name"))): str(row["digest"])
+            for row in report.tags
+            if row.get("digest")
+        }
         self.models_known, self.report = True, report
         self.become_kind(report.kind)
         self.models = {}
@@ -2395,6 +2477,13 @@ class Fleet:
             backend.contexts.policy = self.policy if settings.models else None
         self.drop_unused()
 
+    def version(self, key: str) -> str:
+        """Tells one state of a model from another, over all backends that may be asked for it."""
+        only = self.policy(key).backends
+        having = [one for one in self.backends.values() if one.has(key)]
+        able = [one for one in having if not only or one.name in only]
+        return " ".join(sorted({one.version(key) for one in able}))
+
     def serving(self, want: Want) -> list[Backend]:
         """Every backend that has the model and a route, or may have them, whatever its state."""
         key, routes, pinned = want.model, want.routes, want.backend
@@ -2605,6 +2694,7 @@ class Backlog:
         self.waiting: dict[str, Ticket] = {}
         self.running: dict[str, Ticket] = {}
         self.queued_bytes = 0
+        self.most_waiting = 0  # at once, since somebody looked
         self.service = Average()  # seconds that a request runs
         self.services: dict[tuple[Any, ...], Average] = {}  # by model key, device and kind
         # By class and model key, so that a pick need not look at models that cannot start.
@@ -2637,6 +2727,7 @@ class Backlog:
             groups[want] = Group(want, priority)
         groups[want].add(ticket)
         self.waiting[ticket.id] = ticket
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
         self.queued_bytes += ticket.size
         client.waiting += 1
         client.account.waiting += 1
@@ -2810,6 +2901,13 @@ class Scheduler(Backlog):
             self._join(ticket)
             self._start(ticket, backend, now, fair=True)
         return backend
+
+    def may_start(self, ticket: Ticket) -> bool:
+        """Whether a new ticket would start at once."""
+        client, urgent = ticket.client, ticket.priority is Priority.HIGH
+        if self.waiting or client.at_cap or not self._may_start(ticket.priority):
+            return False
+        return bool(self.fleet.candidates(ticket.want, urgent=urgent))
 
     def _arrive(self, ticket: Ticket, now: float) -> None:
         if ticket.state is not TicketState.NEW:
@@ -3304,7 +3402,94 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 13. Messages ================================================================================
+# ==== 13. Cache ===================================================================================
+# What was answered before.  A key tells apart all that can make an answer another: the route, each
+# member of the body, what is configured for the model, and which model it is.  Full of bytes, it
+# lets go of what was not asked for longest.
+
+ENTRY_BYTES = 300  # of memory that an answer takes besides its own
+UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
+MOST_OF_CACHE = 8  # one answer has at most this part of its bytes
+
+
+class Answer(NamedTuple):
+    body: bytes
+    type: str
+    until: float  # seconds since 1970: it is for all who start after a restart, too
+
+
+def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
+    """The key of what a body is answered with, where all that is `told` besides is the same."""
+    asked = {name: value for name, value in values.items() if name not in UNTELLING}
+    text = json.dumps([*map(str, told), asked], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def is_settled(values: Mapping[str, Any]) -> bool:
+    """Whether a request for a chat says all of how it is answered: nothing is left to chance."""
+    options = values.get("options")
+    asked = {**options, **values} if isinstance(options, dict) else values
+    heat = asked.get("temperature")
+    cold = type(heat) in (int, float) and heat == 0
+    return cold and not (values.get("tools") or values.get("functions"))
+
+
+def was_cut(document: Mapping[str, Any]) -> bool:
+    """Whether an answer ended because it was long enough, in whichever dialect."""
+    choices = document.get("choices")
+    rows = [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    reasons = [row.get("finish_reason") for row in rows]
+    reasons += [document.get("done_reason"), document.get("stop_reason")]
+    return not {"length", "max_tokens"}.isdisjoint(filter(None, map(str, reasons)))
+
+
+class Cache:
+    """Answers by key, the last to be asked for at the end; never more bytes than they may have."""
+
+    def __init__(self) -> None:
+        self.answers: OrderedDict[bytes, Answer] = OrderedDict()
+        self.size = 0  # bytes
+        self.noting = False  # what changes is noted, for whoever keeps it on a disk
+        self.changed: dict[bytes, Answer | None] = {}  # None: it is gone
+
+    def get(self, key: bytes, now: float) -> Answer | None:
+        answer = self.answers.get(key)
+        if answer is None or answer.until <= now:
+            return None
+        self.answers.move_to_end(key)
+        return answer
+
+    def put(self, key: bytes, answer: Answer, most: int) -> None:
+        """Keep an answer among at most so many bytes of them; one that is too long is not kept."""
+        self.drop(key)
+        size = len(answer.body) + ENTRY_BYTES
+        if size > most // MOST_OF_CACHE:
+            return
+        self.answers[key] = answer
+        self.size += size
+        if self.noting:
+            self.changed[key] = answer
+        self.fit(most)
+
+    def fit(self, most: int) -> None:
+        """Have at most so many bytes."""
+        while self.size > most:
+            self.drop(next(iter(self.answers)))
+
+    def drop(self, key: bytes) -> None:
+        answer = self.answers.pop(key, None)
+        if answer is not None:
+            self.size -= len(answer.body) + ENTRY_BYTES
+            if self.noting:
+                self.changed[key] = None
+
+    def expire(self, now: float) -> None:
+        """Let go of what is too old."""
+        for key in [key for key, answer in self.answers.items() if answer.until <= now]:
+            self.drop(key)
+
+
+# ==== 14. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -3600,7 +3785,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 14. Bodies ==================================================================================
+# ==== 15. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -3608,7 +3793,7 @@ def render_chunk(payload: bytes) -> bytes:
 DEPTH_LIMIT = 100  # of nested arrays and objects; Pythons differ in what they survive
 NAME_LIMIT = 1024  # characters of a top-level member's name
 MEMBERS_LIMIT = 1000  # of the top level
-EXTENSIONS = ("priority", "numCtx")  # llmq's own fields, never shown to a backend
+EXTENSIONS = ("priority", "numCtx", "router")  # llmq's own fields, never shown to a backend
 REPLACED = ("model", "options")  # what a backend may be told in other words
 MODEL_LENGTH = 512
 # RFC 8259 s.2 and s.4: an object's brace (and the one that closes an empty one), a member's name
@@ -3987,7 +4172,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 15. Dialects ================================================================================
+# ==== 16. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -4486,7 +4671,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 16. OpenAI ==================================================================================
+# ==== 17. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -4536,7 +4721,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 17. Ollama ==================================================================================
+# ==== 18. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -4585,7 +4770,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 18. Anthropic ===============================================================================
+# ==== 19. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -4653,7 +4838,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 19. Translation =============================================================================
+# ==== 20. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -5224,7 +5409,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 20. Streams =================================================================================
+# ==== 21. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -5513,23 +5698,22 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 21. Server ==================================================================================
-# The clients' side.  A connection serves one request after the other, an exchange is one of them
-# and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
-# four times a second: a timer per request costs more and says no more.
+# ==== 22. Replies =================================================================================
+# Whom a call answers: it never sees a connection.  An exchange is one request of a connection and
+# its answer; other replies are kept, are for several who asked the same, or for nobody.
 
-ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
 UNREAD_BODY = 64 * KIB  # a refused request's body up to here is read and dropped, not cut off
 COPIED = 64 * KIB  # of an answer that leaves in one write with its head; a longer one in two
-HANDSHAKE_SECONDS = 3.0  # of TLS: until it has ended, a connection is in no count
-TLS_LOOK_SECONDS = 0.1  # between two looks at what TLS has sent
-LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
-SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
-IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
 STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or nginx holds it back
 NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
-BACKLOG = 1024  # connections that the kernel holds for us
-ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
+
+
+class Phase(enum.Enum):
+    IDLE = "idle"  # between requests
+    HEAD = "head"  # a part of one is here
+    BODY = "body"
+    BUSY = "busy"  # the request is being answered
+    LINGER = "linger"
 
 
 class Exchange:
@@ -5541,8 +5725,8 @@ class Exchange:
         "unread", "wrong_key",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection, request: Request) -> None:
-        self.connection = connection
+    def __init__(self, connection: Any, request: Request) -> None:
+        self.connection = connection  # of the next section
         self.request = request
         self.caller = NOBODY
         self.is_plain = False  # the answer is another service's: llmq says nothing of its own
@@ -5560,7 +5744,8 @@ class Exchange:
 
     @property
     def waiter(self) -> Waiter:
-        return self.connection.stream.waiter  # of the coroutine that a call runs in
+        waiter: Waiter = self.connection.stream.waiter  # of the coroutine that a call runs in
+        return waiter
 
     @property
     def started(self) -> bool:
@@ -5569,7 +5754,7 @@ class Exchange:
     @property
     def gone(self) -> bool:
         """The client has left: on TCP a half-close looks the same, and counts the same."""
-        return self.connection.stream.ended
+        return bool(self.connection.stream.ended)
 
     def watch(self, left: Callable[[], object] | None = None) -> None:
         """Until the answer's end nothing hides that the client leaves: that wakes the waiter.
@@ -5708,7 +5893,7 @@ class Exchange:
     @property
     def blocked(self) -> bool:
         """More than ANSWER_BUFFER is unsent, or the client has not caught up since."""
-        return self.connection.stream.full
+        return bool(self.connection.stream.full)
 
     async def catch_up(self) -> None:
         """Wait until a client that is far behind has caught up; ClientLeft when it does not."""
@@ -5719,6 +5904,204 @@ class Exchange:
 
     def abort(self) -> None:
         self.connection.stream.abort()
+
+
+class Nobody:
+    """A Reply to nobody: of what llmq asks a runner by itself."""
+
+    status, gone, started, blocked = 0, False, False, False
+
+    def __init__(self) -> None:
+        self.waiter = Waiter()
+
+    def ignore(self, *_: object, **__: object) -> None: ...
+
+    watch = start = send = finish = fail = respond = abort = ignore
+
+    async def nothing(self, *_: object) -> Any: ...
+
+    read_body = catch_up = nothing
+
+
+class Kept:
+    """A Reply that is kept: the answer of a job, which nobody waits for."""
+
+    blocked = False
+
+    def __init__(self, body: bytes, started: Callable[[], object]) -> None:
+        self.waiter = Waiter()
+        self.status, self.type = 0, ""
+        self.body = body  # of the request
+        self.gone = False  # it is not wanted any more
+        self._answer: list[bytes] = []
+        self._head = (0, "")  # waits for the first bytes of its body
+        self._on_start = started  # told when a runner is asked
+        self._left: Callable[[], object] | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.status != 0
+
+    @property
+    def answer(self) -> bytes:
+        return b"".join(self._answer)
+
+    def watch(self, left: Callable[[], object] | None = None) -> None:
+        self._left = left
+        if left is not None:
+            self._on_start()
+
+    def leave(self) -> None:
+        """It is not wanted any more, as when a client leaves."""
+        self.gone = True
+        self.waiter.wake()
+        if self._left is not None:
+            self._left()
+
+    async def read_body(self, _limit: int) -> bytes:
+        return self.body
+
+    def respond(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        headers: Pairs = (),  # noqa: ARG002 - a result has none of its own
+    ) -> None:
+        self.status, self.type, self._answer = status, content_type, [body]
+
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:  # noqa: ARG002
+        self._head = status, content_type
+
+    def send(self, data: bytes) -> None:
+        self.status, self.type = self._head
+        self._answer.append(data)
+
+    def finish(self, data: bytes = b"") -> None:
+        self.send(data)
+
+    def fail(self, data: bytes) -> None:
+        self.send(data)
+
+    async def catch_up(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Shared:
+    """A Reply to several clients that asked the same: one runs for all, each has its own answer.
+
+    The first is answered as it would be alone.  The others wait in `join`, and are told by it what
+    the answer is; who leaves harms nobody, and the last who leaves ends the run.
+    """
+
+    blocked = False  # it is no stream
+
+    def __init__(self, first: Exchange) -> None:
+        self.first = first
+        self.waiter = first.waiter
+        self.others: list[Exchange] = []
+        self.answer: tuple[bytes, str] | None = None  # once it is whole and good, and its type
+        self.error: LlmqError | None = None
+        self.ended = False
+        self._left: Callable[[], object] | None = None
+        self._head: tuple[int, str] | None = None
+
+    @property
+    def status(self) -> int:
+        return self.first.status
+
+    @property
+    def started(self) -> bool:
+        return self._head is not None
+
+    @property
+    def gone(self) -> bool:
+        return self.first.gone and all(other.gone for other in self.others)
+
+    def watch(self, left: Callable[[], object] | None = None) -> None:
+        self._left = left
+        self.first.watch(self.look)
+
+    def look(self) -> None:
+        """Somebody may have left."""
+        if self.gone and self._left is not None:
+            self._left()
+
+    async def join(self, other: Exchange) -> None:
+        """Wait with the others until the run has ended; ClientLeft when this one leaves."""
+        self.others.append(other)
+        try:
+            other.watch(self.look)
+            if self._head is not None:
+                other.start(*self._head)
+            while not self.ended:
+                await other.waiter
+                if other.gone:
+                    raise ClientLeft("the client left")
+        finally:
+            self.others.remove(other)
+            self.look()
+
+    def end(self, error: LlmqError | None) -> None:
+        """The run has ended, with the answer or with this error."""
+        self.error, self.ended = error, True
+        for other in self.others:
+            other.waiter.wake()
+
+    async def read_body(self, limit: int) -> bytes:
+        return await self.first.read_body(limit)
+
+    def respond(
+        self, status: int, body: bytes, content_type: str = "application/json", headers: Pairs = ()
+    ) -> None:
+        if status == HTTPStatus.OK:
+            self.answer = body, content_type
+        if not self.first.gone:
+            self.first.respond(status, body, content_type, headers)
+
+    def start(self, status: int, content_type: str, headers: Pairs = ()) -> None:
+        self._head = status, content_type
+        self.first.start(status, content_type, headers)
+        for other in self.others:
+            other.start(status, content_type)
+
+    def send(self, data: bytes) -> None:
+        """A sign of life: nothing else comes in pieces."""
+        for each in (self.first, *self.others):
+            if not each.gone:
+                each.send(data)
+
+    def finish(self, data: bytes = b"") -> None:
+        self.answer = data, self._head[1] if self._head else ""
+        if not self.first.gone:
+            self.first.finish(data)
+
+    def fail(self, data: bytes) -> None:
+        self.first.fail(data)
+
+    async def catch_up(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+Reply = Union[Exchange, Nobody, Kept, Shared]
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+# ==== 23. Server ==================================================================================
+# The clients' side.  A connection serves one request after the other, an exchange is one of them
+# and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
+# four times a second: a timer per request costs more and says no more.
+
+ANSWER_BUFFER = 4 * MIB  # of an answer that a slow client may leave here before the runner waits
+HANDSHAKE_SECONDS = 3.0  # of TLS: until it has ended, a connection is in no count
+TLS_LOOK_SECONDS = 0.1  # between two looks at what TLS has sent
+LINGER_SECONDS = 2.0  # for a client to hang up first, so that no reset destroys its answer
+SPARE_CONNECTIONS = 8  # above the cap, for /health and to say 503
+IDLE_GRACE = 0.5  # seconds in which a connection may be idle although others want its place
+BACKLOG = 1024  # connections that the kernel holds for us
+ACCEPT_BURST = 4  # accepted in one turn of the loop; hanging up on one takes a few turns
 
 
 async def other_user(transport: asyncio.BaseTransport) -> str:
@@ -5747,35 +6130,6 @@ def peer_uid(peer: Sequence[Any], own: Sequence[Any]) -> int:
     if state != 1:  # whose it was is not known of what is no longer connected
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return int(uid)
-
-
-class Nobody:
-    """A Reply to nobody: of what llmq asks a runner by itself."""
-
-    status, gone, started, blocked = 0, False, False, False
-
-    def __init__(self) -> None:
-        self.waiter = Waiter()
-
-    def ignore(self, *_: object, **__: object) -> None: ...
-
-    watch = start = send = finish = fail = respond = abort = ignore
-
-    async def nothing(self, *_: object) -> Any: ...
-
-    read_body = catch_up = nothing
-
-
-Reply = Union[Exchange, Nobody]  # whom a call answers: it never sees the connection
-Handler = Callable[[Exchange], Awaitable[None]]
-
-
-class Phase(enum.Enum):
-    IDLE = "idle"  # between requests
-    HEAD = "head"  # a part of one is here
-    BODY = "body"
-    BUSY = "busy"  # the request is being answered
-    LINGER = "linger"
 
 
 class Connection:
@@ -6100,7 +6454,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 22. Upstream ================================================================================
+# ==== 24. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -6369,7 +6723,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 23. Probes ==================================================================================
+# ==== 25. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -6684,7 +7038,7 @@ class Discovery:
             self.configure()
 
 
-# ==== 24. Calls ===================================================================================
+# ==== 26. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -6705,6 +7059,10 @@ def relayed_lines(headers: Headers, names: Names = RELAYED_REQUEST) -> bytes:
     return "".join(lines).encode("latin-1")
 
 
+SESSION_HEADERS = {
+    "x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity",
+    "x-openwebui-chat-id",
+}  # fmt: skip
 NEVER_RELAYED = {*KEY_FIELDS, *OWN_FIELDS, *RELAYED_REQUEST}  # or in any case
 UNASKED = re.compile("cookie|origin|x-llmq-.*|x-queue-priority")  # which `*` does not mean
 
@@ -6818,6 +7176,11 @@ class Call:
     heartbeats = 0  # that it got
     patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
+    job = ""  # the job that it is
+    later = ""  # when it may be answered later as a job: ALWAYS or BUSY
+    asked: tuple[Headers, bytes] = (NO_HEADERS, b"")  # fields and body, to be asked anew then
+    answer_key = b""  # of its answer in the cache; empty: it is not kept
+    recalled = ""  # what the cache did for it: hit, joined or miss
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -6983,7 +7346,7 @@ class Call:
         self.answer_headers = tuple([(name, told[name]) for name in relayed])
         source = self.translator.source if self.translator else self.endpoint.dialect
         if self.question.stream and source.is_stream(kind):
-            self.route_supported(backend)
+            backend.route_supported(self.route_asked, self.ticket.model)
             self.watch = StreamWatch(source)
             kind = self.endpoint.dialect.stream_type if self.translator else kind
             if not self.reply.started:  # by a heartbeat
@@ -6992,7 +7355,7 @@ class Call:
         else:
             answer = await upstream.read_rest(limits.max_answer, received)
             check_route_known(answer)
-            self.route_supported(backend)
+            backend.route_supported(self.route_asked, self.ticket.model)
             self.answer = answer
         self.answer_type = kind
 
@@ -7007,12 +7370,6 @@ class Call:
             words = error_text(error_of(parse_json(error.message.encode())))
             return LlmqError(words or error.message, "context_length_exceeded")
         return error
-
-    def route_supported(self, backend: Backend) -> None:
-        """The route at hand has been answered well, for this model and so at all."""
-        route = str(self.route_asked)
-        if (route, self.ticket.model) not in backend.supported:
-            backend.supported |= {(route, ""), (route, self.ticket.model)}
 
     async def relay(
         self, watch: StreamWatch, upstream: Upstream, received: Callable[[], None]
@@ -7114,10 +7471,11 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 25. Records =================================================================================
+# ==== 27. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
+EVENTS_KEPT = 1000  # until webhooks send them
 RECENT = 50  # ended requests that the snapshot shows
 CANCELS = {"client_left": "client", "cancelled": "order"}  # who gave a request up
 
@@ -7142,6 +7500,7 @@ class Record(NamedTuple):
     tokens_in: int | None = None
     tokens_per_s: float | None = None
     cut: bool = False  # the prompt fills its context: it may have lost its front
+    cache: str = ""  # hit, joined or miss
 
     def facts(self) -> dict[str, Any]:
         facts = self._asdict()
@@ -7161,6 +7520,7 @@ class Record(NamedTuple):
             f"model={self.model or '-'} backend={self.backend or '-'} wait={self.wait_s:.3f} "
             f"first={first} total={self.total_s:.3f} tokens_in={tokens_in} tokens_per_s={rate} "
             f"tokens={tokens} outcome={self.outcome}{error}{' cut?' * self.cut}"
+            f"{self.cache and ' cache=' + self.cache}"
         )
 
 
@@ -7191,6 +7551,7 @@ def record_of(call: Call, now: float) -> Record:
         tokens_per_s=source.rate
         or (tokens / (now - since) if tokens and since and now > since else None),
         cut=may_be_cut(call, source.tokens_in or 0),
+        cache=call.recalled,
     )
 
 
@@ -7265,6 +7626,39 @@ def tokens_of(call: Call, record: Record) -> int:
     return (given if asked is None else asked) + (pieces if told is None else told)
 
 
+USED = ("requests", "hits", "tokens_in", "tokens_out", "seconds")
+MOST_USED = 10_000  # clients and models whose use waits to be written; more are one
+
+
+def usage_of(rows: Iterable[tuple[float, Record]]) -> dict[Names, list[float]]:
+    """What was used, by day, client and model: requests, hits, tokens in and out, seconds.
+
+    Each row is a record and when it was written, in seconds since 1970.
+    """
+    used: dict[Names, list[float]] = {}
+    for when, record in rows:
+        if not (record.backend or record.cache) or record.route.startswith("/llmq"):
+            continue  # it has used nothing, or was an order or a lease
+        ran = record.total_s - record.wait_s if record.backend else 0.0
+        hit = int(record.cache in ("hit", "joined"))
+        facts = [1, hit, record.tokens_in or 0, record.tokens or 0, ran]
+        merge_usage(used, {(day_of(int(when)), record.client, record.model): facts})
+    return used
+
+
+def merge_usage(used: dict[Names, list[float]], more: Mapping[Names, list[float]]) -> None:
+    """Add what was used besides; who would be one too many is counted as `other`."""
+    for who, facts in more.items():
+        known = who in used or len(used) < MOST_USED
+        row = used.setdefault(who if known else (who[0], OTHER, OTHER), [0] * len(USED))
+        row[:] = [had + one for had, one in zip(row, facts)]
+
+
+@functools.lru_cache(maxsize=4)
+def day_of(when: int) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(when))
+
+
 def today() -> tuple[str, float]:
     """The day here, and the seconds that are left of it."""
     at = time.localtime()
@@ -7288,6 +7682,9 @@ class Journal:
         self.metrics = metrics
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: Counter[str] = Counter()
+        self.events: deque[Facts] = deque(maxlen=EVENTS_KEPT)  # that webhooks are told
+        self.used: dict[Names, list[float]] = {}  # since it was last written, see `usage_of`
+        self.days: dict[Names, list[float]] = {}  # the same of whole days, the last of them today
         self._lines: list[tuple[float, Record]] = []
 
     def keep(self, record: Record) -> None:
@@ -7295,15 +7692,514 @@ class Journal:
         self.outcomes[record.outcome] += 1
         self._lines.append((time.time(), record))
 
+    def happened(self, event: str, **facts: Any) -> None:
+        """Something that webhooks are told."""
+        self.events.append({"event": event, "timestamp": rfc3339(time.time()), **facts})
+
     def flush(self) -> None:
         """Count and write the latest: together, as each by itself is a tenth of what it costs."""
         if self._lines:
             lines, self._lines = self._lines, []
             count_records(self.metrics, [record for _, record in lines])
+            used = usage_of(lines)
+            merge_usage(self.used, used)
+            for who, facts in used.items():
+                merge_usage(self.days, {who[:1]: facts})
             log.info(Lines(lines))
 
 
-# ==== 26. Admission ===============================================================================
+# ==== 28. Store ===================================================================================
+# What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
+# it, so that the event loop never waits for a disk, and one llmq at a time.
+
+Statement = tuple[str, Any]  # SQL and a tuple of values, or an iterable of such for many rows
+UPGRADES = (  # what makes a file of each schema one of the next: nothing of it is ever changed
+    "CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name));",
+    """CREATE TABLE usage (
+        day TEXT, client TEXT, model TEXT, requests INTEGER, hits INTEGER, tokens_in INTEGER,
+        tokens_out INTEGER, seconds REAL, PRIMARY KEY (day, client, model)) WITHOUT ROWID;
+    CREATE TABLE answers (key BLOB PRIMARY KEY, body BLOB, type TEXT, until REAL) WITHOUT ROWID;
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, batch TEXT, custom TEXT,
+        client TEXT, account TEXT, address TEXT, priority INTEGER, target TEXT, headers TEXT,
+        model TEXT, state TEXT, attempts INTEGER, created REAL, started REAL, ended REAL,
+        status INTEGER, type TEXT, error TEXT, body BLOB, answer BLOB);
+    CREATE INDEX jobs_by_state ON jobs (state, priority, client, number);
+    CREATE INDEX jobs_by_batch ON jobs (batch, state, number);
+    CREATE TABLE files (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, client TEXT, account TEXT,
+        name TEXT, purpose TEXT, created REAL, bytes INTEGER, batch TEXT, content BLOB);
+    CREATE TABLE batches (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, client TEXT, account TEXT,
+        created REAL, ended REAL, state TEXT, input TEXT, facts TEXT);""",
+)
+ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
+KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
+FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
+FILLED = """SELECT (page_count - freelist_count) * page_size
+    FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
+NO_STATE = "llmq keeps no state here: it was started so, see --state"
+
+
+class Store:
+    """The file; `insufficient_storage` where something cannot be kept.
+
+    What is to be `safe` is on the disk when its method returns.  All else is there as soon as the
+    system writes it: a crash of llmq does not lose it, one of the box may lose the last seconds.
+    """
+
+    def __init__(self, path: str) -> None:
+        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
+        self._thread = ThreadPoolExecutor(1)
+        self._database: Any = None
+
+    async def load(self) -> dict[str, dict[str, Facts]]:
+        """What was kept, by kind and name; nothing where one line says what is wrong with it."""
+        kept: dict[str, dict[str, Facts]] = {}
+        if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
+            try:
+                for kind, name, facts in await self.read("SELECT * FROM changes"):
+                    kept.setdefault(kind, {})[name] = json.loads(facts)
+            except (LlmqError, ValueError) as error:
+                log.warning("state: %s", error)
+        return kept
+
+    @property
+    def is_open(self) -> bool:
+        return self._database is not None
+
+    async def put(self, kind: str, name: str, facts: Facts | None) -> None:
+        """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
+        told = (KEEP, (kind, name, json.dumps(facts))) if facts else (FORGET, (kind, name))
+        if self.path:
+            await self.write(told, safe=True)
+
+    async def read(self, sql: str, *values: Any) -> list[Any]:
+        """What is found; nothing where there is no file."""
+        return await self._do([(sql, values)]) if self.path else []
+
+    async def write(self, *statements: Statement, safe: bool = False) -> list[Any]:
+        """Carry these out, all or none; the rows that the last one gives."""
+        if not self.path:
+            raise LlmqError(NO_STATE, "insufficient_storage")
+        return await self._do(statements, make=True, safe=safe)
+
+    async def close(self) -> None:
+        if self._database is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _do(self, statements: Sequence[Statement], **wanted: bool) -> list[Any]:
+        work = functools.partial(self._execute, statements, **wanted)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # ---- in its thread
+
+    def _execute(
+        self, statements: Sequence[Statement], *, make: bool = False, safe: bool = False
+    ) -> list[Any]:
+        import sqlite3
+
+        try:
+            if self._database is None:
+                if not (make or os.path.exists(self.path)):
+                    return []
+                os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+                self._open()
+            return self._transact(statements, safe=safe)
+        except (OSError, sqlite3.Error) as error:
+            self._close()  # which undoes what was begun
+            why = str(error).replace("database is locked", "another llmq has it")
+            if type(error) is sqlite3.DatabaseError:  # it is broken
+                why += ", set aside as " + self._set_aside()
+        raise LlmqError(f"{self.path}: {why}", "insufficient_storage")
+
+    def _transact(self, statements: Sequence[Statement], *, safe: bool) -> list[Any]:
+        database, rows = self._database, []
+        database.execute(f"PRAGMA synchronous = {'FULL' if safe else 'NORMAL'}")
+        database.execute("BEGIN")
+        for sql, values in statements:
+            if isinstance(values, tuple):
+                rows = database.execute(sql, values).fetchall()
+            else:
+                database.executemany(sql, values)
+        database.execute("COMMIT")
+        return rows
+
+    def _open(self) -> None:
+        """Have it alone, with its tables; OSError where it is not ours to change."""
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        ((version,),) = self._database.execute("PRAGMA user_version")
+        ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
+        if version > len(UPGRADES) or (tables and not version):
+            raise OSError("a newer llmq wrote it, or another program")
+        self._database.executescript(ALONE)
+        for number, sql in enumerate(UPGRADES[version:], version + 1):
+            self._database.executescript(f"BEGIN; PRAGMA user_version = {number}; {sql} COMMIT;")
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+        self._database = None
+
+    def _set_aside(self) -> str:
+        """Another name for a broken file, and for what SQLite keeps beside it."""
+        names = (f"{self.path}.broken-{number}" for number in count(1))
+        free = next(name for name in names if not os.path.exists(name))
+        for end in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                os.replace(self.path + end, free + end)
+        return free
+
+
+# ==== 29. Recall ==================================================================================
+# A request that was answered before is answered before it waits; those that ask the same at one
+# time share one run.  Only whole and good answers are kept.
+
+CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
+OWN_ENDS = (
+    "cancelled",
+    "client_left",
+    "wait_timeout",
+)  # which say nothing to those who share a run
+CACHE_CONTROL = re.compile(r"(?:^|,)[ \t]*(no-store|no-cache)[ \t]*(?:,|$)", re.IGNORECASE)
+
+
+class Recall:
+    """Answers of the cache, and runs that are shared."""
+
+    def __init__(self, settings: Settings, fleet: Fleet, metrics: Metrics, instance: str) -> None:
+        self.settings = settings
+        self.fleet = fleet
+        self.metrics = metrics
+        self.instance = instance  # of this llmq
+        self.cache = Cache()
+        self.runs: dict[bytes, Shared] = {}  # by the key of their answer
+        self.counts: Counter[str] = Counter()  # hits, joined ones and misses
+
+    def is_wanted(self, call: Call, values: Mapping[str, Any], headers: Headers) -> bool:
+        """Whether the call's answer may be one that is kept, or is to be kept."""
+        limits, question, path = self.settings.cache, call.question, call.endpoint.path
+        chats = limits.chat and path in CHATS and not question.stream and is_settled(values)
+        wanted = chats or (limits.embeddings and EMBEDDINGS in call.endpoint.routes)
+        if not wanted or question.skipped or question.done_reason or not values:
+            return False
+        return "no-store" not in CACHE_CONTROL.findall(headers.get("cache-control", "").lower())
+
+    async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
+        """Give the call the key of its answer, if that may be kept."""
+        if not self.is_wanted(call, values, headers):
+            return
+        version = self.fleet.version(call.ticket.model)
+        own = (
+            self.instance if "/" in version else ""
+        )  # no digest: it may be another after a restart
+        more = "" if call.policy is NO_POLICY else repr(call.policy)
+        told: tuple[object, ...] = (
+            call.endpoint.path,
+            call.query,
+            call.question.model,
+            version,
+            own,
+        )
+        told += (call.question.context, self.settings.upstream.num_ctx, more, call.more)
+        told += (call.model, call.ticket.want.backend)
+        find = functools.partial(answer_key, dict(values), *told)
+        call.answer_key = await beside(find, heavy=len(call.question.body) > WATCHED_LINE)
+        if "no-cache" in CACHE_CONTROL.findall(headers.get("cache-control", "").lower()):
+            call.recalled = "miss"  # whatever is there
+
+    async def answer(self, call: Call) -> bool:
+        """Answer with what is known, or as another's run is; False where the call has to run."""
+        exchange, key = call.reply, call.answer_key
+        assert isinstance(exchange, Exchange)  # jobs have no key
+        while not call.recalled:
+            known, run = self.cache.get(key, time.time()), self.runs.get(key)
+            if known is not None:
+                self.tell(call, exchange, "hit", known.body, known.type)
+                return True
+            if run is None:
+                break
+            await run.join(exchange)
+            if run.answer is not None:
+                self.tell(call, exchange, "joined", *run.answer)
+                return True
+            if run.error is not None and run.error.code not in OWN_ENDS:
+                raise run.error
+        call.recalled = "miss"
+        self.count("miss")
+        exchange.headers += (("X-Cache", "MISS"),)
+        call.reply = Shared(exchange)
+        self.runs.setdefault(key, call.reply)
+        return False
+
+    def count(self, how: str) -> None:
+        self.counts[how] += 1
+        self.metrics.add("llmq_cache_total", how)
+
+    def tell(self, call: Call, exchange: Exchange, how: str, body: bytes, kind: str) -> None:
+        call.recalled = how
+        self.count(how)
+        exchange.headers += (("X-Cache", how.upper()),)
+        if exchange.started:
+            exchange.finish(body)
+        else:
+            exchange.respond(200, body, kind, call.headers)
+
+    def end(self, call: Call) -> None:
+        """The call has ended: keep a good answer, and tell all who share the run."""
+        run, limits = call.reply, self.settings.cache
+        if not isinstance(run, Shared):
+            return
+        if self.runs.get(call.answer_key) is run:
+            del self.runs[call.answer_key]
+        if call.error is not None:
+            run.answer = None
+        if run.answer is not None:
+            chats = call.endpoint.path in CHATS
+            ttl = limits.chat_ttl if chats else limits.embeddings_ttl
+            if not (chats and was_cut(parse_json(run.answer[0]) or {})):
+                answer = Answer(*run.answer, time.time() + ttl)
+                self.cache.put(call.answer_key, answer, limits.max_bytes)
+        run.end(call.error)
+
+
+# ==== 30. Jobs ====================================================================================
+# What may be answered later: each job is a row of the store from before its 202 to its end.  A job
+# moves from state to state by one statement that says from which, so that it ends once.
+
+ALWAYS, BUSY = "always", "busy"  # when a request may be answered later
+QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
+    "queued", "running", "succeeded", "failed", "cancelled", "expired",
+)  # fmt: skip
+OPEN_JOB = f"state IN ('{QUEUED}', '{RUNNING}')"
+JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
+ROUTER_MODES = ("async", "sync", "auto")
+
+
+class Job(NamedTuple):
+    """A row of the table of jobs; times are seconds since 1970."""
+
+    id: str
+    batch: str  # that it is a line of, or empty
+    custom: str  # what the batch calls it
+    client: str
+    account: str
+    address: str
+    priority: int
+    target: str  # path and query
+    headers: str  # as JSON
+    model: str
+    created: float
+    body: bytes
+    state: str = QUEUED
+    attempts: int = 0
+    started: float | None = None
+    ended: float | None = None
+    status: int = 0  # of its answer
+    type: str = ""
+    error: str | None = None
+
+
+class Work(NamedTuple):
+    """What a job is to ask: path and query, header fields, body."""
+
+    target: str
+    headers: Headers
+    body: bytes
+    model: str
+    priority: Priority
+
+
+def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Job:
+    return Job(
+        id="job_" + secrets.token_hex(12),
+        batch=batch,
+        custom=custom,
+        client=caller.client,
+        account=caller.account.name,
+        address=caller.address,
+        priority=caller.account.lowered(work.priority),
+        target=work.target,
+        headers=json.dumps(work.headers),
+        model=work.model,
+        created=time.time(),
+        body=work.body,
+    )
+
+
+def batch_line(job: Job, answer: bytes, status: int) -> bytes:
+    """A line of a batch's output: what a job was answered with."""
+    response = {"status_code": status, "request_id": job.id, "body": parse_json(answer)}
+    ident = "batch_req_" + job.id.partition("_")[2]
+    facts = {"id": ident, "custom_id": job.custom, "response": response, "error": None}
+    return render_json(facts) + b"\n"
+
+
+SHOWN_JOB = ", ".join(name for name in Job._fields if name != "body")
+ADD_JOB = "INSERT INTO jobs ({}) VALUES ({})".format(
+    ", ".join(Job._fields), ", ".join("?" * len(Job._fields))
+)
+
+
+def job_of_row(row: Sequence[Any]) -> Job:
+    """A job as SHOWN_JOB has it."""
+    return Job(**{"body": b"", **dict(zip(SHOWN_JOB.split(", "), row))})
+
+
+def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
+    """When a request may be answered later, as it says: ALWAYS, BUSY, or never."""
+    router = values.get("router")
+    if router is not None and not isinstance(router, dict):
+        raise BadRequest("router is an object", param="router")
+    mode, allowed = (router or {}).get("mode"), (router or {}).get("allowAsync")
+    if mode is not None and mode not in ROUTER_MODES:
+        raise BadRequest("router.mode is one of " + ", ".join(ROUTER_MODES), param="router.mode")
+    if allowed is not None and not isinstance(allowed, bool):
+        raise BadRequest("router.allowAsync is true or false", param="router.allowAsync")
+    asked = [one.partition(";")[0].strip() for one in headers.get("prefer", "").lower().split(",")]
+    if mode == "async" or (mode != "sync" and "respond-async" in asked):
+        return ALWAYS
+    return BUSY if allowed and mode != "sync" else ""
+
+
+class Jobs:
+    """The jobs of the store, and those that this llmq runs."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        self.lanes: set[tuple[int, str]] = set()  # class and client of those that may be queued
+        self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those in the scheduler's hands
+        self.news = asyncio.Event()  # there may be one to run
+        self.queued = 0  # in the store, those that run among them
+
+    async def accept(self, call: Call) -> None:
+        """Keep the call for later, and say so: then its client may leave."""
+        exchange, ticket, (headers, body) = call.reply, call.ticket, call.asked
+        assert isinstance(exchange, Exchange)  # of a client
+        priority = Priority.LOW if call.question.priority is None else ticket.priority
+        target = call.route + (f"?{call.query}" if call.query else "")
+        job = new_job(call.caller, Work(target, headers, body, call.model, priority))
+        await self.add([job], len(job.body))
+        place = f"/v1/jobs/{job.id}"
+        told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
+        facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
+        router = {"mode": "async", "position": self.queued}
+        lines = [("Location", place), ("Preference-Applied", "respond-async")]
+        lines.append(("X-LLMQ-Class", Priority(job.priority).word))
+        exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
+
+    async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
+        """Keep new ones, of that many bytes, and what belongs to them: on the disk at its end."""
+        await self.check_room(size)
+        lanes: Counter[tuple[int, str]] = Counter()
+
+        def rows() -> Iterator[Job]:
+            for job in jobs:
+                lanes[job.priority, job.client] += 1
+                yield job
+
+        await self.store.write(*more, (ADD_JOB, rows()), safe=True)
+        self.queued += sum(lanes.values())
+        self.wanted(lanes)
+
+    async def check_room(self, size: int) -> None:
+        """Refuse what the state file is not to grow by."""
+        if not self.store.path:
+            raise LlmqError(NO_STATE, "insufficient_storage")
+        most = self.settings.jobs.max_bytes
+        filled = sum(row[0] for row in await self.store.read(FILLED))
+        if filled + size > most:
+            message = f"jobs and files fill the {most // MIB} MiB that they may, see jobs.max_bytes"
+            raise LlmqError(message, "insufficient_storage")
+
+    def wanted(self, lanes: Iterable[tuple[int, str]]) -> None:
+        self.lanes.update(lanes)
+        self.news.set()
+
+    async def load(self) -> None:
+        """Take up what an earlier llmq has left: what ran there runs again, if it may."""
+        error = "llmq ended while it ran, as often as it may be begun"
+        most, now = self.settings.jobs.max_attempts, time.time()
+        if not (self.store.is_open and await self.store.read("SELECT 1 FROM jobs LIMIT 1")):
+            return
+        await self.store.write(
+            (
+                f"UPDATE jobs SET state = '{FAILED}', error = ?, status = 500, ended = ?"
+                f" WHERE state = '{RUNNING}' AND attempts >= ?",
+                (error, now, most),
+            ),
+            (f"UPDATE jobs SET state = '{QUEUED}' WHERE state = '{RUNNING}'", ()),
+        )
+        count_lanes = "SELECT priority, client, count(*) FROM jobs WHERE state = ? GROUP BY 1, 2"
+        rows = await self.store.read(count_lanes, QUEUED)
+        self.queued = sum(row[2] for row in rows)
+        self.wanted((row[0], row[1]) for row in rows)
+
+    async def next(self, lane: tuple[int, str]) -> Job | None:
+        """The oldest of a lane that waits in the store alone."""
+        marks = ", ".join("?" * len(self.active))
+        rows = await self.store.read(
+            f"SELECT {', '.join(Job._fields)} FROM jobs WHERE state = '{QUEUED}' AND priority = ?"
+            f" AND client = ? AND id NOT IN ({marks}) ORDER BY number LIMIT 1",
+            *lane,
+            *self.active,
+        )
+        return Job(*rows[0]) if rows else None
+
+    async def begin(self, job: Job) -> None:
+        """A runner is asked: an attempt counts from here on."""
+        await self.store.write(
+            (
+                f"UPDATE jobs SET state = '{RUNNING}', attempts = attempts + 1, started = ?"
+                f" WHERE id = ? AND state = '{QUEUED}'",
+                (time.time(), job.id),
+            )
+        )
+
+    async def requeue(self, job: Job, *, counted: bool) -> None:
+        """It waits again; an attempt that ended for no fault of its own does not count."""
+        sql = f"UPDATE jobs SET state = '{QUEUED}', attempts = attempts - ? WHERE id = ?"
+        await self.store.write((f"{sql} AND state = '{RUNNING}'", (int(not counted), job.id)))
+
+    async def end(
+        self, job: Job, state: str, status: int, kind: str, answer: bytes, error: str | None
+    ) -> bool:
+        """A job's end, unless it has had another; whether this was it."""
+        rows = await self.store.write(
+            (
+                "UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,"
+                f" body = NULL WHERE id = ? AND {OPEN_JOB}",
+                (state, status, kind, answer, error, time.time(), job.id),
+            ),
+            ("SELECT changes()", ()),
+        )
+        self.queued -= rows[0][0]
+        return bool(rows[0][0])
+
+    async def expire(self, before: float, kept: float) -> None:
+        """Let go of the results of what ended before this; what has long expired is forgotten."""
+        ends = f"batch = '' AND state NOT IN ('{QUEUED}', '{RUNNING}', '{EXPIRED}')"
+        await self.store.write(
+            (
+                f"UPDATE jobs SET state = '{EXPIRED}', answer = NULL WHERE {ends} AND ended < ?",
+                (before,),
+            ),
+            (f"DELETE FROM jobs WHERE state = '{EXPIRED}' AND ended < ?", (before - kept,)),
+        )
+
+    async def find(self, ident: str) -> Job:
+        rows = await self.store.read(f"SELECT {SHOWN_JOB} FROM jobs WHERE id = ?", ident)
+        if not rows:
+            raise LlmqError(f"there is no job {printable(ident)}", "not_found")
+        return job_of_row(rows[0])
+
+
+# ==== 31. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -7318,12 +8214,6 @@ def check_way(request: Request, instance: str) -> None:
 def check_loop(request: Request, instance: str) -> None:
     if f"llmq-{instance}" in request.headers.get("via", ""):
         raise LlmqError("this request has been through this llmq before", "loop_detected")
-
-
-SESSION_HEADERS = {
-    "x-claude-code-session-id", "x-session-id", "session-id", "x-session-affinity",
-    "x-openwebui-chat-id",
-}  # fmt: skip
 
 
 def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
@@ -7354,11 +8244,14 @@ LEAST_CONTEXT = 4096  # that an Ollama gives a model by itself
 class Admission:
     """Reads requests and gives them tickets."""
 
-    def __init__(self, settings: Settings, monitor: Monitor, clients: Clients) -> None:
+    def __init__(
+        self, settings: Settings, monitor: Monitor, clients: Clients, recall: Recall
+    ) -> None:
         self.settings = settings
         self.monitor = monitor
         self.fleet = monitor.fleet
         self.clients = clients
+        self.recall = recall
         via = f"Via: 1.1 llmq-{monitor.instance}\r\nAccept-Encoding: identity\r\n"
         self.via_lines = via.encode()
 
@@ -7398,8 +8291,23 @@ class Admission:
             await self.check_supported(call, values)
         if self.clients.is_blocked(caller):  # since it came
             raise LlmqError(BLOCKED, "forbidden")
+        if not (call.job or call.blind):
+            await self.look_for_shortcuts(call, request, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
+
+    async def look_for_shortcuts(
+        self, call: Call, request: Request, values: Mapping[str, Any]
+    ) -> None:
+        """Whether the call may be answered later, or with what is known already."""
+        headers = request.headers
+        later = "" if call.caller.foreign else read_later(headers, values)
+        if later:
+            call.later = later
+            told = {name: headers[name] for name in JOB_HEADERS if name in headers}
+            call.asked = {**told, **call.more}, request.body
+        else:
+            await self.recall.find_key(call, values, headers)
 
     def client_of(self, call: Call) -> Client:
         """Who asks; `forbidden` where the model is none of theirs."""
@@ -7554,7 +8462,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 27. Gateway =================================================================================
+# ==== 32. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -7568,8 +8476,11 @@ FORECAST_AHEAD = 0.3  # seconds before that in which whoever shows them has the 
 class Gateway:
     """Lets calls wait, sends them on, and answers them."""
 
-    def __init__(self, settings: Settings, instance: str, now: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, instance: str, now: Callable[[], float], store: Store
+    ) -> None:
         self.settings = settings
+        self.store = store
         self.instance = instance  # random, tells this llmq from others
         self.now = now
         self.started = now()
@@ -7583,7 +8494,9 @@ class Gateway:
         self.fleet.on_load = self.monitor.news.set
         self.added: dict[str, Facts] = {}  # raw rows of [backends], at run time
         self.discovery = Discovery(self.monitor, self.added)
-        self.admission = Admission(settings, self.monitor, self.clients)
+        self.recall = Recall(settings, self.fleet, self.metrics, instance)
+        self.jobs = Jobs(settings, store)
+        self.admission = Admission(settings, self.monitor, self.clients, self.recall)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
         self.changes = 0  # counts up with everything that a snapshot shows
@@ -7601,7 +8514,7 @@ class Gateway:
         try:
             if not call.admitted:
                 await self.admission.admit(call)
-            if call.question.done_reason and await self.admission.answer_load(call):
+            if await self.answer_at_once(call):
                 done = True
                 return
             self.enqueue(call)
@@ -7618,6 +8531,15 @@ class Gateway:
             call.send_error(error)
         finally:
             self.settle(call, done=done)
+
+    async def answer_at_once(self, call: Call) -> bool:
+        """Answer what need not run now: what is kept for later, or known, or only loads a model."""
+        if call.question.done_reason:
+            return await self.admission.answer_load(call)
+        if call.later and (call.later is ALWAYS or not self.scheduler.may_start(call.ticket)):
+            await self.jobs.accept(call)
+            return True
+        return bool(call.answer_key) and await self.recall.answer(call)
 
     def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
@@ -7704,6 +8626,8 @@ class Gateway:
             call.ticket.client.left += left
             call.ticket.client.failed += not left
         self.changes += 1
+        if call.answer_key:
+            self.recall.end(call)
         record, account = record_of(call, self.now()), call.caller.account
         self.journal.keep(record)
         if account.is_metered:
@@ -7828,21 +8752,8 @@ class Gateway:
         self.scheduler.mode = mode
         self.pump()
 
-    def find(self, ident: str) -> Call:
-        if ident not in self.calls:
-            raise LlmqError(f"no request {printable(ident)} is waiting or running", "not_found")
-        return self.calls[ident]
-
     def cancel(self, call: Call) -> None:
         self.stop(call, LlmqError("cancelled on request", "cancelled"))
-
-    def cancel_waiting(self, client: str | None) -> int:
-        """Cancel every waiting request, or those of one client; their number."""
-        waiting = list(self.scheduler.waiting.values())
-        found = [one for one in waiting if client is None or one.client.name == client]
-        for ticket in found:
-            self.cancel(self.calls[ticket.id])
-        return len(found)
 
     def reprioritise(self, call: Call, priority: Priority) -> None:
         if call.ticket.state is not TicketState.WAITING:
@@ -7859,7 +8770,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 28. Models ==================================================================================
+# ==== 33. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -8221,7 +9132,7 @@ class PlainPassthrough(Passthrough):
         return b""
 
 
-# ==== 29. Leases ==================================================================================
+# ==== 34. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
@@ -8323,95 +9234,395 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 30. Store ===================================================================================
-# What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
-# it, so that the event loop never waits for a disk, and one llmq at a time.
+# ==== 35. Runs ====================================================================================
+# How jobs run.  The scheduler has a few of each client and class to choose from, the store has the
+# rest, so that thousands that wait cost no memory.  A job is a call like any other, whose reply is
+# kept.
 
-SCHEMA = 1  # of the file; a later one has more tables
-ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
-CREATE = f"""BEGIN; PRAGMA user_version = {SCHEMA};
-    CREATE TABLE changes (kind TEXT, name TEXT, facts TEXT, PRIMARY KEY (kind, name)); COMMIT"""
-KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
-FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
+FED = 16  # jobs of one client and class that the scheduler has at a time, at least
+MOST_KEPT = 64 * MIB  # of an answer
+JOB_RETRY_SECONDS = 5.0
+# What ends a wait and says nothing of the job: it waits on.
+PATIENT = frozenset((
+    "backend_down", "backend_loading", "overloaded", "queue_full", "shutting_down", "wait_timeout",
+))  # fmt: skip
 
 
-class Store:
-    """The file; `insufficient_storage` where something cannot be kept."""
+class Runner:
+    """Runs the jobs of the store."""
 
-    def __init__(self, path: str) -> None:
-        home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        self.path = os.path.expanduser(path.replace("$XDG_STATE_HOME", home))  # empty: no file
-        self._thread = ThreadPoolExecutor(1)
-        self._database: Any = None
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.jobs = gateway.jobs
+        self.on_end: list[Callable[[Job], Awaitable[None]]] = []
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
 
-    async def load(self) -> dict[str, dict[str, Facts]]:
-        """What was kept, by kind and name; nothing where one line says what is wrong with it."""
-        kept: dict[str, dict[str, Facts]] = {}
-        if self.path and os.path.exists(self.path):  # noqa: ASYNC240 - before anything runs
-            try:
-                for kind, name, facts in await self._do("SELECT * FROM changes"):
-                    kept.setdefault(kind, {})[name] = json.loads(facts)
-            except (LlmqError, ValueError) as error:
-                log.warning("state: %s", error)
-        return kept
+    async def feed(self) -> None:
+        """Wait for news, then give the scheduler what it may choose from."""
+        jobs, devices = self.jobs, self.gateway.fleet.devices.values()
+        await jobs.news.wait()
+        jobs.news.clear()
+        most = max(FED, 2 * sum(device.slots for device in devices))
+        bytes_free = self.gateway.settings.queue.max_queued_bytes // 4
+        for lane in list(jobs.lanes):
+            jobs.lanes.discard(lane)  # before it is looked at: what comes meanwhile is news
+            fed = [job for job, _ in jobs.active.values() if (job.priority, job.client) == lane]
+            left = most - len(fed)
+            while left > 0 and not self.gateway.draining:
+                waiting = sum(len(job.body) for job, _ in jobs.active.values())
+                job = await jobs.next(lane) if waiting <= bytes_free else None
+                if job is None:
+                    break
+                self.start(job)
+                left -= 1
 
-    async def put(self, kind: str, name: str, facts: Facts | None) -> None:
-        """Keep this of a name, or forget it where that is nothing: on disk when it returns."""
-        told = (KEEP, kind, name, json.dumps(facts)) if facts else (FORGET, kind, name)
-        if self.path:
-            await self._do(*told)
+    def start(self, job: Job) -> None:
+        def begun() -> None:
+            if job.id not in self._begun:
+                self._begun[job.id] = asyncio.ensure_future(self.jobs.begin(job))
 
-    async def close(self) -> None:
-        if self._database is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown(wait=False)
+        reply = Kept(job.body, begun)
+        self.jobs.active[job.id] = job, reply
+        task = asyncio.ensure_future(self.run(job, reply))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, *told: str) -> list[Any]:
-        work = functools.partial(self._execute, *told)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    # ---- in its thread
-
-    def _execute(self, sql: str, *values: str) -> list[Any]:
-        import sqlite3
-
+    async def run(self, job: Job, reply: Kept) -> None:
+        """The life of a job from its queue to its end, or to another wait."""
         try:
-            if self._database is None:
-                os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
-                self._open()
-            return list(self._database.execute(sql, values))
-        except (OSError, sqlite3.Error) as error:
-            self._close()
-            why = str(error).replace("database is locked", "another llmq has it")
-            if type(error) is sqlite3.DatabaseError:  # it is broken
-                why += ", set aside as " + self._set_aside()
-        raise LlmqError(f"{self.path}: {why}", "insufficient_storage")
+            error: LlmqError | None
+            try:
+                call = self.call_of(job, reply)
+                await self.gateway.serve(call)
+                error = call.error
+            except LlmqError as failure:
+                error = failure.with_traceback(None)
+                reply.respond(error.status, OPENAI.render_error(error))
+            began = self._begun.pop(job.id, None)
+            if began is not None:
+                with contextlib.suppress(LlmqError):  # a full disk: it runs all the same
+                    await began
+            if error is not None and not reply.gone and self.waits_on(job, error):
+                await self.wait_on(job, error, began=began is not None)
+            else:
+                await self.keep_end(job, reply, error)
+        except Exception:
+            log.exception("a job failed")
+        finally:
+            self.jobs.active.pop(job.id, None)
+            self.jobs.wanted([(job.priority, job.client)])
 
-    def _open(self) -> None:
-        """Have it alone, with its tables; OSError where it is not ours to change."""
-        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        ((version,),) = self._database.execute("PRAGMA user_version")
-        ((tables,),) = self._database.execute("SELECT count(*) FROM sqlite_master")
-        if version > SCHEMA or (tables and not version):
-            raise OSError("a newer llmq wrote it, or another program")
-        self._database.executescript(ALONE + ("" if version else CREATE))
+    def call_of(self, job: Job, reply: Kept) -> Call:
+        """The call that a job is; LlmqError where it may not be made any more."""
+        accounts, headers = self.gateway.accounts.named.values(), json.loads(job.headers)
+        account = next((one for one in accounts if one.name == job.account), NO_ACCOUNT)
+        if job.account and account is NO_ACCOUNT:
+            raise LlmqError(f"the key of {job.account} has been taken away", "forbidden")
+        headers["x-queue-priority"] = Priority(job.priority).word
+        request = Request("POST", job.target, 1, headers)
+        endpoint = endpoint_of(request.path)
+        if endpoint is None:
+            raise LlmqError(f"there is no {printable(request.path)}", "not_found")
+        caller = Caller(job.client, False, job.address, account)
+        call = Call(reply, endpoint, request, caller, (job.id, job.id))
+        call.job = job.id
+        return call
 
-    def _close(self) -> None:
-        if self._database is not None:
-            self._database.close()
-        self._database = None
+    def waits_on(self, job: Job, error: LlmqError) -> bool:
+        """Whether a job that has ended so is tried again."""
+        if error.code in PATIENT:
+            return True
+        broke = isinstance(error, BackendError) and error.unhealthy
+        return broke and job.attempts + 1 < self.gateway.settings.jobs.max_attempts
 
-    def _set_aside(self) -> str:
-        """Another name for a broken file, and for what SQLite keeps beside it."""
-        names = (f"{self.path}.broken-{number}" for number in count(1))
-        free = next(name for name in names if not os.path.exists(name))
-        for end in ("", "-wal"):
-            with contextlib.suppress(OSError):
-                os.replace(self.path + end, free + end)
-        return free
+    async def wait_on(self, job: Job, error: LlmqError, *, began: bool) -> None:
+        """Let it wait again, and have it looked for a little later."""
+        if began:
+            with contextlib.suppress(LlmqError):  # then it runs again after a restart
+                await self.jobs.requeue(job, counted=error.code not in PATIENT)
+        if not self.gateway.draining:
+            await asyncio.sleep(JOB_RETRY_SECONDS)
 
+    async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
+        """Keep what came of it, as soon as there is room for it."""
+        answer, status, kind = reply.answer, reply.status, reply.type
+        state = FAILED if error else SUCCEEDED
+        if reply.gone:
+            state = CANCELLED
+        elif len(answer) > MOST_KEPT:
+            answer, state = b"", FAILED
+            error = LlmqError("the answer is too long to be kept")
+        if job.batch:
+            answer = batch_line(job, answer, status)
+        words = error_in_sight(error)
+        ended = None
+        while ended is None:
+            try:
+                ended = await self.jobs.end(job, state, status, kind, answer, words)
+            except LlmqError as full:  # noqa: PERF203 - a full disk is waited for
+                log.warning("job %s has ended, and cannot be kept: %s", job.id, full)
+                if self.gateway.draining:
+                    return  # it runs again after a restart
+                await asyncio.sleep(JOB_RETRY_SECONDS)
+        for tell in self.on_end if ended else ():
+            await tell(job._replace(state=state, status=status, error=words))
+
+    async def cancel(self, job: Job) -> bool:
+        """End a job that has not ended; whether it was this that ended it."""
+        error = LlmqError("cancelled on request", "cancelled")
+        body = OPENAI.render_error(error)
+        ended = await self.jobs.end(job, CANCELLED, error.status, "application/json", body, None)
+        if job.id in self.jobs.active:
+            if job.id in self.gateway.calls:
+                self.gateway.cancel(self.gateway.calls[job.id])
+            self.jobs.active[job.id][1].leave()
+        return ended
+
+    async def stop(self) -> None:
+        """Wait until all that ran has been kept, or waits again."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+# ==== 36. Batches =================================================================================
+# OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.
+
+BATCH_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
+MOST_LINES = 50_000  # of one batch, as OpenAI has it
+MOST_MISTAKES = 100  # that are told of one file
+CUSTOM_LENGTH = 512
+
+
+class BatchLine(NamedTuple):
+    """Of a batch's file."""
+
+    custom: str
+    model: str
+    body: bytes
+
+
+def read_line(text: bytes, path: str) -> BatchLine:
+    """A line of a batch for this path; BadRequest says what is wrong with it."""
+    facts = parse_json(text)
+    if not isinstance(facts, dict):
+        raise BadRequest("the line is no JSON object")
+    custom, body = facts.get("custom_id"), facts.get("body")
+    if not isinstance(custom, str) or not 0 < len(custom) <= CUSTOM_LENGTH:
+        raise BadRequest("custom_id is a text", param="custom_id")
+    if facts.get("method") != "POST":
+        raise BadRequest("method is POST", param="method")
+    if facts.get("url") != path:
+        raise BadRequest(f"url is {path}, as the batch's endpoint", param="url")
+    if not isinstance(body, dict):
+        raise BadRequest("body is an object", param="body")
+    if body.get("stream"):
+        raise BadRequest("stream: a batch has no streams", param="body.stream")
+    model = body.get("model")
+    return BatchLine(custom, model if isinstance(model, str) else "", render_json(body))
+
+
+def find_mistakes(content: bytes, path: str) -> tuple[int, list[Facts]]:
+    """How many lines a batch's file has, and what is wrong with them."""
+    number, mistakes, seen = 0, [], set()
+    for text in filter(bytes.strip, io.BytesIO(content)):
+        number += 1
+        try:
+            line = read_line(text, path)
+            if line.custom in seen:
+                raise BadRequest(f"custom_id {printable(line.custom)} is there twice")
+            seen.add(line.custom)
+        except BadRequest as error:
+            facts = {"code": "invalid_line", "message": error.message, "param": error.param}
+            mistakes.append({**facts, "line": number})
+        if number > MOST_LINES or len(mistakes) >= MOST_MISTAKES:
+            break
+    if not 0 < number <= MOST_LINES:
+        message = f"a batch has 1 to {MOST_LINES} lines"
+        mistakes.append({"code": "invalid_file", "message": message, "param": None, "line": None})
+    return number, mistakes
+
+
+class Batch(NamedTuple):
+    """A row of the table of batches; times are seconds since 1970."""
+
+    id: str
+    client: str
+    account: str
+    created: float
+    ended: float | None
+    state: str
+    input: str  # the file that its lines came from
+    facts: str  # what else there is to show, as JSON
+
+
+class StoredFile(NamedTuple):
+    """A row of the table of files, without what is in it."""
+
+    id: str
+    client: str
+    account: str
+    name: str
+    purpose: str
+    created: float
+    bytes: int
+    batch: str  # whose output it is, or empty
+
+
+BATCH_ROW, FILE_ROW = ", ".join(Batch._fields), ", ".join(StoredFile._fields)
+ADD_BATCH = f"INSERT INTO batches ({BATCH_ROW}) VALUES ({', '.join('?' * len(Batch._fields))})"
+FILE_MARKS = ", ".join("?" * (len(StoredFile._fields) + 1))
+ADD_FILE = f"INSERT INTO files ({FILE_ROW}, content) VALUES ({FILE_MARKS})"
+OUTPUTS = {SUCCEEDED: "output_file_id", FAILED: "error_file_id"}  # by the state of its lines
+
+
+class Batches:
+    """The batches of the store."""
+
+    def __init__(self, jobs: Jobs, runner: Runner) -> None:
+        self.jobs, self.runner, self.store = jobs, runner, jobs.store
+        self.open: set[str] = set()  # ids of those that have lines to run
+
+    async def load(self) -> None:
+        """Take up what an earlier llmq has left."""
+        if self.store.is_open:
+            sql = "SELECT id FROM batches WHERE ended IS NULL"
+            self.open = {row[0] for row in await self.store.read(sql)}
+            for ident in list(self.open):
+                await self.look(ident)
+
+    async def add_file(self, caller: Caller, name: str, content: bytes) -> StoredFile:
+        ident, now = "file-" + secrets.token_hex(12), time.time()
+        own = (caller.client, caller.account.name)
+        file = StoredFile(ident, *own, name, "batch", now, len(content), "")
+        await self.jobs.check_room(len(content))
+        await self.store.write((ADD_FILE, (*file, content)), safe=True)
+        return file
+
+    async def add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
+        """Make jobs of a file's lines; of one with mistakes the batch has failed."""
+        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
+        content = rows[0][0] if rows else b""
+        find = functools.partial(find_mistakes, content, path)
+        number, mistakes = await beside(find, heavy=len(content) > WATCHED_LINE)
+        facts: Facts = {"endpoint": path, "metadata": metadata, "total": number, "errors": mistakes}
+        now, ident = time.time(), "batch_" + secrets.token_hex(12)
+        own = (caller.client, caller.account.name, now)
+        if mistakes:
+            failed = Batch(ident, *own, now, "failed", file.id, json.dumps(facts))
+            await self.store.write((ADD_BATCH, failed), safe=True)
+            return failed
+        batch = Batch(ident, *own, None, "in_progress", file.id, json.dumps(facts))
+
+        def jobs() -> Iterator[Job]:
+            for text in filter(bytes.strip, io.BytesIO(content)):
+                line = read_line(text, path)
+                work = Work(
+                    path, {"content-type": "application/json"}, line.body, line.model, Priority.LOW
+                )
+                yield new_job(caller, work, ident, line.custom)
+
+        self.open.add(ident)
+        await self.jobs.add(jobs(), len(content), (ADD_BATCH, batch))
+        return batch
+
+    async def counts(self, ident: str) -> Counter[str]:
+        """How many of its lines are in which state."""
+        sql = "SELECT state, count(*) FROM jobs WHERE batch = ? GROUP BY state"
+        return Counter(dict(await self.store.read(sql, ident)))
+
+    async def line_ended(self, job: Job) -> None:
+        if job.batch:
+            await self.look(job.batch)
+
+    async def look(self, ident: str) -> None:
+        """End a batch that has no line left to run: its output becomes files."""
+        sql = f"SELECT 1 FROM jobs WHERE batch = ? AND {OPEN_JOB} LIMIT 1"
+        if ident not in self.open or await self.store.read(sql, ident):
+            return
+        self.open.discard(ident)
+        batch, now = await self.find(ident), time.time()
+        statements: list[Statement] = []
+        facts = json.loads(batch.facts)
+        for state, member in OUTPUTS.items():
+            sql = "SELECT sum(length(answer)) FROM jobs WHERE batch = ? AND state = ?"
+            ((size,),) = await self.store.read(sql, ident, state)
+            if size:
+                name = f"{ident}_{member.partition('_')[0]}.jsonl"
+                own = (batch.client, batch.account, name, "batch_output", now, size, ident)
+                file = StoredFile("file-" + secrets.token_hex(12), *own)
+                facts[member] = file.id
+                statements.append((ADD_FILE, (*file, state)))
+        state = "cancelled" if batch.state == "cancelling" else "completed"
+        sql = "UPDATE batches SET state = ?, ended = ?, facts = ? WHERE id = ?"
+        statements.append((sql, (state, now, json.dumps(facts), ident)))
+        await self.store.write(*statements)
+        done = {"id": ident, "object": "batch", "status": state, "client": batch.client}
+        self.runner.gateway.journal.happened("job.done", job=done)
+
+    async def find(self, ident: str) -> Batch:
+        rows = await self.store.read(f"SELECT {BATCH_ROW} FROM batches WHERE id = ?", ident)
+        if not rows:
+            raise LlmqError(f"there is no batch {printable(ident)}", "not_found")
+        return Batch(*rows[0])
+
+    async def find_file(self, ident: str) -> StoredFile:
+        rows = await self.store.read(f"SELECT {FILE_ROW} FROM files WHERE id = ?", ident)
+        if not rows:
+            raise LlmqError(f"there is no file {printable(ident)}", "not_found")
+        return StoredFile(*rows[0])
+
+    async def cancel(self, batch: Batch) -> None:
+        """Let what runs be ended, and what waits never begin."""
+        if batch.ended is not None:
+            raise LlmqError(f"batch {batch.id} has ended: {batch.state}", "conflict")
+        rows = await self.store.write(
+            ("UPDATE batches SET state = 'cancelling' WHERE id = ?", (batch.id,)),
+            (
+                f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL WHERE batch = ?"
+                f" AND {OPEN_JOB}",
+                (time.time(), batch.id),
+            ),
+            ("SELECT changes()", ()),
+        )
+        self.jobs.queued -= rows[0][0]
+        for job, _ in list(self.jobs.active.values()):
+            if job.batch == batch.id:
+                await self.runner.cancel(job)
+        await self.look(batch.id)
+
+    async def expire(self, before: float) -> None:
+        """Let go of batches that ended before this, and of files that none of the others needs."""
+        gone = "SELECT id FROM batches WHERE ended < ?"
+        kept = "SELECT input FROM batches"
+        await self.store.write(
+            (f"DELETE FROM jobs WHERE batch IN ({gone})", (before,)),
+            (f"DELETE FROM files WHERE batch IN ({gone})", (before,)),
+            ("DELETE FROM batches WHERE ended < ?", (before,)),
+            (
+                f"DELETE FROM files WHERE batch = '' AND created < ? AND id NOT IN ({kept})",
+                (before,),
+            ),
+        )
+
+    async def content(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """What is in a file; of an output, as it is put together."""
+        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
+        if not file.batch:
+            yield rows[0][0]
+            return
+        state, last = rows[0][0], 0
+        sql = (
+            "SELECT number, answer FROM jobs WHERE batch = ? AND state = ? AND number > ?"
+            " ORDER BY number LIMIT 1"
+        )
+        while found := await self.store.read(sql, file.batch, state, last):
+            last = found[0][0]
+            yield found[0][1]
+
+
+# ==== 37. Changes =================================================================================
+# What people change at run time: kept first, then it holds, until the file itself says otherwise.
 
 CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
@@ -8419,8 +9630,8 @@ CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)
 class Changes:
     """What is changed of clients at run time, also of addresses: kept first, then it holds."""
 
-    def __init__(self, gateway: Gateway, store: Store) -> None:
-        self.gateway, self.store = gateway, store
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, self.store = gateway, gateway.store
         self.file: dict[str, ClientSettings] = {}  # what the file says
         self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
         self._turn = asyncio.Lock()  # one after the other
@@ -8480,7 +9691,7 @@ class Changes:
         self.gateway.pump()
 
 
-# ==== 31. Background ==============================================================================
+# ==== 38. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -8536,6 +9747,86 @@ class Preloader:
                     errand = Errand("load", backend, backend.models[key][0])
                     with contextlib.suppress(LlmqError):  # somebody else has ordered it
                         run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
+
+
+KEEP_SECONDS = 60.0
+ADD_USAGE = """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (day, client, model) DO UPDATE SET requests = requests + excluded.requests,
+    hits = hits + excluded.hits, tokens_in = tokens_in + excluded.tokens_in,
+    tokens_out = tokens_out + excluded.tokens_out, seconds = seconds + excluded.seconds"""
+KEEP_ANSWER = "REPLACE INTO answers (key, body, type, until) VALUES (?, ?, ?, ?)"
+
+
+class Keeper:
+    """Has the store keep what was used, and answers where that is asked for; drops what is old."""
+
+    def __init__(self, gateway: Gateway, batches: Batches) -> None:
+        self.gateway, self.batches = gateway, batches
+        self.store, self.cache = gateway.store, gateway.recall.cache
+
+    async def load(self) -> None:
+        """What an earlier llmq has kept: answers, and what was used today."""
+        limits, now = self.gateway.settings.cache, time.time()
+        if self.store.is_open:
+            day = day_of(int(now))
+            sums = ", ".join(f"sum({name})" for name in USED)
+            (row,) = await self.store.read(f"SELECT {sums} FROM usage WHERE day = ?", day)
+            self.gateway.journal.days[day,] = [one or 0 for one in row]
+        self.cache.noting = limits.persist and bool(self.store.path)
+        if self.cache.noting and self.store.is_open:
+            sql = "SELECT key, body, type, until FROM answers WHERE until > ? ORDER BY until"
+            for key, *answer in await self.store.read(sql, now):
+                self.cache.put(key, Answer(*answer), limits.max_bytes)
+            self.cache.changed.clear()
+
+    async def step(self) -> None:
+        limits, journal = self.gateway.settings.cache, self.gateway.journal
+        journal.flush()
+        day = (day_of(int(time.time())),)
+        journal.days = {day: journal.days.get(day, [0] * len(USED))}
+        self.cache.expire(time.time())
+        self.cache.fit(limits.max_bytes if limits.embeddings or limits.chat else 0)
+        self.cache.noting = limits.persist and bool(self.store.path)
+        if self.store.path:
+            await self.keep_usage()
+            await self.keep_answers()
+        if self.store.is_open:
+            ttl = self.gateway.settings.jobs.result_ttl
+            await self.gateway.jobs.expire(time.time() - ttl, ttl)
+            await self.batches.expire(time.time() - ttl)
+
+    async def keep_usage(self) -> None:
+        journal = self.gateway.journal
+        used, journal.used = journal.used, {}
+        try:
+            if used:
+                rows = [(*who, *facts) for who, facts in used.items()]
+                await self.store.write((ADD_USAGE, rows))
+        except LlmqError as error:
+            log.warning("usage: %s; it is tried again", error)
+            merge_usage(journal.used, used)
+
+    async def keep_answers(self) -> None:
+        changed, self.cache.changed = self.cache.changed, {}
+        new = [(key, *answer) for key, answer in changed.items() if answer is not None]
+        old = [(key,) for key, answer in changed.items() if answer is None]
+        if changed:
+            await self.store.write(("DELETE FROM answers WHERE key = ?", old), (KEEP_ANSWER, new))
+
+    async def usage(self, days: int) -> list[Facts]:
+        """What was used in the last days, this one among them, by day, client and model."""
+        self.gateway.journal.flush()
+        first = day_of(int(time.time() - DAY * (days - 1)))
+        used: dict[Names, list[float]] = {}
+        rows = await self.store.read("SELECT * FROM usage WHERE day >= ?", first)
+        merge_usage(used, {tuple(row[:3]): list(row[3:]) for row in rows})
+        merge_usage(used, self.gateway.journal.used)
+        names = ("day", "client", "model", *USED)
+        recent = {who: facts for who, facts in sorted(used.items()) if who[0] >= first}
+        return [
+            dict(zip(names, (*who, *facts[:-1], round(facts[-1], 3))))
+            for who, facts in recent.items()
+        ]
 
 
 def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
@@ -8606,7 +9897,161 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 32. Access ==================================================================================
+# ==== 39. Webhooks ================================================================================
+# Other services are told what happens.  What there is to tell is found by looking four times a
+# second, so that no request waits for it; each service has a thread and a short queue of its own.
+
+HOOK_SECONDS = 5.0  # for a service to answer
+HOOK_TRIES = (0.0, 1.0, 4.0)  # seconds before each
+HOOK_QUEUE = 100  # events that wait for one service; more are lost, and counted
+HIGH_WATERMARK, LOW_WATERMARK = 0.8, 0.6  # of a limit: where it is told, and may be told again
+BUSY_QUEUE = 10  # that waited, so that the end of it is worth telling
+FULL_SECONDS = 10.0  # without a refusal, until the next one is told again
+
+
+class Watch:
+    """What has happened since the last look, each once for each cause; numbers in, events out."""
+
+    def __init__(self) -> None:
+        self.most = 0  # that waited at once, since the queue was last empty
+        self.refused = 0  # requests, because the queue was full
+        self.refused_at = float("-inf")
+        self.high = False
+        self.down: set[str] = set()
+
+    def look_at_queue(
+        self, now: float, most: int, waiting: int, refused: int, limit: int
+    ) -> Iterator[str]:
+        """`most` waited at once since the last look, so many wait now, all in all `refused`."""
+        self.most = max(self.most, most)
+        if refused > self.refused:
+            if now - self.refused_at >= FULL_SECONDS:
+                yield "queue.full"
+            self.refused, self.refused_at = refused, now
+        if not self.high and most >= HIGH_WATERMARK * limit:
+            self.high = True
+            yield "queue.high_watermark"
+        self.high = self.high and waiting > LOW_WATERMARK * limit
+        if not waiting:
+            if self.most >= BUSY_QUEUE:
+                yield "queue.drained"
+            self.most = 0
+
+    def look_at_hosts(self, states: Mapping[str, State]) -> Iterator[tuple[str, str]]:
+        """The event of each backend whose state is another."""
+        for name, state in states.items():
+            if state is State.DOWN and name not in self.down:
+                self.down.add(name)
+                yield "host.unhealthy", name
+            elif state is State.UP and name in self.down:
+                self.down.discard(name)
+                yield "host.recovered", name
+        self.down &= states.keys()
+
+
+class Postman:
+    """Posts events to one service, in a thread that ends with the program."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lost = 0
+        self.closed = threading.Event()
+        self._events: queue.Queue[tuple[WebhookSettings, bytes]] = queue.Queue(HOOK_QUEUE)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._events.unfinished_tasks
+
+    def give(self, row: WebhookSettings, body: bytes) -> None:
+        try:
+            self._events.put_nowait((row, body))
+        except queue.Full:
+            self.lost += 1
+            if self.lost == 1:
+                log.warning("webhook %s: events are lost, it takes them too slowly", self.name)
+
+    def run(self) -> None:
+        while not self.closed.is_set():
+            row, body = self._events.get()
+            error = ""
+            for pause in HOOK_TRIES:
+                error = "" if self.closed.wait(pause) else self.post(row, body)
+                if not error:
+                    break
+            if error:
+                log.warning("webhook %s: %s", self.name, error)
+            self._events.task_done()
+
+    def post(self, row: WebhookSettings, body: bytes) -> str:
+        """Post it once; what went wrong, or nothing."""
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+        class Here(HTTPRedirectHandler):
+            """It goes where it is configured to go, and nowhere else."""
+
+            def redirect_request(self, *_: object) -> None: ...
+
+        headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
+        if row.secret:
+            digest = hmac.new(row.secret.encode(), body, "sha256").hexdigest()
+            headers["X-LLMQ-Signature"] = f"sha256={digest}"
+        try:
+            request = Request(row.url, body, headers, method="POST")  # noqa: S310 - as configured
+            with build_opener(ProxyHandler({}), Here()).open(request, timeout=HOOK_SECONDS):
+                return ""
+        except HTTPError as error:
+            return f"it answers {error.code}"
+        except (OSError, ValueError, HTTPException) as error:
+            return str(getattr(error, "reason", error))
+
+
+class Webhooks:
+    """Finds what there is to tell, and hands it on."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.watch = Watch()
+        self.postmen: dict[str, Postman] = {}  # by the name of the service
+
+    def step(self) -> None:
+        gateway, rows = self.gateway, self.gateway.settings.webhooks
+        scheduler = gateway.scheduler
+        most, scheduler.most_waiting = scheduler.most_waiting, len(scheduler.waiting)
+        if not rows:
+            gateway.journal.events.clear()
+            return
+        waiting, full_at = len(scheduler.waiting), scheduler.limits.max_depth
+        refused = gateway.journal.outcomes["queue_full"]
+        for event in self.watch.look_at_queue(gateway.now(), most, waiting, refused, full_at):
+            gateway.journal.happened(event, waiting=waiting, most_waiting=most, full_at=full_at)
+        backends = gateway.fleet.backends
+        states = {name: backend.state for name, backend in backends.items()}
+        for event, name in self.watch.look_at_hosts(states):
+            gateway.journal.happened(event, host=name, error=backends[name].error)
+        while gateway.journal.events:
+            self.send(gateway.journal.events.popleft())
+
+    def send(self, facts: Facts) -> None:
+        body = render_json(facts)
+        for name, row in self.gateway.settings.webhooks.items():
+            if not row.events or facts["event"] in row.events:
+                if name not in self.postmen:
+                    self.postmen[name] = Postman(name)
+                self.postmen[name].give(row, body)
+
+    @property
+    def is_idle(self) -> bool:
+        return all(postman.is_idle for postman in self.postmen.values())
+
+    def close(self) -> None:
+        for postman in self.postmen.values():
+            postman.closed.set()
+
+
+# ==== 40. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
 # pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
@@ -8776,7 +10221,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 33. Snapshot ================================================================================
+# ==== 41. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -8795,6 +10240,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
     known = gateway.clients.settings.items()
     waiting, running = in_order(gateway, now), scheduler.running.values()
     tickets = (*running, *having(gateway, waiting, word)[:SHOWN_WAITING])
+    jobs = [ticket for ticket in running if gateway.calls[ticket.id].job]
     return {
         "version": __version__,
         "mode": scheduler.mode.value,
@@ -8815,9 +10261,23 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         "blocked": [name for name, row in known if row.blocked],
         "ips": [name[3:] for name, row in known if name.startswith("ip:") and row.blocked],
         "recent": [record.facts() for record in reversed(gateway.journal.recent)],
+        "jobs": {"queued": gateway.jobs.queued - len(jobs), "running": len(jobs)},
+        "cache": show_cache(gateway.recall),
+        "used_today": show_today(gateway.journal),
         "config_error": gateway.config_error,
         "trouble": fleet.trouble(),
     }
+
+
+def show_cache(recall: Recall) -> Facts:
+    facts = {"answers": len(recall.cache.answers), "bytes": recall.cache.size}
+    return {**facts, **{name: recall.counts[name] for name in ("hit", "joined", "miss")}}
+
+
+def show_today(journal: Journal) -> Facts:
+    """What was used since midnight, as far as it is written in the log."""
+    used = journal.days.get((today()[0],), [0] * len(USED))
+    return dict(zip(USED, (*used[:-1], round(used[-1], 1))))
 
 
 def in_order(gateway: Gateway, now: float) -> list[Ticket]:
@@ -8990,14 +10450,282 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 34. Routes ==================================================================================
-# A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
-# row's handler runs, one place has checked Host, Origin and method: there is no path around it.
+# ==== 42. Job routes ==============================================================================
+# What clients ask of jobs, files and batches.  They see their own: what their key has made, without
+# keys what has their name.  All is seen with the right `control`, without keys from this box.
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PREFLIGHT_SECONDS = "600"
-EVENT_PING_SECONDS = 10.0
+MOST_SHOWN = 1000  # rows of one list
 CONTROL_BODY = 64 * KIB
+JOB_OF = "AND account = ? AND (? OR client = ?)"  # of an account, or of a name without one
+
+
+async def read_values(exchange: Exchange, limit: int) -> Facts:
+    body = await exchange.read_body(limit)
+    read = functools.partial(read_object, decode_json(body))
+    return (await beside(read, heavy=is_heavy(body))).values
+
+
+def owner(exchange: Exchange) -> tuple[str, bool, str]:
+    """What JOB_OF asks for."""
+    account, client = exchange.caller.account, exchange.caller.client
+    return account.name, account is not NO_ACCOUNT, client
+
+
+def times(**seconds: float | None) -> Facts:
+    return {name: None if when is None else int(when) for name, when in seconds.items()}
+
+
+def read_page(exchange: Exchange, usual: int) -> tuple[int, str]:
+    """How many rows a list is to have, and the id that it begins behind."""
+    query = dict(parse_qsl(exchange.request.query))
+    limit = query.get("limit", str(usual))
+    if not re.fullmatch("0*[1-9][0-9]*", limit):
+        raise BadRequest("limit is a number above 0", param="limit")
+    return min(int(limit[:9]), MOST_SHOWN), query.get("after", "")
+
+
+def listed(rows: list[Facts], limit: int) -> Facts:
+    """A list as OpenAI has it, of rows of which one more was looked for than are shown."""
+    shown = rows[:limit]
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
+    return {"object": "list", "data": shown, **ends, "has_more": len(rows) > limit}
+
+
+def read_file_form(body: bytes, content_type: str) -> tuple[str, str, bytes]:
+    """Purpose, name and content of a file that comes in a form, RFC 7578."""
+    from email import message_from_bytes
+    from email.message import EmailMessage
+    from email.policy import HTTP
+
+    message = EmailMessage()
+    message["content-type"] = content_type
+    boundary = message.get_boundary()
+    if message.get_content_type() != "multipart/form-data" or not boundary:
+        raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    found: dict[str, tuple[str, bytes]] = {}
+    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        facts = message_from_bytes(head.lstrip(b"\r\n") + b"\r\n\r\n", policy=HTTP)
+        name = facts.get_param("name", header="content-disposition")
+        found[str(name)] = facts.get_filename() or "", content
+    if "file" not in found:
+        raise BadRequest("the form has no file", param="file")
+    return found.get("purpose", ("", b""))[1].decode("utf-8", "replace"), *found["file"]
+
+
+@dataclass(eq=False)
+class JobRoutes:
+    """Answers what is asked of jobs, files and batches."""
+
+    gateway: Gateway
+    runner: Runner
+    batches: Batches
+
+    def may_steer(self, exchange: Exchange) -> bool:
+        """Whether all may be seen: with the right `control`, without keys on this box."""
+        if not self.gateway.accounts.by_digest:
+            return exchange.is_local
+        with contextlib.suppress(LlmqError):
+            check_right(exchange, "control", self.gateway)
+            return True
+        return False
+
+    def check_owner(self, exchange: Exchange, row: Job | StoredFile | Batch) -> None:
+        """Who may not see a row is told that it is not there."""
+        account, keyed, client = owner(exchange)
+        own = row.account == account and (keyed or row.client == client)
+        if not own and not self.may_steer(exchange):
+            raise LlmqError(f"there is no {printable(row.id)}", "not_found")
+
+    # ---- jobs
+
+    async def job_of(self, exchange: Exchange, ident: str) -> Job:
+        job = await self.gateway.jobs.find(ident)
+        self.check_owner(exchange, job)
+        return job
+
+    def show_job(self, job: Job) -> Facts:
+        ended, ttl = job.ended, self.gateway.settings.jobs.result_ttl
+        expires = None if ended is None or job.state == EXPIRED else ended + ttl
+        facts = {
+            "id": job.id,
+            "object": "router.job",
+            "status": job.state,
+            **times(created_at=job.created, started_at=job.started, completed_at=ended),
+            **times(expires_at=expires),
+            "model": printable(job.model),
+            "route": job.target.partition("?")[0],
+            "client": job.client,
+            "class": Priority(job.priority).word,
+            "attempts": job.attempts,
+            "error": job.error,
+        }
+        call = self.gateway.calls.get(job.id)
+        if call is not None and call.ticket.state is TicketState.WAITING:
+            expected = self.gateway.forecast(self.gateway.now())[job.id]
+            facts.update(position=expected.position, eta_s=expected.eta, reason=expected.reason)
+        return facts
+
+    async def list_jobs(self, exchange: Exchange, _: str) -> Facts:
+        limit, after = read_page(exchange, 100)
+        everybody = dict(parse_qsl(exchange.request.query)).get("all") == "1"
+        if everybody and not self.may_steer(exchange):
+            raise LlmqError("all jobs are shown to who has the right: control", "forbidden")
+        rows = await self.gateway.store.read(
+            f"SELECT {SHOWN_JOB} FROM jobs WHERE batch = '' {'' if everybody else JOB_OF}"
+            " AND (? = '' OR number < (SELECT number FROM jobs WHERE id = ?))"
+            " ORDER BY number DESC LIMIT ?",
+            *(() if everybody else owner(exchange)), after, after, limit + 1,
+        )  # fmt: skip
+        return listed([self.show_job(job_of_row(row)) for row in rows], limit)
+
+    async def get_job(self, exchange: Exchange, ident: str) -> Facts:
+        return self.show_job(await self.job_of(exchange, ident))
+
+    async def get_result(self, exchange: Exchange, ident: str) -> None:
+        """What the request would have been answered with, once that is known."""
+        job = await self.job_of(exchange, ident)
+        if job.state in (QUEUED, RUNNING):
+            exchange.respond(202, render_json(self.show_job(job)), headers=[("Retry-After", "5")])
+        elif job.state == CANCELLED:
+            raise LlmqError(f"job {ident} was cancelled", "conflict")
+        elif job.state == EXPIRED:
+            raise LlmqError(f"the result of job {ident} was kept long enough", "gone")
+        else:
+            rows = await self.gateway.store.read("SELECT answer FROM jobs WHERE id = ?", ident)
+            exchange.respond(job.status or 500, rows[0][0] or b"", job.type or "application/json")
+
+    async def delete_job(self, exchange: Exchange, ident: str) -> Facts:
+        job = await self.job_of(exchange, ident)
+        if not await self.runner.cancel(job):
+            raise LlmqError(f"job {ident} has ended already", "conflict")
+        return self.show_job(await self.gateway.jobs.find(ident))
+
+    # ---- files
+
+    async def file_of(self, exchange: Exchange, ident: str) -> StoredFile:
+        file = await self.batches.find_file(ident)
+        self.check_owner(exchange, file)
+        return file
+
+    def show_file(self, file: StoredFile) -> Facts:
+        facts = {"id": file.id, "object": "file", "bytes": file.bytes, "filename": file.name}
+        expires = file.created + self.gateway.settings.jobs.result_ttl
+        facts.update(times(created_at=file.created, expires_at=expires))
+        return {**facts, "purpose": file.purpose, "status": "processed", "status_details": None}
+
+    async def post_file(self, exchange: Exchange, _: str) -> Facts:
+        body = await exchange.read_body(self.gateway.settings.server.max_body)
+        media = exchange.request.headers.get("content-type", "")
+        read = functools.partial(read_file_form, body, media)
+        purpose, name, content = await beside(read, heavy=is_heavy(body))
+        if purpose != "batch":
+            raise BadRequest("purpose is batch: llmq has no use for other files", param="purpose")
+        file = await self.batches.add_file(exchange.caller, printable(name, 200), content)
+        return self.show_file(file)
+
+    async def list_files(self, exchange: Exchange, _: str) -> Facts:
+        limit, after = read_page(exchange, MOST_SHOWN)
+        rows = await self.rows_of(exchange, "files", FILE_ROW, after, limit)
+        return listed([self.show_file(StoredFile(*row)) for row in rows], limit)
+
+    async def rows_of(
+        self, exchange: Exchange, table: str, columns: str, after: str, limit: int
+    ) -> list[Any]:
+        """Their own rows, the latest first, one more than are to be shown."""
+        return await self.gateway.store.read(
+            f"SELECT {columns} FROM {table} WHERE true {JOB_OF}"
+            f" AND (? = '' OR number < (SELECT number FROM {table} WHERE id = ?))"
+            " ORDER BY number DESC LIMIT ?",
+            *owner(exchange), after, after, limit + 1,
+        )  # fmt: skip
+
+    async def get_file(self, exchange: Exchange, ident: str) -> Facts:
+        return self.show_file(await self.file_of(exchange, ident))
+
+    async def get_content(self, exchange: Exchange, ident: str) -> None:
+        file = await self.file_of(exchange, ident)
+        exchange.watch()
+        exchange.start(200, "application/octet-stream")
+        async for piece in self.batches.content(file):
+            if exchange.gone:
+                raise ClientLeft("the client left")
+            exchange.send(piece)
+            if exchange.blocked:
+                await exchange.catch_up()
+        exchange.finish()
+
+    async def delete_file(self, exchange: Exchange, ident: str) -> Facts:
+        file = await self.file_of(exchange, ident)
+        await self.gateway.store.write(("DELETE FROM files WHERE id = ?", (file.id,)))
+        return {"id": file.id, "object": "file", "deleted": True}
+
+    # ---- batches
+
+    async def batch_of(self, exchange: Exchange, ident: str) -> Batch:
+        batch = await self.batches.find(ident)
+        self.check_owner(exchange, batch)
+        return batch
+
+    async def show_batch(self, batch: Batch) -> Facts:
+        facts, counts = json.loads(batch.facts), await self.batches.counts(batch.id)
+        mistakes = facts["errors"]
+        ends: Facts = {
+            f"{state}_at": None for state in ("completed", "failed", "expired", "cancelled")
+        }
+        if batch.ended is not None:
+            ends[f"{batch.state}_at"] = int(batch.ended)
+        cancelled = batch.ended if batch.state == "cancelled" else None
+        done = {"completed": counts[SUCCEEDED], "failed": counts[FAILED]}
+        return {
+            "id": batch.id,
+            "object": "batch",
+            "endpoint": facts["endpoint"],
+            "errors": {"object": "list", "data": mistakes} if mistakes else None,
+            "input_file_id": batch.input,
+            "completion_window": "24h",  # as OpenAI's clients ask for; llmq sets no limit
+            "status": batch.state,
+            "output_file_id": facts.get("output_file_id"),
+            "error_file_id": facts.get("error_file_id"),
+            **times(created_at=batch.created, in_progress_at=batch.created, finalizing_at=None),
+            **times(expires_at=None, cancelling_at=cancelled),
+            **ends,
+            "request_counts": {"total": facts["total"], **done},
+            "metadata": facts["metadata"],
+        }
+
+    async def post_batch(self, exchange: Exchange, _: str) -> Facts:
+        values = await read_values(exchange, CONTROL_BODY)
+        path, file, metadata = map(values.get, ("endpoint", "input_file_id", "metadata"))
+        if path not in BATCH_PATHS:
+            message = "endpoint is one of " + ", ".join(BATCH_PATHS)
+            raise BadRequest(message, param="endpoint")
+        if not isinstance(file, str):
+            raise BadRequest("input_file_id is the id of a file", param="input_file_id")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise BadRequest("metadata is an object", param="metadata")
+        found = await self.file_of(exchange, file)
+        return await self.show_batch(await self.batches.add(exchange.caller, found, path, metadata))
+
+    async def list_batches(self, exchange: Exchange, _: str) -> Facts:
+        limit, after = read_page(exchange, 20)
+        rows = await self.rows_of(exchange, "batches", BATCH_ROW, after, limit)
+        return listed([await self.show_batch(Batch(*row)) for row in rows], limit)
+
+    async def get_batch(self, exchange: Exchange, ident: str) -> Facts:
+        return await self.show_batch(await self.batch_of(exchange, ident))
+
+    async def cancel_batch(self, exchange: Exchange, ident: str) -> Facts:
+        batch = await self.batch_of(exchange, ident)
+        await self.batches.cancel(batch)
+        return await self.show_batch(await self.batches.find(ident))
+
+
+# ==== 43. Handlers ================================================================================
+# What stands behind the routes that do not wait in the queue.  What is checked before a handler
+# runs is a matter of the next section.
+
+EVENT_PING_SECONDS = 10.0
 PAGE_POLICY = (
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -9007,116 +10735,26 @@ PAGE_HEADERS = (("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
+def find_call(gateway: Gateway, ident: str) -> Call:
+    if ident not in gateway.calls:
+        raise LlmqError(f"no request {printable(ident)} is waiting or running", "not_found")
+    return gateway.calls[ident]
+
+
 @dataclass(eq=False)
 class Api:
-    """Answers every request: what its handlers need, and what is checked before they run."""
+    """What is behind the routes: a handler for each, and what they need."""
 
     gateway: Gateway
     names: frozenset[str]  # of this box, lower case
     reload: Callable[[], None]
     changes: Changes
+    jobs: JobRoutes
+    keeper: Keeper
 
     def __post_init__(self) -> None:
         self.settings = self.gateway.settings
         self.stream = SnapshotStream(self.gateway)
-        self._numbers = count(1)
-
-    async def handle(self, exchange: Exchange, service: Backend | None = None) -> None:
-        """Answer one request, with what its handler returns or with what went wrong.
-
-        `service` is another one, that a port is for.
-        """
-        given = exchange.request.headers.get("x-request-id")
-        exchange.id = f"{self.gateway.instance[:6]}-{next(self._numbers)}"
-        exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
-        try:
-            handler: RouteHandler
-            if service is not None:
-                handler, arguments = pass_to, (service,)
-            else:
-                handler, arguments = await self.enter(exchange)
-            facts = await handler(self, exchange, *arguments)
-            if facts is not None:
-                exchange.respond(200, render_json(facts))
-        except LlmqError as error:
-            if not isinstance(error, ClientLeft):
-                self.gateway.metrics.add("llmq_rejected_total", error.code)
-            if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
-                raise
-            self.send_error(exchange, error)
-            error.__traceback__ = error.__context__ = None  # the frames of both hold the body
-        except Exception:
-            log.exception("request failed")
-            if exchange.started:
-                exchange.abort()
-                return
-            exchange.keep_alive = False
-            self.send_error(exchange, LlmqError("llmq failed; its log says how"))
-
-    def send_error(self, exchange: Exchange, error: LlmqError) -> None:
-        request = exchange.request
-        body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
-        exchange.respond(error.status, body, headers=error_headers(error))
-
-    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, tuple[Any, ...]]:
-        """Everything that is checked before a handler runs; it, and what it is given."""
-        request, headers = exchange.request, exchange.request.headers
-        trusted, origin = self.settings.server.cors_origins, headers.get("origin")
-        base = self.settings.server.base_path
-        inside = strip_base(exchange, base)
-        check_host(exchange, self.names)
-        exchange.caller = await find_caller(exchange, self.gateway)
-        if not inside:
-            raise LlmqError(f"here every path begins with {base}/", "not_found")
-        route, argument = match_route(request)
-        if argument and route is None and self.settings.server.allow_all_routes:
-            route = OTHER_ROUTE
-        account = exchange.caller.account
-        granted = grant(origin, route.access if route else Access.OPEN, trusted)
-        waits = route is not None and route.handlers.get(request.method) is Api.enqueue
-        if not waits:  # else its answer tells its class
-            granted += tuple(account.class_line)
-        exchange.headers, now = granted, self.gateway.now()
-        if account.is_metered:
-            meter(exchange, now)
-        if request.method == "OPTIONS":
-            return Api.preflight, (argument,)
-        own = route is not None and route.path.startswith("/llmq")
-        check_right(exchange, route.right if route else "infer", self.gateway, own=own)
-        if route is None:
-            raise LlmqError(f"there is no {printable(request.path)}", "not_found")
-        check_method(exchange, route.methods, route.path)
-        check_origin(exchange, route.access)
-        check_blocked(exchange, route.path, self.gateway.clients)
-        if exchange.connection.above_cap:
-            exchange.keep_alive = False
-            if route.path != "/health":
-                raise LlmqError("too many connections", "overloaded")
-        if account.is_metered and (waits or route is OTHER_ROUTE):
-            exchange.headers = granted
-            meter(exchange, now, counts=True)
-        handler = route.handlers[request.method]
-        changes = route.path.startswith("/llmq") and request.method in ("POST", "DELETE")
-        arguments = (argument, await read_control(exchange)) if changes else (argument,)
-        return handler, arguments
-
-    async def preflight(self, exchange: Exchange, _: str) -> None:
-        """Grant the method and the header names asked for, by name: `*` does not cover them all."""
-        headers, route = exchange.request.headers, match_route(exchange.request)[0]
-        own = route.methods if route else ()
-        methods = ", ".join(dict.fromkeys(("GET", "POST", *own, "OPTIONS")))
-        granted = [("Allow", methods)]
-        if "origin" in headers and "access-control-request-method" in headers:
-            if "Access-Control-Allow-Origin" not in dict(exchange.headers):
-                raise LlmqError("pages from there may not use this route", "forbidden_origin")
-            asked = headers.get("access-control-request-headers", "").split(",")
-            names = [name.strip() for name in asked if re.fullmatch(TOKEN, name.strip())]
-            granted.append(("Access-Control-Allow-Methods", methods))
-            granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
-            granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
-            if headers.get("access-control-request-private-network") == "true":
-                granted.append(("Access-Control-Allow-Private-Network", "true"))
-        exchange.respond(204, b"", headers=granted)
 
     # ---- handlers: they get what fills the path's {...}, to change something under /llmq also the
     # members of the body, and return the JSON to answer, if any
@@ -9287,7 +10925,7 @@ class Api:
         return None
 
     async def delete_request(self, exchange: Exchange, ident: str, _: Facts) -> Facts:
-        call, account = self.gateway.find(ident), exchange.caller.account
+        call, account = find_call(self.gateway, ident), exchange.caller.account
         if account is NO_ACCOUNT or account is not call.caller.account:  # else it is its own
             check_right(exchange, "control", self.gateway)
         self.gateway.cancel(call)
@@ -9298,7 +10936,7 @@ class Api:
         priority = parse_priority(values.get("priority"))
         if priority is None:
             raise BadRequest('priority is "high", "normal" or "low"', param="priority")
-        self.gateway.reprioritise(self.gateway.find(ident), priority)
+        self.gateway.reprioritise(find_call(self.gateway, ident), priority)
         return {"id": ident, "class": priority.word}
 
 
@@ -9317,12 +10955,6 @@ async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts
         raise BadRequest('say {"ip":ADDRESS,"blocked":true}', param="ip")
     await api.changes.change("ip:" + address, {"blocked": values["blocked"]})
     return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
-
-
-async def read_values(exchange: Exchange, limit: int) -> Facts:
-    body = await exchange.read_body(limit)
-    read = functools.partial(read_object, decode_json(body))
-    return (await beside(read, heavy=is_heavy(body))).values
 
 
 async def read_control(exchange: Exchange) -> Facts:
@@ -9389,7 +11021,12 @@ async def delete_requests(api: Api, exchange: Exchange, _: str, _values: Facts) 
     query = dict(parse_qsl(exchange.request.query, keep_blank_values=True))
     if query.get("state") != "waiting" or set(query) - {"state", "client"}:
         raise BadRequest("say ?state=waiting, and &client=NAME for those of one client")
-    return {"cancelled": api.gateway.cancel_waiting(query.get("client"))}
+    gateway, client = api.gateway, query.get("client")
+    waiting = list(gateway.scheduler.waiting.values())
+    found = [one for one in waiting if client is None or one.client.name == client]
+    for ticket in found:
+        gateway.cancel(gateway.calls[ticket.id])
+    return {"cancelled": len(found)}
 
 
 async def post_lease(api: Api, exchange: Exchange, _: str, values: Facts) -> Facts:
@@ -9406,6 +11043,13 @@ async def renew_lease(api: Api, _exchange: Exchange, ident: str, values: Facts) 
 async def end_lease(api: Api, _exchange: Exchange, ident: str, _: Facts) -> Facts:
     api.gateway.end_lease(find_lease(api.gateway, ident))
     return {"ended": ident}
+
+
+async def get_usage(api: Api, exchange: Exchange, _: str) -> Facts:
+    days = dict(parse_qsl(exchange.request.query)).get("days", "7")
+    if not re.fullmatch("[1-9][0-9]{0,3}", days):
+        raise BadRequest("days is a number above 0", param="days")
+    return {"usage": await api.keeper.usage(int(days)), "kept": bool(api.gateway.store.path)}
 
 
 async def post_backends(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts:
@@ -9448,8 +11092,12 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ---- the table
+# ==== 44. Routes ==================================================================================
+# A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
+# row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+PREFLIGHT_SECONDS = "600"
 RouteHandler = Callable[..., Awaitable[Union[Facts, None]]]
 
 
@@ -9468,8 +11116,13 @@ def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHan
     return Route(tuple(methods), path, access, right, summary, dict(zip(methods, each)))
 
 
+def of(handler: Callable[..., Awaitable[Facts | None]]) -> RouteHandler:
+    """A handler of JobRoutes as one of the API."""
+    return lambda api, *rest: handler(api.jobs, *rest)
+
+
 free, public = (functools.partial(row, Access.OPEN, right) for right in ("", "infer"))
-owned = functools.partial(row, Access.OWNER, "control")
+owned, own = (functools.partial(row, Access.OWNER, right) for right in ("control", "infer"))
 managed, local = (functools.partial(row, Access.LOCAL, right) for right in ("models", "control"))
 ROUTES = (
     public(f"POST {CHAT}",
@@ -9515,6 +11168,22 @@ ROUTES = (
     owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
+    own("GET /v1/jobs", "your jobs, the latest first; `?all=1`: everybody's",
+        of(JobRoutes.list_jobs)),
+    own("GET DELETE /v1/jobs/{id}", "one job; end it",
+        of(JobRoutes.get_job), of(JobRoutes.delete_job)),
+    own("GET /v1/jobs/{id}/result", "what came of it; 202 while nothing has",
+        of(JobRoutes.get_result)),
+    own("GET POST /v1/files", "your files; keep one, for a batch",
+        of(JobRoutes.list_files), of(JobRoutes.post_file)),
+    own("GET DELETE /v1/files/{id}", "one file; forget it",
+        of(JobRoutes.get_file), of(JobRoutes.delete_file)),
+    own("GET /v1/files/{id}/content", "what is in it", of(JobRoutes.get_content)),
+    own("GET POST /v1/batches", "your batches; make one of a file's lines",
+        of(JobRoutes.list_batches), of(JobRoutes.post_batch)),
+    own("GET /v1/batches/{id}", "one batch", of(JobRoutes.get_batch)),
+    own("POST /v1/batches/{id}/cancel", "end it", of(JobRoutes.cancel_batch)),
+    owned("GET /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
     row(Access.OWNER, "models", "POST /llmq/models",
         '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
           Api.post_model),
@@ -9531,7 +11200,7 @@ ROUTES = (
     owned("POST /llmq/reload", "`{}`: read the configuration file again", Api.post_reload),
     owned("DELETE /llmq/requests",
           "`?state=waiting`, and `&client=NAME`: cancel what waits", delete_requests),
-    row(Access.OWNER, "infer", "DELETE POST /llmq/requests/{id}",
+    own("DELETE POST /llmq/requests/{id}",
         'cancel it, or with `{"priority":"high"}` change its class while it waits',
           Api.delete_request, Api.post_request),
     owned("POST /llmq/leases",
@@ -9567,7 +11236,9 @@ def match_route(request: Request) -> tuple[Route | None, str]:
         return None, ""
     route, rest = EXACT_ROUTES.get(decoded), ""
     for prefix, longer in PREFIX_ROUTES:
-        tail = decoded[len(prefix) :] if decoded.startswith(prefix) else ""
+        suffix = longer.path.rpartition("}")[2]
+        fitting = decoded.startswith(prefix) and decoded.endswith(suffix)
+        tail = decoded[len(prefix) : len(decoded) - len(suffix)] if fitting else ""
         if tail and (longer.path.endswith("...}") or "/" not in tail):
             route, rest = longer, tail
             break
@@ -9578,7 +11249,112 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     return route, rest
 
 
-# ==== 35. Demo ====================================================================================
+class Door:
+    """Where every request comes in: checked before its handler runs, told what went wrong."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self._numbers = count(1)
+
+    async def handle(self, exchange: Exchange, service: Backend | None = None) -> None:
+        """Answer one request, with what its handler returns or with what went wrong.
+
+        `service` is another one, that a port is for.
+        """
+        given = exchange.request.headers.get("x-request-id")
+        exchange.id = f"{self.api.gateway.instance[:6]}-{next(self._numbers)}"
+        exchange.request_id = given if given and REQUEST_ID.fullmatch(given) else exchange.id
+        try:
+            handler: RouteHandler
+            if service is not None:
+                handler, arguments = pass_to, (service,)
+            else:
+                handler, arguments = await self.enter(exchange)
+            facts = await handler(self.api, exchange, *arguments)
+            if facts is not None:
+                exchange.respond(200, render_json(facts))
+        except LlmqError as error:
+            if not isinstance(error, ClientLeft):
+                self.api.gateway.metrics.add("llmq_rejected_total", error.code)
+            if isinstance(error, (ClientLeft, RequestTimeout)) or exchange.started:
+                raise
+            self.send_error(exchange, error)
+            error.__traceback__ = error.__context__ = None  # the frames of both hold the body
+        except Exception:
+            log.exception("request failed")
+            if exchange.started:
+                exchange.abort()
+                return
+            exchange.keep_alive = False
+            self.send_error(exchange, LlmqError("llmq failed; its log says how"))
+
+    def send_error(self, exchange: Exchange, error: LlmqError) -> None:
+        request = exchange.request
+        body = dialect_of(request.path, request.headers).render_error(error, exchange.request_id)
+        exchange.respond(error.status, body, headers=error_headers(error))
+
+    async def enter(self, exchange: Exchange) -> tuple[RouteHandler, tuple[Any, ...]]:
+        """Everything that is checked before a handler runs; it, and what it is given."""
+        request, headers = exchange.request, exchange.request.headers
+        trusted, origin = self.api.settings.server.cors_origins, headers.get("origin")
+        base = self.api.settings.server.base_path
+        inside = strip_base(exchange, base)
+        check_host(exchange, self.api.names)
+        exchange.caller = await find_caller(exchange, self.api.gateway)
+        if not inside:
+            raise LlmqError(f"here every path begins with {base}/", "not_found")
+        route, argument = match_route(request)
+        if argument and route is None and self.api.settings.server.allow_all_routes:
+            route = OTHER_ROUTE
+        account = exchange.caller.account
+        granted = grant(origin, route.access if route else Access.OPEN, trusted)
+        waits = route is not None and route.handlers.get(request.method) is Api.enqueue
+        if not waits:  # else its answer tells its class
+            granted += tuple(account.class_line)
+        exchange.headers, now = granted, self.api.gateway.now()
+        if account.is_metered:
+            meter(exchange, now)
+        if request.method == "OPTIONS":
+            return self.preflight, (argument,)
+        own = route is not None and route.path.startswith("/llmq")
+        check_right(exchange, route.right if route else "infer", self.api.gateway, own=own)
+        if route is None:
+            raise LlmqError(f"there is no {printable(request.path)}", "not_found")
+        check_method(exchange, route.methods, route.path)
+        check_origin(exchange, route.access)
+        check_blocked(exchange, route.path, self.api.gateway.clients)
+        if exchange.connection.above_cap:
+            exchange.keep_alive = False
+            if route.path != "/health":
+                raise LlmqError("too many connections", "overloaded")
+        if account.is_metered and (waits or route is OTHER_ROUTE):
+            exchange.headers = granted
+            meter(exchange, now, counts=True)
+        handler = route.handlers[request.method]
+        changes = route.path.startswith("/llmq") and request.method in ("POST", "DELETE")
+        arguments = (argument, await read_control(exchange)) if changes else (argument,)
+        return handler, arguments
+
+    async def preflight(self, _api: Api, exchange: Exchange, _: str) -> None:
+        """Grant the method and the header names asked for, by name: `*` does not cover them all."""
+        headers, route = exchange.request.headers, match_route(exchange.request)[0]
+        own = route.methods if route else ()
+        methods = ", ".join(dict.fromkeys(("GET", "POST", *own, "OPTIONS")))
+        granted = [("Allow", methods)]
+        if "origin" in headers and "access-control-request-method" in headers:
+            if "Access-Control-Allow-Origin" not in dict(exchange.headers):
+                raise LlmqError("pages from there may not use this route", "forbidden_origin")
+            asked = headers.get("access-control-request-headers", "").split(",")
+            names = [name.strip() for name in asked if re.fullmatch(TOKEN, name.strip())]
+            granted.append(("Access-Control-Allow-Methods", methods))
+            granted.append(("Access-Control-Allow-Headers", ", ".join(names) or "content-type"))
+            granted.append(("Access-Control-Max-Age", PREFLIGHT_SECONDS))
+            if headers.get("access-control-request-private-network") == "true":
+                granted.append(("Access-Control-Allow-Private-Network", "true"))
+        exchange.respond(204, b"", headers=granted)
+
+
+# ==== 45. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -9633,7 +11409,7 @@ async def answer_demo(exchange: Exchange) -> None:
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 36. Terminal view ===========================================================================
+# ==== 46. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -9696,6 +11472,9 @@ KEY_HELP = """
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
 MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
+JOBS = {"JOB": 0, "STATUS": 9, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "AGE": -7, " ERROR": 0}
+USAGE_TABLE = {"DAY": 10, "CLIENT": 0, "MODEL": 0, "REQUESTS": -8, "HITS": -6, "TOKENS IN": -12,
+               "OUT": -10, " SECONDS": 0}  # fmt: skip
 ENDED = {"ENDED": 15, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "FIRST": -7, "TOTAL": -7,
          "TOKENS": -6, "TOK/S": 5}  # fmt: skip
 USERS = {"": 5, "USER": 0, "CLASS": 6, "SHARE": -5, "WAITS": -5, "RUNS": -4, "DONE": -5,
@@ -9947,6 +11726,8 @@ class View:
             f"oldest {brief(waits['oldest_wait_s'])}  up {brief(now['uptime_s'])}"
         )
         lines = [("title", title), ("" if mode == "open" else "alarm", figures)]
+        kept = kept_figures(now)
+        lines += [("dim", kept)] * bool(kept)
         lines += [("lost", f" {trouble}")] * bool(trouble)
         wrong = (now.get("trouble"), error and f"not reloaded: {error}")
         texts = [line for text in wrong if text for line in wrap(text[:1000], max(40, width - 1))]
@@ -9983,6 +11764,21 @@ class View:
         kind = "dim" if self.old and kind not in ("bar", "lost") else kind
         code = self.styles.get(kind if kind in COLOURS else "bad")
         return f"\x1b[{code}m{fit(text, width)}\x1b[0m" if code else fit(text, width)
+
+
+def kept_figures(now: Row) -> str:
+    """Jobs, what the cache has saved, what was used today: as far as there is any."""
+    jobs, cache, used = (now.get(name) or {} for name in ("jobs", "cache", "used_today"))
+    told = []
+    if any(jobs.values()):
+        told.append(f"jobs {jobs['queued']} queued, {jobs['running']} running")
+    saved = cache.get("hit", 0) + cache.get("joined", 0)
+    if saved:
+        told.append(f"cache {saved} of {saved + cache['miss']} saved")
+    if used.get("requests"):
+        tokens = f"{used['tokens_in']} tokens in, {used['tokens_out']} out"
+        told.append(f"today {plural(used['requests'], 'request')}, {tokens}")
+    return "".join(f" {text} " for text in told)
 
 
 def plain_top(snapshot: Row, url: str, width: int) -> str:
@@ -10075,7 +11871,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 37. Service =================================================================================
+# ==== 47. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -10254,10 +12050,18 @@ class Service:
         self.stopping, self.hurry = asyncio.Event(), asyncio.Event()
         self.has_looked = False  # around this box, for runners
         self.seen = self.stamp() if self.stamp else None
-        self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic)
         self.store = Store("" if self.demo else self.settings.server.state)
-        self.changes = Changes(self.gateway, self.store)
-        self.api = Api(self.gateway, self.own_names(), self.reload, self.changes)
+        self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic, self.store)
+        self.changes = Changes(self.gateway)
+        self.runner = Runner(self.gateway)
+        self.batches = Batches(self.gateway.jobs, self.runner)
+        self.runner.on_end = [self.batches.line_ended, self.tell_job]
+        self.keeper = Keeper(self.gateway, self.batches)
+        self.webhooks = Webhooks(self.gateway)
+        jobs = JobRoutes(self.gateway, self.runner, self.batches)
+        names, reload = self.own_names(), self.reload
+        self.api = Api(self.gateway, names, reload, self.changes, jobs, self.keeper)
+        self.door = Door(self.api)
         self._servers: list[HttpServer] = []
         self._ports: dict[str, tuple[PortSettings, HttpServer]] = {}  # by number
         self._moving: asyncio.Future[None] | None = None  # opens and closes them
@@ -10287,7 +12091,7 @@ class Service:
         limits = self.settings.queue
         spare = RESERVED_FILES + SPARE_CONNECTIONS + 4 * ACCEPT_BURST + 2 * limits.slots
         self.most_connections = max(4, raise_file_limit(limits.max_depth + 512) - spare)
-        server = HttpServer(self.api.handle, self.settings, self.most_connections)
+        server = HttpServer(self.door.handle, self.settings, self.most_connections)
         server.tls = self.tls
         self._servers.append(server)
         if self.demo:
@@ -10305,6 +12109,8 @@ class Service:
             except ConfigError as error:  # noqa: PERF203 - a later llmq may know more of it
                 log.warning("state: %s; it is left out", error)
         self.apply()
+        for kept_there in (gateway.jobs, self.batches, self.keeper):
+            await kept_there.load()
         await self.listen(server)
         await self.move_ports()
         loops = (
@@ -10316,6 +12122,9 @@ class Service:
             (WATCH_SECONDS, self.watch),
             (PRELOAD_SECONDS, Preloader(gateway).step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
+            (0.0, self.runner.feed),
+            (KEEP_SECONDS, self.keeper.step),
+            (REAP_SECONDS, self.webhooks.step),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
 
@@ -10365,10 +12174,10 @@ class Service:
         for number, row in self.settings.ports.items():
             if number in self._ports:
                 continue
-            handler: Handler = self.api.handle
+            handler: Handler = self.door.handle
             if row.upstream:
                 service = port_service(number, row)
-                handler = functools.partial(self.api.handle, service=service)
+                handler = functools.partial(self.door.handle, service=service)
             server = HttpServer(handler, self.settings, max(4, self.most_connections // 4))
             server.account = self.gateway.accounts.named[f"port:{number}"]
             try:
@@ -10467,9 +12276,25 @@ class Service:
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
+        await self.runner.stop()
+        await self.last_words()
         await self.store.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.gateway.journal.flush()
+
+    async def tell_job(self, job: Job) -> None:
+        if not job.batch:
+            self.gateway.journal.happened("job.done", job=self.api.jobs.show_job(job))
+
+    async def last_words(self) -> None:
+        """What is to be kept, and what is to be told, before all ends."""
+        try:
+            await self.keeper.step()
+        except LlmqError as error:
+            log.warning("stopping: %s", error)
+        self.webhooks.step()
+        await self.until(lambda: self.webhooks.is_idle, LINGER_SECONDS)
+        self.webhooks.close()
 
     def tell_what_runs(self) -> None:
         running = list(self.gateway.scheduler.running.values())
@@ -10506,7 +12331,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 38. Command line ============================================================================
+# ==== 48. Command line ============================================================================
 # What a person types, and what a service manager is told.  All words to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
@@ -10623,6 +12448,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
 
 
+ABOUT_JOB = {
+    "job": "show one job",
+    "result": "print what came of a job",
+    "cancel": "end a job that waits or runs",
+}
+
+
+def add_kept(commands: Any) -> list[argparse.ArgumentParser]:
+    """The commands that show what is kept: jobs, and what was used."""
+    jobs = commands.add_parser("jobs", help="show the jobs that are kept, the latest first")
+    jobs.add_argument("--mine", action="store_true", help="your own, not everybody's")
+    about = [commands.add_parser(name, help=text) for name, text in ABOUT_JOB.items()]
+    for one in about:
+        one.add_argument("id", help="of the job")
+    usage = commands.add_parser("usage", help="show what was used, by day, client and model")
+    text = "how many, today among them (default: 7)"
+    usage.add_argument("--days", type=int, default=7, metavar="N", help=text)
+    return [jobs, *about, usage]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmq",
@@ -10654,13 +12499,14 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("action", nargs="?", choices=("load", "unload"))
     models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
     models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
-    for asking in (status, mode, top, run, models):
+    kept = add_kept(commands)
+    for asking in (status, mode, top, run, models, *kept):
         asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
         text = "with the key that it wants (default: the variable LLMQ_KEY)"
         asking.add_argument("--key-file", metavar="FILE", help=text)
     making = commands.add_parser("key", help="make a key, and the lines of the file that let it in")
     making.add_argument("name", help="of whoever gets it")
-    for showing in (status, top, models):
+    for showing in (status, top, models, *kept):
         showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
     config = commands.add_parser("config", help="check or show the settings")
     config.add_argument("what", choices=("check", "show"))
@@ -10828,9 +12674,17 @@ def trusted_tls(url: str) -> Any:
 
 
 def ask_llmq(
-    url: str, order: Order, seconds: float | None = ANSWER_SECONDS, *, key: str = ""
+    url: str,
+    order: Order,
+    seconds: float | None = ANSWER_SECONDS,
+    *,
+    key: str = "",
+    raw: bool = False,
 ) -> Any:
-    """What a running llmq answers; StartError in plain words when there is none."""
+    """What a running llmq answers; StartError in plain words when there is none.
+
+    It is an object; `raw` is the status and the body, whatever that is.
+    """
     from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
@@ -10844,7 +12698,8 @@ def ask_llmq(
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
         tls = [HTTPSHandler(context=trusted_tls(url))] if url.startswith("https:") else []
         with build_opener(ProxyHandler({}), *tls).open(request, timeout=seconds) as answer:
-            facts = json.loads(read_bounded(answer))
+            body = read_bounded(answer)
+        facts = {} if raw else json.loads(body)
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
     except HTTPError as error:
@@ -10857,7 +12712,7 @@ def ask_llmq(
         why = getattr(reason, "strerror", None) or reason
         cure = "`llmq` starts one on this box, --url names another"
         raise StartError(f"no llmq answers at {url}: {why}; {cure}") from None
-    return facts
+    return (answer.status, bytes(body)) if raw else facts
 
 
 def read_bounded(answer: Any) -> bytearray:
@@ -10892,6 +12747,13 @@ def cmd_mode(options: argparse.Namespace) -> None:
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
+def show_rows(columns: Mapping[str, int], rows: Iterable[Sequence[Any]], empty: str) -> None:
+    """Print a table, whatever is in it."""
+    told = [("", [str(cell) for cell in row]) for row in rows]
+    for _, text in table(columns, told, 140, empty)[1:]:
+        say(printable(text.strip(), 1000))
+
+
 def cmd_models(options: argparse.Namespace) -> None:
     url, ask = asked(options)
     if options.action and not options.name:
@@ -10911,8 +12773,54 @@ def cmd_models(options: argparse.Namespace) -> None:
         say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
         return
     shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
-    for _, text in table(MODELS, [("", row) for row in shown], 140, none)[1:]:
-        say(printable(text.strip(), 1000))
+    show_rows(MODELS, shown, none)
+
+
+def cmd_jobs(options: argparse.Namespace) -> None:
+    query = "" if options.mine else "?all=1"
+    jobs = asked(options)[1](("GET", f"/v1/jobs{query}", None))["data"]
+    if options.json:
+        say(json.dumps(jobs, indent=2))
+        return
+    names, now = ("id", "status", "class", "client", "model"), time.time()
+    rows = [
+        [*(job[name] for name in names), brief(now - job["created_at"]), f" {job['error'] or ''}"]
+        for job in jobs
+    ]
+    show_rows(JOBS, rows, "none")
+
+
+def cmd_job(options: argparse.Namespace) -> int:
+    """Show, print or cancel one job; 1 where there is no result yet."""
+    path, ask = f"/v1/jobs/{quote(options.id, safe='')}", asked(options)[1]
+    if options.command == "result":
+        status, body = ask(("GET", f"{path}/result", None), raw=True)
+        text = body.decode("utf-8", "replace")
+        if status == HTTPStatus.ACCEPTED:
+            say(f"job {options.id} is {json.loads(text)['status']}", error=True)
+            return 1
+        say(text)
+        return 0
+    job = ask(("DELETE" if options.command == "cancel" else "GET", path, None))
+    if options.json:
+        say(json.dumps(job, indent=2))
+    else:
+        for name, value in job.items():
+            say(printable(f"{name:<13} {'-' if value is None else value}", 1000))
+    return 0
+
+
+def cmd_usage(options: argparse.Namespace) -> None:
+    rows = asked(options)[1](("GET", f"/llmq/usage?days={options.days}", None))["usage"]
+    if options.json:
+        say(json.dumps(rows, indent=2))
+        return
+    names = ("day", "client", "model", "requests", "hits", "tokens_in", "tokens_out")
+    show_rows(
+        USAGE_TABLE,
+        [[*(row[name] for name in names), f" {row['seconds']:.1f}"] for row in rows],
+        "nothing yet",
+    )
 
 
 def cmd_top(options: argparse.Namespace) -> None:
@@ -10998,6 +12906,8 @@ def cmd_config(options: argparse.Namespace) -> None:
         account.update({name: HIDDEN for name in ("key", "key_hash") if account[name]})
     for port in tables["ports"].values():
         port["headers"] = dict.fromkeys(port["headers"], HIDDEN)
+    for hook in tables["webhooks"].values():
+        hook.update({name: HIDDEN for name in ("url", "secret") if hook[name]})
     if options.json:
         say(json.dumps(tables, indent=2))
     else:
@@ -11015,6 +12925,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "key": cmd_key,
     "run": cmd_run,
     "models": cmd_models,
+    "jobs": cmd_jobs,
+    **dict.fromkeys(ABOUT_JOB, cmd_job),
+    "usage": cmd_usage,
     "config": cmd_config,
 }
 
@@ -11041,7 +12954,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 39. Web page ================================================================================
+# ==== 49. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

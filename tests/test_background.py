@@ -22,7 +22,7 @@ NOWHERE = "http://127.0.0.1:9"
 def gateway_of(**settings: Any) -> Any:
     """A gateway that nothing runs beside yet."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
-    return llmq.Gateway(build_settings(values), "0123456789abcdef", time.monotonic)
+    return llmq.Gateway(build_settings(values), "0123456789abcdef", time.monotonic, llmq.Store(""))
 
 
 def listen_at(monkeypatch: pytest.MonkeyPatch, places: dict[str, str]) -> None:

@@ -79,7 +79,7 @@ class Held:
 
 async def admit(body: bytes) -> Any:
     """What admission makes of a body: the question, or the error."""
-    gateway = llmq.Gateway(build_settings({}), "0123456789abcdef", time.monotonic)
+    gateway = llmq.Gateway(build_settings({}), "0123456789abcdef", time.monotonic, llmq.Store(""))
 
     async def read_body(_limit: int) -> bytes:
         return body

@@ -430,7 +430,7 @@ async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> No
 
 async def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered() -> None:
     """The issue allows 50 ms; the best of some tries, for the machine may be busy."""
-    gateway = llmq.Gateway(build_settings({}), "x", time.monotonic)
+    gateway = llmq.Gateway(build_settings({}), "x", time.monotonic, llmq.Store(""))
     for number in range(10_000):
         client = gateway.clients.named(f"app:{number % 500}")
         ticket = llmq.Ticket(str(number), client, llmq.Want("m"), llmq.Priority(number % 3), 100)
