@@ -542,7 +542,7 @@ class ServerSettings:
     tls_client_ca: File = setting("", "file of who signs the certificates that clients must have")
     trusted_proxies: Addresses = setting((), "addresses whose X-Forwarded-For tells who asks")
     watch: bool = setting(True, "read the configuration file again when it changes")
-    state: File = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps run-time changes; empty: none")
+    state: File = setting("$XDG_STATE_HOME/llmq/llmq.db", "keeps changes, jobs, usage; empty: none")
     head_timeout: Duration = setting(15.0, "for a request's head to arrive whole", minimum=SHORT)
     body_timeout: Duration = setting(30.0, "between two pieces of a request body", minimum=SHORT)
     upload_timeout: Duration = setting(300.0, "for a whole request body to arrive", minimum=SHORT)
@@ -2793,6 +2793,10 @@ class Backlog:
         active.update(self._backlogs[priority])
         return min((one.tags[priority] for one in active if one is not but), default=None)
 
+    def waiting_in(self, priority: Priority) -> int:
+        """How many wait in a class."""
+        return sum(self._backlogs[priority].values())
+
     def in_order(self) -> list[Ticket]:
         """The waiting tickets as they would start if each could: by class, share and arrival."""
         ahead: dict[tuple[Client, Priority], float] = {}
@@ -2811,7 +2815,7 @@ class Backlog:
         in_class, most = limits.depths[priority], limits.max_depth // 2 or 1
         if len(self.waiting) >= limits.max_depth:
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
-        elif in_class and sum(self._backlogs[priority].values()) >= in_class:
+        elif in_class and self.waiting_in(priority) >= in_class:
             message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
@@ -5997,8 +6001,9 @@ class Shared:
 
     blocked = False  # it is no stream
 
-    def __init__(self, first: Exchange) -> None:
+    def __init__(self, first: Exchange, call: Any) -> None:
         self.first = first
+        self.call = call  # that runs for all
         self.waiter = first.waiter
         self.others: list[Exchange] = []
         self.answer: tuple[bytes, str] | None = None  # once it is whole and good, and its type
@@ -7887,6 +7892,8 @@ class Recall:
         wanted = chats or (limits.embeddings and EMBEDDINGS in call.endpoint.routes)
         if not wanted or question.skipped or question.done_reason or not values:
             return False
+        if call.caller.foreign:  # or a web page could find out what others have asked
+            return False
         return "no-store" not in CACHE_CONTROL.findall(headers.get("cache-control", "").lower())
 
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
@@ -7912,6 +7919,12 @@ class Recall:
         if "no-cache" in CACHE_CONTROL.findall(headers.get("cache-control", "").lower()):
             call.recalled = "miss"  # whatever is there
 
+    def twin_of(self, call: Call) -> Call | None:
+        """The call that waits and asks the same."""
+        run = self.runs.get(call.answer_key)
+        twin = run.call if run is not None and not call.recalled else None
+        return twin if twin and twin.ticket.state is TicketState.WAITING else None
+
     async def answer(self, call: Call) -> bool:
         """Answer with what is known, or as another's run is; False where the call has to run."""
         exchange, key = call.reply, call.answer_key
@@ -7932,7 +7945,7 @@ class Recall:
         call.recalled = "miss"
         self.count("miss")
         exchange.headers += (("X-Cache", "MISS"),)
-        call.reply = Shared(exchange)
+        call.reply = Shared(exchange, call)
         self.runs.setdefault(key, call.reply)
         return False
 
@@ -8539,7 +8552,12 @@ class Gateway:
         if call.later and (call.later is ALWAYS or not self.scheduler.may_start(call.ticket)):
             await self.jobs.accept(call)
             return True
-        return bool(call.answer_key) and await self.recall.answer(call)
+        if not call.answer_key:
+            return False
+        twin = self.recall.twin_of(call)
+        if twin is not None and twin.ticket.priority > call.ticket.priority:
+            self.reprioritise(twin, call.ticket.priority)
+        return await self.recall.answer(call)
 
     def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
@@ -9255,6 +9273,7 @@ class Runner:
         self.gateway = gateway
         self.jobs = gateway.jobs
         self.on_end: list[Callable[[Job], Awaitable[None]]] = []
+        self.ending = asyncio.Event()
         self._tasks: set[asyncio.Future[None]] = set()
         self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
 
@@ -9264,18 +9283,36 @@ class Runner:
         await jobs.news.wait()
         jobs.news.clear()
         most = max(FED, 2 * sum(device.slots for device in devices))
-        bytes_free = self.gateway.settings.queue.max_queued_bytes // 4
-        for lane in list(jobs.lanes):
-            jobs.lanes.discard(lane)  # before it is looked at: what comes meanwhile is news
-            fed = [job for job, _ in jobs.active.values() if (job.priority, job.client) == lane]
-            left = most - len(fed)
-            while left > 0 and not self.gateway.draining:
-                waiting = sum(len(job.body) for job, _ in jobs.active.values())
-                job = await jobs.next(lane) if waiting <= bytes_free else None
-                if job is None:
-                    break
-                self.start(job)
-                left -= 1
+        lanes, jobs.lanes = jobs.lanes, set()  # what comes meanwhile is news
+        try:
+            for lane in list(lanes):
+                if await self.feed_lane(lane, most):
+                    lanes.discard(lane)
+        except LlmqError as error:
+            log.warning("jobs wait: %s", error)
+            await self.pause()
+            jobs.news.set()
+        finally:
+            jobs.lanes |= lanes  # of which there may be more
+
+    async def feed_lane(self, lane: tuple[int, str], most: int) -> bool:
+        """Let those of a lane begin; False where the memory that they may take is taken."""
+        active = self.jobs.active.values()
+        fed = sum((job.priority, job.client) == lane for job, _ in active)
+        for _ in range(most - fed):
+            waiting = sum(len(job.body) for job, _ in active)
+            if waiting > self.gateway.settings.queue.max_queued_bytes // 4:
+                return False
+            job = await self.jobs.next(lane)
+            if job is None or self.gateway.draining:
+                break
+            self.start(job)
+        return True
+
+    async def pause(self) -> None:
+        """A while, or until all ends."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.ending.wait(), JOB_RETRY_SECONDS)
 
     def start(self, job: Job) -> None:
         def begun() -> None:
@@ -9342,7 +9379,7 @@ class Runner:
             with contextlib.suppress(LlmqError):  # then it runs again after a restart
                 await self.jobs.requeue(job, counted=error.code not in PATIENT)
         if not self.gateway.draining:
-            await asyncio.sleep(JOB_RETRY_SECONDS)
+            await self.pause()
 
     async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
         """Keep what came of it, as soon as there is room for it."""
@@ -9362,9 +9399,9 @@ class Runner:
                 ended = await self.jobs.end(job, state, status, kind, answer, words)
             except LlmqError as full:  # noqa: PERF203 - a full disk is waited for
                 log.warning("job %s has ended, and cannot be kept: %s", job.id, full)
-                if self.gateway.draining:
+                if self.ending.is_set():
                     return  # it runs again after a restart
-                await asyncio.sleep(JOB_RETRY_SECONDS)
+                await self.pause()
         for tell in self.on_end if ended else ():
             await tell(job._replace(state=state, status=status, error=words))
 
@@ -9381,6 +9418,7 @@ class Runner:
 
     async def stop(self) -> None:
         """Wait until all that ran has been kept, or waits again."""
+        self.ending.set()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -9787,13 +9825,16 @@ class Keeper:
         self.cache.expire(time.time())
         self.cache.fit(limits.max_bytes if limits.embeddings or limits.chat else 0)
         self.cache.noting = limits.persist and bool(self.store.path)
-        if self.store.path:
-            await self.keep_usage()
-            await self.keep_answers()
-        if self.store.is_open:
-            ttl = self.gateway.settings.jobs.result_ttl
-            await self.gateway.jobs.expire(time.time() - ttl, ttl)
-            await self.batches.expire(time.time() - ttl)
+        ttl = self.gateway.settings.jobs.result_ttl
+        try:
+            if self.store.path:
+                await self.keep_usage()
+                await self.keep_answers()
+            if self.store.is_open:
+                await self.gateway.jobs.expire(time.time() - ttl, ttl)
+                await self.batches.expire(time.time() - ttl)
+        except LlmqError as error:
+            log.warning("state: %s; it is tried again", error)
 
     async def keep_usage(self) -> None:
         journal = self.gateway.journal
@@ -9802,16 +9843,21 @@ class Keeper:
             if used:
                 rows = [(*who, *facts) for who, facts in used.items()]
                 await self.store.write((ADD_USAGE, rows))
-        except LlmqError as error:
-            log.warning("usage: %s; it is tried again", error)
+        except LlmqError:
             merge_usage(journal.used, used)
+            raise
 
     async def keep_answers(self) -> None:
         changed, self.cache.changed = self.cache.changed, {}
         new = [(key, *answer) for key, answer in changed.items() if answer is not None]
         old = [(key,) for key, answer in changed.items() if answer is None]
-        if changed:
-            await self.store.write(("DELETE FROM answers WHERE key = ?", old), (KEEP_ANSWER, new))
+        try:
+            if changed:
+                drop = ("DELETE FROM answers WHERE key = ?", old)
+                await self.store.write(drop, (KEEP_ANSWER, new))
+        except LlmqError:
+            self.cache.changed = {**changed, **self.cache.changed}
+            raise
 
     async def usage(self, days: int) -> list[Facts]:
         """What was used in the last days, this one among them, by day, client and model."""
@@ -9916,26 +9962,29 @@ class Watch:
         self.most = 0  # that waited at once, since the queue was last empty
         self.refused = 0  # requests, because the queue was full
         self.refused_at = float("-inf")
-        self.high = False
+        self.high: set[str] = set()  # limits that are nearly reached
         self.down: set[str] = set()
 
-    def look_at_queue(
-        self, now: float, most: int, waiting: int, refused: int, limit: int
-    ) -> Iterator[str]:
+    def look_at_queue(self, now: float, most: int, waiting: int, refused: int) -> Iterator[str]:
         """`most` waited at once since the last look, so many wait now, all in all `refused`."""
         self.most = max(self.most, most)
         if refused > self.refused:
             if now - self.refused_at >= FULL_SECONDS:
                 yield "queue.full"
             self.refused, self.refused_at = refused, now
-        if not self.high and most >= HIGH_WATERMARK * limit:
-            self.high = True
-            yield "queue.high_watermark"
-        self.high = self.high and waiting > LOW_WATERMARK * limit
         if not waiting:
             if self.most >= BUSY_QUEUE:
                 yield "queue.drained"
             self.most = 0
+
+    def look_at_limit(self, name: str, most: int, waiting: int, limit: int) -> bool:
+        """Whether the mark below this limit has been reached, since waiting fell below another."""
+        reached = limit > 0 and name not in self.high and most >= HIGH_WATERMARK * limit
+        if reached:
+            self.high.add(name)
+        if waiting <= LOW_WATERMARK * limit:
+            self.high.discard(name)
+        return reached
 
     def look_at_hosts(self, states: Mapping[str, State]) -> Iterator[tuple[str, str]]:
         """The event of each backend whose state is another."""
@@ -9956,7 +10005,7 @@ class Postman:
         self.name = name
         self.lost = 0
         self.closed = threading.Event()
-        self._events: queue.Queue[tuple[WebhookSettings, bytes]] = queue.Queue(HOOK_QUEUE)
+        self._events: queue.Queue[tuple[WebhookSettings, bytes] | None] = queue.Queue(HOOK_QUEUE)
         threading.Thread(target=self.run, daemon=True).start()
 
     @property
@@ -9971,9 +10020,14 @@ class Postman:
             if self.lost == 1:
                 log.warning("webhook %s: events are lost, it takes them too slowly", self.name)
 
+    def close(self) -> None:
+        self.closed.set()
+        with contextlib.suppress(queue.Full):  # then it looks at `closed` soon
+            self._events.put_nowait(None)
+
     def run(self) -> None:
-        while not self.closed.is_set():
-            row, body = self._events.get()
+        while not self.closed.is_set() and (event := self._events.get()) is not None:
+            row, body = event
             error = ""
             for pause in HOOK_TRIES:
                 error = "" if self.closed.wait(pause) else self.post(row, body)
@@ -10023,14 +10077,22 @@ class Webhooks:
         if not rows:
             gateway.journal.events.clear()
             return
-        waiting, full_at = len(scheduler.waiting), scheduler.limits.max_depth
-        refused = gateway.journal.outcomes["queue_full"]
-        for event in self.watch.look_at_queue(gateway.now(), most, waiting, refused, full_at):
-            gateway.journal.happened(event, waiting=waiting, most_waiting=most, full_at=full_at)
+        waiting, happened = len(scheduler.waiting), gateway.journal.happened
+        refused, limits = gateway.journal.outcomes["queue_full"], scheduler.limits
+        facts = {"waiting": waiting, "most_waiting": most, "full_at": limits.max_depth}
+        for event in self.watch.look_at_queue(gateway.now(), most, waiting, refused):
+            happened(event, **facts)
+        rows_of = [("all", most, waiting, limits.max_depth)]
+        for priority in Priority if any(limits.depths) else ():
+            here = scheduler.waiting_in(priority)
+            rows_of.append((priority.word, here, here, limits.depths[priority]))
+        for name, *numbers in rows_of:
+            if self.watch.look_at_limit(name, *numbers):
+                happened("queue.high_watermark", **{**facts, "class": name})
         backends = gateway.fleet.backends
         states = {name: backend.state for name, backend in backends.items()}
         for event, name in self.watch.look_at_hosts(states):
-            gateway.journal.happened(event, host=name, error=backends[name].error)
+            happened(event, host=name, error=backends[name].error)
         while gateway.journal.events:
             self.send(gateway.journal.events.popleft())
 
@@ -10048,7 +10110,7 @@ class Webhooks:
 
     def close(self) -> None:
         for postman in self.postmen.values():
-            postman.closed.set()
+            postman.close()
 
 
 # ==== 40. Access ==================================================================================
@@ -10058,7 +10120,7 @@ class Webhooks:
 EXPOSED = (
     "Access-Control-Expose-Headers",
     "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Wait-Ms, "
-    "Retry-After",
+    "X-Cache, Location, Retry-After",
 )
 
 
@@ -11112,8 +11174,11 @@ class Route(NamedTuple):
 
 def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHandler) -> Route:
     *methods, path = what.split()
-    each = handlers if len(handlers) > 1 else handlers * len(methods)
-    return Route(tuple(methods), path, access, right, summary, dict(zip(methods, each)))
+    if len(handlers) == 1:
+        handlers *= len(methods)
+    elif "HEAD" in methods:  # which is answered as GET is
+        handlers = (handlers[0], *handlers)
+    return Route(tuple(methods), path, access, right, summary, dict(zip(methods, handlers)))
 
 
 def of(handler: Callable[..., Awaitable[Facts | None]]) -> RouteHandler:
@@ -11168,22 +11233,22 @@ ROUTES = (
     owned("GET /llmq/events", "the snapshot on every change, server-sent events", Api.get_events),
     owned("GET HEAD /metrics", "figures for Prometheus", Api.get_metrics),
     owned("POST /llmq/mode", '`{"mode":"open"}`, `"priority"` or `"paused"`', Api.post_mode),
-    own("GET /v1/jobs", "your jobs, the latest first; `?all=1`: everybody's",
+    own("GET HEAD /v1/jobs", "your jobs, the latest first; `?all=1`: everybody's",
         of(JobRoutes.list_jobs)),
-    own("GET DELETE /v1/jobs/{id}", "one job; end it",
+    own("GET HEAD DELETE /v1/jobs/{id}", "one job; end it",
         of(JobRoutes.get_job), of(JobRoutes.delete_job)),
-    own("GET /v1/jobs/{id}/result", "what came of it; 202 while nothing has",
+    own("GET HEAD /v1/jobs/{id}/result", "what came of it; 202 while nothing has",
         of(JobRoutes.get_result)),
-    own("GET POST /v1/files", "your files; keep one, for a batch",
+    own("GET HEAD POST /v1/files", "your files; keep one, for a batch",
         of(JobRoutes.list_files), of(JobRoutes.post_file)),
-    own("GET DELETE /v1/files/{id}", "one file; forget it",
+    own("GET HEAD DELETE /v1/files/{id}", "one file; forget it",
         of(JobRoutes.get_file), of(JobRoutes.delete_file)),
     own("GET /v1/files/{id}/content", "what is in it", of(JobRoutes.get_content)),
-    own("GET POST /v1/batches", "your batches; make one of a file's lines",
+    own("GET HEAD POST /v1/batches", "your batches; make one of a file's lines",
         of(JobRoutes.list_batches), of(JobRoutes.post_batch)),
-    own("GET /v1/batches/{id}", "one batch", of(JobRoutes.get_batch)),
+    own("GET HEAD /v1/batches/{id}", "one batch", of(JobRoutes.get_batch)),
     own("POST /v1/batches/{id}/cancel", "end it", of(JobRoutes.cancel_batch)),
-    owned("GET /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
+    owned("GET HEAD /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
     row(Access.OWNER, "models", "POST /llmq/models",
         '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
           Api.post_model),
@@ -12109,8 +12174,11 @@ class Service:
             except ConfigError as error:  # noqa: PERF203 - a later llmq may know more of it
                 log.warning("state: %s; it is left out", error)
         self.apply()
-        for kept_there in (gateway.jobs, self.batches, self.keeper):
-            await kept_there.load()
+        try:
+            for kept_there in (gateway.jobs, self.batches, self.keeper):
+                await kept_there.load()
+        except LlmqError as error:
+            log.warning("state: %s", error)
         await self.listen(server)
         await self.move_ports()
         loops = (
@@ -12288,10 +12356,7 @@ class Service:
 
     async def last_words(self) -> None:
         """What is to be kept, and what is to be told, before all ends."""
-        try:
-            await self.keeper.step()
-        except LlmqError as error:
-            log.warning("stopping: %s", error)
+        await self.keeper.step()
         self.webhooks.step()
         await self.until(lambda: self.webhooks.is_idle, LINGER_SECONDS)
         self.webhooks.close()

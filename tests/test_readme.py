@@ -92,7 +92,7 @@ def test_every_flag_that_is_named_exists():
 def flags_of_commands() -> set[str]:
     """Those that no setting is behind."""
     command = llmq.build_parser().parse_args
-    names = ("serve", "top", "run", "models")
+    names = ("serve", "top", "run", "models", "jobs", "usage")
     parsers = [llmq.build_parser(), *(command([name]).parser for name in names)]
     texts = [parser.format_help() for parser in parsers]
     return {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
@@ -107,7 +107,13 @@ def between(name: str) -> str:
     return text.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
 
 
-SECRETS = {"RACK_KEY": "k-rack", "METRICS_KEY": "k-metrics", "SEARCH_TOKEN": "t-search"}
+SECRETS = {
+    "RACK_KEY": "k-rack",
+    "METRICS_KEY": "k-metrics",
+    "SEARCH_TOKEN": "t-search",
+    "DESK_HOOK": "https://chat.home/hooks/t-desk",
+    "DESK_SECRET": "s-desk",
+}
 
 
 def example() -> str:
