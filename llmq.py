@@ -2725,6 +2725,7 @@ class Backlog:
         groups = self._groups[priority].setdefault(want.model, {})
         if want not in groups:
             groups[want] = Group(want, priority)
+        ticket.want = groups[want].want  # one for all that want the same
         groups[want].add(ticket)
         self.waiting[ticket.id] = ticket
         self.most_waiting = max(self.most_waiting, len(self.waiting))
@@ -7169,7 +7170,6 @@ def as_keep_alive(text: str) -> int | str | None:
 class Call:
     """One request on its way, and the Reply that it answers."""
 
-    ticket: Ticket  # once it is admitted
     blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
     question = NO_QUESTION
     model = ""  # as resolved, in the words of the client
@@ -7220,6 +7220,11 @@ class Call:
         self.caller = caller
         self.id, self.request_id = ids  # llmq's own, and the client's where it gave one
         self.route, self.query = request.path, request.query
+        # What every call is given while it waits stands here too, so that all share the keys of
+        # their dictionary (PEP 412): 400 bytes of each on Python 3.9.
+        self.question, self.model, self.lines = NO_QUESTION, "", b""
+        self.ticket: Ticket = cast(Any, None)  # once it is admitted
+        self.patience, self.heartbeat_at = 0.0, NEVER
 
     @property
     def admitted(self) -> bool:
@@ -7897,9 +7902,7 @@ class Recall:
         return "no-store" not in CACHE_CONTROL.findall(headers.get("cache-control", "").lower())
 
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
-        """Give the call the key of its answer, if that may be kept."""
-        if not self.is_wanted(call, values, headers):
-            return
+        """Give the call the key of its answer."""
         version = self.fleet.version(call.ticket.model)
         own = (
             self.instance if "/" in version else ""
@@ -8279,13 +8282,8 @@ class Admission:
         policy = self.fleet.policy(model_key(call.model))
         if policy is not NO_POLICY and values and call.question.done_reason != "unload":
             call.policy = policy
-        context = call.question.context
-        if policy.num_ctx == "fit" and call.endpoint.limits and not caller.foreign:
-            look = functools.partial(fitting, values, call.endpoint)
-            context = max(context, await beside(look, heavy=is_heavy(body)))
-        if context:
-            context = await self.clamp_context(call.model, context)
-            call.question = call.question._replace(context=context)
+        if call.question.context or policy.num_ctx == "fit":
+            await self.find_context(call, values, policy)
         pinned = request.headers.get("x-llmq-backend", "")
         if pinned:
             self.check_pin(pinned, call.model)
@@ -8305,22 +8303,32 @@ class Admission:
         if self.clients.is_blocked(caller):  # since it came
             raise LlmqError(BLOCKED, "forbidden")
         if not (call.job or call.blind):
-            await self.look_for_shortcuts(call, request, values)
+            if "router" in values or "prefer" in request.headers:
+                self.look_for_later(call, request, values)
+            if not call.later and self.recall.is_wanted(call, values, request.headers):
+                await self.recall.find_key(call, values, request.headers)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
-    async def look_for_shortcuts(
-        self, call: Call, request: Request, values: Mapping[str, Any]
+    def look_for_later(self, call: Call, request: Request, values: Mapping[str, Any]) -> None:
+        """Whether the call may be answered later, and what is then asked anew."""
+        call.later = read_later(request.headers, values)
+        if call.caller.foreign:
+            call.later = ""
+        told = {name: request.headers[name] for name in JOB_HEADERS if name in request.headers}
+        call.asked = {**told, **call.more}, request.body
+
+    async def find_context(
+        self, call: Call, values: Mapping[str, Any], policy: ModelSettings
     ) -> None:
-        """Whether the call may be answered later, or with what is known already."""
-        headers = request.headers
-        later = "" if call.caller.foreign else read_later(headers, values)
-        if later:
-            call.later = later
-            told = {name: headers[name] for name in JOB_HEADERS if name in headers}
-            call.asked = {**told, **call.more}, request.body
-        else:
-            await self.recall.find_key(call, values, headers)
+        """The context that the call is to have: as asked for, or as its prompt needs."""
+        context = call.question.context
+        if policy.num_ctx == "fit" and call.endpoint.limits and not call.caller.foreign:
+            look = functools.partial(fitting, values, call.endpoint)
+            context = max(context, await beside(look, heavy=is_heavy(call.question.body)))
+        if context:
+            context = await self.clamp_context(call.model, context)
+            call.question = call.question._replace(context=context)
 
     def client_of(self, call: Call) -> Client:
         """Who asks; `forbidden` where the model is none of theirs."""
@@ -8527,7 +8535,8 @@ class Gateway:
         try:
             if not call.admitted:
                 await self.admission.admit(call)
-            if await self.answer_at_once(call):
+            shortcut = call.question.done_reason or call.later or call.answer_key
+            if shortcut and await self.answer_at_once(call):
                 done = True
                 return
             self.enqueue(call)
@@ -11290,6 +11299,7 @@ def match_route(request: Request) -> tuple[Route | None, str]:
     """
     path = request.path
     if path in EXACT_ROUTES:
+        request.path = EXACT_ROUTES[path].path  # one text for all that wait
         return EXACT_ROUTES[path], ""
     try:
         decoded = unquote_to_bytes(path).decode("utf-8")
