@@ -7869,13 +7869,15 @@ class Store:
 # A request that was answered before is answered before it waits; those that ask the same at one
 # time share one run.  Only whole and good answers are kept.
 
+
+def words_of(headers: Headers, name: str) -> set[str]:
+    """What a header field lists, without parameters, in lower case."""
+    listed = headers.get(name, "").lower().split(",")
+    return {one.partition(";")[0].strip() for one in listed}
+
+
 CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
-OWN_ENDS = (
-    "cancelled",
-    "client_left",
-    "wait_timeout",
-)  # which say nothing to those who share a run
-CACHE_CONTROL = re.compile(r"(?:^|,)[ \t]*(no-store|no-cache)[ \t]*(?:,|$)", re.IGNORECASE)
+OWN_ENDS = ("cancelled", "client_left", "wait_timeout")  # of one, not of those who share its run
 
 
 class Recall:
@@ -7899,27 +7901,20 @@ class Recall:
             return False
         if call.caller.foreign:  # or a web page could find out what others have asked
             return False
-        return "no-store" not in CACHE_CONTROL.findall(headers.get("cache-control", "").lower())
+        return "no-store" not in words_of(headers, "cache-control")
 
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
         """Give the call the key of its answer."""
-        version = self.fleet.version(call.ticket.model)
-        own = (
-            self.instance if "/" in version else ""
-        )  # no digest: it may be another after a restart
-        more = "" if call.policy is NO_POLICY else repr(call.policy)
-        told: tuple[object, ...] = (
-            call.endpoint.path,
-            call.query,
-            call.question.model,
-            version,
-            own,
-        )
-        told += (call.question.context, self.settings.upstream.num_ctx, more, call.more)
-        told += (call.model, call.ticket.want.backend)
+        question, ticket = call.question, call.ticket
+        version = self.fleet.version(ticket.model)
+        # Without a digest: after a restart it may be another model.
+        own = self.instance if "/" in version else ""
+        usual = (call.policy, self.settings.upstream.num_ctx)
+        asked = (call.endpoint.path, call.query, question.model, question.context, call.more)
+        told = (*asked, *usual, call.model, version, own, ticket.want.backend)
         find = functools.partial(answer_key, dict(values), *told)
-        call.answer_key = await beside(find, heavy=len(call.question.body) > WATCHED_LINE)
-        if "no-cache" in CACHE_CONTROL.findall(headers.get("cache-control", "").lower()):
+        call.answer_key = await beside(find, heavy=len(question.body) > WATCHED_LINE)
+        if "no-cache" in words_of(headers, "cache-control"):
             call.recalled = "miss"  # whatever is there
 
     def twin_of(self, call: Call) -> Call | None:
@@ -8076,7 +8071,7 @@ def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
         raise BadRequest("router.mode is one of " + ", ".join(ROUTER_MODES), param="router.mode")
     if allowed is not None and not isinstance(allowed, bool):
         raise BadRequest("router.allowAsync is true or false", param="router.allowAsync")
-    asked = [one.partition(";")[0].strip() for one in headers.get("prefer", "").lower().split(",")]
+    asked = words_of(headers, "prefer")
     if mode == "async" or (mode != "sync" and "respond-async" in asked):
         return ALWAYS
     return BUSY if allowed and mode != "sync" else ""
@@ -8158,12 +8153,12 @@ class Jobs:
 
     async def next(self, lane: tuple[int, str]) -> Job | None:
         """The oldest of a lane that waits in the store alone."""
-        marks = ", ".join("?" * len(self.active))
+        fed = [job.id for job, _ in self.active.values() if (job.priority, job.client) == lane]
         rows = await self.store.read(
             f"SELECT {', '.join(Job._fields)} FROM jobs WHERE state = '{QUEUED}' AND priority = ?"
-            f" AND client = ? AND id NOT IN ({marks}) ORDER BY number LIMIT 1",
+            f" AND client = ? AND id NOT IN ({', '.join('?' * len(fed))}) ORDER BY number LIMIT 1",
             *lane,
-            *self.active,
+            *fed,
         )
         return Job(*rows[0]) if rows else None
 
@@ -9266,7 +9261,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
 # rest, so that thousands that wait cost no memory.  A job is a call like any other, whose reply is
 # kept.
 
-FED = 16  # jobs of one client and class that the scheduler has at a time, at least
+FED, MOST_FED = 16, 500  # jobs of one client and class that the scheduler has at a time
 MOST_KEPT = 64 * MIB  # of an answer
 JOB_RETRY_SECONDS = 5.0
 # What ends a wait and says nothing of the job: it waits on.
@@ -9291,7 +9286,7 @@ class Runner:
         jobs, devices = self.jobs, self.gateway.fleet.devices.values()
         await jobs.news.wait()
         jobs.news.clear()
-        most = max(FED, 2 * sum(device.slots for device in devices))
+        most = min(max(FED, 2 * sum(device.slots for device in devices)), MOST_FED)
         lanes, jobs.lanes = jobs.lanes, set()  # what comes meanwhile is news
         try:
             for lane in list(lanes):
@@ -9797,6 +9792,7 @@ class Preloader:
 
 
 KEEP_SECONDS = 60.0
+USAGE_DAYS = 400  # that what was used is kept
 ADD_USAGE = """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (day, client, model) DO UPDATE SET requests = requests + excluded.requests,
     hits = hits + excluded.hits, tokens_in = tokens_in + excluded.tokens_in,
@@ -9810,6 +9806,7 @@ class Keeper:
     def __init__(self, gateway: Gateway, batches: Batches) -> None:
         self.gateway, self.batches = gateway, batches
         self.store, self.cache = gateway.store, gateway.recall.cache
+        self.named: set[Names] = set()  # days, clients and models that are written by name
 
     async def load(self) -> None:
         """What an earlier llmq has kept: answers, and what was used today."""
@@ -9846,12 +9843,20 @@ class Keeper:
             log.warning("state: %s; it is tried again", error)
 
     async def keep_usage(self) -> None:
-        journal = self.gateway.journal
+        journal, day = self.gateway.journal, day_of(int(time.time()))
+        self.named = {who for who in self.named if who[0] == day}
         used, journal.used = journal.used, {}
+        rows: dict[Names, list[float]] = {}
+        for who, facts in used.items():  # liars may call themselves something else each time
+            known = who in self.named or len(self.named) < MOST_USED
+            named = who if known else (who[0], OTHER, OTHER)
+            self.named.add(named)
+            merge_usage(rows, {named: facts})
+        oldest = day_of(int(time.time() - USAGE_DAYS * DAY))
         try:
-            if used:
-                rows = [(*who, *facts) for who, facts in used.items()]
-                await self.store.write((ADD_USAGE, rows))
+            if rows:
+                drop = ("DELETE FROM usage WHERE day < ?", (oldest,))
+                await self.store.write(drop, (ADD_USAGE, [(*who, *rows[who]) for who in rows]))
         except LlmqError:
             merge_usage(journal.used, used)
             raise
