@@ -11767,17 +11767,19 @@ class View:
 
 
 def kept_figures(now: Row) -> str:
-    """Jobs, what the cache has saved, what was used today: as far as there is any."""
+    """Jobs, how often the cache knew the answer, what was used today: as far as there is any."""
     jobs, cache, used = (now.get(name) or {} for name in ("jobs", "cache", "used_today"))
     told = []
     if any(jobs.values()):
-        told.append(f"jobs {jobs['queued']} queued, {jobs['running']} running")
-    saved = cache.get("hit", 0) + cache.get("joined", 0)
-    if saved:
-        told.append(f"cache {saved} of {saved + cache['miss']} saved")
+        told.append(f"jobs {jobs['queued']:,} queued, {jobs['running']:,} running")
+    hits = cache.get("hit", 0) + cache.get("joined", 0)
+    looked = hits + cache.get("miss", 0)
+    if looked:
+        told.append(f"hits {hits / looked:.0%} of {looked:,}")
     if used.get("requests"):
-        tokens = f"{used['tokens_in']} tokens in, {used['tokens_out']} out"
-        told.append(f"today {plural(used['requests'], 'request')}, {tokens}")
+        tokens = used["tokens_in"] + used["tokens_out"]
+        many = f"{tokens / 1e6:,.1f}M tokens" if tokens >= 1e6 else plural(tokens, "token")
+        told.append(f"today {plural(used['requests'], 'request')}, {many}")
     return "".join(f" {text} " for text in told)
 
 
@@ -13044,6 +13046,9 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
+.day { width: 112px } .did { width: 24% } .made { width: 32% } #jobs .how { width: 200px }
+#used b { color: var(--ink) } a { color: var(--blue) }
+#used .head { column-gap: 22px } #used summary { padding: 4px 18px; border-top: 1px solid var(--line) }
 #clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px);
   align-items: center; padding: 7px 14px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
@@ -13053,18 +13058,19 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 [aria-pressed=true] { color: var(--blue); background: var(--fill) } #blocked:empty { display: none }
 #blocked { padding: 4px 18px 12px } .backend .line + .line { margin-top: 4px }
 summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30px }
-@media (pointer: coarse) { button, input, summary, #modes label { min-height: 44px; min-width: 44px;
-  line-height: 44px } #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
+@media (pointer: coarse) { button, input, summary, td a, #modes label { min-height: 44px;
+  min-width: 44px; line-height: 44px } td a { display: inline-block }
+  #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
-@media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
+@media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto auto 1fr }
   main > :nth-child(-n + 3) { align-self: stretch } aside > * { grid-column: span 12 }
-  main > #queue, main > #recent { grid-column: span 9 }
-  main > aside { grid-area: 2 / 10 / span 2 / span 3 } }
+  main > #queue, main > #used, main > #recent { grid-column: span 9 }
+  main > aside { grid-area: 2 / 10 / span 3 / span 3 } }
 @media (max-width: 720px) { .wide { padding-inline: 12px } main, aside { gap: 10px }
   main > *, aside > * { grid-column: span 12 !important } .top > :last-child { margin-left: auto }
   main > figure { grid-column: span 6 !important; padding: 12px 14px 8px } #about { width: 100% }
-  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device {
+  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device, #used summary {
   padding-inline: 14px } .head input { flex: 1; width: 90px } .empty .line { flex-wrap: wrap }
   #figures { grid-template-columns: repeat(6, 1fr); row-gap: 12px } #figures div {
   grid-column: span 2; padding: 0 14px } #figures div:nth-child(n + 4) { grid-column: span 3 }
@@ -13072,7 +13078,8 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
   main tr { display: grid; gap: 4px 10px; align-items: center; padding: 9px 14px; border-top:
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
-  #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
+  :is(#recent, #used) tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
+  #used h2 { width: 100% } .day { grid-area: 1 / 2 } .day, .did + .did { text-align: right }
   #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px }
   main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
   main [aria-current] .pos.pos { box-shadow: none } }
@@ -13099,6 +13106,10 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
     <section class="card" id="clients" aria-label="Clients"><div class="line head"><h2>Clients</h2>
     <small></small></div><table role="table"></table><div class="empty"></div>
     <div class="line tags" id="blocked"></div></section></aside>
+  <section class="card" id="used" aria-label="Jobs and usage" hidden><div class="line head"></div>
+    <details id="jobs"><summary></summary><table role="table"></table><div class="empty"></div></details>
+    <details id="usage"><summary></summary><table role="table"></table><div class="empty"></div></details>
+  </section>
   <section class="card" id="recent" aria-label="Recent requests"><div class="line head"><h2>Recent
     requests</h2><small class="line push"><i class="key w"></i>waited<i class="key f"></i>to the
     first token<i class="key"></i>answering</small><button id="more"></button></div>
@@ -13121,6 +13132,8 @@ const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
 let found = [];  // by the filter, of those that wait beyond what the snapshot shows
 const opened = new Set();  // backends whose models are shown
+const LISTS = {usage: {path: '/llmq/usage?days=7'}, jobs: {path: '/v1/jobs?all=1'}};  // by section
+const CLOCK = new Intl.DateTimeFormat([], {dateStyle: 'short', timeStyle: 'medium'});
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -13148,13 +13161,15 @@ const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
 function table(id, heads, rows, empty) {
-  const columns = Object.entries(heads).map(([cls, text]) => h(text ? 'th' : 'td', cls, text));
+  const columns = Object.entries(heads).map(([cls, text]) => h(text ? 'th' : 'td', cls, text,
+    text && {scope: 'col'}));
   render(q(id, 'table'), [h('thead', '', [h('tr', '', columns)]), h('tbody', '', rows)]);
   render(q(id, '.empty'), empty);
   q(id, 'table').hidden = !(q(id, '.empty').hidden = rows.length > 0);
 }
 const num = value => value.toLocaleString('en-US'), age = () => (performance.now() - got) / 1000;
 const plural = (n, word) => `${num(n)} ${word}${n === 1 ? '' : 's'}`;
+const bytes = n => n < 2 ** 20 ? `${Math.ceil(n / 1024)} KiB` : `${(n / 2 ** 20).toFixed(1)} MiB`;
 const sum = all => all.reduce((a, b) => a + b, 0), brief = s => dur(s).split(' ', 2).join(' ');
 function dur(s, fine) {
   const t = Math.max(0, Math.round(s)), m = Math.floor(t / 60), hours = Math.floor(m / 60);
@@ -13169,7 +13184,8 @@ function toast(text, kind) {  // the latest of its kind, and of all kinds the la
 async function change(method, path, body, said) {
   const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
   try {
-    const answer = await fetch(`${BASE}/llmq/${path}`, {method, headers, body: sent});
+    const url = BASE + (path[0] === '/' ? path : `/llmq/${path}`);
+    const answer = await fetch(url, {method, headers, body: sent});
     toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()),
       method);
   } catch { toast('llmq does not answer: nothing was changed', method); }
@@ -13194,6 +13210,9 @@ const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the que
   'waits; what runs goes on. This cannot be undone.', 'Yes, cancel', 'DELETE',
   'requests?state=waiting' + (name && '&client=') + encodeURIComponent(name), null,
   told => `Cancelled ${plural(told.cancelled, 'request')}`);
+const cancelJob = ({id, client, model}) => sure('Cancel this job?', `${client} wants ${model}. This ` +
+  'cannot be undone.', 'Yes, cancel', 'DELETE', `/v1/jobs/${encodeURIComponent(id)}`, null,
+  () => (look(true), `Cancelled: the job of ${client}, ${model}`));
 const steer = (name, body) => ['POST', ...'blocked' in body && name.startsWith('ip:') ?
   ['ips', {ip: name.slice(3), ...body}] : [`clients/${encodeURIComponent(name)}`, body],
   told => `${name}: ${Object.keys(body).map(key => `${key} ${told[key] === '' ? 'none' : told[key]}`)}`];
@@ -13238,6 +13257,7 @@ function draw() {
       'code' : 'span', '', part))), verb && h('button', 'push', verb,
       {onclick: () => setMode('open')})], {key})));
   drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
+  drawUsed(snap), drawUsage(LISTS.usage), drawJobs(LISTS.jobs);
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
@@ -13350,6 +13370,63 @@ function drawClients(all) {
     h('span', '', name), button('Unblock', name, () => unblock(name))], {key: name})),
   more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
+function drawUsed({jobs, cache, used_today: used}) {  // nothing of it while there is nothing
+  const saved = cache.hit + cache.joined, looked = saved + cache.miss, share = looked ?
+    `, ${Math.round(100 * saved / looked)} % of ${num(looked)} answered from it` : '', figures = [
+    jobs.queued + jobs.running && ['Jobs', `${num(jobs.queued)} queued, ${num(jobs.running)} running`],
+    looked + cache.answers && ['Cache', `${plural(cache.answers, 'answer')}, ${bytes(cache.bytes)}${share}`],
+    used.requests && ['Today', `${plural(used.requests, 'request')}, ${plural(used.hits, 'hit')}, ${
+      plural(used.tokens_in, 'token')} in, ${num(used.tokens_out)} out, ran for ${dur(used.seconds, true)}`],
+  ].filter(Boolean);
+  $('used').hidden = !figures.length && !LISTS.usage.rows?.length && !q('used', '[open]');
+  render(q('used', '.head'), [h('h2', '', 'Jobs and usage'), ...figures.map(([name, text]) =>
+    h('small', '', [h('b', '', `${name} `), h('span', '', text)], {key: name}))]);
+}
+const pair = (first, second) => [h('span', '', first), h('small', '', second)];
+const missing = ({rows, why}, none) => why ?? (rows ? none : 'llmq is asked for it.');
+function drawUsage(list) {
+  const {rows = [], kept} = list;
+  render(q('usage', 'summary'), (kept === false ? 'Usage since the start' : 'Usage of the last 7 days') +
+    (rows.length > 100 ? `, the first 100 of ${num(rows.length)} rows` : ''));
+  if ($('usage').open) table('usage', {day: 'Day', who: 'Client, model', 'did 1': 'Requests', 'did 2':
+    'Tokens'}, rows.slice(0, 100).map(one => h('tr', '', [td('day', one.day),
+    td('who', two(one.client, one.model || '–')), td('did', pair(plural(one.requests, 'request'),
+      `${plural(one.hits, 'hit')}, ran for ${dur(one.seconds, true)}`)),
+    td('did', pair(`${plural(one.tokens_in, 'token')} in`, `${num(one.tokens_out)} out`))],
+  {key: [one.day, one.client, one.model].join('\n'), role: 'row'})), missing(list, 'Nothing was used.'));
+}
+function drawJobs(list) {
+  const {rows = [], more, at} = list;
+  render(q('jobs', 'summary'), more ? `Jobs, the latest ${rows.length}` : 'Jobs');
+  if ($('jobs').open) table('jobs', {who: 'Client, model', how: 'Status', made: 'Made', acts: ''},
+    rows.map(one => {
+      const {id, client, status, error, started_at: began, completed_at: ended} = one;
+      const tone = {running: 'blue', succeeded: 'green', failed: 'red'}[status] ?? 'grey';
+      const starts = one.eta_s == null ? '' : `, in ~ ${dur(one.eta_s - (performance.now() - at) / 1000)}`;
+      const how = one.position ? `place ${num(one.position)}${starts}` : !began ? '' : !ended ?
+        `runs since ${CLOCK.format(1000 * began)}` : `took ${dur(ended - began)}`;
+      return h('tr', '', [td('who', two(client, one.model), {title: [client, one.model, one.route,
+        id].join('\n')}), td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', status),
+        ...tags([one.class])])]), td('made', [...pair(CLOCK.format(1000 * one.created_at), how),
+        error && h('small', 'alarm', error)]), td('acts', [
+        ['queued', 'running'].includes(status) && button('Cancel', `the job ${id} of ${client}`,
+          () => cancelJob(one)), ['succeeded', 'failed'].includes(status) && h('a', '', 'Result', {
+          href: `${location.origin}${BASE}/v1/jobs/${encodeURIComponent(id)}/result`, target: '_blank',
+          rel: 'noopener', ariaLabel: `Result of the job ${id} of ${client}`})])], {key: id, role: 'row'});
+    }), missing(list, 'There is no job: a request with the header Prefer: respond-async is one.'));
+}
+function look(anew) {  // into what is open, once its figures change, but not at each change
+  const news = JSON.stringify([snap?.jobs, snap?.used_today]), now = performance.now();
+  for (const [id, list] of Object.entries(LISTS)) {  // past days of use show that there is something
+    const wanted = $(id).open ? anew || list.news !== news : id === 'usage' && !list.rows;
+    if (!live || !wanted || (!anew && now - list.at < 3000)) continue;
+    Object.assign(list, {news, at: now});
+    fetch(BASE + list.path).then(answer => answer.json()).then(told => now === list.at &&
+      (Object.assign(list, {rows: told.usage?.sort((a, b) => b.day.localeCompare(a.day) ||
+        b.requests - a.requests) ?? told.data ?? [], kept: told.kept, more: told.has_more,
+      why: told.error?.message}), draw()), () => { list.news = ''; });
+  }
+}
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
     since => one.total_s - since).find(s => s > 0.05) ?? Infinity));  // what was quicker tells nothing
@@ -13393,13 +13470,13 @@ function listen() {  // one stream while the page is seen, none while it is hidd
   stream = Object.assign(new EventSource(`${BASE}/llmq/events`), {onerror: lost});
   stream.onmessage = event => {
     [snap, got, live] = [JSON.parse(event.data), performance.now(), true];
-    draw(), past.length || drawPlots(); };
+    draw(), look(), past.length || drawPlots(); };
 }
 const leave = () => { stream = stream?.close(); };
 function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(); }
 function tick() {
   if (!snap || document.hidden) return;
-  draw(), drawPlots(), search();
+  draw(), drawPlots(), search(), look();
   if (live && age() > 15) fetch(`${BASE}/health`, {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
 function kept(name, value) {  // where a page may keep nothing, it lasts as long as the page
@@ -13441,6 +13518,7 @@ render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', 
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}${BASE}/v1`);
+for (const id in LISTS) $(id).ontoggle = () => { draw(), look(); };
 $('single').onchange = event => shortcuts(event.target.checked);
 theme(kept('llmq-theme')), shortcuts(kept('llmq-keys') !== 'off');
 listen(), setInterval(tick, 1000);

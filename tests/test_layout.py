@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 13480  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 13555  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 145,
@@ -85,7 +85,7 @@ BUDGET = {
     "Terminal view": 445,
     "Service": 465,
     "Command line": 540,
-    "Web page": 500,
+    "Web page": 575,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 
