@@ -70,8 +70,9 @@ reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one 
     45. Demo           a runner that only echoes
     46. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
     47. Service        start, reload, drain, stop
-    48. Command line   what a person types: serve, status, top, key and the others
-    49. Web page       what a browser is shown
+    48. Configuration  which file holds the settings, and what it refers to
+    49. Command line   what a person types: serve, status, top, key and the others
+    50. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -7171,15 +7172,10 @@ class Call:
     """One request on its way, and the Reply that it answers."""
 
     blind = False  # llmq knows nothing of its route: what goes and comes stays as it is
-    question = NO_QUESTION
-    model = ""  # as resolved, in the words of the client
     rule = ""  # that gave it its class
-    lines = b""  # of the head of a request to a backend, those that every backend gets
     more: Headers = NO_HEADERS  # the header fields that some backend gets besides
     deadline = NEVER  # for the backend's next byte, monotonic
-    heartbeat_at = NEVER  # when the client is to get a sign of life, monotonic
     heartbeats = 0  # that it got
-    patience = 0.0  # seconds without a byte after which it gets one; 0: none
     error: LlmqError | None = None  # why it was stopped or failed
     job = ""  # the job that it is
     later = ""  # when it may be answered later as a job: ALWAYS or BUSY
@@ -7222,9 +7218,11 @@ class Call:
         self.route, self.query = request.path, request.query
         # What every call is given while it waits stands here too, so that all share the keys of
         # their dictionary (PEP 412): 400 bytes of each on Python 3.9.
-        self.question, self.model, self.lines = NO_QUESTION, "", b""
+        self.question, self.model = NO_QUESTION, ""  # the model as resolved, in the client's words
+        self.lines = b""  # of the head of a request to a backend, those that every backend gets
         self.ticket: Ticket = cast(Any, None)  # once it is admitted
-        self.patience, self.heartbeat_at = 0.0, NEVER
+        self.patience = 0.0  # seconds without a byte after which the client gets one; 0: none
+        self.heartbeat_at = NEVER  # when it is to get a sign of life, monotonic
 
     @property
     def admitted(self) -> bool:
@@ -7883,9 +7881,11 @@ OWN_ENDS = ("cancelled", "client_left", "wait_timeout")  # of one, not of those 
 class Recall:
     """Answers of the cache, and runs that are shared."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, metrics: Metrics, instance: str) -> None:
+    def __init__(
+        self, settings: Settings, scheduler: Scheduler, metrics: Metrics, instance: str
+    ) -> None:
         self.settings = settings
-        self.fleet = fleet
+        self.scheduler = scheduler
         self.metrics = metrics
         self.instance = instance  # of this llmq
         self.cache = Cache()
@@ -7906,7 +7906,7 @@ class Recall:
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
         """Give the call the key of its answer."""
         question, ticket = call.question, call.ticket
-        version = self.fleet.version(ticket.model)
+        version = self.scheduler.fleet.version(ticket.model)
         # Without a digest: after a restart it may be another model.
         own = self.instance if "/" in version else ""
         usual = (call.policy, self.settings.upstream.num_ctx)
@@ -7916,12 +7916,6 @@ class Recall:
         call.answer_key = await beside(find, heavy=len(question.body) > WATCHED_LINE)
         if "no-cache" in words_of(headers, "cache-control"):
             call.recalled = "miss"  # whatever is there
-
-    def twin_of(self, call: Call) -> Call | None:
-        """The call that waits and asks the same."""
-        run = self.runs.get(call.answer_key)
-        twin = run.call if run is not None and not call.recalled else None
-        return twin if twin and twin.ticket.state is TicketState.WAITING else None
 
     async def answer(self, call: Call) -> bool:
         """Answer with what is known, or as another's run is; False where the call has to run."""
@@ -7934,6 +7928,9 @@ class Recall:
                 return True
             if run is None:
                 break
+            shared = run.call.ticket
+            if shared.priority > call.ticket.priority and shared.state is TicketState.WAITING:
+                self.scheduler.reprioritise(shared, call.ticket.priority)
             await run.join(exchange)
             if run.answer is not None:
                 self.tell(call, exchange, "joined", *run.answer)
@@ -8102,6 +8099,7 @@ class Jobs:
         router = {"mode": "async", "position": self.queued}
         lines = [("Location", place), ("Preference-Applied", "respond-async")]
         lines.append(("X-LLMQ-Class", Priority(job.priority).word))
+        log.info("%s of %s is kept: %s", job.id, job.client, job.target)
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
 
     async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
@@ -8510,7 +8508,7 @@ class Gateway:
         self.fleet.on_load = self.monitor.news.set
         self.added: dict[str, Facts] = {}  # raw rows of [backends], at run time
         self.discovery = Discovery(self.monitor, self.added)
-        self.recall = Recall(settings, self.fleet, self.metrics, instance)
+        self.recall = Recall(settings, self.scheduler, self.metrics, instance)
         self.jobs = Jobs(settings, store)
         self.admission = Admission(settings, self.monitor, self.clients, self.recall)
         self.pool = Pool()
@@ -8556,12 +8554,7 @@ class Gateway:
         if call.later and (call.later is ALWAYS or not self.scheduler.may_start(call.ticket)):
             await self.jobs.accept(call)
             return True
-        if not call.answer_key:
-            return False
-        twin = self.recall.twin_of(call)
-        if twin is not None and twin.ticket.priority > call.ticket.priority:
-            self.reprioritise(twin, call.ticket.priority)
-        return await self.recall.answer(call)
+        return bool(call.answer_key) and await self.recall.answer(call)
 
     def enqueue(self, call: Call) -> None:
         """Let the call wait for its turn, and watch whether its client does."""
@@ -8637,6 +8630,8 @@ class Gateway:
     def settle(self, call: Call, *, done: bool) -> None:
         """One record and one line in the log for every call, however it ended."""
         self.calls.pop(call.id, None)
+        if call.reply.status == HTTPStatus.ACCEPTED:  # it is a job, which has them when it ends
+            return
         if done:
             call.error = None
         else:
@@ -9396,7 +9391,7 @@ class Runner:
             error = LlmqError("the answer is too long to be kept")
         if job.batch:
             answer = batch_line(job, answer, status)
-        words = error_in_sight(error)
+        words = error_in_sight(error) or (f"the backend answered {status}" if error else None)
         ended = None
         while ended is None:
             try:
@@ -10531,6 +10526,7 @@ class SnapshotStream:
 # keys what has their name.  All is seen with the right `control`, without keys from this box.
 
 MOST_SHOWN = 1000  # rows of one list
+NO_PAGE = (("Content-Security-Policy", "default-src 'none'; sandbox"),)  # whatever a browser thinks
 CONTROL_BODY = 64 * KIB
 JOB_OF = "AND account = ? AND (? OR client = ?)"  # of an account, or of a name without one
 
@@ -10669,7 +10665,8 @@ class JobRoutes:
             raise LlmqError(f"the result of job {ident} was kept long enough", "gone")
         else:
             rows = await self.gateway.store.read("SELECT answer FROM jobs WHERE id = ?", ident)
-            exchange.respond(job.status or 500, rows[0][0] or b"", job.type or "application/json")
+            told = (rows[0][0] or b"", job.type or "application/json", NO_PAGE)
+            exchange.respond(job.status or 500, *told)
 
     async def delete_job(self, exchange: Exchange, ident: str) -> Facts:
         job = await self.job_of(exchange, ident)
@@ -10722,7 +10719,7 @@ class JobRoutes:
     async def get_content(self, exchange: Exchange, ident: str) -> None:
         file = await self.file_of(exchange, ident)
         exchange.watch()
-        exchange.start(200, "application/octet-stream")
+        exchange.start(200, "application/octet-stream", NO_PAGE)
         async for piece in self.batches.content(file):
             if exchange.gone:
                 raise ClientLeft("the client left")
@@ -11847,17 +11844,19 @@ class View:
 
 
 def kept_figures(now: Row) -> str:
-    """Jobs, what the cache has saved, what was used today: as far as there is any."""
+    """Jobs, how often the cache knew the answer, what was used today: as far as there is any."""
     jobs, cache, used = (now.get(name) or {} for name in ("jobs", "cache", "used_today"))
     told = []
     if any(jobs.values()):
-        told.append(f"jobs {jobs['queued']} queued, {jobs['running']} running")
-    saved = cache.get("hit", 0) + cache.get("joined", 0)
-    if saved:
-        told.append(f"cache {saved} of {saved + cache['miss']} saved")
+        told.append(f"jobs {jobs['queued']:,} queued, {jobs['running']:,} running")
+    hits = cache.get("hit", 0) + cache.get("joined", 0)
+    looked = hits + cache.get("miss", 0)
+    if looked:
+        told.append(f"hits {hits / looked:.0%} of {looked:,}")
     if used.get("requests"):
-        tokens = f"{used['tokens_in']} tokens in, {used['tokens_out']} out"
-        told.append(f"today {plural(used['requests'], 'request')}, {tokens}")
+        tokens = used["tokens_in"] + used["tokens_out"]
+        many = f"{tokens / 1e6:,.1f}M tokens" if tokens >= 1e6 else plural(tokens, "token")
+        told.append(f"today {plural(used['requests'], 'request')}, {many}")
     return "".join(f" {text} " for text in told)
 
 
@@ -12411,19 +12410,8 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 48. Command line ============================================================================
-# What a person types, and what a service manager is told.  All words to people go through `say`.
-
-READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
-REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
-EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
-LEASE_SECONDS = 60.0  # that a command has the device for without a word
-ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
-MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
-
-
-def say(text: str, *, error: bool = False) -> None:
-    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+# ==== 48. Configuration ===========================================================================
+# Where settings come from: a file, with what it refers to, the variables and the flags.
 
 
 def read_file(path: str) -> Layer:
@@ -12515,6 +12503,21 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
         facts = os.stat(flags.get("config") or find_file(os.environ) or "")
         return facts.st_mtime_ns, facts.st_size, facts.st_ino
     return None
+
+
+# ==== 49. Command line ============================================================================
+# What a person types, and what a service manager is told.  All words to people go through `say`.
+
+READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
+REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
+EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
+LEASE_SECONDS = 60.0  # that a command has the device for without a word
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
+
+
+def say(text: str, *, error: bool = False) -> None:
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -13034,7 +13037,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 49. Web page ================================================================================
+# ==== 50. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
@@ -13124,6 +13127,9 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 #toasts div { margin-top: 8px; padding: 9px 14px; border-radius: 9px; background: var(--ink) }
 .pos { width: 66px } .time { width: 140px } .class { width: 84px } .reason { width: 26% }
 .acts { width: 124px } .how { width: 152px } .bars { width: 36% } .n { width: 78px }
+.day { width: 112px } .did { width: 24% } .made { width: 32% } #jobs .how { width: 200px }
+#used b { color: var(--ink) } a { color: var(--blue) }
+#used .head { column-gap: 22px } #used summary { padding: 4px 18px; border-top: 1px solid var(--line) }
 #clients tr { display: grid; grid-template-columns: minmax(0, 1fr) repeat(4, 45px);
   align-items: center; padding: 7px 14px 7px 18px; border-top: 1px solid var(--line) }
 #clients :is(td, th) { width: auto; padding: 0; border: 0 } #clients .who { display: contents }
@@ -13133,18 +13139,19 @@ kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border
 [aria-pressed=true] { color: var(--blue); background: var(--fill) } #blocked:empty { display: none }
 #blocked { padding: 4px 18px 12px } .backend .line + .line { margin-top: 4px }
 summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30px }
-@media (pointer: coarse) { button, input, summary, #modes label { min-height: 44px; min-width: 44px;
-  line-height: 44px } #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
+@media (pointer: coarse) { button, input, summary, td a, #modes label { min-height: 44px;
+  min-width: 44px; line-height: 44px } td a { display: inline-block }
+  #clients td.acts { grid-area: 4 / 1 / 5 / -1; order: 2 } }
 @media (min-width: 1100px) {
   main > #figures { grid-column: span 6 } main > figure { grid-column: span 3 } }
-@media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto 1fr }
+@media (min-width: 1440px) { main { align-items: start; grid-template-rows: auto auto auto 1fr }
   main > :nth-child(-n + 3) { align-self: stretch } aside > * { grid-column: span 12 }
-  main > #queue, main > #recent { grid-column: span 9 }
-  main > aside { grid-area: 2 / 10 / span 2 / span 3 } }
+  main > #queue, main > #used, main > #recent { grid-column: span 9 }
+  main > aside { grid-area: 2 / 10 / span 3 / span 3 } }
 @media (max-width: 720px) { .wide { padding-inline: 12px } main, aside { gap: 10px }
   main > *, aside > * { grid-column: span 12 !important } .top > :last-child { margin-left: auto }
   main > figure { grid-column: span 6 !important; padding: 12px 14px 8px } #about { width: 100% }
-  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device {
+  #modes { order: 1; width: 100% } #modes label { flex: 1 } .head, .empty, .device, #used summary {
   padding-inline: 14px } .head input { flex: 1; width: 90px } .empty .line { flex-wrap: wrap }
   #figures { grid-template-columns: repeat(6, 1fr); row-gap: 12px } #figures div {
   grid-column: span 2; padding: 0 14px } #figures div:nth-child(n + 4) { grid-column: span 3 }
@@ -13152,7 +13159,8 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
   main tr { display: grid; gap: 4px 10px; align-items: center; padding: 9px 14px; border-top:
   1px solid var(--line); grid-template-columns: 60px minmax(0, 1fr) auto } main td { border: 0;
   width: auto !important; min-width: 0; padding: 0 !important } .time, .how { text-align: right }
-  #recent tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
+  :is(#recent, #used) tr { grid-template-columns: minmax(0, 1fr) auto } .bars { grid-column: span 2 }
+  #used h2 { width: 100% } .day { grid-area: 1 / 2 } .day, .did + .did { text-align: right }
   #clients thead { display: block } #clients tr { gap: 0; padding-inline: 14px }
   main [aria-current] { box-shadow: inset 3px 0 var(--blue) }
   main [aria-current] .pos.pos { box-shadow: none } }
@@ -13179,6 +13187,10 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
     <section class="card" id="clients" aria-label="Clients"><div class="line head"><h2>Clients</h2>
     <small></small></div><table role="table"></table><div class="empty"></div>
     <div class="line tags" id="blocked"></div></section></aside>
+  <section class="card" id="used" aria-label="Jobs and usage" hidden><div class="line head"></div>
+    <details id="jobs"><summary></summary><table role="table"></table><div class="empty"></div></details>
+    <details id="usage"><summary></summary><table role="table"></table><div class="empty"></div></details>
+  </section>
   <section class="card" id="recent" aria-label="Recent requests"><div class="line head"><h2>Recent
     requests</h2><small class="line push"><i class="key w"></i>waited<i class="key f"></i>to the
     first token<i class="key"></i>answering</small><button id="more"></button></div>
@@ -13201,6 +13213,8 @@ const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'
 let snap, got, live, stream, again, shade, whole = false, chosen = '', place = 0;
 let found = [];  // by the filter, of those that wait beyond what the snapshot shows
 const opened = new Set();  // backends whose models are shown
+const LISTS = {usage: {path: '/llmq/usage?days=7'}, jobs: {path: '/v1/jobs?all=1'}};  // by section
+const CLOCK = new Intl.DateTimeFormat([], {dateStyle: 'short', timeStyle: 'medium'});
 let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
@@ -13228,13 +13242,15 @@ const tags = words => words.map(word => word && h('span', `tag ${word}`, word));
 const bar = (cls, parts) => h('div', `bar ${cls}`, parts.map((part, i) =>
   h('i', 'wf '[i + 3 - parts.length], '', {style: `width: ${100 * part}%`})));
 function table(id, heads, rows, empty) {
-  const columns = Object.entries(heads).map(([cls, text]) => h(text ? 'th' : 'td', cls, text));
+  const columns = Object.entries(heads).map(([cls, text]) => h(text ? 'th' : 'td', cls, text,
+    text && {scope: 'col'}));
   render(q(id, 'table'), [h('thead', '', [h('tr', '', columns)]), h('tbody', '', rows)]);
   render(q(id, '.empty'), empty);
   q(id, 'table').hidden = !(q(id, '.empty').hidden = rows.length > 0);
 }
 const num = value => value.toLocaleString('en-US'), age = () => (performance.now() - got) / 1000;
 const plural = (n, word) => `${num(n)} ${word}${n === 1 ? '' : 's'}`;
+const bytes = n => n < 2 ** 20 ? `${Math.ceil(n / 1024)} KiB` : `${(n / 2 ** 20).toFixed(1)} MiB`;
 const sum = all => all.reduce((a, b) => a + b, 0), brief = s => dur(s).split(' ', 2).join(' ');
 function dur(s, fine) {
   const t = Math.max(0, Math.round(s)), m = Math.floor(t / 60), hours = Math.floor(m / 60);
@@ -13249,7 +13265,8 @@ function toast(text, kind) {  // the latest of its kind, and of all kinds the la
 async function change(method, path, body, said) {
   const headers = {'Content-Type': 'application/json'}, sent = body && JSON.stringify(body);
   try {
-    const answer = await fetch(`${BASE}/llmq/${path}`, {method, headers, body: sent});
+    const url = BASE + (path[0] === '/' ? path : `/llmq/${path}`);
+    const answer = await fetch(url, {method, headers, body: sent});
     toast((told => answer.ok ? said(told) : `Not done: ${told.error.message}`)(await answer.json()),
       method);
   } catch { toast('llmq does not answer: nothing was changed', method); }
@@ -13274,6 +13291,9 @@ const cancelAll = ({name = '', waiting: many} = {}) => many && sure(  // the que
   'waits; what runs goes on. This cannot be undone.', 'Yes, cancel', 'DELETE',
   'requests?state=waiting' + (name && '&client=') + encodeURIComponent(name), null,
   told => `Cancelled ${plural(told.cancelled, 'request')}`);
+const cancelJob = ({id, client, model}) => sure('Cancel this job?', `${client} wants ${model}. This ` +
+  'cannot be undone.', 'Yes, cancel', 'DELETE', `/v1/jobs/${encodeURIComponent(id)}`, null,
+  () => (look(true), `Cancelled: the job of ${client}, ${model}`));
 const steer = (name, body) => ['POST', ...'blocked' in body && name.startsWith('ip:') ?
   ['ips', {ip: name.slice(3), ...body}] : [`clients/${encodeURIComponent(name)}`, body],
   told => `${name}: ${Object.keys(body).map(key => `${key} ${told[key] === '' ? 'none' : told[key]}`)}`];
@@ -13318,6 +13338,7 @@ function draw() {
       'code' : 'span', '', part))), verb && h('button', 'push', verb,
       {onclick: () => setMode('open')})], {key})));
   drawFigures(snap), drawQueue(snap), drawBackends(snap), drawClients([...snap.clients]);
+  drawUsed(snap), drawUsage(LISTS.usage), drawJobs(LISTS.jobs);
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
@@ -13430,6 +13451,63 @@ function drawClients(all) {
     h('span', '', name), button('Unblock', name, () => unblock(name))], {key: name})),
   more > 0 && h('small', '', `and ${num(more)} more`)]);
 }
+function drawUsed({jobs, cache, used_today: used}) {  // nothing of it while there is nothing
+  const saved = cache.hit + cache.joined, looked = saved + cache.miss, share = looked ?
+    `, ${Math.round(100 * saved / looked)} % of ${num(looked)} answered from it` : '', figures = [
+    jobs.queued + jobs.running && ['Jobs', `${num(jobs.queued)} queued, ${num(jobs.running)} running`],
+    looked + cache.answers && ['Cache', `${plural(cache.answers, 'answer')}, ${bytes(cache.bytes)}${share}`],
+    used.requests && ['Today', `${plural(used.requests, 'request')}, ${plural(used.hits, 'hit')}, ${
+      plural(used.tokens_in, 'token')} in, ${num(used.tokens_out)} out, ran for ${dur(used.seconds, true)}`],
+  ].filter(Boolean);
+  $('used').hidden = !figures.length && !LISTS.usage.rows?.length && !q('used', '[open]');
+  render(q('used', '.head'), [h('h2', '', 'Jobs and usage'), ...figures.map(([name, text]) =>
+    h('small', '', [h('b', '', `${name} `), h('span', '', text)], {key: name}))]);
+}
+const pair = (first, second) => [h('span', '', first), h('small', '', second)];
+const missing = ({rows, why}, none) => why ?? (rows ? none : 'llmq is asked for it.');
+function drawUsage(list) {
+  const {rows = [], kept} = list;
+  render(q('usage', 'summary'), (kept === false ? 'Usage since the start' : 'Usage of the last 7 days') +
+    (rows.length > 100 ? `, the first 100 of ${num(rows.length)} rows` : ''));
+  if ($('usage').open) table('usage', {day: 'Day', who: 'Client, model', 'did 1': 'Requests', 'did 2':
+    'Tokens'}, rows.slice(0, 100).map(one => h('tr', '', [td('day', one.day),
+    td('who', two(one.client, one.model || '–')), td('did', pair(plural(one.requests, 'request'),
+      `${plural(one.hits, 'hit')}, ran for ${dur(one.seconds, true)}`)),
+    td('did', pair(`${plural(one.tokens_in, 'token')} in`, `${num(one.tokens_out)} out`))],
+  {key: [one.day, one.client, one.model].join('\n'), role: 'row'})), missing(list, 'Nothing was used.'));
+}
+function drawJobs(list) {
+  const {rows = [], more, at} = list;
+  render(q('jobs', 'summary'), more ? `Jobs, the latest ${rows.length}` : 'Jobs');
+  if ($('jobs').open) table('jobs', {who: 'Client, model', how: 'Status', made: 'Made', acts: ''},
+    rows.map(one => {
+      const {id, client, status, error, started_at: began, completed_at: ended} = one;
+      const tone = {running: 'blue', succeeded: 'green', failed: 'red'}[status] ?? 'grey';
+      const starts = one.eta_s == null ? '' : `, in ~ ${dur(one.eta_s - (performance.now() - at) / 1000)}`;
+      const how = one.position ? `place ${num(one.position)}${starts}` : !began ? '' : !ended ?
+        `runs since ${CLOCK.format(1000 * began)}` : `took ${dur(ended - began)}`;
+      return h('tr', '', [td('who', two(client, one.model), {title: [client, one.model, one.route,
+        id].join('\n')}), td(`how ${tone}`, [h('div', 'line', [dot, h('span', 'clip', status),
+        ...tags([one.class])])]), td('made', [...pair(CLOCK.format(1000 * one.created_at), how),
+        error && h('small', 'alarm', error)]), td('acts', [
+        ['queued', 'running'].includes(status) && button('Cancel', `the job ${id} of ${client}`,
+          () => cancelJob(one)), ['succeeded', 'failed'].includes(status) && h('a', '', 'Result', {
+          href: `${location.origin}${BASE}/v1/jobs/${encodeURIComponent(id)}/result`, target: '_blank',
+          rel: 'noopener', ariaLabel: `Result of the job ${id} of ${client}`})])], {key: id, role: 'row'});
+    }), missing(list, 'There is no job: a request with the header Prefer: respond-async is one.'));
+}
+function look(anew) {  // into what is open, once its figures change, but not at each change
+  const news = JSON.stringify([snap?.jobs, snap?.used_today]), now = performance.now();
+  for (const [id, list] of Object.entries(LISTS)) {  // past days of use show that there is something
+    const wanted = $(id).open ? anew || list.news !== news : id === 'usage' && !list.rows;
+    if (!live || !wanted || (!anew && now - list.at < 3000)) continue;
+    Object.assign(list, {news, at: now});
+    fetch(BASE + list.path).then(answer => answer.json()).then(told => now === list.at &&
+      (Object.assign(list, {rows: told.usage?.sort((a, b) => b.day.localeCompare(a.day) ||
+        b.requests - a.requests) ?? told.data ?? [], kept: told.kept, more: told.has_more,
+      why: told.error?.message}), draw()), () => { list.news = ''; });
+  }
+}
 function drawRecent(recent, count) {
   const speeds = recent.map(one => one.tokens_per_s ?? one.tokens / ([one.first_s, one.wait_s].map(
     since => one.total_s - since).find(s => s > 0.05) ?? Infinity));  // what was quicker tells nothing
@@ -13473,13 +13551,13 @@ function listen() {  // one stream while the page is seen, none while it is hidd
   stream = Object.assign(new EventSource(`${BASE}/llmq/events`), {onerror: lost});
   stream.onmessage = event => {
     [snap, got, live] = [JSON.parse(event.data), performance.now(), true];
-    draw(), past.length || drawPlots(); };
+    draw(), look(), past.length || drawPlots(); };
 }
 const leave = () => { stream = stream?.close(); };
 function lost() { leave(), live = false, again = setTimeout(listen, 1000), draw(); }
 function tick() {
   if (!snap || document.hidden) return;
-  draw(), drawPlots(), search();
+  draw(), drawPlots(), search(), look();
   if (live && age() > 15) fetch(`${BASE}/health`, {signal: AbortSignal.timeout(2000)}).catch(lost);
 }
 function kept(name, value) {  // where a page may keep nothing, it lasts as long as the page
@@ -13521,6 +13599,7 @@ render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', 
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
   all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}${BASE}/v1`);
+for (const id in LISTS) $(id).ontoggle = () => { draw(), look(); };
 $('single').onchange = event => shortcuts(event.target.checked);
 theme(kept('llmq-theme')), shortcuts(kept('llmq-keys') !== 'off');
 listen(), setInterval(tick, 1000);

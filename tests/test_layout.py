@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 13650  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 13785  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 145,
@@ -68,24 +68,25 @@ BUDGET = {
     "Recall": 125,
     "Jobs": 235,
     "Admission": 270,
-    "Gateway": 315,
+    "Gateway": 325,
     "Models": 365,
     "Leases": 105,
     "Runs": 175,
     "Batches": 240,
     "Changes": 75,
-    "Background": 220,
+    "Background": 230,
     "Webhooks": 175,
     "Access": 170,
     "Snapshot": 235,
     "Job routes": 275,
     "Handlers": 375,
-    "Routes": 265,
+    "Routes": 270,
     "Demo": 55,
     "Terminal view": 465,
     "Service": 465,
-    "Command line": 600,
-    "Web page": 500,
+    "Configuration": 100,
+    "Command line": 535,
+    "Web page": 575,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 

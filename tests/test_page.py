@@ -172,7 +172,7 @@ def test_page_is_one_piece_without_a_foot_in_the_door() -> None:
     assert not re.findall(r"""\son\w+=["']|\sstyle=["']|javascript:""", llmq.PAGE)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", llmq.PAGE)
     assert set(re.findall(r"https?://[\w./]+", llmq.PAGE)) == {"http://www.w3.org/2000/svg"}
-    assert llmq.PAGE.count("\n") <= 490
+    assert llmq.PAGE.count("\n") <= 565
 
 
 # ---- What it shows ---------------------------------------------------------------------------
@@ -840,6 +840,249 @@ async def test_theme_is_chosen_and_remembered(browser: Browser) -> None:
         await page.until("document.querySelector('#map').innerText.includes('raise its class')")
 
 
+# ---- Jobs and usage --------------------------------------------------------------------------
+
+
+async def post_job(q: running, client: str, text: str = "hi", model: str = "m") -> str:
+    """Ask for something that may be answered later; the job's id."""
+    headers = {"Prefer": "respond-async", "X-User-ID": client}
+    path = q.service.settings.server.base_path + "/v1/chat/completions"
+    answer = await ask(q.port, "POST", path, json=chat(text, model=model), headers=headers)
+    assert answer.status == 202
+    return str(answer.json()["id"])
+
+
+@contextlib.asynccontextmanager
+async def jobs_of(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[running, list[str]]]:
+    """A job of carol that is done, one of bob that runs and one of dave that waits; a cache hit."""
+    kept = {"server__state": str(tmp_path / "s.db"), "cache__chat": True, **settings}
+    async with FakeBackend() as fake, running(f"box={fake.url}", **kept) as q:
+        path = q.service.settings.server.base_path + "/v1/chat/completions"
+        for _ in range(2):
+            body, name = chat("hi", temperature=0), {"X-User-ID": "alice"}
+            assert (await ask(q.port, "POST", path, json=body, headers=name)).status == 200
+        made = [await post_job(q, "carol", "the result")]
+        await eventually(lambda: not q.gateway.jobs.queued)
+        fake.hold()
+        made.append(await post_job(q, "bob"))
+        await eventually(lambda: fake.active)
+        made.append(await post_job(q, "dave"))
+        await waiting(q, 1)
+        yield q, made
+        fake.release()
+        await eventually(lambda: not q.gateway.calls and not q.gateway.jobs.queued)
+
+
+def text_of(place: str) -> str:
+    """An expression: what is read there."""
+    return f"document.querySelector({json.dumps(place)}).innerText"
+
+
+def rows_of(place: str, expression: str = "n.innerText") -> str:
+    """An expression: this of each row of the table there."""
+    return f"[...document.querySelectorAll('{place} tbody tr')].map(n => {expression})"
+
+
+async def test_who_has_used_nothing_is_shown_nothing_of_jobs_and_usage(
+    browser: Browser, tmp_path: Path
+) -> None:
+    state = {"server__state": str(tmp_path / "s.db")}
+    async with FakeBackend() as fake, running(fake.url, **state) as q:
+        async with opened(browser, q) as page:
+            await page.until("LISTS.usage.rows")
+            assert await page.js("document.querySelector('#used').hidden")
+            assert not [url for url in page.requests if "/v1/jobs" in url]
+            await q.chat("hi")
+            await page.until("!document.querySelector('#used').hidden")
+            told = await page.until(text_of("#used .head"))
+            assert re.search(r"Today 1 request, 0 hits, 1 token in, 1 out, ran for \d+ ms", told)
+            assert "Jobs " not in told.replace("Jobs and usage", "")
+            assert "Cache" not in told
+        q.gateway.journal.days.clear()  # as on the next morning
+        async with opened(browser, q) as page:
+            await page.until("LISTS.usage.rows && !document.querySelector('#used').hidden")
+
+
+async def test_jobs_hits_and_what_was_used_today_are_told(browser: Browser, tmp_path: Path) -> None:
+    async with jobs_of(tmp_path) as (q, _), opened(browser, q) as page:
+        await page.until(f"{text_of('#used .head')}.includes('Today')")
+        told = await page.js(text_of("#used .head"))
+        assert "Jobs 1 queued, 1 running" in told
+        assert "Cache 1 answer, 1 KiB, 50 % of 2 answered from it" in told
+        assert "Today 3 requests, 1 hit, 2 tokens in, 3 out" in told
+
+
+async def test_usage_is_a_table_with_the_newest_day_first(browser: Browser, tmp_path: Path) -> None:
+    async with jobs_of(tmp_path) as (q, _):
+        earlier = llmq.day_of(int(time.time()) - 86400)
+        await q.gateway.store.write(
+            (llmq.ADD_USAGE, [(earlier, "user:eve", "old:8b", 1234, 34, 56789, 9, 65.0)])
+        )
+        async with opened(browser, q) as page:
+            await page.until("document.querySelector('#used .head b')")
+            assert not await page.js(rows_of("#usage"))
+            await page.js("document.querySelector('#usage summary').focus()")
+            await page.key("Enter")
+            await page.until(f"{rows_of('#usage')}.length === 3")
+            texts = "[...(one.children[0] ? one.children : [one])].map(part => part.textContent)"
+            cells = await page.js(rows_of("#usage", f"[...n.cells].map(one => {texts})"))
+            today = [llmq.day_of(int(time.time()))]
+            assert [row[0] for row in cells] == [today, today, [earlier]]
+            assert cells[0][1:3] == [["user:alice", "m"], ["2 requests", cells[0][2][1]]]
+            assert cells[0][2][1].startswith("1 hit, ran for ")
+            assert cells[2][1:] == [
+                ["user:eve", "old:8b"],
+                ["1,234 requests", "34 hits, ran for 1 min 5 s"],
+                ["56,789 tokens in", "9 out"],
+            ]
+            assert await page.js(text_of("#usage summary")) == "Usage of the last 7 days"
+            heads = "[...document.querySelectorAll('#usage th')].map(n => n.scope)"
+            assert set(await page.js(heads)) == {"col"}
+            await page.key("Enter")
+            await page.until("!document.querySelector('#usage').open")
+
+
+async def test_without_a_state_file_usage_is_told_since_the_start(browser: Browser) -> None:
+    async with FakeBackend() as fake, running(fake.url) as q, opened(browser, q) as page:
+        await q.chat("hi")
+        await page.until("!document.querySelector('#used').hidden")
+        for name, count in ("usage", 1), ("jobs", 0):
+            await page.click(f"#{name} summary")
+            await page.until(f"LISTS.{name}.rows && {rows_of('#' + name)}.length === {count}")
+        await page.until(f"{text_of('#usage summary')} === 'Usage since the start'")
+        await page.until(f"{text_of('#jobs .empty')}.includes('Prefer: respond-async')")
+
+
+@pytest.mark.parametrize("base", ["", "/box"])
+async def test_jobs_are_listed_with_their_results(
+    browser: Browser, tmp_path: Path, base: str
+) -> None:
+    async with jobs_of(tmp_path, server__base_path=base) as (q, made):
+        async with opened(browser, q, f"{base}/llmq") as page:
+            await page.click("#jobs summary")
+            await page.until(f"{rows_of('#jobs')}.length === 3")
+            shown = await page.js(rows_of("#jobs"))
+            for text, words in zip(
+                shown,
+                (
+                    ["user:dave", "queued", "low", "place 1", "Cancel"],
+                    ["user:bob", "running", "runs since ", "Cancel"],
+                    ["user:carol", "succeeded", "took ", "Result"],
+                ),
+            ):
+                assert all(word in text for word in words), (text, words)
+            links = "[...document.querySelectorAll('#jobs a')].map(n => n.href)"
+            (link,) = await page.js(links)
+            assert link == f"{q.base}{base}/v1/jobs/{made[0]}/result"
+            answer = await page.js(f"fetch({json.dumps(link)}).then(one => one.json())")
+            assert answer["choices"][0]["message"]["content"] == "the result"
+            names = "[...document.querySelectorAll('#jobs :is(a, button)')].map(n => n.ariaLabel)"
+            assert await page.js(names) == [
+                f"Cancel the job {made[2]} of user:dave",
+                f"Cancel the job {made[1]} of user:bob",
+                f"Result of the job {made[0]} of user:carol",
+            ]
+
+
+async def test_jobs_are_cancelled_once_that_is_confirmed(browser: Browser, tmp_path: Path) -> None:
+    async with jobs_of(tmp_path, server__base_path="/box") as (q, made):
+        async with opened(browser, q, "/box/llmq") as page:
+            await page.click("#jobs summary")
+            for client, ident in ("dave", made[2]), ("bob", made[1]):
+                await page.click(button(f"Cancel the job {ident} of user:{client}"))
+                asked = await page.until(
+                    f"document.querySelector('#ask').open && {text_of('#ask')}"
+                )
+                assert f"user:{client} wants m." in asked
+                (before,) = [
+                    row["status"]
+                    for row in (await ask(q.port, "GET", "/box/v1/jobs?all=1")).json()["data"]
+                    if row["id"] == ident
+                ]
+                assert before in ("queued", "running")
+                await page.click("#ask [value=go]")
+                await page.until(
+                    f"{rows_of('#jobs')}.some(one => one.includes('user:{client}') &&"
+                    " one.includes('cancelled') && !one.includes('Result'))"
+                )
+                told = f"Cancelled: the job of user:{client}, m"
+                await page.until(f"{text_of('#toasts')}.includes({json.dumps(told)})")
+            await page.until(f"!{text_of('#used .head')}.includes('queued')")
+
+
+async def test_what_is_open_follows_what_goes_on_but_asks_seldom(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with jobs_of(tmp_path) as (q, _), opened(browser, q) as page:
+        for name in ("usage", "jobs"):
+            await page.click(f"#{name} summary")
+        await page.until(f"{rows_of('#jobs')}.length === 3")
+        for number, client in enumerate(("erin", "frank", "grace"), 2):
+            await post_job(q, client)
+            await page.until(f"snap.jobs.queued === {number}")
+        await page.until(f"{rows_of('#jobs')}.length === 6")
+        for path in ("/v1/jobs", "/llmq/usage"):
+            asked = await page.js(
+                "performance.getEntriesByType('resource').filter("
+                f"one => one.name.includes('{path}')).map(one => one.startTime)"
+            )
+            assert len(asked) > 1
+            assert all(later - one > 2500 for one, later in zip(asked, asked[1:])), path
+        for name in ("usage", "jobs"):
+            await page.click(f"#{name} summary")
+            await page.until(f"!document.querySelector('#{name}').open")
+        page.requests.clear()
+        await page.js("for (const id in LISTS) LISTS[id].at = -9e9")
+        await post_job(q, "heidi")
+        await page.until("snap.jobs.queued === 5")
+        assert not page.requests
+
+
+async def test_hostile_names_of_jobs_and_usage_stay_text(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hostile = llmq.Caller(HOSTILE, foreign=False)
+    monkeypatch.setattr(llmq, "identify", lambda *_facts: hostile)
+    monkeypatch.setattr(llmq, "printable", lambda text, _limit=0: text)
+    state = {"server__state": str(tmp_path / "s.db")}
+    async with FakeBackend(models=[HOSTILE], auto=False) as fake, running(fake.url, **state) as q:
+        await post_job(q, "x", model=HOSTILE)
+        await (await fake.arrived()).status(500, {"error": {"message": HOSTILE}})
+        await eventually(lambda: not q.gateway.jobs.queued)
+        await post_job(q, "x", model=HOSTILE)
+        request = await fake.arrived()
+        async with opened(browser, q) as page:
+            for name in ("usage", "jobs"):
+                await page.click(f"#{name} summary")
+                for place in ("b", "small"):
+                    shown = await page.until(
+                        f"document.querySelector('#{name} .who {place}').textContent"
+                    )
+                    assert shown == HOSTILE
+            why = await page.until("document.querySelector('#jobs .alarm').textContent")
+            assert HOSTILE in why
+            await page.click("#jobs td button")
+            await page.until(
+                f"document.querySelector('#ask p').textContent.includes({json.dumps(HOSTILE)})"
+            )
+            await page.click("#ask [value=go]")
+            await page.until(
+                f"document.querySelector('#toasts').textContent.includes({json.dumps(HOSTILE)})"
+            )
+            assert await page.js("document.querySelectorAll('img, script').length") == 1
+            assert await page.js("typeof hit") == "undefined"
+        await request.left()
+
+
+async def test_who_may_not_see_all_jobs_is_told_so(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(llmq.JobRoutes, "may_steer", lambda *_: False)
+    async with jobs_of(tmp_path) as (q, _), opened(browser, q, bears="403 (Forbidden)") as page:
+        await page.click("#jobs summary")
+        await page.until(f"{text_of('#jobs .empty')}.startsWith('all jobs are shown to who')")
+
+
 # ---- What it bears ---------------------------------------------------------------------------
 
 
@@ -1065,32 +1308,55 @@ async def passed(seconds: float) -> None:
 async def test_page_is_for_everybody_at_every_width_in_both_themes(
     browser: Browser, name: str
 ) -> None:
-    source = axe()
-    shots = peers.CACHE / "pictures"  # for people to look at
-    shots.mkdir(parents=True, exist_ok=True)
     async with state(name) as (q, _), opened(browser, q) as page:
-        await page.js(source + "; 0")
         if name == "busy":  # with every mark and control that there is
             await mark(q)
             await page.click("summary")
             await page.until("document.querySelector('#blocked').innerText.includes('eve')")
             await page.until("document.querySelector('details button')")
-        for theme in ("light", "dark"):
-            for width in WIDTHS:
-                await page.look(width, 900, theme)
-                await page.until(f"innerWidth === {width}")
-                assert await page.js("document.documentElement.scrollWidth") == width
-                height = await page.js("document.documentElement.scrollHeight")
-                picture = await page.shot()
-                assert picture.startswith(b"\x89PNG")
-                (shots / f"{name}-{width}-{theme}.png").write_bytes(picture)
-                assert height < 6000
-                if width == 1024:
-                    continue
-                found = await page.js(
-                    "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))"
-                )
-                assert not found, (width, theme)
+        await look_at(page, name)
+
+
+@pytest.mark.deadline(30)
+async def test_jobs_and_usage_are_for_everybody_at_every_width_in_both_themes(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with jobs_of(tmp_path) as (q, _), opened(browser, q) as page:
+        for name in ("usage", "jobs"):
+            await page.click(f"#{name} summary")
+            await page.until(f"{rows_of('#' + name)}.length > 1")
+        await look_at(page, "used")
+        await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        await page.until("matchMedia('(pointer: coarse)').matches")
+        sizes = await page.js(
+            "[...document.querySelectorAll('#used :is(a, button, summary)')].map(n => {"
+            "const r = n.getBoundingClientRect(); return Math.min(r.width, r.height); })"
+        )
+        assert len(sizes) == 5
+        assert min(sizes) >= 44, "fingers miss it"
+
+
+async def look_at(page: Page, name: str) -> None:
+    """Whether all of it can be seen and used at every width, in both themes."""
+    shots = peers.CACHE / "pictures"  # for people to look at
+    shots.mkdir(parents=True, exist_ok=True)
+    await page.js(axe() + "; 0")
+    for theme in ("light", "dark"):
+        for width in WIDTHS:
+            await page.look(width, 900, theme)
+            await page.until(f"innerWidth === {width}")
+            assert await page.js("document.documentElement.scrollWidth") == width
+            height = await page.js("document.documentElement.scrollHeight")
+            picture = await page.shot()
+            assert picture.startswith(b"\x89PNG")
+            (shots / f"{name}-{width}-{theme}.png").write_bytes(picture)
+            assert height < 6000
+            if width == 1024:
+                continue
+            found = await page.js(
+                "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))"
+            )
+            assert not found, (width, theme)
 
 
 async def mark(q: running) -> None:

@@ -184,6 +184,43 @@ def test_empty_state_says_the_next_step() -> None:
     assert llmq.NO_RUNNER in " ".join(lines)  # over as many lines as it takes
 
 
+JOBS = {"queued": 2, "running": 1}
+CACHE = {"answers": 9, "bytes": 4096, "hit": 30, "joined": 7, "miss": 1200}
+USED = {"requests": 1512, "hits": 37, "tokens_in": 12345678, "tokens_out": 345678, "seconds": 9.5}
+NONE = {"jobs": dict.fromkeys(JOBS, 0), "cache": dict.fromkeys(CACHE, 0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"jobs": JOBS}, "jobs 2 queued, 1 running"),
+        ({"cache": CACHE}, "hits 3% of 1,237"),
+        ({"cache": {**CACHE, "hit": 0, "joined": 0, "miss": 2}}, "hits 0% of 2"),
+        ({"used_today": USED}, "today 1,512 requests, 12.7M tokens"),
+        (
+            {"used_today": {**USED, "requests": 1, "tokens_in": 1234}},
+            "today 1 request, 346,912 tokens",
+        ),
+        (
+            {"jobs": JOBS, "cache": CACHE, "used_today": USED},
+            "jobs 2 queued, 1 running  hits 3% of 1,237  today 1,512 requests, 12.7M tokens",
+        ),
+    ],
+)
+def test_jobs_hits_and_what_was_used_today_are_told_in_eighty_columns(
+    changes: dict[str, Any], line: str
+) -> None:
+    used = dict.fromkeys(USED, 0)
+    seen = snapshot([], **{**NONE, "used_today": used, **changes})
+    assert shown(seen).lines(80, 24)[2].strip() == line
+
+
+def test_where_no_job_no_hit_and_no_use_is_nothing_is_told_of_them() -> None:
+    used = dict.fromkeys(USED, 0)
+    plain = shown(snapshot([])).lines(80, 24)  # of an llmq that knows none of it
+    assert shown(snapshot([], **NONE, used_today=used)).lines(80, 24) == plain
+
+
 def test_stop_of_llmq_is_told() -> None:
     assert " stopping " in shown(snapshot([], draining=True)).lines(80, 24)[1]
 
@@ -275,6 +312,11 @@ def test_rows_that_have_no_room_are_counted() -> None:
         {"backends": [backend(models=None)]},
         {"backends": [backend(models=[[]], loaded=5)]},
         {"backends": [backend(name=[])]},
+        {"jobs": [], "cache": None, "used_today": 5},
+        {"jobs": {"queued": "many", "running": []}},
+        {"cache": {"hit": "x"}},
+        {"cache": {"hit": -1, "joined": 0, "miss": 1}},
+        {"used_today": {"requests": 5, "tokens_in": [], "tokens_out": None}},
     ],
 )
 def test_odd_snapshots_are_refused_or_shown_but_never_break(changes: dict[str, Any]) -> None:
