@@ -7746,7 +7746,7 @@ KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
 FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
 FILLED = """SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
-NO_STATE = "llmq keeps no state here: it was started so, see --state"
+NO_STATE = "that is kept in a state file, and this llmq was started without one, see --state"
 
 
 class Store:
@@ -8093,7 +8093,7 @@ class Jobs:
         target = call.route + (f"?{call.query}" if call.query else "")
         job = new_job(call.caller, Work(target, headers, body, call.model, priority))
         await self.add([job], len(job.body))
-        place = f"/v1/jobs/{job.id}"
+        place = f"{self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
         router = {"mode": "async", "position": self.queued}
@@ -12889,7 +12889,8 @@ def cmd_job(options: argparse.Namespace) -> int:
         say(json.dumps(job, indent=2))
     else:
         for name, value in job.items():
-            say(printable(f"{name:<13} {'-' if value is None else value}", 1000))
+            shown = stamp(value) if name.endswith("_at") and value else value
+            say(printable(f"{name:<13} {'-' if shown is None else shown}", 1000))
     return 0
 
 
