@@ -3413,7 +3413,7 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
 # member of the body, what is configured for the model, and which model it is.  Full of bytes, it
 # lets go of what was not asked for longest.
 
-ENTRY_BYTES = 300  # of memory that an answer takes besides its own
+ENTRY_BYTES = 350  # of memory that an answer takes besides its own
 UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
 MOST_OF_CACHE = 8  # one answer has at most this part of its bytes
 
@@ -3431,22 +3431,30 @@ def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def is_settled(values: Mapping[str, Any]) -> bool:
-    """Whether a request for a chat says all of how it is answered: nothing is left to chance."""
-    options = values.get("options")
-    asked = {**options, **values} if isinstance(options, dict) else values
-    heat = asked.get("temperature")
+def is_settled(values: Mapping[str, Any], policy: ModelSettings, *, options: bool) -> bool:
+    """Whether a request for a chat says all of how it is answered: nothing is left to chance.
+
+    What is configured for its model counts, and on Ollama's routes what is in its `options`.
+    """
+    asked = {name: one for name, one in values.items() if name not in policy.strip}
+    inner = [asked.get("options"), policy.set.get("options")]
+    asked.update(policy.set)
+    told = {name: one for each in inner if isinstance(each, dict) for name, one in each.items()}
+    heat = (told if options else asked).get("temperature")
     cold = type(heat) in (int, float) and heat == 0
-    return cold and not (values.get("tools") or values.get("functions"))
+    return cold and not (asked.get("tools") or asked.get("functions"))
 
 
-def was_cut(document: Mapping[str, Any]) -> bool:
-    """Whether an answer ended because it was long enough, in whichever dialect."""
+GOOD_ENDS = {"stop", "end_turn", "stop_sequence"}
+
+
+def is_complete(document: Mapping[str, Any]) -> bool:
+    """Whether an answer, in whichever dialect, says that it ended because all was said."""
     choices = document.get("choices")
     rows = [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
     reasons = [row.get("finish_reason") for row in rows]
-    reasons += [document.get("done_reason"), document.get("stop_reason")]
-    return not {"length", "max_tokens"}.isdisjoint(filter(None, map(str, reasons)))
+    reasons += [document[name] for name in ("done_reason", "stop_reason") if name in document]
+    return bool(reasons) and GOOD_ENDS.issuperset(map(str, reasons))
 
 
 class Cache:
@@ -6012,7 +6020,9 @@ class Shared:
         self.error: LlmqError | None = None
         self.ended = False
         self._left: Callable[[], object] | None = None
-        self._head: tuple[int, str] | None = None
+        self._head: tuple[int, str] | None = None  # of an answer that has begun
+        if first.started:  # with a sign of life, as one that shared a run which was ended
+            self._head = first.status, "application/json"
 
     @property
     def status(self) -> int:
@@ -6034,13 +6044,15 @@ class Shared:
         """Somebody may have left."""
         if self.gone and self._left is not None:
             self._left()
+        elif self.gone:  # it waits for its turn, and looks when it is woken
+            self.waiter.wake()
 
     async def join(self, other: Exchange) -> None:
         """Wait with the others until the run has ended; ClientLeft when this one leaves."""
         self.others.append(other)
         try:
             other.watch(self.look)
-            if self._head is not None:
+            if self._head is not None and not other.started:
                 other.start(*self._head)
             while not self.ended:
                 await other.waiter
@@ -6071,7 +6083,8 @@ class Shared:
         self._head = status, content_type
         self.first.start(status, content_type, headers)
         for other in self.others:
-            other.start(status, content_type)
+            if not other.started:
+                other.start(status, content_type)
 
     def send(self, data: bytes) -> None:
         """A sign of life: nothing else comes in pieces."""
@@ -7800,7 +7813,10 @@ class Store:
 
     async def _do(self, statements: Sequence[Statement], **wanted: bool) -> list[Any]:
         work = functools.partial(self._execute, statements, **wanted)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        doing = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.shield(
+            doing
+        )  # whoever waits may be cancelled, it is kept all the same
 
     # ---- in its thread
 
@@ -7874,8 +7890,10 @@ def words_of(headers: Headers, name: str) -> set[str]:
     return {one.partition(";")[0].strip() for one in listed}
 
 
+BETAS = ("openai-beta", "anthropic-version", "anthropic-beta")  # header fields that runners get
 CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
-OWN_ENDS = ("cancelled", "client_left", "wait_timeout")  # of one, not of those who share its run
+# Of one, not of those who share its run: forbidden is who was blocked meanwhile.
+OWN_ENDS = ("cancelled", "client_left", "forbidden", "wait_timeout")
 
 
 class Recall:
@@ -7895,7 +7913,8 @@ class Recall:
     def is_wanted(self, call: Call, values: Mapping[str, Any], headers: Headers) -> bool:
         """Whether the call's answer may be one that is kept, or is to be kept."""
         limits, question, path = self.settings.cache, call.question, call.endpoint.path
-        chats = limits.chat and path in CHATS and not question.stream and is_settled(values)
+        chats = limits.chat and path in CHATS and not question.stream
+        chats = chats and is_settled(values, call.policy, options=call.endpoint.options)
         wanted = chats or (limits.embeddings and EMBEDDINGS in call.endpoint.routes)
         if not wanted or question.skipped or question.done_reason or not values:
             return False
@@ -7907,11 +7926,14 @@ class Recall:
         """Give the call the key of its answer."""
         question, ticket = call.question, call.ticket
         version = self.scheduler.fleet.version(ticket.model)
+        if not version:  # no runner has told of it yet
+            return
         # Without a digest: after a restart it may be another model.
         own = self.instance if "/" in version else ""
         usual = (call.policy, self.settings.upstream.num_ctx)
         asked = (call.endpoint.path, call.query, question.model, question.context, call.more)
-        told = (*asked, *usual, call.model, version, own, ticket.want.backend)
+        of_model = (call.model, version, own, ticket.want.backend)
+        told = (*asked, *usual, *of_model, *map(headers.get, BETAS))
         find = functools.partial(answer_key, dict(values), *told)
         call.answer_key = await beside(find, heavy=len(question.body) > WATCHED_LINE)
         if "no-cache" in words_of(headers, "cache-control"):
@@ -7931,7 +7953,10 @@ class Recall:
             shared = run.call.ticket
             if shared.priority > call.ticket.priority and shared.state is TicketState.WAITING:
                 self.scheduler.reprioritise(shared, call.ticket.priority)
+            own = exchange.headers
+            exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
             await run.join(exchange)
+            exchange.headers = own
             if run.answer is not None:
                 self.tell(call, exchange, "joined", *run.answer)
                 return True
@@ -7969,7 +7994,7 @@ class Recall:
         if run.answer is not None:
             chats = call.endpoint.path in CHATS
             ttl = limits.chat_ttl if chats else limits.embeddings_ttl
-            if not (chats and was_cut(parse_json(run.answer[0]) or {})):
+            if not chats or is_complete(parse_json(run.answer[0]) or {}):
                 answer = Answer(*run.answer, time.time() + ttl)
                 self.cache.put(call.answer_key, answer, limits.max_bytes)
         run.end(call.error)
@@ -9816,7 +9841,9 @@ class Keeper:
             sql = "SELECT key, body, type, until FROM answers WHERE until > ? ORDER BY until"
             for key, *answer in await self.store.read(sql, now):
                 self.cache.put(key, Answer(*answer), limits.max_bytes)
-            self.cache.changed.clear()
+            changed = self.cache.changed.items()  # what there is no room for is to leave the file
+            self.cache.changed = {key: answer for key, answer in changed if answer is None}
+            await self.store.write(("DELETE FROM answers WHERE until <= ?", (now,)))
 
     async def step(self) -> None:
         limits, journal = self.gateway.settings.cache, self.gateway.journal

@@ -333,7 +333,7 @@ async def told_to_stop(runner: Runner, path: str, body: Any) -> Answer:
         q.port = process.port
         first = post(q, path, body)
         request = await arrival(first, runner)
-        second = post(q, path, body)
+        second = post(q, path, {**body, "user": "two"})  # what is alike shares one run
         await waiting(q, 1)
         process.signal(signal.SIGTERM)
         answer = await second

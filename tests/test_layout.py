@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 13785  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 13800  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 145,
@@ -49,7 +49,7 @@ BUDGET = {
     "Fleet": 295,
     "Scheduler": 530,
     "Forecast": 220,
-    "Cache": 90,
+    "Cache": 100,
     "Messages": 300,
     "Bodies": 390,
     "Dialects": 500,
@@ -58,7 +58,7 @@ BUDGET = {
     "Anthropic": 70,
     "Translation": 575,
     "Streams": 290,
-    "Replies": 395,
+    "Replies": 400,
     "Server": 370,
     "Upstream": 270,
     "Probes": 315,

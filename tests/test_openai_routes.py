@@ -347,9 +347,9 @@ async def test_errors_are_objects_on_every_route(path: str) -> None:
             assert_error(await ask(q.port, "POST", path, body=large), 413)
             first = post(q, path, least(path))
             await arrival(first, runner)
-            second = post(q, path, least(path))
+            second = post(q, path, least(path, user="two"))  # what is alike shares one run
             await waiting(q, 1)
-            full = await ask(q.port, "POST", path, json=least(path))
+            full = await ask(q.port, "POST", path, json=least(path, user="three"))
             assert_error(full, 429)
             assert 1 <= int(full.headers["retry-after"]) <= 60
             first.cancel()
