@@ -7658,10 +7658,11 @@ def usage_of(rows: Iterable[tuple[float, Record]]) -> dict[Names, list[float]]:
     """
     used: dict[Names, list[float]] = {}
     for when, record in rows:
-        if not (record.backend or record.cache) or record.route.startswith("/llmq"):
-            continue  # it has used nothing, or was an order or a lease
-        ran = record.total_s - record.wait_s if record.backend else 0.0
         hit = int(record.cache in ("hit", "joined"))
+        ordered = record.priority == "-" or record.route.startswith("/llmq")
+        if ordered or not (record.backend or hit):
+            continue  # it was an order or a lease, or has used nothing
+        ran = record.total_s - record.wait_s if record.backend else 0.0
         facts = [1, hit, record.tokens_in or 0, record.tokens or 0, ran]
         merge_usage(used, {(day_of(int(when)), record.client, record.model): facts})
     return used
@@ -7678,6 +7679,13 @@ def merge_usage(used: dict[Names, list[float]], more: Mapping[Names, list[float]
 @functools.lru_cache(maxsize=4)
 def day_of(when: int) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(when))
+
+
+def first_day(when: float, days: int) -> str:
+    """The first of the last days: they have 23 to 25 hours, but all have a noon."""
+    at = time.localtime(when)
+    noon = (at.tm_year, at.tm_mon, at.tm_mday - days + 1, 12, 0, 0, 0, 0, -1)
+    return day_of(int(time.mktime(noon)))
 
 
 def today() -> tuple[str, float]:
@@ -9438,6 +9446,8 @@ class Runner:
             if job.id in self.gateway.calls:
                 self.gateway.cancel(self.gateway.calls[job.id])
             self.jobs.active[job.id][1].leave()
+        for tell in self.on_end if ended else ():
+            await tell(job)
         return ended
 
     async def stop(self) -> None:
@@ -9601,6 +9611,8 @@ class Batches:
         """End a batch that has no line left to run: its output becomes files."""
         sql = f"SELECT 1 FROM jobs WHERE batch = ? AND {OPEN_JOB} LIMIT 1"
         if ident not in self.open or await self.store.read(sql, ident):
+            return
+        if ident not in self.open:  # another line that has just ended was quicker
             return
         self.open.discard(ident)
         batch, now = await self.find(ident), time.time()
@@ -9812,7 +9824,7 @@ class Preloader:
 
 
 KEEP_SECONDS = 60.0
-USAGE_DAYS = 400  # that what was used is kept
+USAGE_DAYS, MEMORY_DAYS = 400, 7  # that what was used is kept, and without a state file
 ADD_USAGE = """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (day, client, model) DO UPDATE SET requests = requests + excluded.requests,
     hits = hits + excluded.hits, tokens_in = tokens_in + excluded.tokens_in,
@@ -9850,6 +9862,9 @@ class Keeper:
         journal.flush()
         day = (day_of(int(time.time())),)
         journal.days = {day: journal.days.get(day, [0] * len(USED))}
+        if not self.store.path:
+            oldest = first_day(time.time(), MEMORY_DAYS)
+            journal.used = {who: one for who, one in journal.used.items() if who[0] >= oldest}
         self.cache.expire(time.time())
         self.cache.fit(limits.max_bytes if limits.embeddings or limits.chat else 0)
         self.cache.noting = limits.persist and bool(self.store.path)
@@ -9874,7 +9889,7 @@ class Keeper:
             named = who if known else (who[0], OTHER, OTHER)
             self.named.add(named)
             merge_usage(rows, {named: facts})
-        oldest = day_of(int(time.time() - USAGE_DAYS * DAY))
+        oldest = first_day(time.time(), USAGE_DAYS)
         try:
             if rows:
                 drop = ("DELETE FROM usage WHERE day < ?", (oldest,))
@@ -9898,11 +9913,12 @@ class Keeper:
     async def usage(self, days: int) -> list[Facts]:
         """What was used in the last days, this one among them, by day, client and model."""
         self.gateway.journal.flush()
-        first = day_of(int(time.time() - DAY * (days - 1)))
+        first = first_day(time.time(), days)
         used: dict[Names, list[float]] = {}
+        new = {who: list(facts) for who, facts in self.gateway.journal.used.items()}
         rows = await self.store.read("SELECT * FROM usage WHERE day >= ?", first)
         merge_usage(used, {tuple(row[:3]): list(row[3:]) for row in rows})
-        merge_usage(used, self.gateway.journal.used)
+        merge_usage(used, new)  # as it was before: meanwhile it may have been written
         names = ("day", "client", "model", *USED)
         recent = {who: facts for who, facts in sorted(used.items()) if who[0] >= first}
         return [
@@ -10037,65 +10053,78 @@ class Watch:
 class Postman:
     """Posts events to one service, in a thread that ends with the program."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, row: WebhookSettings) -> None:
+        self.name, self.row = name, row
         self.lost = 0
         self.closed = threading.Event()
-        self._events: queue.Queue[tuple[WebhookSettings, bytes] | None] = queue.Queue(HOOK_QUEUE)
+        self._events: queue.Queue[bytes | None] = queue.Queue(HOOK_QUEUE)
         threading.Thread(target=self.run, daemon=True).start()
 
     @property
     def is_idle(self) -> bool:
         return not self._events.unfinished_tasks
 
-    def give(self, row: WebhookSettings, body: bytes) -> None:
+    def give(self, body: bytes) -> None:
         try:
-            self._events.put_nowait((row, body))
+            self._events.put_nowait(body)
         except queue.Full:
             self.lost += 1
             if self.lost == 1:
                 log.warning("webhook %s: events are lost, it takes them too slowly", self.name)
 
     def close(self) -> None:
+        """What still waits for it is not sent."""
         self.closed.set()
-        with contextlib.suppress(queue.Full):  # then it looks at `closed` soon
+        with contextlib.suppress(queue.Full):  # then its thread does not wait for one
             self._events.put_nowait(None)
 
     def run(self) -> None:
-        while not self.closed.is_set() and (event := self._events.get()) is not None:
-            row, body = event
+        while not self.closed.is_set() and (body := self._events.get()) is not None:
             error = ""
             for pause in HOOK_TRIES:
-                error = "" if self.closed.wait(pause) else self.post(row, body)
+                error = "" if self.closed.wait(pause) else self.post(body)
                 if not error:
                     break
             if error:
                 log.warning("webhook %s: %s", self.name, error)
             self._events.task_done()
 
-    def post(self, row: WebhookSettings, body: bytes) -> str:
-        """Post it once; what went wrong, or nothing."""
-        from http.client import HTTPException
-        from urllib.error import HTTPError
-        from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+    def post(self, body: bytes) -> str:
+        """Post it once, without a detour; what went wrong, or nothing."""
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
 
-        class Here(HTTPRedirectHandler):
-            """It goes where it is configured to go, and nowhere else."""
-
-            def redirect_request(self, *_: object) -> None: ...
-
+        until, parts = time.monotonic() + HOOK_SECONDS, urlsplit(self.row.url)
         headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
-        if row.secret:
-            digest = hmac.new(row.secret.encode(), body, "sha256").hexdigest()
+        headers["Connection"] = "close"
+        if self.row.secret:
+            digest = hmac.new(self.row.secret.encode(), body, "sha256").hexdigest()
             headers["X-LLMQ-Signature"] = f"sha256={digest}"
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        path = (parts.path or "/") + (parts.query and f"?{parts.query}")
         try:
-            request = Request(row.url, body, headers, method="POST")  # noqa: S310 - as configured
-            with build_opener(ProxyHandler({}), Here()).open(request, timeout=HOOK_SECONDS):
-                return ""
-        except HTTPError as error:
-            return f"it answers {error.code}"
-        except (OSError, ValueError, HTTPException) as error:
-            return str(getattr(error, "reason", error))
+            with contextlib.closing(kind(parts.netloc, timeout=HOOK_SECONDS)) as connection:
+                connection.request("POST", path, body, headers)
+                answer = first_line(connection.sock, until)
+        except OSError as error:
+            return str(error)
+        except (ValueError, HTTPException):  # whose words may have the url in them
+            return "its url is none"
+        found = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b", answer)
+        if found is None:
+            return "what it answers is no HTTP"
+        return "" if found[1].startswith(b"2") else f"it answers {found[1].decode()}"
+
+
+def first_line(connection: socket.socket, until: float) -> bytes:
+    """The beginning of an answer: whatever follows, nobody waits for it."""
+    answer = b""
+    while b"\n" not in answer and len(answer) < KIB:
+        connection.settimeout(max(0.001, until - time.monotonic()))
+        more = connection.recv(KIB)
+        if not more:
+            raise ConnectionResetError("it hung up")
+        answer += more
+    return answer
 
 
 class Webhooks:
@@ -10108,37 +10137,45 @@ class Webhooks:
 
     def step(self) -> None:
         gateway, rows = self.gateway, self.gateway.settings.webhooks
-        scheduler = gateway.scheduler
-        most, scheduler.most_waiting = scheduler.most_waiting, len(scheduler.waiting)
-        if not rows:
+        for name in [one for one, at in self.postmen.items() if rows.get(one) != at.row]:
+            self.postmen.pop(name).close()
+        happened = list(self.look())
+        if not rows:  # what happens now is never told
             gateway.journal.events.clear()
             return
-        waiting, happened = len(scheduler.waiting), gateway.journal.happened
-        refused, limits = gateway.journal.outcomes["queue_full"], scheduler.limits
-        facts = {"waiting": waiting, "most_waiting": most, "full_at": limits.max_depth}
-        for event in self.watch.look_at_queue(gateway.now(), most, waiting, refused):
-            happened(event, **facts)
-        rows_of = [("all", most, waiting, limits.max_depth)]
-        for priority in Priority if any(limits.depths) else ():
-            here = scheduler.waiting_in(priority)
-            rows_of.append((priority.word, here, here, limits.depths[priority]))
-        for name, *numbers in rows_of:
-            if self.watch.look_at_limit(name, *numbers):
-                happened("queue.high_watermark", **{**facts, "class": name})
-        backends = gateway.fleet.backends
-        states = {name: backend.state for name, backend in backends.items()}
-        for event, name in self.watch.look_at_hosts(states):
-            happened(event, host=name, error=backends[name].error)
+        for event, facts in happened:
+            gateway.journal.happened(event, **facts)
         while gateway.journal.events:
             self.send(gateway.journal.events.popleft())
+
+    def look(self) -> Iterator[tuple[str, Facts]]:
+        """What has happened since the last look."""
+        gateway, watch, scheduler = self.gateway, self.watch, self.gateway.scheduler
+        most, scheduler.most_waiting = scheduler.most_waiting, len(scheduler.waiting)
+        waiting, limits = len(scheduler.waiting), scheduler.limits
+        refused, before = gateway.journal.outcomes["queue_full"], max(watch.most, most)
+        facts = {"waiting": waiting, "most_waiting": before, "full_at": limits.max_depth}
+        for event in watch.look_at_queue(gateway.now(), most, waiting, refused):
+            yield event, facts
+        limited = [("all", most, waiting, limits.max_depth)]
+        for priority in Priority if any(limits.depths) else ():
+            here = scheduler.waiting_in(priority)
+            limited.append((priority.word, here, here, limits.depths[priority]))
+        for name, *numbers in limited:
+            if watch.look_at_limit(name, *numbers):
+                yield "queue.high_watermark", {**facts, "class": name}
+        backends = gateway.fleet.backends
+        states = {name: backend.state for name, backend in backends.items()}
+        for event, name in watch.look_at_hosts(states):
+            yield event, {"host": name, "error": backends[name].error}
 
     def send(self, facts: Facts) -> None:
         body = render_json(facts)
         for name, row in self.gateway.settings.webhooks.items():
             if not row.events or facts["event"] in row.events:
                 if name not in self.postmen:
-                    self.postmen[name] = Postman(name)
-                self.postmen[name].give(row, body)
+                    self.postmen[name] = Postman(name, row)
+                self.postmen[name].give(body)
 
     @property
     def is_idle(self) -> bool:
@@ -12215,11 +12252,11 @@ class Service:
             except ConfigError as error:  # noqa: PERF203 - a later llmq may know more of it
                 log.warning("state: %s; it is left out", error)
         self.apply()
-        try:
-            for kept_there in (gateway.jobs, self.batches, self.keeper):
+        for kept_there in (gateway.jobs, self.batches, self.keeper):
+            try:
                 await kept_there.load()
-        except LlmqError as error:
-            log.warning("state: %s", error)
+            except LlmqError as error:  # noqa: PERF203 - one is broken, the others may be whole
+                log.warning("state: %s", error)
         await self.listen(server)
         await self.move_ports()
         loops = (
@@ -12393,7 +12430,8 @@ class Service:
 
     async def tell_job(self, job: Job) -> None:
         if not job.batch:
-            self.gateway.journal.happened("job.done", job=self.api.jobs.show_job(job))
+            ended = await self.gateway.jobs.find(job.id)  # with its times
+            self.gateway.journal.happened("job.done", job=self.api.jobs.show_job(ended))
 
     async def last_words(self) -> None:
         """What is to be kept, and what is to be told, before all ends."""

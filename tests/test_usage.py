@@ -616,7 +616,7 @@ async def test_a_full_disk_keeps_nobody_waiting_and_loses_nothing(tmp_path: Path
                     p.port, "POST", "/v1/chat/completions", json=chat("a b"), headers=told_client
                 )
                 assert answer.status == 200
-                await p.line(r"usage: \S*state\.db: .*; it is tried again")
+                await p.line(r"state: \S*state\.db: .*; it is tried again")
             unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             resource.prlimit(p.pid, resource.RLIMIT_FSIZE, unlimited)
             await flushed(state, {("user:eve", "m"): [3, 0, 3, 6]})

@@ -50,11 +50,28 @@ Writer = Any  # asyncio.StreamWriter
 # ---- The watch: numbers in, events out -------------------------------------------------------
 
 
+def looked(
+    watch: Watch, now: float, most: int, waiting: int, refused: int, limit: int
+) -> list[str]:
+    """One look at the queue and at its limit."""
+    told = list(watch.look_at_queue(now, most, waiting, refused))
+    high = [HIGH] * watch.look_at_limit("all", most, waiting, limit)
+    return [one for one in (FULL, HIGH, DRAINED) if one in told + high]
+
+
+def test_each_limit_has_its_own_mark() -> None:
+    watch = Watch()
+    assert watch.look_at_limit("low", 8, 8, 10)
+    assert watch.look_at_limit("all", 8, 8, 10)
+    assert not watch.look_at_limit("low", 9, 9, 10)
+    assert not watch.look_at_limit("high", 9, 9, 0)  # which has no limit
+
+
 def looks(*rows: tuple[float, int, int, int], limit: int = 20) -> list[list[str]]:
     """The events of each look; a row is the time, the most that waited, who waits, refusals."""
     watch = Watch()
     return [
-        list(watch.look_at_queue(now, most, waiting, refused, limit))
+        list(looked(watch, now, most, waiting, refused, limit))
         for now, most, waiting, refused in rows
     ]
 
@@ -141,7 +158,7 @@ def test_each_event_has_a_cause_of_its_own(seed: int) -> None:
         if not waiting:
             expected[DRAINED] += peak >= 10
             peak = 0
-        told = Counter(watch.look_at_queue(now, most, waiting, refused, limit))
+        told = Counter(looked(watch, now, most, waiting, refused, limit))
         assert told == +expected
 
 
