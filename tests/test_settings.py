@@ -463,6 +463,26 @@ def test_no_two_settings_share_a_name() -> None:
 # ---- Every setting has an effect that a test sees --------------------------------------------
 
 EFFECTS = {
+    "cache.embeddings": "test_cache.py"
+    "::test_reload_switches_it_off_and_frees_its_memory_and_on_again",
+    "cache.chat": "test_cache.py"
+    "::test_chat_that_leaves_nothing_to_chance_is_kept_where_that_is_wanted",
+    "cache.max_bytes": "test_cache.py"
+    "::test_the_setting_bounds_what_is_in_memory_also_after_a_reload",
+    "cache.embeddings_ttl": "test_cache.py::test_answers_are_kept_as_long_as_their_route_says",
+    "cache.chat_ttl": "test_cache.py::test_answers_are_kept_as_long_as_their_route_says",
+    "cache.persist": "test_cache_file.py"
+    "::test_answers_of_a_runner_with_digests_outlive_a_restart_where_wanted",
+    "jobs.result_ttl": "test_jobs.py"
+    "::test_a_result_is_kept_for_its_time_and_its_job_for_as_long_again",
+    "jobs.max_attempts": "test_jobs.py"
+    "::test_a_runner_that_breaks_is_asked_as_often_as_a_job_may_begin",
+    "jobs.max_bytes": "test_durable.py::test_a_file_that_has_all_bytes_it_may_is_507",
+    "webhooks.url": "test_webhooks.py::test_new_row_is_told_and_a_removed_one_is_not",
+    "webhooks.events": "test_webhooks.py"
+    "::test_each_service_gets_what_it_wants_and_all_without_a_word",
+    "webhooks.secret": "test_webhooks.py"
+    "::test_what_is_sent_is_signed_json_with_event_and_timestamp",
     "server.require_key": "test_keys.py"
     "::test_every_row_is_free_for_this_box_where_only_others_need_a_key",
     "server.base_path": "test_base_path.py::test_every_route_is_under_the_base_and_nowhere_else",
