@@ -7839,7 +7839,9 @@ class Store:
                     return []
                 os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._database = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+                self._database = sqlite3.connect(
+                    self.path, timeout=0, isolation_level=None, cached_statements=0
+                )  # a cached one would keep what it was last given: a whole file
                 self._open()
             return self._transact(statements, safe=safe)
         except (OSError, sqlite3.Error) as error:
@@ -7853,12 +7855,17 @@ class Store:
         database, rows = self._database, []
         database.execute(f"PRAGMA synchronous = {'FULL' if safe else 'NORMAL'}")
         database.execute("BEGIN")
-        for sql, values in statements:
-            if isinstance(values, tuple):
-                rows = database.execute(sql, values).fetchall()
-            else:
-                database.executemany(sql, values)
-        database.execute("COMMIT")
+        try:
+            for sql, values in statements:
+                if isinstance(values, tuple):
+                    rows = database.execute(sql, values).fetchall()
+                else:
+                    database.executemany(sql, values)
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
         return rows
 
     def _open(self) -> None:
@@ -8077,6 +8084,10 @@ def batch_line(job: Job, answer: bytes, status: int) -> bytes:
     response = {"status_code": status, "request_id": job.id, "body": parse_json(answer)}
     ident = "batch_req_" + job.id.partition("_")[2]
     facts = {"id": ident, "custom_id": job.custom, "response": response, "error": None}
+    if response["body"] is not None:
+        with contextlib.suppress(ValueError, RecursionError):  # NaN, 1e999
+            return render_json(facts) + b"\n"
+    response["body"] = answer.decode("utf-8", "replace")
     return render_json(facts) + b"\n"
 
 
@@ -8389,6 +8400,8 @@ class Admission:
     ) -> Priority:
         """As asked for > by a rule > the client's > the model's; at most normal for a stranger."""
         priority, word = call.question.priority, ""
+        if call.job:  # its class was found when it was accepted
+            priority = PRIORITY_WORDS[headers["x-queue-priority"]]
         if priority is None and self.settings.rules:
             facts = (call.endpoint.path, call.question.model or call.model, client.name)
             number, word = find_rule(self.settings.rules, facts, headers)
@@ -9442,13 +9455,17 @@ class Runner:
         error = LlmqError("cancelled on request", "cancelled")
         body = OPENAI.render_error(error)
         ended = await self.jobs.end(job, CANCELLED, error.status, "application/json", body, None)
+        self.drop(job)
+        for tell in self.on_end if ended else ():
+            await tell(job)
+        return ended
+
+    def drop(self, job: Job) -> None:
+        """Let go of a job that has ended."""
         if job.id in self.jobs.active:
             if job.id in self.gateway.calls:
                 self.gateway.cancel(self.gateway.calls[job.id])
             self.jobs.active[job.id][1].leave()
-        for tell in self.on_end if ended else ():
-            await tell(job)
-        return ended
 
     async def stop(self) -> None:
         """Wait until all that ran has been kept, or waits again."""
@@ -9464,6 +9481,7 @@ BATCH_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 MOST_LINES = 50_000  # of one batch, as OpenAI has it
 MOST_MISTAKES = 100  # that are told of one file
 CUSTOM_LENGTH = 512
+HALF = re.compile("[\ud800-\udfff]")  # of a character, which no database takes
 
 
 class BatchLine(NamedTuple):
@@ -9480,7 +9498,7 @@ def read_line(text: bytes, path: str) -> BatchLine:
     if not isinstance(facts, dict):
         raise BadRequest("the line is no JSON object")
     custom, body = facts.get("custom_id"), facts.get("body")
-    if not isinstance(custom, str) or not 0 < len(custom) <= CUSTOM_LENGTH:
+    if not isinstance(custom, str) or not 0 < len(custom) <= CUSTOM_LENGTH or HALF.search(custom):
         raise BadRequest("custom_id is a text", param="custom_id")
     if facts.get("method") != "POST":
         raise BadRequest("method is POST", param="method")
@@ -9491,13 +9509,20 @@ def read_line(text: bytes, path: str) -> BatchLine:
     if body.get("stream"):
         raise BadRequest("stream: a batch has no streams", param="body.stream")
     model = body.get("model")
-    return BatchLine(custom, model if isinstance(model, str) else "", render_json(body))
+    if isinstance(model, str) and HALF.search(model):
+        raise BadRequest("model is a text", param="body.model")
+    try:
+        return BatchLine(custom, model if isinstance(model, str) else "", render_json(body))
+    except (ValueError, RecursionError):
+        raise BadRequest("body has what is not JSON: NaN, 1e999", param="body") from None
 
 
 def find_mistakes(content: bytes, path: str) -> tuple[int, list[Facts]]:
     """How many lines a batch's file has, and what is wrong with them."""
     number, mistakes, seen = 0, [], set()
-    for text in filter(bytes.strip, io.BytesIO(content)):
+    for place, text in enumerate(io.BytesIO(content), 1):
+        if not text.strip():
+            continue
         number += 1
         try:
             line = read_line(text, path)
@@ -9506,7 +9531,7 @@ def find_mistakes(content: bytes, path: str) -> tuple[int, list[Facts]]:
             seen.add(line.custom)
         except BadRequest as error:
             facts = {"code": "invalid_line", "message": error.message, "param": error.param}
-            mistakes.append({**facts, "line": number})
+            mistakes.append({**facts, "line": place})
         if number > MOST_LINES or len(mistakes) >= MOST_MISTAKES:
             break
     if not 0 < number <= MOST_LINES:
@@ -9604,8 +9629,15 @@ class Batches:
         return Counter(dict(await self.store.read(sql, ident)))
 
     async def line_ended(self, job: Job) -> None:
-        if job.batch:
-            await self.look(job.batch)
+        while job.batch in self.open:
+            try:
+                await self.look(job.batch)
+                break
+            except LlmqError as full:
+                log.warning("batch %s has ended, and cannot be kept: %s", job.batch, full)
+                if self.runner.ending.is_set():
+                    return  # it ends after a restart
+                await self.runner.pause()
 
     async def look(self, ident: str) -> None:
         """End a batch that has no line left to run: its output becomes files."""
@@ -9615,6 +9647,13 @@ class Batches:
         if ident not in self.open:  # another line that has just ended was quicker
             return
         self.open.discard(ident)
+        try:
+            await self.keep_end(ident)
+        except LlmqError:
+            self.open.add(ident)
+            raise
+
+    async def keep_end(self, ident: str) -> None:
         batch, now = await self.find(ident), time.time()
         statements: list[Statement] = []
         facts = json.loads(batch.facts)
@@ -9651,7 +9690,7 @@ class Batches:
         if batch.ended is not None:
             raise LlmqError(f"batch {batch.id} has ended: {batch.state}", "conflict")
         rows = await self.store.write(
-            ("UPDATE batches SET state = 'cancelling' WHERE id = ?", (batch.id,)),
+            ("UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL", (batch.id,)),
             (
                 f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL WHERE batch = ?"
                 f" AND {OPEN_JOB}",
@@ -9660,9 +9699,9 @@ class Batches:
             ("SELECT changes()", ()),
         )
         self.jobs.queued -= rows[0][0]
-        for job, _ in list(self.jobs.active.values()):
+        for job, _ in list(self.jobs.active.values()):  # in one go, so that none of them begins
             if job.batch == batch.id:
-                await self.runner.cancel(job)
+                self.runner.drop(job)
         await self.look(batch.id)
 
     async def expire(self, before: float) -> None:
@@ -9682,6 +9721,8 @@ class Batches:
     async def content(self, file: StoredFile) -> AsyncIterator[bytes]:
         """What is in a file; of an output, as it is put together."""
         rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
+        if not rows:
+            raise LlmqError(f"there is no file {file.id}", "not_found")
         if not file.batch:
             yield rows[0][0]
             return
@@ -10627,23 +10668,45 @@ def listed(rows: list[Facts], limit: int) -> Facts:
     return {"object": "list", "data": shown, **ends, "has_more": len(rows) > limit}
 
 
+FORM_TYPE = re.compile(
+    r'multipart/form-data[ \t]*;(?:.*?;)??[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))',
+    re.IGNORECASE,
+)
+PART_HEAD = 8 * KIB
+PART_FIELD = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data([^\r\n]*)", re.IGNORECASE)
+PART_MEMBER = re.compile(r';[ \t]*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
+
+
+def read_part(head: bytes) -> tuple[str, str]:
+    """Name and file name of a part, from its header fields."""
+    field = PART_FIELD.search(head)
+    text = field[1].decode("utf-8", "replace") if field else ""
+    told = {
+        name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
+        for name, quoted, plain in PART_MEMBER.findall(text)
+    }
+    charset, _, rest = told.get("filename*", "").partition("'")  # RFC 5987
+    coding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
+    name = unquote_to_bytes(rest.partition("'")[2]).decode(coding, "replace")
+    return told.get("name", ""), name or told.get("filename", "")
+
+
 def read_file_form(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     """Purpose, name and content of a file that comes in a form, RFC 7578."""
-    from email import message_from_bytes
-    from email.message import EmailMessage
-    from email.policy import HTTP
-
-    message = EmailMessage()
-    message["content-type"] = content_type
-    boundary = message.get_boundary()
-    if message.get_content_type() != "multipart/form-data" or not boundary:
+    media = FORM_TYPE.match(content_type)
+    if media is None:
         raise BadRequest("send a form: Content-Type: multipart/form-data with its boundary")
+    mark = b"\r\n--" + (media[1] or media[2]).encode("latin-1", "replace")
     found: dict[str, tuple[str, bytes]] = {}
-    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode("latin-1", "replace"))[1:-1]:
-        head, _, content = part.partition(b"\r\n\r\n")
-        facts = message_from_bytes(head.lstrip(b"\r\n") + b"\r\n\r\n", policy=HTTP)
-        name = facts.get_param("name", header="content-disposition")
-        found[str(name)] = facts.get_filename() or "", content
+    end = -2 if body.startswith(mark[2:]) else body.find(mark)
+    while end != -1:
+        start, end = end + len(mark), body.find(mark, end + len(mark))
+        middle = body.find(b"\r\n\r\n", start, end) if end != -1 else -1
+        if middle - start > PART_HEAD:
+            raise BadRequest("a part of the form has too long a head")
+        name, filename = read_part(body[start:middle]) if middle != -1 else ("", "")
+        if name in ("file", "purpose"):
+            found[name] = filename, body[middle + 4 : end]
     if "file" not in found:
         raise BadRequest("the form has no file", param="file")
     return found.get("purpose", ("", b""))[1].decode("utf-8", "replace"), *found["file"]
@@ -10770,11 +10833,16 @@ class JobRoutes:
         self, exchange: Exchange, table: str, columns: str, after: str, limit: int
     ) -> list[Any]:
         """Their own rows, the latest first, one more than are to be shown."""
+        query = dict(parse_qsl(exchange.request.query))
+        purpose = query.get("purpose", "") if table == "files" else ""
+        more, values = ("AND purpose = ?", (purpose,)) if purpose else ("", ())
+        upwards = query.get("order") == "asc"
         return await self.gateway.store.read(
-            f"SELECT {columns} FROM {table} WHERE true {JOB_OF}"
-            f" AND (? = '' OR number < (SELECT number FROM {table} WHERE id = ?))"
-            " ORDER BY number DESC LIMIT ?",
-            *owner(exchange), after, after, limit + 1,
+            f"SELECT {columns} FROM {table} WHERE true {JOB_OF} {more}"
+            f" AND (? = '' OR number {'>' if upwards else '<'}"
+            f" (SELECT number FROM {table} WHERE id = ?))"
+            f" ORDER BY number {'ASC' if upwards else 'DESC'} LIMIT ?",
+            *owner(exchange), *values, after, after, limit + 1,
         )  # fmt: skip
 
     async def get_file(self, exchange: Exchange, ident: str) -> Facts:
@@ -10839,9 +10907,12 @@ class JobRoutes:
             raise BadRequest(message, param="endpoint")
         if not isinstance(file, str):
             raise BadRequest("input_file_id is the id of a file", param="input_file_id")
-        if metadata is not None and not isinstance(metadata, dict):
-            raise BadRequest("metadata is an object", param="metadata")
+        texts = metadata.values() if isinstance(metadata, dict) else [None]
+        if metadata is not None and not all(isinstance(one, str) for one in texts):
+            raise BadRequest("metadata is an object of texts", param="metadata")
         found = await self.file_of(exchange, file)
+        if found.purpose != "batch":
+            raise BadRequest("input_file_id is an output", param="input_file_id")
         return await self.show_batch(await self.batches.add(exchange.caller, found, path, metadata))
 
     async def list_batches(self, exchange: Exchange, _: str) -> Facts:
