@@ -1519,6 +1519,7 @@ class Accounts:
 
     def __init__(self) -> None:
         self.named: dict[str, Account] = {}
+        self.present: list[Account] = []  # of them, those of the settings
         self.by_digest: dict[bytes, Account] = {}
         self._guesses: OrderedDict[str, list[float]] = OrderedDict()  # when, by place
         self._proven: OrderedDict[tuple[bytes, str], None] = OrderedDict()  # that were right there
@@ -1527,9 +1528,10 @@ class Accounts:
         """Have those of the settings and no others; who stays keeps their numbers."""
         rows: dict[str, GrantSettings] = dict(settings.keys)
         rows.update({f"port:{number}": row for number, row in settings.ports.items()})
-        self.by_digest = {}
+        self.by_digest, self.present = {}, []
         for name, row in rows.items():
             account = self.named.setdefault(name, Account(name))  # also of one that comes back
+            self.present.append(account)
             if isinstance(row, PortSettings):
                 account.name = row.client or name
                 shared = {one.name: getattr(row, one.name) for one in fields(GrantSettings)}
@@ -5962,8 +5964,10 @@ class Kept:
 
     def watch(self, left: Callable[[], object] | None = None) -> None:
         self._left = left
-        if left is not None:
-            self._on_start()
+
+    def begin(self) -> None:
+        """A runner is asked."""
+        self._on_start()
 
     def leave(self) -> None:
         """It is not wanted any more, as when a client leaves."""
@@ -8133,6 +8137,8 @@ class Jobs:
         """Keep the call for later, and say so: then its client may leave."""
         exchange, ticket, (headers, body) = call.reply, call.ticket, call.asked
         assert isinstance(exchange, Exchange)  # of a client
+        if ticket.size > self.settings.queue.max_queued_bytes // 2:
+            raise LlmqError("the request is longer than one client may have waiting", "queue_full")
         priority = Priority.LOW if call.question.priority is None else ticket.priority
         target = call.route + (f"?{call.query}" if call.query else "")
         job = new_job(call.caller, Work(target, headers, body, call.model, priority))
@@ -8176,21 +8182,21 @@ class Jobs:
 
     async def load(self) -> None:
         """Take up what an earlier llmq has left: what ran there runs again, if it may."""
-        error = "llmq ended while it ran, as often as it may be begun"
-        most, now = self.settings.jobs.max_attempts, time.time()
+        most = self.settings.jobs.max_attempts
         if not (self.store.is_open and await self.store.read("SELECT 1 FROM jobs LIMIT 1")):
             return
-        await self.store.write(
-            (
-                f"UPDATE jobs SET state = '{FAILED}', error = ?, status = 500, ended = ?"
-                f" WHERE state = '{RUNNING}' AND attempts >= ?",
-                (error, now, most),
-            ),
-            (f"UPDATE jobs SET state = '{QUEUED}' WHERE state = '{RUNNING}'", ()),
-        )
+        ran = f"FROM jobs WHERE state = '{RUNNING}' AND attempts >= ?"
+        spent = await self.store.read(f"SELECT {SHOWN_JOB} {ran}", most)
+        sql = f"UPDATE jobs SET state = '{QUEUED}' WHERE state = '{RUNNING}' AND attempts < ?"
+        await self.store.write((sql, (most,)))
         count_lanes = "SELECT priority, client, count(*) FROM jobs WHERE state = ? GROUP BY 1, 2"
         rows = await self.store.read(count_lanes, QUEUED)
-        self.queued = sum(row[2] for row in rows)
+        self.queued = sum(row[2] for row in rows) + len(spent)
+        error = LlmqError("llmq ended while it ran, as often as it may be begun")
+        body = OPENAI.render_error(error)
+        for job in map(job_of_row, spent):
+            answer = batch_line(job, body, error.status) if job.batch else body
+            await self.end(job, FAILED, error.status, "application/json", answer, error.message)
         self.wanted((row[0], row[1]) for row in rows)
 
     async def next(self, lane: tuple[int, str]) -> Job | None:
@@ -8721,6 +8727,8 @@ class Gateway:
         makes itself.
         """
         call.deadline = now + backend.limits.first_byte_timeout
+        if isinstance(call.reply, Kept):  # its note is on its way before an answer is
+            call.reply.begin()
         upstream = None if call.question.long else self.pool.take(backend.origin, now)
         if upstream is not None:
             try:
@@ -9321,6 +9329,7 @@ class Runner:
         self.ending = asyncio.Event()
         self._tasks: set[asyncio.Future[None]] = set()
         self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
+        self._resting: Counter[tuple[int, str]] = Counter()  # of each lane, until they are retried
 
     async def feed(self) -> None:
         """Wait for news, then give the scheduler what it may choose from."""
@@ -9342,6 +9351,8 @@ class Runner:
 
     async def feed_lane(self, lane: tuple[int, str], most: int) -> bool:
         """Let those of a lane begin; False where the memory that they may take is taken."""
+        if self._resting[lane]:
+            return True  # nobody of it goes before those; the end of their rest is news
         active = self.jobs.active.values()
         fed = sum((job.priority, job.client) == lane for job, _ in active)
         for _ in range(most - fed):
@@ -9381,6 +9392,10 @@ class Runner:
             except LlmqError as failure:
                 error = failure.with_traceback(None)
                 reply.respond(error.status, OPENAI.render_error(error))
+            except Exception:
+                log.exception("job %s failed", job.id)
+                error = LlmqError("llmq failed; its log says how")
+                reply.respond(error.status, OPENAI.render_error(error))
             began = self._begun.pop(job.id, None)
             if began is not None:
                 with contextlib.suppress(LlmqError):  # a full disk: it runs all the same
@@ -9397,7 +9412,7 @@ class Runner:
 
     def call_of(self, job: Job, reply: Kept) -> Call:
         """The call that a job is; LlmqError where it may not be made any more."""
-        accounts, headers = self.gateway.accounts.named.values(), json.loads(job.headers)
+        accounts, headers = self.gateway.accounts.present, json.loads(job.headers)
         account = next((one for one in accounts if one.name == job.account), NO_ACCOUNT)
         if job.account and account is NO_ACCOUNT:
             raise LlmqError(f"the key of {job.account} has been taken away", "forbidden")
@@ -9424,17 +9439,21 @@ class Runner:
             with contextlib.suppress(LlmqError):  # then it runs again after a restart
                 await self.jobs.requeue(job, counted=error.code not in PATIENT)
         if not self.gateway.draining:
+            lane = job.priority, job.client
+            self._resting[lane] += 1
             await self.pause()
+            self._resting[lane] -= 1
 
     async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
         """Keep what came of it, as soon as there is room for it."""
         answer, status, kind = reply.answer, reply.status, reply.type
         state = FAILED if error else SUCCEEDED
-        if reply.gone:
+        if reply.gone or (error is not None and error.code == "cancelled" and not job.batch):
             state = CANCELLED
         elif len(answer) > MOST_KEPT:
-            answer, state = b"", FAILED
             error = LlmqError("the answer is too long to be kept")
+            state, status, kind = FAILED, error.status, "application/json"
+            answer = OPENAI.render_error(error)
         if job.batch:
             answer = batch_line(job, answer, status)
         words = error_in_sight(error) or (f"the backend answered {status}" if error else None)
@@ -9457,7 +9476,7 @@ class Runner:
         ended = await self.jobs.end(job, CANCELLED, error.status, "application/json", body, None)
         self.drop(job)
         for tell in self.on_end if ended else ():
-            await tell(job)
+            await tell(job._replace(state=CANCELLED, status=error.status))
         return ended
 
     def drop(self, job: Job) -> None:
@@ -10018,7 +10037,9 @@ def send_heartbeats(gateway: Gateway, now: float) -> None:
     """Keep clients patient that wait long: after 1, 1.5, 2 … and at most 6 times the interval."""
     interval = gateway.settings.server.heartbeat_interval
     for call in list(gateway.calls.values()):
-        if now >= call.heartbeat_at and call.error is None and not call.blind:
+        if call.job or call.blind:  # what is kept, or passed on, is what the runner says
+            continue
+        if now >= call.heartbeat_at and call.error is None:
             call.heartbeats += 1
             call.heartbeat_at = now + interval * min(6.0, 1 + (call.heartbeats - 1) / 2)
             send_heartbeat(gateway, call, now)
@@ -11528,7 +11549,7 @@ class Door:
             meter(exchange, now)
         if request.method == "OPTIONS":
             return self.preflight, (argument,)
-        own = route is not None and route.path.startswith("/llmq")
+        own = route is not None and route.path.startswith(("/llmq", "/v1/jobs"))
         check_right(exchange, route.right if route else "infer", self.api.gateway, own=own)
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")

@@ -381,7 +381,7 @@ async def test_interval_is_the_time_between_two_signs(dialect: Dialect) -> None:
 
 def moments(monkeypatch: pytest.MonkeyPatch, interval: float, until: int) -> list[int]:
     """The seconds at which one is sent to a call that is silent from its first second on."""
-    call = SimpleNamespace(heartbeat_at=15.0, heartbeats=0, error=None, blind=False)
+    call = SimpleNamespace(heartbeat_at=15.0, heartbeats=0, error=None, blind=False, job="")
     settings = SimpleNamespace(server=SimpleNamespace(heartbeat_interval=interval))
     gateway: Any = SimpleNamespace(calls={"1": call}, settings=settings)
     seen: list[int] = []

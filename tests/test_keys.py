@@ -124,7 +124,7 @@ SHUT = (401, 403, 429)
 
 def rights_for(route: Any) -> set[str]:
     """Those that open this row: `control` opens all that is under /llmq."""
-    under = route.path.startswith("/llmq") or route.path == "/metrics"
+    under = route.path.startswith(("/llmq", "/v1/jobs")) or route.path == "/metrics"
     return {route.right, *(["control"] if under else [])}
 
 
