@@ -24,8 +24,8 @@ SUMMARY = re.compile(r"(=+ )?\d+ (passed|failed|skipped|error|deselected|xfailed
 
 # tomllib is imported where a TOML file is read, and its absence has an answer of its own.
 VERMIN = "-t=3.9- --no-tips --violations --exclude tomllib llmq.py tray"
-# Half of the time goes by waiting for events; the tests of one file stay in one process.
-IN_PARALLEL = ("-n", "2", "--dist", "loadfile")
+# Half of the time goes by waiting for events; who is done takes over what the other has left.
+IN_PARALLEL = ("-n", "2", "--dist", "worksteal")
 CHECKS: dict[str, list[str]] = {
     "ruff check": ["-m", "ruff", "check", "--quiet", "--output-format=concise"],
     "ruff format": ["-m", "ruff", "format", "--check", "--quiet"],

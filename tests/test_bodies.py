@@ -245,6 +245,7 @@ def test_every_inference_route_is_tried_here():
 def test_request_reaches_the_backend_as_it_came_but_for_own_fields_and_the_models_name(path):
     models = ['"m"', '"\\u006d"', '"日本"', '""', "null", '" "']
     own = [("priority", ['"high"', "true", "null"]), ("numCtx", ["4096", "null"])]
+    own += [("router", ['{"mode":"auto"}', "null"])]
     for document, chance in requests(path, 3, ("model", models), *own):
         if chance.random() < 0.3:  # without one of them
             lost = document.names.index(chance.choice(["model", *llmq.EXTENSIONS]))

@@ -277,6 +277,8 @@ async def test_answers_are_kept_as_long_as_their_route_says(
     times = [1e9]
     monkeypatch.setattr(time, "time", lambda: times[-1])
     async with counting(cache__chat=True) as (_, q):
+        limits = q.service.settings.cache
+        assert (limits.embeddings_ttl, limits.chat_ttl) == (86_400, 300)
         for at, embedded, said in (0, "MISS", "MISS"), (299, "HIT", "HIT"), (301, "HIT", "MISS"):
             times.append(1e9 + at)
             assert how(await asked(q, embed())) == embedded

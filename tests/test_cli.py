@@ -102,9 +102,10 @@ def test_odd_arguments_end_with_2_and_the_usage(
     [
         (("statsu",), "status", "unknown command statsu; did you mean status?"),
         (
-            ("dance",),
+            ("xyzzy",),
             "config",
-            "unknown command dance; known: config, key, mode, models, run, serve, status, top",
+            "unknown command xyzzy; known: cancel, config, job, jobs, key, mode, models, result, "
+            "run, serve, status, top, usage",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),

@@ -149,7 +149,13 @@ ASKS: list[tuple[dict[str, str], str, str]] = [  # headers, class, client
     (PAPERLESS, "low", "app:paperless"),
     ({"User-Agent": "photo-tagger"}, "low", "app:photo-tagger"),
 ]
-SECRETS = {"METRICS_KEY": "metrics", "SEARCH_TOKEN": "search", "RACK_KEY": "sk-0123456789"}
+SECRETS = {
+    "METRICS_KEY": "metrics",
+    "SEARCH_TOKEN": "search",
+    "RACK_KEY": "sk-0123456789",
+    "DESK_HOOK": "http://127.0.0.1:9/hook",  # where nobody listens
+    "DESK_SECRET": "signed",
+}
 
 
 async def post(p: Process, body: Any, headers: dict[str, str]) -> Answer:

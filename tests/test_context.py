@@ -184,7 +184,7 @@ async def test_both_ways_of_asking_count_and_the_larger_one_wins() -> None:
 async def test_request_that_asks_for_just_the_mark_passes_byte_for_byte(dialect: Dialect) -> None:
     fields = json.dumps({**dialect.asked("hi"), "options": {"num_ctx": 8192}})[1:-1] + ","
     body = ODD % fields.encode()
-    async with Runner() as fake, running(fake.url) as q:
+    async with Runner() as fake, running(fake.url, cache__embeddings=False) as q:
         for _ in range(2):
             answer = await ask(q.port, "POST", dialect.path, body=body)
             assert answer.status == 200
@@ -549,7 +549,8 @@ async def test_page_of_this_box_can_raise_it() -> None:
 @each_that_carries
 async def test_starting_context_is_what_models_begin_with(dialect: Dialect) -> None:
     unasked = None if dialect in EMBEDS else 8192
-    async with Runner() as fake, running(fake.url, upstream__num_ctx=8192, **QUICK) as q:
+    settings = {"upstream__num_ctx": 8192, "cache__embeddings": False, **QUICK}
+    async with Runner() as fake, running(fake.url, **settings) as q:
         await served(q, dialect)
         await served(q, dialect, numCtx=4096)
         assert contexts(fake) == [unasked, 8192]

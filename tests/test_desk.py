@@ -17,7 +17,10 @@ SECOND = 1.0
 
 SNAPSHOT = {
     "": "version mode uptime_s draining queue requests requests_total devices backends clients "
-    "recent config_error trouble ips blocked",
+    "recent config_error trouble ips blocked jobs cache used_today",
+    "jobs": "queued running",
+    "cache": "answers bytes hit joined miss",
+    "used_today": "requests hits tokens_in tokens_out seconds",
     "queue": "waiting running oldest_wait_s by_class full_at",
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
     "reason rule backend tokens tokens_per_s",
@@ -27,7 +30,7 @@ SNAPSHOT = {
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
     "max_concurrent max_waiting share",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
-    "status outcome error tokens_in tokens_per_s cut",
+    "status outcome error tokens_in tokens_per_s cut cache",
 }
 
 
@@ -68,7 +71,8 @@ async def test_snapshot_has_the_fields_of_the_contract() -> None:
         await waiting(q, 1)
         snapshot = await q.status()
         assert set(snapshot) == set(SNAPSHOT.pop("").split())
-        assert set(snapshot["queue"]) == set(SNAPSHOT.pop("queue").split())
+        for name in ("queue", "jobs", "cache", "used_today"):
+            assert set(snapshot[name]) == set(SNAPSHOT.pop(name).split())
         for name, keys in SNAPSHOT.items():
             assert snapshot[name], name
             for row in snapshot[name]:

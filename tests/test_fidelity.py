@@ -619,7 +619,8 @@ async def test_every_answer_says_who_it_is_and_the_way_it_took(path: str) -> Non
     """Whole, refused by the runner or by llmq: the ids are there, the client's is kept."""
     chance = random.Random(path)
     async with Runner(kind=kind_for(path, chance), reply=nothing) as runner:
-        async with running(runner.url) as q, await Raw.open(q.port) as raw:
+        never = {"cache__embeddings": False}
+        async with running(runner.url, **never) as q, await Raw.open(q.port) as raw:
             await told(q)
             talk, ids = Talk(q, runner, raw, {"X-Request-Id": "mine-1.a_b"}), set()
             for status in (200, 400):
@@ -706,7 +707,12 @@ async def test_odd_count_of_tokens_harms_neither_answer_nor_books(
 ) -> None:
     kind = "vllm" if dialect.path == "/v1/rerank" else "ollama"
     answer, pieces = counting(dialect, count)
-    async with Runner(kind=kind) as fake, running(fake.url) as q, await Raw.open(q.port) as raw:
+    settings = {"cache__embeddings": False}  # each is asked twice
+    async with (
+        Runner(kind=kind) as fake,
+        running(fake.url, **settings) as q,
+        await Raw.open(q.port) as raw,
+    ):
         await told(q)
         for streamed in [False, True] * 2 if pieces else [False] * 2:  # one connection for all
             await raw.send(dialect.request("hi", streamed))

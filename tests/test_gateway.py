@@ -245,6 +245,7 @@ async def test_served_request_has_one_line_with_all_facts(
             "status": 200,
             "outcome": "done",
             "cut": False,
+            "cache": "",
             "error": None,
         }
         text = str(line)

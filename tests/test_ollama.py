@@ -436,9 +436,9 @@ async def test_full_queue_is_429_in_ollamas_shape(path: str) -> None:
     async with Runner() as runner, running(runner.url, queue__max_depth=2) as q:
         first = post(q, path, least(path))
         await arrival(first, runner)
-        second = post(q, path, least(path))
+        second = post(q, path, least(path, user="two"))  # what is alike shares one run
         await waiting(q, 1)
-        full = await ask(q.port, "POST", path, json=least(path))
+        full = await ask(q.port, "POST", path, json=least(path, user="three"))
         assert_error(full, 429)
         assert 1 <= int(full.headers["retry-after"]) <= 60
         first.cancel()

@@ -200,7 +200,7 @@ async def test_log_as_json_has_one_object_with_these_facts_a_line() -> None:
     assert "backend box is up" in messages
     served, refused = [line for line in found if "outcome" in line]
     facts = "id request_id client class model route backend wait_s first_s total_s tokens"
-    facts += " tokens_in tokens_per_s error cut"
+    facts += " tokens_in tokens_per_s error cut cache"
     assert set(served) == {*facts.split(), "time", "level", "status", "outcome"}
     assert set(refused) == set(served)
     assert (served["client"], served["request_id"]) == ("user:alice", "mine")
