@@ -9629,17 +9629,20 @@ class Batches:
             await self.store.write((ADD_BATCH, failed), safe=True)
             return failed
         batch = Batch(ident, *own, None, "in_progress", file.id, json.dumps(facts))
+        json_type = {"content-type": "application/json"}
 
         def jobs() -> Iterator[Job]:
             for text in filter(bytes.strip, io.BytesIO(content)):
                 line = read_line(text, path)
-                work = Work(
-                    path, {"content-type": "application/json"}, line.body, line.model, Priority.LOW
-                )
+                work = Work(path, json_type, line.body, line.model, Priority.LOW)
                 yield new_job(caller, work, ident, line.custom)
 
         self.open.add(ident)
-        await self.jobs.add(jobs(), len(content), (ADD_BATCH, batch))
+        try:
+            await self.jobs.add(jobs(), len(content), (ADD_BATCH, batch))
+        except LlmqError:
+            self.open.discard(ident)
+            raise
         return batch
 
     async def counts(self, ident: str) -> Counter[str]:
