@@ -2195,7 +2195,7 @@ class Ticket:
 
     __slots__ = (
         "aged", "arrived", "attempts", "backend", "charged", "client", "deadline", "foreign", "id",
-        "number", "priority", "session", "size", "started", "state", "took", "want",
+        "number", "patient", "priority", "session", "size", "started", "state", "took", "want",
     )  # fmt: skip
 
     def __init__(
@@ -2214,6 +2214,7 @@ class Ticket:
         self.size = size  # bytes of its body
         self.foreign = foreign  # it came from a web page elsewhere
         self.session = ""  # the conversation that it belongs to, if it says so
+        self.patient = False  # nobody waits for it: it is a job
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
         self.aged = 0.0  # what its group's clock said when it came, less what it had waited before
@@ -2817,15 +2818,16 @@ class Backlog:
     def _check_room(self, ticket: Ticket) -> None:
         limits, client, priority = self.limits, ticket.client, ticket.priority
         in_class, most = limits.depths[priority], limits.max_depth // 2 or 1
-        if len(self.waiting) >= limits.max_depth:
+        part = 2 if ticket.patient else 1  # a job leaves room for who waits at a desk
+        if len(self.waiting) >= (limits.max_depth // part or 1):
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
         elif in_class and self.waiting_in(priority) >= in_class:
             message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= min(client.settings.max_waiting or most, most):
+        elif client.waiting >= (min(client.settings.max_waiting or most, most) // part or 1):
             message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
-        elif 0 < client.account.settings.max_waiting <= client.account.waiting:
+        elif 0 < client.account.settings.max_waiting <= client.account.waiting * part:
             message = f"{client.account.waiting} requests with that key are waiting, as many as may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
@@ -5724,6 +5726,9 @@ STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or ngin
 NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
 
 
+MOST_KEPT = 64 * MIB  # of the answer of a job
+
+
 class Phase(enum.Enum):
     IDLE = "idle"  # between requests
     HEAD = "head"  # a part of one is here
@@ -5950,6 +5955,7 @@ class Kept:
         self.body = body  # of the request
         self.gone = False  # it is not wanted any more
         self._answer: list[bytes] = []
+        self.size = 0  # of what has come of it
         self._head = (0, "")  # waits for the first bytes of its body
         self._on_start = started  # told when a runner is asked
         self._left: Callable[[], object] | None = None
@@ -5993,13 +5999,17 @@ class Kept:
 
     def send(self, data: bytes) -> None:
         self.status, self.type = self._head
+        self.size += len(data)
+        if self.size > MOST_KEPT:
+            self._answer.clear()
+            raise LlmqError("the answer is too long to be kept")
         self._answer.append(data)
 
     def finish(self, data: bytes = b"") -> None:
         self.send(data)
 
     def fail(self, data: bytes) -> None:
-        self.send(data)
+        self._answer.append(data)
 
     async def catch_up(self) -> None: ...
 
@@ -6051,7 +6061,7 @@ class Shared:
         elif self.gone:  # it waits for its turn, and looks when it is woken
             self.waiter.wake()
 
-    async def join(self, other: Exchange) -> None:
+    async def join(self, other: Exchange, call: Any) -> None:
         """Wait with the others until the run has ended; ClientLeft when this one leaves."""
         self.others.append(other)
         try:
@@ -6062,6 +6072,8 @@ class Shared:
                 await other.waiter
                 if other.gone:
                     raise ClientLeft("the client left")
+                if call.error is not None:  # it was stopped
+                    raise call.error
         finally:
             self.others.remove(other)
             self.look()
@@ -7927,6 +7939,8 @@ class Recall:
         self.instance = instance  # of this llmq
         self.cache = Cache()
         self.runs: dict[bytes, Shared] = {}  # by the key of their answer
+        self.joined: dict[str, Call] = {}  # that share another's run
+        self.held = 0  # bytes of those
         self.counts: Counter[str] = Counter()  # hits, joined ones and misses
 
     def is_wanted(self, call: Call, values: Mapping[str, Any], headers: Headers) -> bool:
@@ -7967,14 +7981,19 @@ class Recall:
             if known is not None:
                 self.tell(call, exchange, "hit", known.body, known.type)
                 return True
-            if run is None:
+            if run is None or not self.may_join(call.ticket, run.call.ticket):
                 break
             shared = run.call.ticket
             if shared.priority > call.ticket.priority and shared.state is TicketState.WAITING:
                 self.scheduler.reprioritise(shared, call.ticket.priority)
             own = exchange.headers
             exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
-            await run.join(exchange)
+            self.joined[call.id], self.held = call, self.held + call.ticket.size
+            try:
+                await run.join(exchange, call)
+            finally:
+                del self.joined[call.id]
+                self.held -= call.ticket.size
             exchange.headers = own
             if run.answer is not None:
                 self.tell(call, exchange, "joined", *run.answer)
@@ -7987,6 +8006,15 @@ class Recall:
         call.reply = Shared(exchange, call)
         self.runs.setdefault(key, call.reply)
         return False
+
+    def may_join(self, ticket: Ticket, shared: Ticket) -> bool:
+        """Whether a request may share a run, that waits for nothing which is that run's alone."""
+        limits, same = self.settings.queue, ticket.client is shared.client
+        if self.held + ticket.size > limits.max_queued_bytes // 4:
+            return False
+        waits = limits.waits[ticket.priority] == limits.waits[shared.priority]
+        free = same or not shared.client.at_cap
+        return shared.state is not TicketState.WAITING or (waits and free)
 
     def count(self, how: str) -> None:
         self.counts[how] += 1
@@ -8017,6 +8045,7 @@ class Recall:
                 answer = Answer(*run.answer, time.time() + ttl)
                 self.cache.put(call.answer_key, answer, limits.max_bytes)
         run.end(call.error)
+        call.reply = run.first  # each would hold the other, and the request
 
 
 # ==== 30. Jobs ====================================================================================
@@ -8077,7 +8106,7 @@ def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Jo
         priority=caller.account.lowered(work.priority),
         target=work.target,
         headers=json.dumps(work.headers),
-        model=work.model,
+        model=printable(work.model, 1024),
         created=time.time(),
         body=work.body,
     )
@@ -8132,6 +8161,7 @@ class Jobs:
         self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those in the scheduler's hands
         self.news = asyncio.Event()  # there may be one to run
         self.queued = 0  # in the store, those that run among them
+        self.room = asyncio.Lock()  # of who has been told that there is some, and takes it
 
     async def accept(self, call: Call) -> None:
         """Keep the call for later, and say so: then its client may leave."""
@@ -8143,18 +8173,18 @@ class Jobs:
         target = call.route + (f"?{call.query}" if call.query else "")
         job = new_job(call.caller, Work(target, headers, body, call.model, priority))
         await self.add([job], len(job.body))
-        place = f"{self.settings.server.base_path}/v1/jobs/{job.id}"
+        own = exchange.connection.server.account is not NO_ACCOUNT  # a port has no base path
+        place = f"{'' if own else self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
         router = {"mode": "async", "position": self.queued}
         lines = [("Location", place), ("Preference-Applied", "respond-async")]
         lines.append(("X-LLMQ-Class", Priority(job.priority).word))
-        log.info("%s of %s is kept: %s", job.id, job.client, job.target)
+        log.info("%s of %s is kept: %s", job.id, job.client, call.route)
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
 
     async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
         """Keep new ones, of that many bytes, and what belongs to them: on the disk at its end."""
-        await self.check_room(size)
         lanes: Counter[tuple[int, str]] = Counter()
 
         def rows() -> Iterator[Job]:
@@ -8162,7 +8192,9 @@ class Jobs:
                 lanes[job.priority, job.client] += 1
                 yield job
 
-        await self.store.write(*more, (ADD_JOB, rows()), safe=True)
+        async with self.room:
+            await self.check_room(size)
+            await self.store.write(*more, (ADD_JOB, rows()), safe=True)
         self.queued += sum(lanes.values())
         self.wanted(lanes)
 
@@ -8232,7 +8264,7 @@ class Jobs:
         rows = await self.store.write(
             (
                 "UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,"
-                f" body = NULL WHERE id = ? AND {OPEN_JOB}",
+                f" body = NULL, headers = '{{}}' WHERE id = ? AND {OPEN_JOB}",
                 (state, status, kind, answer, error, time.time(), job.id),
             ),
             ("SELECT changes()", ()),
@@ -8341,6 +8373,7 @@ class Admission:
         size = len(body) + sum(map(len, call.more.values()))
         call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
         call.ticket.session = read_session(request.headers, values)
+        call.ticket.patient = bool(call.job)
         if not (call.question.done_reason or call.blind):
             await self.check_supported(call, values)
         if self.clients.is_blocked(caller):  # since it came
@@ -8652,10 +8685,7 @@ class Gateway:
             failure.__traceback__ = failure.__context__ = None  # their frames hold the call
 
     async def give_back(self, call: Call, backend: Backend, failure: LlmqError | None) -> bool:
-        """The one place where a slot is given back; True when the call waits for another attempt.
-
-        The connection is closed, or known to be clean, before anybody else gets the slot.
-        """
+        """The one place where a slot is given back; True when the call waits again."""
         ticket, upstream = call.ticket, call.upstream
         call.upstream, call.deadline = None, NEVER
         if upstream is not None and upstream.reusable:
@@ -8682,7 +8712,7 @@ class Gateway:
     def settle(self, call: Call, *, done: bool) -> None:
         """One record and one line in the log for every call, however it ended."""
         self.calls.pop(call.id, None)
-        if call.reply.status == HTTPStatus.ACCEPTED:  # it is a job, which has them when it ends
+        if call.later and call.reply.status == HTTPStatus.ACCEPTED:  # a job has them at its end
             return
         if done:
             call.error = None
@@ -8777,6 +8807,8 @@ class Gateway:
             return
         if call.ticket.state is TicketState.WAITING:
             self.scheduler.cancel(call.ticket)
+            self.end_wait(call, error)
+        elif call.id in self.recall.joined:
             self.end_wait(call, error)
         elif call.ticket.state is TicketState.RUNNING:
             call.error = error
@@ -9311,7 +9343,6 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
 # kept.
 
 FED, MOST_FED = 16, 500  # jobs of one client and class that the scheduler has at a time
-MOST_KEPT = 64 * MIB  # of an answer
 JOB_RETRY_SECONDS = 5.0
 # What ends a wait and says nothing of the job: it waits on.
 PATIENT = frozenset((
@@ -9340,8 +9371,9 @@ class Runner:
         lanes, jobs.lanes = jobs.lanes, set()  # what comes meanwhile is news
         try:
             for lane in list(lanes):
-                if await self.feed_lane(lane, most):
-                    lanes.discard(lane)
+                if not await self.feed_lane(lane, most):
+                    break
+                lanes.discard(lane)
         except LlmqError as error:
             log.warning("jobs wait: %s", error)
             await self.pause()
@@ -9396,6 +9428,7 @@ class Runner:
                 log.exception("job %s failed", job.id)
                 error = LlmqError("llmq failed; its log says how")
                 reply.respond(error.status, OPENAI.render_error(error))
+            reply.watch()  # or it would hold the call, which holds it
             began = self._begun.pop(job.id, None)
             if began is not None:
                 with contextlib.suppress(LlmqError):  # a full disk: it runs all the same
@@ -9421,14 +9454,26 @@ class Runner:
         endpoint = endpoint_of(request.path)
         if endpoint is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")
+        if account is not NO_ACCOUNT and "infer" not in account.settings.rights:
+            raise LlmqError(f"{account.name} has no right to this: infer", "forbidden")
+        if account.is_metered:
+            self.meter(account, counts=bool(job.batch))
         caller = Caller(job.client, False, job.address, account)
         call = Call(reply, endpoint, request, caller, (job.id, job.id))
         call.job = job.id
         return call
 
+    def meter(self, account: Account, *, counts: bool) -> None:
+        """A job runs within the budget of its key, a line of a batch within its rate too."""
+        now, (day, _) = self.gateway.now(), today()
+        spent = account.tokens >= account.settings.tokens_per_day > 0 and account.day == day
+        if spent or (counts and account.take(now, day)):
+            raise LlmqError(f"{account.name} has had all that it may for now", "rate_limited")
+
     def waits_on(self, job: Job, error: LlmqError) -> bool:
         """Whether a job that has ended so is tried again."""
-        if error.code in PATIENT:
+        own_limit = type(error) is LlmqError and error.code == "rate_limited"
+        if own_limit or error.code in PATIENT:
             return True
         broke = isinstance(error, BackendError) and error.unhealthy
         return broke and job.attempts + 1 < self.gateway.settings.jobs.max_attempts
@@ -9443,11 +9488,14 @@ class Runner:
             self._resting[lane] += 1
             await self.pause()
             self._resting[lane] -= 1
+            self._resting += Counter()  # without those that rest no more
 
     async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
         """Keep what came of it, as soon as there is room for it."""
         answer, status, kind = reply.answer, reply.status, reply.type
         state = FAILED if error else SUCCEEDED
+        if error is not None and status == HTTPStatus.OK:  # a stream had begun
+            status = error.status
         if reply.gone or (error is not None and error.code == "cancelled" and not job.batch):
             state = CANCELLED
         elif len(answer) > MOST_KEPT:
@@ -9598,6 +9646,7 @@ class Batches:
     def __init__(self, jobs: Jobs, runner: Runner) -> None:
         self.jobs, self.runner, self.store = jobs, runner, jobs.store
         self.open: set[str] = set()  # ids of those that have lines to run
+        self._turn = asyncio.Lock()
 
     async def load(self) -> None:
         """Take up what an earlier llmq has left."""
@@ -9611,12 +9660,17 @@ class Batches:
         ident, now = "file-" + secrets.token_hex(12), time.time()
         own = (caller.client, caller.account.name)
         file = StoredFile(ident, *own, name, "batch", now, len(content), "")
-        await self.jobs.check_room(len(content))
-        await self.store.write((ADD_FILE, (*file, content)), safe=True)
+        async with self.jobs.room:
+            await self.jobs.check_room(len(content))
+            await self.store.write((ADD_FILE, (*file, content)), safe=True)
         return file
 
     async def add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
         """Make jobs of a file's lines; of one with mistakes the batch has failed."""
+        async with self._turn:  # one file at a time is in memory
+            return await self._add(caller, file, path, metadata)
+
+    async def _add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
         rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
         content = rows[0][0] if rows else b""
         find = functools.partial(find_mistakes, content, path)
@@ -9714,7 +9768,8 @@ class Batches:
         rows = await self.store.write(
             ("UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL", (batch.id,)),
             (
-                f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL WHERE batch = ?"
+                f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL, headers = '{{}}'"
+                " WHERE batch = ?"
                 f" AND {OPEN_JOB}",
                 (time.time(), batch.id),
             ),
@@ -9746,7 +9801,7 @@ class Batches:
         if not rows:
             raise LlmqError(f"there is no file {file.id}", "not_found")
         if not file.batch:
-            yield rows[0][0]
+            yield rows.pop()[0]
             return
         state, last = rows[0][0], 0
         sql = (
@@ -9754,8 +9809,8 @@ class Batches:
             " ORDER BY number LIMIT 1"
         )
         while found := await self.store.read(sql, file.batch, state, last):
-            last = found[0][0]
-            yield found[0][1]
+            last, piece = found.pop()
+            yield piece
 
 
 # ==== 37. Changes =================================================================================
@@ -9815,8 +9870,9 @@ class Changes:
         for client in clients.known.values():
             before, client.settings = client.settings, clients.of(client.name)
             moved.update([client] if client.settings.class_ != before.class_ else [])
-        for call in list(self.gateway.calls.values()):
+        for call in (*self.gateway.calls.values(), *self.gateway.recall.joined.values()):
             ticket, unsaid = call.ticket, call.question.priority is None and not call.rule
+            unsaid = unsaid and not call.job
             if clients.is_blocked(call.caller):
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
             elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
@@ -9971,6 +10027,8 @@ class Keeper:
                 await self.store.write(drop, (KEEP_ANSWER, new))
         except LlmqError:
             self.cache.changed = {**changed, **self.cache.changed}
+            if len(self.cache.changed) > len(self.cache.answers) + MOST_USED:
+                self.cache.changed = {}  # the file takes nothing: these are not kept
             raise
 
     async def usage(self, days: int) -> list[Facts]:
@@ -9979,9 +10037,16 @@ class Keeper:
         first = first_day(time.time(), days)
         used: dict[Names, list[float]] = {}
         new = {who: list(facts) for who, facts in self.gateway.journal.used.items()}
-        rows = await self.store.read("SELECT * FROM usage WHERE day >= ?", first)
-        merge_usage(used, {tuple(row[:3]): list(row[3:]) for row in rows})
+        # The latest and the greatest have their names, if there are too many.
+        sql = "SELECT * FROM usage WHERE day >= ? ORDER BY day DESC, requests DESC"
+        rows = await self.store.read(sql, first)
         merge_usage(used, new)  # as it was before: meanwhile it may have been written
+
+        def merge() -> None:
+            for row in rows:
+                merge_usage(used, {tuple(row[:3]): list(row[3:])})
+
+        await beside(merge, heavy=len(rows) > 1000)
         names = ("day", "client", "model", *USED)
         recent = {who: facts for who, facts in sorted(used.items()) if who[0] >= first}
         return [
@@ -10682,7 +10747,7 @@ def read_page(exchange: Exchange, usual: int) -> tuple[int, str]:
     limit = query.get("limit", str(usual))
     if not re.fullmatch("0*[1-9][0-9]*", limit):
         raise BadRequest("limit is a number above 0", param="limit")
-    return min(int(limit[:9]), MOST_SHOWN), query.get("after", "")
+    return min(int(limit.lstrip("0")[:9]), MOST_SHOWN), query.get("after", "")
 
 
 def listed(rows: list[Facts], limit: int) -> Facts:
@@ -10746,7 +10811,7 @@ class JobRoutes:
 
     def may_steer(self, exchange: Exchange) -> bool:
         """Whether all may be seen: with the right `control`, without keys on this box."""
-        if not self.gateway.accounts.by_digest:
+        if not (self.gateway.accounts.by_digest or exchange.caller.account is not NO_ACCOUNT):
             return exchange.is_local
         with contextlib.suppress(LlmqError):
             check_right(exchange, "control", self.gateway)
@@ -10876,13 +10941,19 @@ class JobRoutes:
         file = await self.file_of(exchange, ident)
         exchange.watch()
         exchange.start(200, "application/octet-stream", NO_PAGE)
+        left = file.bytes
         async for piece in self.batches.content(file):
             if exchange.gone:
                 raise ClientLeft("the client left")
+            left -= len(piece)
             exchange.send(piece)
             if exchange.blocked:
+                exchange.connection.server.limit_unsent()
                 await exchange.catch_up()
-        exchange.finish()
+        if left:  # it was let go meanwhile
+            exchange.fail(b"")
+        else:
+            exchange.finish()
 
     async def delete_file(self, exchange: Exchange, ident: str) -> Facts:
         file = await self.file_of(exchange, ident)
@@ -10968,9 +11039,10 @@ OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose featur
 
 
 def find_call(gateway: Gateway, ident: str) -> Call:
-    if ident not in gateway.calls:
+    call = gateway.calls.get(ident) or gateway.recall.joined.get(ident)
+    if call is None:
         raise LlmqError(f"no request {printable(ident)} is waiting or running", "not_found")
-    return gateway.calls[ident]
+    return call
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import random
@@ -1209,7 +1210,8 @@ async def misbehave(request: FakeRequest, deed: str) -> None:
         await request.piece(request.text.partition(" ")[0])
         request.reset()
     else:
-        await request.answer(request.text)
+        with contextlib.suppress(ConnectionError):  # on a busy machine it may come too late
+            await request.answer(request.text)
 
 
 def assert_truthful(answer: Answer, text: str) -> None:
