@@ -3431,7 +3431,10 @@ class Answer(NamedTuple):
 def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
     """The key of what a body is answered with, where all that is `told` besides is the same."""
     asked = {name: value for name, value in values.items() if name not in UNTELLING}
-    text = json.dumps([*map(str, told), asked], sort_keys=True)
+    parts = [
+        hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else str(one) for one in told
+    ]
+    text = json.dumps([*parts, asked], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -7778,7 +7781,8 @@ UPGRADES = (  # what makes a file of each schema one of the next: nothing of it 
         number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, client TEXT, account TEXT,
         created REAL, ended REAL, state TEXT, input TEXT, facts TEXT);""",
 )
-ALONE = "PRAGMA journal_mode = WAL; BEGIN EXCLUSIVE; COMMIT;"
+ALONE = f"""PRAGMA journal_mode = WAL; PRAGMA journal_size_limit = {16 * MIB};
+    BEGIN EXCLUSIVE; COMMIT;"""
 KEEP = "REPLACE INTO changes VALUES (?, ?, ?)"
 FORGET = "DELETE FROM changes WHERE kind = ? AND name = ?"
 FILLED = """SELECT (page_count - freelist_count) * page_size
@@ -7965,8 +7969,10 @@ class Recall:
         own = self.instance if "/" in version else ""
         usual = (call.policy, self.settings.upstream.num_ctx)
         asked = (call.endpoint.path, call.query, question.model, question.context, call.more)
+        # A runner may take the first of two members of one name, and their order for an order.
+        exact = question.body if call.endpoint.path in CHATS else b""
         of_model = (call.model, version, own, ticket.want.backend)
-        told = (*asked, *usual, *of_model, *map(headers.get, BETAS))
+        told = (*asked, *usual, *of_model, *map(headers.get, BETAS), exact)
         find = functools.partial(answer_key, dict(values), *told)
         call.answer_key = await beside(find, heavy=len(question.body) > WATCHED_LINE)
         if "no-cache" in words_of(headers, "cache-control"):
@@ -9548,6 +9554,7 @@ BATCH_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 MOST_LINES = 50_000  # of one batch, as OpenAI has it
 MOST_MISTAKES = 100  # that are told of one file
 CUSTOM_LENGTH = 512
+PORTION = 2000  # lines that are let go at once
 HALF = re.compile("[\ud800-\udfff]")  # of a character, which no database takes
 
 
@@ -9784,9 +9791,11 @@ class Batches:
     async def expire(self, before: float) -> None:
         """Let go of batches that ended before this, and of files that none of the others needs."""
         gone = "SELECT id FROM batches WHERE ended < ?"
+        lines = f"SELECT number FROM jobs WHERE batch IN ({gone}) LIMIT {PORTION}"
+        while await self.store.read(lines, before):  # not all at once: others wait for the thread
+            await self.store.write((f"DELETE FROM jobs WHERE number IN ({lines})", (before,)))
         kept = "SELECT input FROM batches"
         await self.store.write(
-            (f"DELETE FROM jobs WHERE batch IN ({gone})", (before,)),
             (f"DELETE FROM files WHERE batch IN ({gone})", (before,)),
             ("DELETE FROM batches WHERE ended < ?", (before,)),
             (
@@ -10761,7 +10770,7 @@ FORM_TYPE = re.compile(
     r'multipart/form-data[ \t]*;(?:.*?;)??[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))',
     re.IGNORECASE,
 )
-PART_HEAD = 8 * KIB
+MOST_PARTS, PART_HEAD = 100, 8 * KIB
 PART_FIELD = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data([^\r\n]*)", re.IGNORECASE)
 PART_MEMBER = re.compile(r';[ \t]*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 
@@ -10788,7 +10797,9 @@ def read_file_form(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     mark = b"\r\n--" + (media[1] or media[2]).encode("latin-1", "replace")
     found: dict[str, tuple[str, bytes]] = {}
     end = -2 if body.startswith(mark[2:]) else body.find(mark)
-    while end != -1:
+    for _ in range(MOST_PARTS):
+        if end == -1:
+            break
         start, end = end + len(mark), body.find(mark, end + len(mark))
         middle = body.find(b"\r\n\r\n", start, end) if end != -1 else -1
         if middle - start > PART_HEAD:

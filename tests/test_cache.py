@@ -593,3 +593,14 @@ async def test_reload_switches_it_off_and_frees_its_memory_and_on_again() -> Non
         await reloaded(q, cache__embeddings=True)
         assert await twice(q, embed()) == ["MISS", "HIT"]
         assert len(runner.requests) == 4
+
+
+async def test_chats_are_told_apart_by_each_byte_as_runners_may_read_them_otherwise() -> None:
+    """One may take the first of two members of one name, and keeps to the order of a schema."""
+    said = '{"model":"m","stream":false,"temperature":0,"messages":[{"role":"user",%s}]}'
+    one, other = '"content":"other","content":"hi"', '"content":"hi"'
+    async with counting(cache__chat=True) as (_, q):
+        for content in (one, other):
+            answer = await asked(q, (said % content).encode(), CHAT)
+            assert how(answer) == "MISS"
+        assert how(await asked(q, (said % other).encode(), CHAT)) == "HIT"

