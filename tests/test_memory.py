@@ -274,17 +274,24 @@ async def test_of_batches_that_are_begun_at_once_one_file_at_a_time_is_read(
 
 
 async def test_who_reads_a_long_file_slowly_holds_no_more_than_all_answers_may(
-    state: Path,
+    state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: Any = {"server__state": str(state)}
-    async with running(**settings, queue__max_queued_bytes=8 * MIB) as q:
-        file = await upload(q.port, b"x" * 3 * MIB)
-        (server,), clients = q.service._servers, []
-        for _ in range(8):
+    async with running(server__state=str(state), queue__max_queued_bytes=16 * MIB) as q:
+        file = await upload(q.port, b"x" * 2 * llmq.ANSWER_BUFFER)
+        catch_up, unsent = llmq.Exchange.catch_up, []
+
+        async def waits(exchange: llmq.Exchange) -> None:
+            connections = exchange.connection.server.connections
+            unsent.append(sum(one.unsent for one in connections))
+            await catch_up(exchange)
+
+        monkeypatch.setattr(llmq.Exchange, "catch_up", waits)
+        clients = []
+        for number in range(5):
             clients.append(await Raw.open(q.port, receive_buffer=4096))
             await clients[-1].send(http("GET", f"/v1/files/{file}/content"))
-            await clients[-1].head()
-            assert sum(one.unsent for one in server.connections) <= 8 * MIB
+            await eventually(lambda: len(unsent) > number)  # noqa: B023 - it is called at once
+        assert llmq.ANSWER_BUFFER < max(unsent) <= 16 * MIB
         for client in clients:
             client.close()
 
