@@ -6346,6 +6346,9 @@ class Connection:
         if self.stream.transport.can_write_eof():  # over TLS there is no half of a close
             self.stream.transport.write_eof()  # to close with input unread would destroy the answer
             await self.stream.linger(LINGER_SECONDS)
+        else:  # before Python 3.11 TLS waits for the client's word without end
+            loop = asyncio.get_running_loop()
+            loop.call_later(LINGER_SECONDS, self.stream.transport.abort)
 
     def reap(self, now: float) -> None:
         """End what has taken too long; called four times a second."""
