@@ -9369,6 +9369,7 @@ class Runner:
         self.ending = asyncio.Event()
         self._tasks: set[asyncio.Future[None]] = set()
         self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
+        self._paid: set[str] = set()  # ids of lines that have counted for the rate of their key
         self._resting: Counter[tuple[int, str]] = Counter()  # of each lane, until they are retried
 
     async def feed(self) -> None:
@@ -9379,7 +9380,8 @@ class Runner:
         most = min(max(FED, 2 * sum(device.slots for device in devices)), MOST_FED)
         lanes, jobs.lanes = jobs.lanes, set()  # what comes meanwhile is news
         try:
-            for lane in list(lanes):
+            fed = Counter((job.priority, job.client) for job, _ in jobs.active.values())
+            for lane in sorted(lanes, key=lambda lane: (lane[0], fed[lane])):  # who has least first
                 if not await self.feed_lane(lane, most):
                     break
                 lanes.discard(lane)
@@ -9450,6 +9452,8 @@ class Runner:
             log.exception("a job failed")
         finally:
             self.jobs.active.pop(job.id, None)
+            if not self.jobs.queued:
+                self._paid.clear()
             self.jobs.wanted([(job.priority, job.client)])
 
     def call_of(self, job: Job, reply: Kept) -> Call:
@@ -9466,7 +9470,8 @@ class Runner:
         if account is not NO_ACCOUNT and "infer" not in account.settings.rights:
             raise LlmqError(f"{account.name} has no right to this: infer", "forbidden")
         if account.is_metered:
-            self.meter(account, counts=bool(job.batch))
+            self.meter(account, counts=bool(job.batch) and job.id not in self._paid)
+            self._paid.update([job.id] if job.batch else [])
         caller = Caller(job.client, False, job.address, account)
         call = Call(reply, endpoint, request, caller, (job.id, job.id))
         call.job = job.id
@@ -9501,6 +9506,7 @@ class Runner:
 
     async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
         """Keep what came of it, as soon as there is room for it."""
+        self._paid.discard(job.id)
         answer, status, kind = reply.answer, reply.status, reply.type
         state = FAILED if error else SUCCEEDED
         if error is not None and status == HTTPStatus.OK:  # a stream had begun
@@ -9538,6 +9544,7 @@ class Runner:
 
     def drop(self, job: Job) -> None:
         """Let go of a job that has ended."""
+        self._paid.discard(job.id)
         if job.id in self.jobs.active:
             if job.id in self.gateway.calls:
                 self.gateway.cancel(self.gateway.calls[job.id])
@@ -10837,7 +10844,8 @@ class JobRoutes:
         account, keyed, client = owner(exchange)
         own = row.account == account and (keyed or row.client == client)
         if not own and not self.may_steer(exchange):
-            raise LlmqError(f"there is no {printable(row.id)}", "not_found")
+            what = {Job: "job", Batch: "batch", StoredFile: "file"}[type(row)]
+            raise LlmqError(f"there is no {what} {printable(row.id)}", "not_found")
 
     # ---- jobs
 

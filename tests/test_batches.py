@@ -1524,3 +1524,20 @@ class Talker(FakeBackend):
     async def _answer(self, request: FakeRequest) -> None:
         with contextlib.suppress(ConnectionError):
             await request.answer("x" * PIECE)
+
+
+async def test_a_line_that_waits_again_counts_once_for_the_rate_of_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "JOB_RETRY_SECONDS", 0.02)
+    settings = {"queue__down_wait": 0.05, "upstream__probe_interval": 0.05}
+    keys = keyed(alice={"rate": "100/h"})
+    async with at_work(tmp_path, keys=keys, **settings) as (q, fake):
+        await fake.stop_listening()
+        fake.drop_connections()
+        await begin(q.port, named("a"), key("alice"))
+        before = q.gateway.accounts.named["alice"].left
+        recent = q.gateway.journal.recent
+        await eventually(lambda: [one.outcome for one in recent].count("backend_down") > 5)
+        assert not fake.requests
+        assert 98 <= q.gateway.accounts.named["alice"].left <= before

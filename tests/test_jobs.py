@@ -826,6 +826,24 @@ async def take_all(fake: FakeBackend, number: int) -> list[str]:
     return said
 
 
+async def test_long_jobs_of_one_client_do_not_keep_those_of_others_from_the_queue(
+    state: Path,
+) -> None:
+    settings = {"queue__max_queued_bytes": 100_000}
+    async with FakeBackend(auto=False) as fake, serving(state, fake, **settings) as q:
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        for number in range(20):
+            await submit(q, f"eve {number} " + "x" * 10_000, user("eve"))
+        jobs = q.gateway.jobs
+        await eventually(lambda: len(jobs.active) >= 3 and not jobs.news.is_set())
+        names = [f"u{number}" for number in range(8)]
+        for name in names:
+            await submit(q, name, user(name))
+        q.gateway.set_mode(llmq.Mode.OPEN)
+        said = await take_all(fake, 28)
+        assert max(map(said.index, names)) < 16
+
+
 async def test_the_more_urgent_goes_first_and_of_one_client_the_older(state: Path) -> None:
     urgent = {"X-Queue-Priority": "high"}
     async with FakeBackend(auto=False) as fake, serving(state, fake) as q:
