@@ -562,8 +562,9 @@ async def test_a_file_that_breaks_meanwhile_is_set_aside_and_serving_goes_on(sta
     async with FakeBackend() as fake, serving(state, fake) as q:
         for number in range(30):
             await submit(q, f"{number} " + "x" * 5000)
-        await eventually(lambda: not q.gateway.jobs.queued)
-        store = q.gateway.store
+        jobs, store = q.gateway.jobs, q.gateway.store
+        await eventually(lambda: not (jobs.queued or jobs.active or jobs.news.is_set()))
+        await store.read("SELECT 1")  # behind the last look for a job that waits
         await asyncio.get_running_loop().run_in_executor(store._thread, store._close)
         content = bytes_of(state)
         write(state, content[:4096] + b"\xff" * (len(content) - 4096))
