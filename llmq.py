@@ -7790,6 +7790,11 @@ FILLED = """SELECT (page_count - freelist_count) * page_size
 NO_STATE = "that is kept in a state file, and this llmq was started without one, see --state"
 
 
+def insert_into(table: str, columns: Sequence[str]) -> str:
+    """The statement that adds a row with these columns."""
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
 class Store:
     """The file; `insufficient_storage` where something cannot be kept.
 
@@ -7825,8 +7830,15 @@ class Store:
             await self.write(told, safe=True)
 
     async def read(self, sql: str, *values: Any) -> list[Any]:
-        """What is found; nothing where there is no file."""
+        """The rows that are found; none where there is no file."""
         return await self._do([(sql, values)]) if self.path else []
+
+    async def find(self, what: str, sql: str, ident: str) -> Any:
+        """The one row that has this id; LlmqError `not_found` where none has."""
+        rows = await self.read(sql, ident)
+        if not rows:
+            raise LlmqError(f"there is no {what} {printable(ident)}", "not_found")
+        return rows[0]
 
     async def write(self, *statements: Statement, safe: bool = False) -> list[Any]:
         """Carry these out, all or none; the rows that the last one gives."""
@@ -7835,6 +7847,7 @@ class Store:
         return await self._do(statements, make=True, safe=safe)
 
     async def close(self) -> None:
+        """Close the file after all that was asked for before, and end the thread."""
         if self._database is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
@@ -7842,9 +7855,7 @@ class Store:
     async def _do(self, statements: Sequence[Statement], **wanted: bool) -> list[Any]:
         work = functools.partial(self._execute, statements, **wanted)
         doing = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        return await asyncio.shield(
-            doing
-        )  # whoever waits may be cancelled, it is kept all the same
+        return await asyncio.shield(doing)  # who waits may be cancelled: it is kept all the same
 
     # ---- in its thread
 
@@ -8055,8 +8066,10 @@ class Recall:
 
 
 # ==== 30. Jobs ====================================================================================
-# What may be answered later: each job is a row of the store from before its 202 to its end.  A job
-# moves from state to state by one statement that says from which, so that it ends once.
+# What may be answered later: each job is a row of the store, from before its client is told 202
+# until its result has been kept long enough.  The statements that move it to another state name the
+# states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
+# begin in the order in which they came.
 
 ALWAYS, BUSY = "always", "busy"  # when a request may be answered later
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
@@ -8067,14 +8080,17 @@ JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
 ROUTER_MODES = ("async", "sync", "auto")
 
 
+JobLane = tuple[int, str]  # class and client
+
+
 class Job(NamedTuple):
     """A row of the table of jobs; times are seconds since 1970."""
 
     id: str
-    batch: str  # that it is a line of, or empty
-    custom: str  # what the batch calls it
+    batch: str  # id of the batch that it is a line of, or empty
+    custom: str  # the batch's own name for that line
     client: str
-    account: str
+    account: str  # name of the key that it was asked with, or empty
     address: str
     priority: int
     target: str  # path and query
@@ -8090,6 +8106,26 @@ class Job(NamedTuple):
     type: str = ""
     error: str | None = None
 
+    @property
+    def lane(self) -> JobLane:
+        return self.priority, self.client
+
+
+class JobEnd(NamedTuple):
+    """How a job has ended, and what its request was answered with."""
+
+    state: str
+    status: int
+    type: str
+    answer: bytes
+    error: str | None = None  # in words to be shown
+
+    @classmethod
+    def by_error(cls, error: LlmqError, state: str = FAILED) -> JobEnd:
+        """The end of a job that llmq itself answers, with this error."""
+        body = OPENAI.render_error(error)
+        return cls(state, error.status, "application/json", body, error.message)
+
 
 class Work(NamedTuple):
     """What a job is to ask: path and query, header fields, body."""
@@ -8102,6 +8138,7 @@ class Work(NamedTuple):
 
 
 def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Job:
+    """The row of a job that a caller has just asked for."""
     return Job(
         id="job_" + secrets.token_hex(12),
         batch=batch,
@@ -8118,31 +8155,29 @@ def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Jo
     )
 
 
-def batch_line(job: Job, answer: bytes, status: int) -> bytes:
-    """A line of a batch's output: what a job was answered with."""
+def render_line(job: Job, answer: bytes, status: int) -> bytes:
+    """The line of a batch's output that says what one of its jobs was answered with."""
     response = {"status_code": status, "request_id": job.id, "body": parse_json(answer)}
     ident = "batch_req_" + job.id.partition("_")[2]
     facts = {"id": ident, "custom_id": job.custom, "response": response, "error": None}
     if response["body"] is not None:
         with contextlib.suppress(ValueError, RecursionError):  # NaN, 1e999
             return render_json(facts) + b"\n"
+    # It is no JSON, or not to be written as such: as a text.
     response["body"] = answer.decode("utf-8", "replace")
     return render_json(facts) + b"\n"
 
 
 SHOWN_JOB = ", ".join(name for name in Job._fields if name != "body")
-ADD_JOB = "INSERT INTO jobs ({}) VALUES ({})".format(
-    ", ".join(Job._fields), ", ".join("?" * len(Job._fields))
-)
 
 
 def job_of_row(row: Sequence[Any]) -> Job:
-    """A job as SHOWN_JOB has it."""
+    """A job from a row with the columns of SHOWN_JOB: all but its body, which may be long."""
     return Job(**{"body": b"", **dict(zip(SHOWN_JOB.split(", "), row))})
 
 
 def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
-    """When a request may be answered later, as it says: ALWAYS, BUSY, or never."""
+    """When a request allows to be answered later: ALWAYS, while it is BUSY here, or never ("")."""
     router = values.get("router")
     if router is not None and not isinstance(router, dict):
         raise BadRequest("router is an object", param="router")
@@ -8157,17 +8192,32 @@ def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
     return BUSY if allowed and mode != "sync" else ""
 
 
+ADD_JOB = insert_into("jobs", Job._fields)
+NEXT_JOB = f"""SELECT {", ".join(Job._fields)} FROM jobs WHERE state = '{QUEUED}'
+    AND priority = ? AND client = ? AND id NOT IN ({{}}) ORDER BY number LIMIT 1"""
+BEGIN_JOB = f"""UPDATE jobs SET state = '{RUNNING}', attempts = attempts + 1, started = ?
+    WHERE id = ? AND state = '{QUEUED}'"""
+REQUEUE_JOB = f"""UPDATE jobs SET state = '{QUEUED}', attempts = attempts - ?
+    WHERE id = ? AND state = '{RUNNING}'"""
+END_JOB = f"""UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,
+    body = NULL, headers = '{{}}' WHERE id = ? AND {OPEN_JOB}"""
+EXPIRE_JOBS = f"""UPDATE jobs SET state = '{EXPIRED}', answer = NULL
+    WHERE batch = '' AND NOT {OPEN_JOB} AND state != '{EXPIRED}' AND ended < ?"""
+FORGET_JOBS = f"DELETE FROM jobs WHERE state = '{EXPIRED}' AND ended < ?"
+CHANGED = ("SELECT changes()", ())  # how many rows the statement before it has changed
+
+
 class Jobs:
-    """The jobs of the store, and those that this llmq runs."""
+    """The jobs of the store, and those of them that the scheduler has."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings = settings
         self.store = store
-        self.lanes: set[tuple[int, str]] = set()  # class and client of those that may be queued
-        self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those in the scheduler's hands
-        self.news = asyncio.Event()  # there may be one to run
-        self.queued = 0  # in the store, those that run among them
-        self.room = asyncio.Lock()  # of who has been told that there is some, and takes it
+        self.lanes: set[JobLane] = set()  # that may have jobs which wait in the store alone
+        self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those that the scheduler has
+        self.news = asyncio.Event()  # a lane may have one to run
+        self.queued = 0  # jobs of the store that have not ended
+        self.room = asyncio.Lock()  # held from a look at how full the file is to the write
 
     async def accept(self, call: Call) -> None:
         """Keep the call for later, and say so: then its client may leave."""
@@ -8191,11 +8241,11 @@ class Jobs:
 
     async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
         """Keep new ones, of that many bytes, and what belongs to them: on the disk at its end."""
-        lanes: Counter[tuple[int, str]] = Counter()
+        lanes: Counter[JobLane] = Counter()
 
         def rows() -> Iterator[Job]:
             for job in jobs:
-                lanes[job.priority, job.client] += 1
+                lanes[job.lane] += 1
                 yield job
 
         async with self.room:
@@ -8205,7 +8255,7 @@ class Jobs:
         self.wanted(lanes)
 
     async def check_room(self, size: int) -> None:
-        """Refuse what the state file is not to grow by."""
+        """LlmqError where the state file is not to grow by so many bytes."""
         if not self.store.path:
             raise LlmqError(NO_STATE, "insufficient_storage")
         most = self.settings.jobs.max_bytes
@@ -8214,7 +8264,8 @@ class Jobs:
             message = f"jobs and files fill the {most // MIB} MiB that they may, see jobs.max_bytes"
             raise LlmqError(message, "insufficient_storage")
 
-    def wanted(self, lanes: Iterable[tuple[int, str]]) -> None:
+    def wanted(self, lanes: Iterable[JobLane]) -> None:
+        """Have these lanes looked at: they may have a job to run."""
         self.lanes.update(lanes)
         self.news.set()
 
@@ -8231,69 +8282,44 @@ class Jobs:
         rows = await self.store.read(count_lanes, QUEUED)
         self.queued = sum(row[2] for row in rows) + len(spent)
         error = LlmqError("llmq ended while it ran, as often as it may be begun")
-        body = OPENAI.render_error(error)
         for job in map(job_of_row, spent):
-            answer = batch_line(job, body, error.status) if job.batch else body
-            await self.end(job, FAILED, error.status, "application/json", answer, error.message)
+            await self.end(job, JobEnd.by_error(error))
         self.wanted((row[0], row[1]) for row in rows)
 
-    async def next(self, lane: tuple[int, str]) -> Job | None:
+    async def next(self, lane: JobLane) -> Job | None:
         """The oldest of a lane that waits in the store alone."""
-        fed = [job.id for job, _ in self.active.values() if (job.priority, job.client) == lane]
-        rows = await self.store.read(
-            f"SELECT {', '.join(Job._fields)} FROM jobs WHERE state = '{QUEUED}' AND priority = ?"
-            f" AND client = ? AND id NOT IN ({', '.join('?' * len(fed))}) ORDER BY number LIMIT 1",
-            *lane,
-            *fed,
-        )
+        fed = [job.id for job, _ in self.active.values() if job.lane == lane]
+        sql = NEXT_JOB.format(", ".join("?" * len(fed)))
+        rows = await self.store.read(sql, *lane, *fed)
         return Job(*rows[0]) if rows else None
 
     async def begin(self, job: Job) -> None:
         """A runner is asked: an attempt counts from here on."""
-        await self.store.write(
-            (
-                f"UPDATE jobs SET state = '{RUNNING}', attempts = attempts + 1, started = ?"
-                f" WHERE id = ? AND state = '{QUEUED}'",
-                (time.time(), job.id),
-            )
-        )
+        await self.store.write((BEGIN_JOB, (time.time(), job.id)))
 
     async def requeue(self, job: Job, *, counted: bool) -> None:
         """It waits again; an attempt that ended for no fault of its own does not count."""
-        sql = f"UPDATE jobs SET state = '{QUEUED}', attempts = attempts - ? WHERE id = ?"
-        await self.store.write((f"{sql} AND state = '{RUNNING}'", (int(not counted), job.id)))
+        await self.store.write((REQUEUE_JOB, (int(not counted), job.id)))
 
-    async def end(
-        self, job: Job, state: str, status: int, kind: str, answer: bytes, error: str | None
-    ) -> bool:
-        """A job's end, unless it has had another; whether this was it."""
-        rows = await self.store.write(
-            (
-                "UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,"
-                f" body = NULL, headers = '{{}}' WHERE id = ? AND {OPEN_JOB}",
-                (state, status, kind, answer, error, time.time(), job.id),
-            ),
-            ("SELECT changes()", ()),
-        )
-        self.queued -= rows[0][0]
-        return bool(rows[0][0])
+    async def end(self, job: Job, end: JobEnd) -> bool:
+        """Keep how a job has ended; False where it had ended before, and nothing is changed."""
+        answer = render_line(job, end.answer, end.status) if job.batch else end.answer
+        values = (*end._replace(answer=answer), time.time(), job.id)
+        ((ended,),) = await self.store.write((END_JOB, values), CHANGED)
+        self.queued -= ended
+        return bool(ended)
 
     async def expire(self, before: float, kept: float) -> None:
-        """Let go of the results of what ended before this; what has long expired is forgotten."""
-        ends = f"batch = '' AND state NOT IN ('{QUEUED}', '{RUNNING}', '{EXPIRED}')"
-        await self.store.write(
-            (
-                f"UPDATE jobs SET state = '{EXPIRED}', answer = NULL WHERE {ends} AND ended < ?",
-                (before,),
-            ),
-            (f"DELETE FROM jobs WHERE state = '{EXPIRED}' AND ended < ?", (before - kept,)),
-        )
+        """Let go of the results of jobs that ended before this; so many seconds later of the rest.
+
+        Lines of batches stay until their batch goes.
+        """
+        await self.store.write((EXPIRE_JOBS, (before,)), (FORGET_JOBS, (before - kept,)))
 
     async def find(self, ident: str) -> Job:
-        rows = await self.store.read(f"SELECT {SHOWN_JOB} FROM jobs WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no job {printable(ident)}", "not_found")
-        return job_of_row(rows[0])
+        """The job of this id, without its body; LlmqError `not_found`."""
+        sql = f"SELECT {SHOWN_JOB} FROM jobs WHERE id = ?"
+        return job_of_row(await self.store.find("job", sql, ident))
 
 
 # ==== 31. Admission ===============================================================================
@@ -9362,11 +9388,11 @@ class Runner:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.jobs = gateway.jobs
-        self.on_end: list[Callable[[Job], Awaitable[None]]] = []
-        self.ending = asyncio.Event()
+        self.on_end: list[Callable[[Job], Awaitable[None]]] = []  # told once its end is kept
+        self.ending = asyncio.Event()  # llmq ends: nothing waits for a better time
         self._tasks: set[asyncio.Future[None]] = set()
         self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
-        self._resting: Counter[tuple[int, str]] = Counter()  # of each lane, until they are retried
+        self._resting: Counter[JobLane] = Counter()  # jobs of a lane, until they are retried
 
     async def feed(self) -> None:
         """Wait for news, then give the scheduler what it may choose from."""
@@ -9392,7 +9418,7 @@ class Runner:
         if self._resting[lane]:
             return True  # nobody of it goes before those; the end of their rest is news
         active = self.jobs.active.values()
-        fed = sum((job.priority, job.client) == lane for job, _ in active)
+        fed = sum(job.lane == lane for job, _ in active)
         for _ in range(most - fed):
             waiting = sum(len(job.body) for job, _ in active)
             if waiting > self.gateway.settings.queue.max_queued_bytes // 4:
@@ -9404,11 +9430,24 @@ class Runner:
         return True
 
     async def pause(self) -> None:
-        """A while, or until all ends."""
+        """Wait until something is worth another try, or until llmq ends."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.ending.wait(), JOB_RETRY_SECONDS)
 
+    async def persist(self, what: str, keep: Callable[[], Awaitable[T]]) -> T | None:
+        """Keep the end of something as soon as the disk has room; None where llmq ends before."""
+        while True:
+            try:
+                return await keep()
+            except LlmqError as full:
+                log.warning("%s has ended, and cannot be kept: %s", what, full)
+            if self.ending.is_set():
+                return None  # after a restart it is found as it was before
+            await self.pause()
+
     def start(self, job: Job) -> None:
+        """Hand a job to the scheduler."""
+
         def begun() -> None:
             if job.id not in self._begun:
                 self._begun[job.id] = asyncio.ensure_future(self.jobs.begin(job))
@@ -9422,18 +9461,7 @@ class Runner:
     async def run(self, job: Job, reply: Kept) -> None:
         """The life of a job from its queue to its end, or to another wait."""
         try:
-            error: LlmqError | None
-            try:
-                call = self.call_of(job, reply)
-                await self.gateway.serve(call)
-                error = call.error
-            except LlmqError as failure:
-                error = failure.with_traceback(None)
-                reply.respond(error.status, OPENAI.render_error(error))
-            except Exception:
-                log.exception("job %s failed", job.id)
-                error = LlmqError("llmq failed; its log says how")
-                reply.respond(error.status, OPENAI.render_error(error))
+            error = await self.serve(job, reply)
             reply.watch()  # or it would hold the call, which holds it
             began = self._begun.pop(job.id, None)
             if began is not None:
@@ -9442,12 +9470,27 @@ class Runner:
             if error is not None and not reply.gone and self.waits_on(job, error):
                 await self.wait_on(job, error, began=began is not None)
             else:
-                await self.keep_end(job, reply, error)
+                await self.keep_end(job, self.end_of(job, reply, error))
         except Exception:
             log.exception("a job failed")
         finally:
             self.jobs.active.pop(job.id, None)
-            self.jobs.wanted([(job.priority, job.client)])
+            self.jobs.wanted([job.lane])
+
+    async def serve(self, job: Job, reply: Kept) -> LlmqError | None:
+        """Run the call that a job is; what went wrong, which its answer says too."""
+        try:
+            call = self.call_of(job, reply)
+            await self.gateway.serve(call)
+        except LlmqError as failure:
+            error = failure.with_traceback(None)
+        except Exception:
+            log.exception("job %s failed", job.id)
+            error = LlmqError("llmq failed; its log says how")
+        else:
+            return call.error
+        reply.respond(error.status, OPENAI.render_error(error))
+        return error
 
     def call_of(self, job: Job, reply: Kept) -> Call:
         """The call that a job is; LlmqError where it may not be made any more."""
@@ -9490,51 +9533,44 @@ class Runner:
             with contextlib.suppress(LlmqError):  # then it runs again after a restart
                 await self.jobs.requeue(job, counted=error.code not in PATIENT)
         if not self.gateway.draining:
-            lane = job.priority, job.client
-            self._resting[lane] += 1
+            self._resting[job.lane] += 1
             await self.pause()
-            self._resting[lane] -= 1
+            self._resting[job.lane] -= 1
             self._resting += Counter()  # without those that rest no more
 
-    async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
-        """Keep what came of it, as soon as there is room for it."""
-        answer, status, kind = reply.answer, reply.status, reply.type
-        state = FAILED if error else SUCCEEDED
+    def end_of(self, job: Job, reply: Kept, error: LlmqError | None) -> JobEnd:
+        """How a job ends whose call has ended so."""
+        answer, status = reply.answer, reply.status
         if error is not None and status == HTTPStatus.OK:  # a stream had begun
             status = error.status
+        state = FAILED if error else SUCCEEDED
         if reply.gone or (error is not None and error.code == "cancelled" and not job.batch):
             state = CANCELLED
         elif len(answer) > MOST_KEPT:
-            error = LlmqError("the answer is too long to be kept")
-            state, status, kind = FAILED, error.status, "application/json"
-            answer = OPENAI.render_error(error)
-        if job.batch:
-            answer = batch_line(job, answer, status)
+            return JobEnd.by_error(LlmqError("the answer is too long to be kept"))
         words = error_in_sight(error) or (f"the backend answered {status}" if error else None)
-        ended = None
-        while ended is None:
-            try:
-                ended = await self.jobs.end(job, state, status, kind, answer, words)
-            except LlmqError as full:  # noqa: PERF203 - a full disk is waited for
-                log.warning("job %s has ended, and cannot be kept: %s", job.id, full)
-                if self.ending.is_set():
-                    return  # it runs again after a restart
-                await self.pause()
-        for tell in self.on_end if ended else ():
-            await tell(job._replace(state=state, status=status, error=words))
+        return JobEnd(state, status, reply.type, answer, words)
+
+    async def keep_end(self, job: Job, end: JobEnd) -> None:
+        """Keep how a job has ended, as soon as there is room for it, and tell of it."""
+        if await self.persist(f"job {job.id}", lambda: self.jobs.end(job, end)):
+            await self.tell_end(job)
+
+    async def tell_end(self, job: Job) -> None:
+        for tell in self.on_end:
+            await tell(job)
 
     async def cancel(self, job: Job) -> bool:
         """End a job that has not ended; whether it was this that ended it."""
-        error = LlmqError("cancelled on request", "cancelled")
-        body = OPENAI.render_error(error)
-        ended = await self.jobs.end(job, CANCELLED, error.status, "application/json", body, None)
+        end = JobEnd.by_error(LlmqError("cancelled on request", "cancelled"), CANCELLED)
+        ended = await self.jobs.end(job, end._replace(error=None))  # it is no failure to be shown
         self.drop(job)
-        for tell in self.on_end if ended else ():
-            await tell(job._replace(state=CANCELLED, status=error.status))
+        if ended:
+            await self.tell_end(job)
         return ended
 
     def drop(self, job: Job) -> None:
-        """Let go of a job that has ended."""
+        """Stop the call of a job whose end is kept already."""
         if job.id in self.jobs.active:
             if job.id in self.gateway.calls:
                 self.gateway.cancel(self.gateway.calls[job.id])
@@ -9712,15 +9748,9 @@ class Batches:
         return Counter(dict(await self.store.read(sql, ident)))
 
     async def line_ended(self, job: Job) -> None:
-        while job.batch in self.open:
-            try:
-                await self.look(job.batch)
-                break
-            except LlmqError as full:
-                log.warning("batch %s has ended, and cannot be kept: %s", job.batch, full)
-                if self.runner.ending.is_set():
-                    return  # it ends after a restart
-                await self.runner.pause()
+        """A job has ended: if it was the last line of a batch, so has that."""
+        if job.batch:
+            await self.runner.persist(f"batch {job.batch}", lambda: self.look(job.batch))
 
     async def look(self, ident: str) -> None:
         """End a batch that has no line left to run: its output becomes files."""
@@ -9780,7 +9810,7 @@ class Batches:
                 f" AND {OPEN_JOB}",
                 (time.time(), batch.id),
             ),
-            ("SELECT changes()", ()),
+            CHANGED,
         )
         self.jobs.queued -= rows[0][0]
         for job, _ in list(self.jobs.active.values()):  # in one go, so that none of them begins
