@@ -9584,7 +9584,9 @@ class Runner:
 
 
 # ==== 36. Batches =================================================================================
-# OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.
+# OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
+# answers are not stored a second time for it: the content of such an output is the state that its
+# lines have, succeeded or failed, and their answers are put together whenever it is read.
 
 BATCH_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 MOST_LINES = 50_000  # of one batch, as OpenAI has it
@@ -9595,9 +9597,9 @@ HALF = re.compile("[\ud800-\udfff]")  # of a character, which no database takes
 
 
 class BatchLine(NamedTuple):
-    """Of a batch's file."""
+    """A line of the file that a batch is made of: the request that a job is to make."""
 
-    custom: str
+    custom: str  # the client's own name for it, which no other line of the file has
     model: str
     body: bytes
 
@@ -9628,7 +9630,7 @@ def read_line(text: bytes, path: str) -> BatchLine:
 
 
 def find_mistakes(content: bytes, path: str) -> tuple[int, list[Facts]]:
-    """How many lines a batch's file has, and what is wrong with them."""
+    """How many lines a batch's file has, and what is wrong with them; not beyond the limits."""
     number, mistakes, seen = 0, [], set()
     for place, text in enumerate(io.BytesIO(content), 1):
         if not text.strip():
@@ -9676,20 +9678,37 @@ class StoredFile(NamedTuple):
     batch: str  # whose output it is, or empty
 
 
+def new_file(
+    client: str, account: str, name: str, purpose: str, size: int, batch: str = ""
+) -> StoredFile:
+    """The row of a file that is added now."""
+    ident = "file-" + secrets.token_hex(12)
+    return StoredFile(ident, client, account, name, purpose, time.time(), size, batch)
+
+
 BATCH_ROW, FILE_ROW = ", ".join(Batch._fields), ", ".join(StoredFile._fields)
-ADD_BATCH = f"INSERT INTO batches ({BATCH_ROW}) VALUES ({', '.join('?' * len(Batch._fields))})"
-FILE_MARKS = ", ".join("?" * (len(StoredFile._fields) + 1))
-ADD_FILE = f"INSERT INTO files ({FILE_ROW}, content) VALUES ({FILE_MARKS})"
+ADD_BATCH = insert_into("batches", Batch._fields)
+ADD_FILE = insert_into("files", (*StoredFile._fields, "content"))
+END_BATCH = "UPDATE batches SET state = ?, ended = ?, facts = ? WHERE id = ?"
+CANCEL_BATCH = "UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL"
+CANCEL_LINES = f"""UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL, headers = '{{}}'
+    WHERE batch = ? AND {OPEN_JOB}"""
+CONTENT = "SELECT content FROM files WHERE id = ?"
+NEXT_ANSWER = """SELECT number, answer FROM jobs WHERE batch = ? AND state = ? AND number > ?
+    ORDER BY number LIMIT 1"""
+OLD_BATCHES = "SELECT id FROM batches WHERE ended < ?"
+OLD_LINES = f"SELECT number FROM jobs WHERE batch IN ({OLD_BATCHES}) LIMIT {PORTION}"
+OLD_INPUTS = "batch = '' AND created < ? AND id NOT IN (SELECT input FROM batches)"
 OUTPUTS = {SUCCEEDED: "output_file_id", FAILED: "error_file_id"}  # by the state of its lines
 
 
 class Batches:
-    """The batches of the store."""
+    """The batches of the store, and its files."""
 
     def __init__(self, jobs: Jobs, runner: Runner) -> None:
         self.jobs, self.runner, self.store = jobs, runner, jobs.store
-        self.open: set[str] = set()  # ids of those that have lines to run
-        self._turn = asyncio.Lock()
+        self.open: set[str] = set()  # ids of batches whose end is not kept yet
+        self._turn = asyncio.Lock()  # one file at a time is read into memory
 
     async def load(self) -> None:
         """Take up what an earlier llmq has left."""
@@ -9700,47 +9719,54 @@ class Batches:
                 await self.look(ident)
 
     async def add_file(self, caller: Caller, name: str, content: bytes) -> StoredFile:
-        ident, now = "file-" + secrets.token_hex(12), time.time()
-        own = (caller.client, caller.account.name)
-        file = StoredFile(ident, *own, name, "batch", now, len(content), "")
+        """Keep what a client has sent: on the disk when it returns."""
+        file = new_file(caller.client, caller.account.name, name, "batch", len(content))
         async with self.jobs.room:
             await self.jobs.check_room(len(content))
             await self.store.write((ADD_FILE, (*file, content)), safe=True)
         return file
 
     async def add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
-        """Make jobs of a file's lines; of one with mistakes the batch has failed."""
-        async with self._turn:  # one file at a time is in memory
-            return await self._add(caller, file, path, metadata)
+        """Make jobs of a file's lines; where one of them has a mistake, the batch has failed."""
+        async with self._turn:
+            rows = await self.store.read(CONTENT, file.id)
+            content = rows[0][0] if rows else b""
+            find = functools.partial(find_mistakes, content, path)
+            number, mistakes = await beside(find, heavy=len(content) > WATCHED_LINE)
+            facts = {"endpoint": path, "metadata": metadata, "total": number, "errors": mistakes}
+            batch = Batch(
+                id="batch_" + secrets.token_hex(12),
+                client=caller.client,
+                account=caller.account.name,
+                created=time.time(),
+                ended=None,
+                state="in_progress",
+                input=file.id,
+                facts=json.dumps(facts),
+            )
+            if mistakes:
+                batch = batch._replace(ended=batch.created, state="failed")
+                await self.store.write((ADD_BATCH, batch), safe=True)
+            else:
+                await self.add_lines(caller, batch, path, content)
+            return batch
 
-    async def _add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
-        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
-        content = rows[0][0] if rows else b""
-        find = functools.partial(find_mistakes, content, path)
-        number, mistakes = await beside(find, heavy=len(content) > WATCHED_LINE)
-        facts: Facts = {"endpoint": path, "metadata": metadata, "total": number, "errors": mistakes}
-        now, ident = time.time(), "batch_" + secrets.token_hex(12)
-        own = (caller.client, caller.account.name, now)
-        if mistakes:
-            failed = Batch(ident, *own, now, "failed", file.id, json.dumps(facts))
-            await self.store.write((ADD_BATCH, failed), safe=True)
-            return failed
-        batch = Batch(ident, *own, None, "in_progress", file.id, json.dumps(facts))
-        json_type = {"content-type": "application/json"}
+    async def add_lines(self, caller: Caller, batch: Batch, path: str, content: bytes) -> None:
+        """Keep a batch and its jobs, all of them or nothing."""
+        headers = {"content-type": "application/json"}
 
         def jobs() -> Iterator[Job]:
             for text in filter(bytes.strip, io.BytesIO(content)):
                 line = read_line(text, path)
-                work = Work(path, json_type, line.body, line.model, Priority.LOW)
-                yield new_job(caller, work, ident, line.custom)
+                work = Work(path, headers, line.body, line.model, Priority.LOW)
+                yield new_job(caller, work, batch.id, line.custom)
 
-        self.open.add(ident)
+        self.open.add(batch.id)
         try:
             await self.jobs.add(jobs(), len(content), (ADD_BATCH, batch))
         except LlmqError:
-            self.open.discard(ident)
+            self.open.discard(batch.id)
             raise
-        return batch
 
     async def counts(self, ident: str) -> Counter[str]:
         """How many of its lines are in which state."""
@@ -9753,7 +9779,7 @@ class Batches:
             await self.runner.persist(f"batch {job.batch}", lambda: self.look(job.batch))
 
     async def look(self, ident: str) -> None:
-        """End a batch that has no line left to run: its output becomes files."""
+        """End a batch if it has no line left to run."""
         sql = f"SELECT 1 FROM jobs WHERE batch = ? AND {OPEN_JOB} LIMIT 1"
         if ident not in self.open or await self.store.read(sql, ident):
             return
@@ -9767,7 +9793,8 @@ class Batches:
             raise
 
     async def keep_end(self, ident: str) -> None:
-        batch, now = await self.find(ident), time.time()
+        """Add the files of its output, and tell that it has ended."""
+        batch = await self.find(ident)
         statements: list[Statement] = []
         facts = json.loads(batch.facts)
         for state, member in OUTPUTS.items():
@@ -9775,44 +9802,32 @@ class Batches:
             ((size,),) = await self.store.read(sql, ident, state)
             if size:
                 name = f"{ident}_{member.partition('_')[0]}.jsonl"
-                own = (batch.client, batch.account, name, "batch_output", now, size, ident)
-                file = StoredFile("file-" + secrets.token_hex(12), *own)
+                file = new_file(batch.client, batch.account, name, "batch_output", size, ident)
                 facts[member] = file.id
                 statements.append((ADD_FILE, (*file, state)))
         state = "cancelled" if batch.state == "cancelling" else "completed"
-        sql = "UPDATE batches SET state = ?, ended = ?, facts = ? WHERE id = ?"
-        statements.append((sql, (state, now, json.dumps(facts), ident)))
+        statements.append((END_BATCH, (state, time.time(), json.dumps(facts), ident)))
         await self.store.write(*statements)
         done = {"id": ident, "object": "batch", "status": state, "client": batch.client}
         self.runner.gateway.journal.happened("job.done", job=done)
 
     async def find(self, ident: str) -> Batch:
-        rows = await self.store.read(f"SELECT {BATCH_ROW} FROM batches WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no batch {printable(ident)}", "not_found")
-        return Batch(*rows[0])
+        """The batch of this id; LlmqError `not_found`."""
+        sql = f"SELECT {BATCH_ROW} FROM batches WHERE id = ?"
+        return Batch(*await self.store.find("batch", sql, ident))
 
     async def find_file(self, ident: str) -> StoredFile:
-        rows = await self.store.read(f"SELECT {FILE_ROW} FROM files WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no file {printable(ident)}", "not_found")
-        return StoredFile(*rows[0])
+        """The file of this id, without what is in it; LlmqError `not_found`."""
+        sql = f"SELECT {FILE_ROW} FROM files WHERE id = ?"
+        return StoredFile(*await self.store.find("file", sql, ident))
 
     async def cancel(self, batch: Batch) -> None:
-        """Let what runs be ended, and what waits never begin."""
+        """End the lines that run, and let those that wait never begin."""
         if batch.ended is not None:
             raise LlmqError(f"batch {batch.id} has ended: {batch.state}", "conflict")
-        rows = await self.store.write(
-            ("UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL", (batch.id,)),
-            (
-                f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL, headers = '{{}}'"
-                " WHERE batch = ?"
-                f" AND {OPEN_JOB}",
-                (time.time(), batch.id),
-            ),
-            CHANGED,
-        )
-        self.jobs.queued -= rows[0][0]
+        lines = (CANCEL_LINES, (time.time(), batch.id))
+        ((ended,),) = await self.store.write((CANCEL_BATCH, (batch.id,)), lines, CHANGED)
+        self.jobs.queued -= ended
         for job, _ in list(self.jobs.active.values()):  # in one go, so that none of them begins
             if job.batch == batch.id:
                 self.runner.drop(job)
@@ -9820,36 +9835,24 @@ class Batches:
 
     async def expire(self, before: float) -> None:
         """Let go of batches that ended before this, and of files that none of the others needs."""
-        gone = "SELECT id FROM batches WHERE ended < ?"
-        lines = f"SELECT number FROM jobs WHERE batch IN ({gone}) LIMIT {PORTION}"
-        while await self.store.read(lines, before):  # not all at once: others wait for the thread
-            await self.store.write((f"DELETE FROM jobs WHERE number IN ({lines})", (before,)))
-        kept = "SELECT input FROM batches"
+        while await self.store.read(OLD_LINES, before):  # in portions: others use the thread too
+            await self.store.write((f"DELETE FROM jobs WHERE number IN ({OLD_LINES})", (before,)))
         await self.store.write(
-            (f"DELETE FROM files WHERE batch IN ({gone})", (before,)),
+            (f"DELETE FROM files WHERE batch IN ({OLD_BATCHES})", (before,)),
             ("DELETE FROM batches WHERE ended < ?", (before,)),
-            (
-                f"DELETE FROM files WHERE batch = '' AND created < ? AND id NOT IN ({kept})",
-                (before,),
-            ),
+            (f"DELETE FROM files WHERE {OLD_INPUTS}", (before,)),
         )
 
     async def content(self, file: StoredFile) -> AsyncIterator[bytes]:
-        """What is in a file; of an output, as it is put together."""
-        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
-        if not rows:
-            raise LlmqError(f"there is no file {file.id}", "not_found")
+        """What is in a file, in pieces; an output is put together line by line."""
+        (content,) = await self.store.find("file", CONTENT, file.id)
         if not file.batch:
-            yield rows.pop()[0]
+            yield content
             return
-        state, last = rows[0][0], 0
-        sql = (
-            "SELECT number, answer FROM jobs WHERE batch = ? AND state = ? AND number > ?"
-            " ORDER BY number LIMIT 1"
-        )
-        while found := await self.store.read(sql, file.batch, state, last):
-            last, piece = found.pop()
-            yield piece
+        state, last = content, 0
+        while found := await self.store.read(NEXT_ANSWER, file.batch, state, last):
+            last, line = found.pop()
+            yield line
 
 
 # ==== 37. Changes =================================================================================
@@ -10755,52 +10758,62 @@ class SnapshotStream:
 
 
 # ==== 42. Job routes ==============================================================================
-# What clients ask of jobs, files and batches.  They see their own: what their key has made, without
-# keys what has their name.  All is seen with the right `control`, without keys from this box.
+# What clients ask of jobs, files and batches.  They see their own: what was asked for with their
+# key, or without keys what has their name.  Everybody's are seen with the right `control`, without
+# keys from this box.
 
 MOST_SHOWN = 1000  # rows of one list
 NO_PAGE = (("Content-Security-Policy", "default-src 'none'; sandbox"),)  # whatever a browser thinks
 CONTROL_BODY = 64 * KIB
-JOB_OF = "AND account = ? AND (? OR client = ?)"  # of an account, or of a name without one
+OWN_ROWS = "account = ? AND (? OR client = ?)"  # asks for what `owner` gives
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
+    """The members of the object that is the request's body, of at most so many bytes."""
     body = await exchange.read_body(limit)
     read = functools.partial(read_object, decode_json(body))
     return (await beside(read, heavy=is_heavy(body))).values
 
 
 def owner(exchange: Exchange) -> tuple[str, bool, str]:
-    """What JOB_OF asks for."""
+    """Name of the caller's key, whether there is one, and the caller's own name."""
     account, client = exchange.caller.account, exchange.caller.client
     return account.name, account is not NO_ACCOUNT, client
 
 
 def times(**seconds: float | None) -> Facts:
+    """Times as OpenAI tells them: whole seconds since 1970."""
     return {name: None if when is None else int(when) for name, when in seconds.items()}
 
 
-def read_page(exchange: Exchange, usual: int) -> tuple[int, str]:
-    """How many rows a list is to have, and the id that it begins behind."""
-    query = dict(parse_qsl(exchange.request.query))
+class Page(NamedTuple):
+    """The part of a list that is asked for."""
+
+    limit: int  # rows
+    after: str  # id of the row behind which it begins, or empty
+    upwards: bool  # the oldest first
+
+    def of(self, rows: list[Facts]) -> Facts:
+        """A list as OpenAI has it, of the rows that `JobRoutes.rows_of` has found."""
+        shown = rows[: self.limit]
+        ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
+        return {"object": "list", "data": shown, **ends, "has_more": len(rows) > self.limit}
+
+
+def read_page(query: Mapping[str, str], usual: int) -> Page:
+    """The page that a query asks for; of `usual` rows where it does not say how many."""
     limit = query.get("limit", str(usual))
     if not re.fullmatch("0*[1-9][0-9]*", limit):
         raise BadRequest("limit is a number above 0", param="limit")
-    return min(int(limit.lstrip("0")[:9]), MOST_SHOWN), query.get("after", "")
-
-
-def listed(rows: list[Facts], limit: int) -> Facts:
-    """A list as OpenAI has it, of rows of which one more was looked for than are shown."""
-    shown = rows[:limit]
-    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
-    return {"object": "list", "data": shown, **ends, "has_more": len(rows) > limit}
+    most = min(int(limit.lstrip("0")[:9]), MOST_SHOWN)
+    return Page(most, query.get("after", ""), query.get("order") == "asc")
 
 
 FORM_TYPE = re.compile(
     r'multipart/form-data[ \t]*;(?:.*?;)??[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))',
     re.IGNORECASE,
 )
-MOST_PARTS, PART_HEAD = 100, 8 * KIB
+MOST_PARTS, PART_HEAD = 100, 8 * KIB  # parts of a form, bytes of the header fields of one
 PART_FIELD = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data([^\r\n]*)", re.IGNORECASE)
 PART_MEMBER = re.compile(r';[ \t]*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 
@@ -10842,6 +10855,9 @@ def read_file_form(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     return found.get("purpose", ("", b""))[1].decode("utf-8", "replace"), *found["file"]
 
 
+Owned = TypeVar("Owned", Job, StoredFile, Batch)
+
+
 @dataclass(eq=False)
 class JobRoutes:
     """Answers what is asked of jobs, files and batches."""
@@ -10851,7 +10867,7 @@ class JobRoutes:
     batches: Batches
 
     def may_steer(self, exchange: Exchange) -> bool:
-        """Whether all may be seen: with the right `control`, without keys on this box."""
+        """Whether the caller may see everybody's rows."""
         if not (self.gateway.accounts.by_digest or exchange.caller.account is not NO_ACCOUNT):
             return exchange.is_local
         with contextlib.suppress(LlmqError):
@@ -10859,19 +10875,30 @@ class JobRoutes:
             return True
         return False
 
-    def check_owner(self, exchange: Exchange, row: Job | StoredFile | Batch) -> None:
-        """Who may not see a row is told that it is not there."""
+    def seen(self, exchange: Exchange, row: Owned) -> Owned:
+        """The row; a caller who may not see it is told that it is not there."""
         account, keyed, client = owner(exchange)
         own = row.account == account and (keyed or row.client == client)
         if not own and not self.may_steer(exchange):
             raise LlmqError(f"there is no {printable(row.id)}", "not_found")
+        return row
+
+    async def rows_of(
+        self, table: str, columns: str, page: Page, where: str, *values: Any
+    ) -> list[Any]:
+        """The rows of a page, and one more where there is one: so a list tells that it goes on."""
+        beyond, order = (">", "ASC") if page.upwards else ("<", "DESC")
+        return await self.gateway.store.read(
+            f"SELECT {columns} FROM {table} WHERE {where}"
+            f" AND (? = '' OR number {beyond} (SELECT number FROM {table} WHERE id = ?))"
+            f" ORDER BY number {order} LIMIT ?",
+            *values, page.after, page.after, page.limit + 1,
+        )  # fmt: skip
 
     # ---- jobs
 
     async def job_of(self, exchange: Exchange, ident: str) -> Job:
-        job = await self.gateway.jobs.find(ident)
-        self.check_owner(exchange, job)
-        return job
+        return self.seen(exchange, await self.gateway.jobs.find(ident))
 
     def show_job(self, job: Job) -> Facts:
         ended, ttl = job.ended, self.gateway.settings.jobs.result_ttl
@@ -10896,17 +10923,14 @@ class JobRoutes:
         return facts
 
     async def list_jobs(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, 100)
-        everybody = dict(parse_qsl(exchange.request.query)).get("all") == "1"
+        query = dict(parse_qsl(exchange.request.query))
+        page = read_page(query, 100)._replace(upwards=False)
+        everybody = query.get("all") == "1"
         if everybody and not self.may_steer(exchange):
             raise LlmqError("all jobs are shown to who has the right: control", "forbidden")
-        rows = await self.gateway.store.read(
-            f"SELECT {SHOWN_JOB} FROM jobs WHERE batch = '' {'' if everybody else JOB_OF}"
-            " AND (? = '' OR number < (SELECT number FROM jobs WHERE id = ?))"
-            " ORDER BY number DESC LIMIT ?",
-            *(() if everybody else owner(exchange)), after, after, limit + 1,
-        )  # fmt: skip
-        return listed([self.show_job(job_of_row(row)) for row in rows], limit)
+        where, values = ("true", ()) if everybody else (OWN_ROWS, owner(exchange))
+        rows = await self.rows_of("jobs", SHOWN_JOB, page, f"batch = '' AND {where}", *values)
+        return page.of([self.show_job(job_of_row(row)) for row in rows])
 
     async def get_job(self, exchange: Exchange, ident: str) -> Facts:
         return self.show_job(await self.job_of(exchange, ident))
@@ -10934,9 +10958,7 @@ class JobRoutes:
     # ---- files
 
     async def file_of(self, exchange: Exchange, ident: str) -> StoredFile:
-        file = await self.batches.find_file(ident)
-        self.check_owner(exchange, file)
-        return file
+        return self.seen(exchange, await self.batches.find_file(ident))
 
     def show_file(self, file: StoredFile) -> Facts:
         facts = {"id": file.id, "object": "file", "bytes": file.bytes, "filename": file.name}
@@ -10955,30 +10977,18 @@ class JobRoutes:
         return self.show_file(file)
 
     async def list_files(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, MOST_SHOWN)
-        rows = await self.rows_of(exchange, "files", FILE_ROW, after, limit)
-        return listed([self.show_file(StoredFile(*row)) for row in rows], limit)
-
-    async def rows_of(
-        self, exchange: Exchange, table: str, columns: str, after: str, limit: int
-    ) -> list[Any]:
-        """Their own rows, the latest first, one more than are to be shown."""
         query = dict(parse_qsl(exchange.request.query))
-        purpose = query.get("purpose", "") if table == "files" else ""
-        more, values = ("AND purpose = ?", (purpose,)) if purpose else ("", ())
-        upwards = query.get("order") == "asc"
-        return await self.gateway.store.read(
-            f"SELECT {columns} FROM {table} WHERE true {JOB_OF} {more}"
-            f" AND (? = '' OR number {'>' if upwards else '<'}"
-            f" (SELECT number FROM {table} WHERE id = ?))"
-            f" ORDER BY number {'ASC' if upwards else 'DESC'} LIMIT ?",
-            *owner(exchange), *values, after, after, limit + 1,
-        )  # fmt: skip
+        page, purpose = read_page(query, MOST_SHOWN), query.get("purpose", "")
+        where = f"{OWN_ROWS} AND (? = '' OR purpose = ?)"
+        values = (*owner(exchange), purpose, purpose)
+        rows = await self.rows_of("files", FILE_ROW, page, where, *values)
+        return page.of([self.show_file(StoredFile(*row)) for row in rows])
 
     async def get_file(self, exchange: Exchange, ident: str) -> Facts:
         return self.show_file(await self.file_of(exchange, ident))
 
     async def get_content(self, exchange: Exchange, ident: str) -> None:
+        """What is in a file, as fast as the client takes it: it may be longer than memory."""
         file = await self.file_of(exchange, ident)
         exchange.watch()
         exchange.start(200, "application/octet-stream", NO_PAGE)
@@ -10991,7 +11001,7 @@ class JobRoutes:
             if exchange.blocked:
                 exchange.connection.server.limit_unsent()
                 await exchange.catch_up()
-        if left:  # it was let go meanwhile
+        if left:  # its lines were let go meanwhile
             exchange.fail(b"")
         else:
             exchange.finish()
@@ -11004,9 +11014,7 @@ class JobRoutes:
     # ---- batches
 
     async def batch_of(self, exchange: Exchange, ident: str) -> Batch:
-        batch = await self.batches.find(ident)
-        self.check_owner(exchange, batch)
-        return batch
+        return self.seen(exchange, await self.batches.find(ident))
 
     async def show_batch(self, batch: Batch) -> Facts:
         facts, counts = json.loads(batch.facts), await self.batches.counts(batch.id)
@@ -11052,9 +11060,9 @@ class JobRoutes:
         return await self.show_batch(await self.batches.add(exchange.caller, found, path, metadata))
 
     async def list_batches(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, 20)
-        rows = await self.rows_of(exchange, "batches", BATCH_ROW, after, limit)
-        return listed([await self.show_batch(Batch(*row)) for row in rows], limit)
+        page = read_page(dict(parse_qsl(exchange.request.query)), 20)
+        rows = await self.rows_of("batches", BATCH_ROW, page, OWN_ROWS, *owner(exchange))
+        return page.of([await self.show_batch(Batch(*row)) for row in rows])
 
     async def get_batch(self, exchange: Exchange, ident: str) -> Facts:
         return await self.show_batch(await self.batch_of(exchange, ident))
