@@ -3413,23 +3413,25 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
 
 
 # ==== 13. Cache ===================================================================================
-# What was answered before.  A key tells apart all that can make an answer another: the route, each
-# member of the body, what is configured for the model, and which model it is.  Full of bytes, it
-# lets go of what was not asked for longest.
+# What was answered before.  Two requests have the same key where nothing could make their answers
+# differ: the route, each member of the body, what is configured for the model, and which model it
+# is.  When it is full it lets go of the answer that was asked for the longest time ago.
 
 ENTRY_BYTES = 350  # of memory that an answer takes besides its own
 UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
-MOST_OF_CACHE = 8  # one answer has at most this part of its bytes
+MOST_OF_CACHE = 8  # one answer takes at most an eighth of the bytes that all may have
 
 
 class Answer(NamedTuple):
+    """The body of an answer with status 200, and until when it is given again."""
+
     body: bytes
     type: str
-    until: float  # seconds since 1970: it is for all who start after a restart, too
+    until: float  # seconds since 1970: a restart does not begin them anew
 
 
 def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
-    """The key of what a body is answered with, where all that is `told` besides is the same."""
+    """The key of the answer to a body, SHA-256; `told` is what else could make it differ."""
     asked = {name: value for name, value in values.items() if name not in UNTELLING}
     parts = [
         hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else str(one) for one in told
@@ -3439,7 +3441,7 @@ def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
 
 
 def is_settled(values: Mapping[str, Any], policy: ModelSettings, *, options: bool) -> bool:
-    """Whether a request for a chat says all of how it is answered: nothing is left to chance.
+    """Whether a chat asks for an answer without chance: at temperature 0, and without tools.
 
     What is configured for its model counts, and on Ollama's routes what is in its `options`.
     """
@@ -3447,9 +3449,9 @@ def is_settled(values: Mapping[str, Any], policy: ModelSettings, *, options: boo
     inner = [asked.get("options"), policy.set.get("options")]
     asked.update(policy.set)
     told = {name: one for each in inner if isinstance(each, dict) for name, one in each.items()}
-    heat = (told if options else asked).get("temperature")
-    cold = type(heat) in (int, float) and heat == 0
-    return cold and not (asked.get("tools") or asked.get("functions"))
+    temperature = (told if options else asked).get("temperature")
+    settled = type(temperature) in (int, float) and temperature == 0
+    return settled and not (asked.get("tools") or asked.get("functions"))
 
 
 GOOD_ENDS = {"stop", "end_turn", "stop_sequence"}
@@ -3470,10 +3472,11 @@ class Cache:
     def __init__(self) -> None:
         self.answers: OrderedDict[bytes, Answer] = OrderedDict()
         self.size = 0  # bytes
-        self.noting = False  # what changes is noted, for whoever keeps it on a disk
-        self.changed: dict[bytes, Answer | None] = {}  # None: it is gone
+        self.noting = False  # whether changes are noted, for whoever keeps them on a disk
+        self.changed: dict[bytes, Answer | None] = {}  # since they were kept; None: it is gone
 
     def get(self, key: bytes, now: float) -> Answer | None:
+        """The answer, unless it is too old: from now on the one that was asked for last."""
         answer = self.answers.get(key)
         if answer is None or answer.until <= now:
             return None
@@ -3493,11 +3496,12 @@ class Cache:
         self.fit(most)
 
     def fit(self, most: int) -> None:
-        """Have at most so many bytes."""
+        """Let go of the oldest until there are at most so many bytes."""
         while self.size > most:
             self.drop(next(iter(self.answers)))
 
     def drop(self, key: bytes) -> None:
+        """Let go of the answer, if there is one."""
         answer = self.answers.pop(key, None)
         if answer is not None:
             self.size -= len(answer.body) + ENTRY_BYTES
@@ -5729,9 +5733,6 @@ STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or ngin
 NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
 
 
-MOST_KEPT = 64 * MIB  # of the answer of a job
-
-
 class Phase(enum.Enum):
     IDLE = "idle"  # between requests
     HEAD = "head"  # a part of one is here
@@ -5947,20 +5948,23 @@ class Nobody:
     read_body = catch_up = nothing
 
 
+MOST_KEPT = 64 * MIB  # of the answer of a job
+
+
 class Kept:
     """A Reply that is kept: the answer of a job, which nobody waits for."""
 
     blocked = False
 
-    def __init__(self, body: bytes, started: Callable[[], object]) -> None:
+    def __init__(self, body: bytes, begin: Callable[[], object]) -> None:
         self.waiter = Waiter()
         self.status, self.type = 0, ""
         self.body = body  # of the request
+        self.begin = begin  # called when a runner is asked
         self.gone = False  # it is not wanted any more
-        self._answer: list[bytes] = []
-        self.size = 0  # of what has come of it
-        self._head = (0, "")  # waits for the first bytes of its body
-        self._on_start = started  # told when a runner is asked
+        self.size = 0  # bytes that were sent
+        self._answer: list[bytes] = []  # in the pieces that have come
+        self._head = (0, "")  # status and type, until the first bytes of the body
         self._left: Callable[[], object] | None = None
 
     @property
@@ -5974,12 +5978,8 @@ class Kept:
     def watch(self, left: Callable[[], object] | None = None) -> None:
         self._left = left
 
-    def begin(self) -> None:
-        """A runner is asked."""
-        self._on_start()
-
     def leave(self) -> None:
-        """It is not wanted any more, as when a client leaves."""
+        """Nobody wants it any more, as when a client leaves."""
         self.gone = True
         self.waiter.wake()
         if self._left is not None:
@@ -6020,10 +6020,11 @@ class Kept:
 
 
 class Shared:
-    """A Reply to several clients that asked the same: one runs for all, each has its own answer.
+    """A Reply to several clients that asked the same: one call runs for all of them.
 
-    The first is answered as it would be alone.  The others wait in `join`, and are told by it what
-    the answer is; who leaves harms nobody, and the last who leaves ends the run.
+    The first client is answered as it would be alone.  The others wait in `join` for the end of the
+    run, and are then sent its answer.  A client that leaves harms no other; the last one that
+    leaves ends the run.
     """
 
     blocked = False  # it is no stream
@@ -6033,12 +6034,12 @@ class Shared:
         self.call = call  # that runs for all
         self.waiter = first.waiter
         self.others: list[Exchange] = []
-        self.answer: tuple[bytes, str] | None = None  # once it is whole and good, and its type
+        self.answer: tuple[bytes, str] | None = None  # body and type, once it is whole and good
         self.error: LlmqError | None = None
         self.ended = False
         self._left: Callable[[], object] | None = None
-        self._head: tuple[int, str] | None = None  # of an answer that has begun
-        if first.started:  # with a sign of life, as one that shared a run which was ended
+        self._head: tuple[int, str] | None = None  # status and type of an answer that has begun
+        if first.started:  # with a sign of life: it has shared another run, which was ended
             self._head = first.status, "application/json"
 
     @property
@@ -7667,42 +7668,41 @@ def tokens_of(call: Call, record: Record) -> int:
 
 
 USED = ("requests", "hits", "tokens_in", "tokens_out", "seconds")
-MOST_USED = 10_000  # clients and models whose use waits to be written; more are one
+MOST_USED = 10_000  # clients and models whose use waits to be written; all others are one
+Usage = dict[Names, list[float]]  # an amount for each name in USED, by day, client and model
 
 
-def usage_of(rows: Iterable[tuple[float, Record]]) -> dict[Names, list[float]]:
-    """What was used, by day, client and model: requests, hits, tokens in and out, seconds.
-
-    Each row is a record and when it was written, in seconds since 1970.
-    """
-    used: dict[Names, list[float]] = {}
+def usage_of(rows: Iterable[tuple[float, Record]]) -> Usage:
+    """What was used.  Each row is a record and when it was written, in seconds since 1970."""
+    used: Usage = {}
     for when, record in rows:
         hit = int(record.cache in ("hit", "joined"))
-        ordered = record.priority == "-" or record.route.startswith("/llmq")
-        if ordered or not (record.backend or hit):
-            continue  # it was an order or a lease, or has used nothing
+        order = record.priority == "-" or record.route.startswith("/llmq")  # or a lease
+        if order or not (record.backend or hit):  # else it has used nothing
+            continue
         ran = record.total_s - record.wait_s if record.backend else 0.0
         facts = [1, hit, record.tokens_in or 0, record.tokens or 0, ran]
         merge_usage(used, {(day_of(int(when)), record.client, record.model): facts})
     return used
 
 
-def merge_usage(used: dict[Names, list[float]], more: Mapping[Names, list[float]]) -> None:
-    """Add what was used besides; who would be one too many is counted as `other`."""
-    for who, facts in more.items():
+def merge_usage(used: Usage, more: Usage) -> None:
+    """Add what was used besides; client and model that would be one too many are `other`."""
+    for who, amounts in more.items():
         known = who in used or len(used) < MOST_USED
         row = used.setdefault(who if known else (who[0], OTHER, OTHER), [0] * len(USED))
-        row[:] = [had + one for had, one in zip(row, facts)]
+        row[:] = [had + one for had, one in zip(row, amounts)]
 
 
 @functools.lru_cache(maxsize=4)
 def day_of(when: int) -> str:
+    """The day here of a time in seconds since 1970."""
     return time.strftime("%Y-%m-%d", time.localtime(when))
 
 
 def first_day(when: float, days: int) -> str:
-    """The first of the last days: they have 23 to 25 hours, but all have a noon."""
-    at = time.localtime(when)
+    """The first of so many days of which the last one is that of `when`."""
+    at = time.localtime(when)  # by noon, which each day has, though some have 23 or 25 hours
     noon = (at.tm_year, at.tm_mon, at.tm_mday - days + 1, 12, 0, 0, 0, 0, -1)
     return day_of(int(time.mktime(noon)))
 
@@ -7731,11 +7731,12 @@ class Journal:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: Counter[str] = Counter()
         self.events: deque[Facts] = deque(maxlen=EVENTS_KEPT)  # that webhooks are told
-        self.used: dict[Names, list[float]] = {}  # since it was last written, see `usage_of`
-        self.days: dict[Names, list[float]] = {}  # the same of whole days, the last of them today
+        self.used: Usage = {}  # since it was last written to the state file
+        self.days: Usage = {}  # of all clients and models together, by the day alone
         self._lines: list[tuple[float, Record]] = []
 
     def keep(self, record: Record) -> None:
+        """Show it from now on; what is counted and written of it waits for `flush`."""
         self.recent.append(record)
         self.outcomes[record.outcome] += 1
         self._lines.append((time.time(), record))
@@ -7926,8 +7927,9 @@ class Store:
 
 
 # ==== 29. Recall ==================================================================================
-# A request that was answered before is answered before it waits; those that ask the same at one
-# time share one run.  Only whole and good answers are kept.
+# A request that was answered before is answered from the cache, without waiting.  Of several that
+# ask the same at one time the first one runs, and the others have joined its run.  Only whole and
+# good answers are kept.
 
 
 def words_of(headers: Headers, name: str) -> set[str]:
@@ -7938,7 +7940,8 @@ def words_of(headers: Headers, name: str) -> set[str]:
 
 BETAS = ("openai-beta", "anthropic-version", "anthropic-beta")  # header fields that runners get
 CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
-# Of one, not of those who share its run: forbidden is who was blocked meanwhile.
+# Errors of the first client alone, after which one that has joined runs itself: `forbidden` is a
+# client that was blocked meanwhile.
 OWN_ENDS = ("cancelled", "client_left", "forbidden", "wait_timeout")
 
 
@@ -7953,13 +7956,13 @@ class Recall:
         self.metrics = metrics
         self.instance = instance  # of this llmq
         self.cache = Cache()
-        self.runs: dict[bytes, Shared] = {}  # by the key of their answer
-        self.joined: dict[str, Call] = {}  # that share another's run
-        self.held = 0  # bytes of those
-        self.counts: Counter[str] = Counter()  # hits, joined ones and misses
+        self.runs: dict[bytes, Shared] = {}  # that may be joined, by the key of their answer
+        self.joined: dict[str, Call] = {}  # by id, calls that have joined another's run
+        self.held = 0  # bytes of their requests
+        self.counts: Counter[str] = Counter()  # of hit, joined and miss
 
     def is_wanted(self, call: Call, values: Mapping[str, Any], headers: Headers) -> bool:
-        """Whether the call's answer may be one that is kept, or is to be kept."""
+        """Whether the call's answer may come from the cache, and go into it."""
         limits, question, path = self.settings.cache, call.question, call.endpoint.path
         chats = limits.chat and path in CHATS and not question.stream
         chats = chats and is_settled(values, call.policy, options=call.endpoint.options)
@@ -7971,7 +7974,7 @@ class Recall:
         return "no-store" not in words_of(headers, "cache-control")
 
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
-        """Give the call the key of its answer."""
+        """Give the call the key of its answer; none where it is not known which model it is."""
         question, ticket = call.question, call.ticket
         version = self.scheduler.fleet.version(ticket.model)
         if not version:  # no runner has told of it yet
@@ -7990,7 +7993,7 @@ class Recall:
             call.recalled = "miss"  # whatever is there
 
     async def answer(self, call: Call) -> bool:
-        """Answer with what is known, or as another's run is; False where the call has to run."""
+        """Answer from the cache, or as a run that the call joins; False where it has to run."""
         exchange, key = call.reply, call.answer_key
         assert isinstance(exchange, Exchange)  # jobs have no key
         while not call.recalled:
@@ -8000,18 +8003,7 @@ class Recall:
                 return True
             if run is None or not self.may_join(call.ticket, run.call.ticket):
                 break
-            shared = run.call.ticket
-            if shared.priority > call.ticket.priority and shared.state is TicketState.WAITING:
-                self.scheduler.reprioritise(shared, call.ticket.priority)
-            own = exchange.headers
-            exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
-            self.joined[call.id], self.held = call, self.held + call.ticket.size
-            try:
-                await run.join(exchange, call)
-            finally:
-                del self.joined[call.id]
-                self.held -= call.ticket.size
-            exchange.headers = own
+            await self.join(call, exchange, run)
             if run.answer is not None:
                 self.tell(call, exchange, "joined", *run.answer)
                 return True
@@ -8024,8 +8016,26 @@ class Recall:
         self.runs.setdefault(key, call.reply)
         return False
 
+    async def join(self, call: Call, exchange: Exchange, run: Shared) -> None:
+        """Wait until the run has ended; it becomes as urgent as the call that joins it."""
+        ticket, shared = call.ticket, run.call.ticket
+        if shared.priority > ticket.priority and shared.state is TicketState.WAITING:
+            self.scheduler.reprioritise(shared, ticket.priority)
+        own = exchange.headers
+        exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
+        self.joined[call.id], self.held = call, self.held + ticket.size
+        try:
+            await run.join(exchange, call)
+        finally:
+            del self.joined[call.id]
+            self.held -= ticket.size
+        exchange.headers = own
+
     def may_join(self, ticket: Ticket, shared: Ticket) -> bool:
-        """Whether a request may share a run, that waits for nothing which is that run's alone."""
+        """Whether a request may join a run: not where it would wait for limits of another client.
+
+        Those that have joined hold at most a quarter of the bytes that may wait.
+        """
         limits, same = self.settings.queue, ticket.client is shared.client
         if self.held + ticket.size > limits.max_queued_bytes // 4:
             return False
@@ -8034,10 +8044,12 @@ class Recall:
         return shared.state is not TicketState.WAITING or (waits and free)
 
     def count(self, how: str) -> None:
+        """Count a request that was a hit, joined or a miss."""
         self.counts[how] += 1
         self.metrics.add("llmq_cache_total", how)
 
     def tell(self, call: Call, exchange: Exchange, how: str, body: bytes, kind: str) -> None:
+        """Answer with a body of this type, and say how it was found: hit or joined."""
         call.recalled = how
         self.count(how)
         exchange.headers += (("X-Cache", how.upper()),)
@@ -8047,7 +8059,7 @@ class Recall:
             exchange.respond(200, body, kind, call.headers)
 
     def end(self, call: Call) -> None:
-        """The call has ended: keep a good answer, and tell all who share the run."""
+        """The call has ended: keep a good answer, and tell all who have joined its run."""
         run, limits = call.reply, self.settings.cache
         if not isinstance(run, Shared):
             return
