@@ -8032,9 +8032,10 @@ class Recall:
         exchange.headers = own
 
     def may_join(self, ticket: Ticket, shared: Ticket) -> bool:
-        """Whether a request may join a run: not where it would wait for limits of another client.
+        """Whether a request may join a run.
 
-        Those that have joined hold at most a quarter of the bytes that may wait.
+        Not one that waits where it would not: for the cap of another client, or longer than its own
+        class does.  And all that have joined hold at most a quarter of the bytes that may wait.
         """
         limits, same = self.settings.queue, ticket.client is shared.client
         if self.held + ticket.size > limits.max_queued_bytes // 4:
@@ -8232,7 +8233,7 @@ class Jobs:
         self.room = asyncio.Lock()  # held from a look at how full the file is to the write
 
     async def accept(self, call: Call) -> None:
-        """Keep the call for later, and say so: then its client may leave."""
+        """Make a job of the call, and tell its client 202 and where to ask for the result."""
         exchange, ticket, (headers, body) = call.reply, call.ticket, call.asked
         assert isinstance(exchange, Exchange)  # of a client
         if ticket.size > self.settings.queue.max_queued_bytes // 2:
@@ -8241,8 +8242,8 @@ class Jobs:
         target = call.route + (f"?{call.query}" if call.query else "")
         job = new_job(call.caller, Work(target, headers, body, call.model, priority))
         await self.add([job], len(job.body))
-        own = exchange.connection.server.account is not NO_ACCOUNT  # a port has no base path
-        place = f"{'' if own else self.settings.server.base_path}/v1/jobs/{job.id}"
+        on_port = exchange.connection.server.account is not NO_ACCOUNT  # it has no base path
+        place = f"{'' if on_port else self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
         router = {"mode": "async", "position": self.queued}
@@ -8252,7 +8253,10 @@ class Jobs:
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
 
     async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
-        """Keep new ones, of that many bytes, and what belongs to them: on the disk at its end."""
+        """Keep new jobs, of so many bytes together, after more statements that they belong to.
+
+        All of it is on the disk when this returns, or LlmqError says why nothing is.
+        """
         lanes: Counter[JobLane] = Counter()
 
         def rows() -> Iterator[Job]:
@@ -8282,7 +8286,7 @@ class Jobs:
         self.news.set()
 
     async def load(self) -> None:
-        """Take up what an earlier llmq has left: what ran there runs again, if it may."""
+        """Take up the jobs of an earlier llmq: those that ran there run again, if they may."""
         most = self.settings.jobs.max_attempts
         if not (self.store.is_open and await self.store.read("SELECT 1 FROM jobs LIMIT 1")):
             return
@@ -9382,19 +9386,18 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
 
 
 # ==== 35. Runs ====================================================================================
-# How jobs run.  The scheduler has a few of each client and class to choose from, the store has the
-# rest, so that thousands that wait cost no memory.  A job is a call like any other, whose reply is
-# kept.
+# How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
+# store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
-FED, MOST_FED = 16, 500  # jobs of one client and class that the scheduler has at a time
+FED, MOST_FED = 16, 500  # jobs of a lane that the scheduler has; with many slots up to the second
 JOB_RETRY_SECONDS = 5.0
-# What ends a wait and says nothing of the job: it waits on.
+# Errors that say nothing of the job itself: it waits on, and the attempt does not count.
 PATIENT = frozenset((
     "backend_down", "backend_loading", "overloaded", "queue_full", "shutting_down", "wait_timeout",
 ))  # fmt: skip
 
 
-class Runner:
+class JobRunner:
     """Runs the jobs of the store."""
 
     def __init__(self, gateway: Gateway) -> None:
@@ -9426,9 +9429,9 @@ class Runner:
             jobs.lanes |= lanes  # of which there may be more
 
     async def feed_lane(self, lane: tuple[int, str], most: int) -> bool:
-        """Let those of a lane begin; False where the memory that they may take is taken."""
+        """Start the next jobs of a lane; False where the memory that jobs may take is full."""
         if self._resting[lane]:
-            return True  # nobody of it goes before those; the end of their rest is news
+            return True  # the later ones do not go before those that rest, whose end is news
         active = self.jobs.active.values()
         fed = sum(job.lane == lane for job, _ in active)
         for _ in range(most - fed):
@@ -9525,7 +9528,7 @@ class Runner:
         return call
 
     def meter(self, account: Account, *, counts: bool) -> None:
-        """A job runs within the budget of its key, a line of a batch within its rate too."""
+        """LlmqError where the key has no tokens left for today, or a line of a batch no rate."""
         now, (day, _) = self.gateway.now(), today()
         spent = account.tokens >= account.settings.tokens_per_day > 0 and account.day == day
         if spent or (counts and account.take(now, day)):
@@ -9540,7 +9543,7 @@ class Runner:
         return broke and job.attempts + 1 < self.gateway.settings.jobs.max_attempts
 
     async def wait_on(self, job: Job, error: LlmqError, *, began: bool) -> None:
-        """Let it wait again, and have it looked for a little later."""
+        """Let a job wait again, and its lane rest for a while."""
         if began:
             with contextlib.suppress(LlmqError):  # then it runs again after a restart
                 await self.jobs.requeue(job, counted=error.code not in PATIENT)
@@ -9589,7 +9592,7 @@ class Runner:
             self.jobs.active[job.id][1].leave()
 
     async def stop(self) -> None:
-        """Wait until all that ran has been kept, or waits again."""
+        """Wait until the end of each job that ran is kept, or the job waits again."""
         self.ending.set()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -9717,7 +9720,7 @@ OUTPUTS = {SUCCEEDED: "output_file_id", FAILED: "error_file_id"}  # by the state
 class Batches:
     """The batches of the store, and its files."""
 
-    def __init__(self, jobs: Jobs, runner: Runner) -> None:
+    def __init__(self, jobs: Jobs, runner: JobRunner) -> None:
         self.jobs, self.runner, self.store = jobs, runner, jobs.store
         self.open: set[str] = set()  # ids of batches whose end is not kept yet
         self._turn = asyncio.Lock()  # one file at a time is read into memory
@@ -9868,23 +9871,24 @@ class Batches:
 
 
 # ==== 37. Changes =================================================================================
-# What people change at run time: kept first, then it holds, until the file itself says otherwise.
+# What people change of clients at run time.  It is kept on the disk, then it holds, also after a
+# restart, until somebody writes another value for the same setting into the file.
 
 CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
 
 class Changes:
-    """What is changed of clients at run time, also of addresses: kept first, then it holds."""
+    """The changes of clients, and of addresses, which are clients whose name begins with `ip:`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.store = gateway, gateway.store
         self.file: dict[str, ClientSettings] = {}  # what the file says
-        self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
-        self._turn = asyncio.Lock()  # one after the other
-        self._forgetting: Any = None
+        self.kept: dict[str, Facts] = {}  # by name and field: [value, what the file said then]
+        self._turn = asyncio.Lock()  # changes are made one after the other
+        self._forgetting: Any = None  # the last write of `apply`, or nothing would hold it
 
     async def change(self, name: str, values: Facts) -> None:
-        """Settings of a client by the names that the file has for them; None: as in the file."""
+        """Change settings of a client, by their names in the file; None: as the file has it."""
         given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
         try:
             row = parse_rows("request", "clients", {name: given})[name]
@@ -9904,7 +9908,7 @@ class Changes:
         self.apply()
 
     def apply(self) -> None:
-        """Let hold what the file says, and each change until that says otherwise."""
+        """Let hold what the file says, and each change since which it says the same."""
         settings, clients = self.gateway.settings, self.gateway.clients
         self.file = dict(settings.clients)
         for name in map("ip:{}".format, settings.ips.blocked):
@@ -9925,17 +9929,22 @@ class Changes:
             before, client.settings = client.settings, clients.of(client.name)
             moved.update([client] if client.settings.class_ != before.class_ else [])
         for call in (*self.gateway.calls.values(), *self.gateway.recall.joined.values()):
-            ticket, unsaid = call.ticket, call.question.priority is None and not call.rule
-            unsaid = unsaid and not call.job
             if clients.is_blocked(call.caller):
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
-            elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
-                policy = self.gateway.fleet.policy(ticket.model)
-                priority = ticket.client.account.lowered(usual_class(ticket.client, policy))
-                highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
-                self.gateway.reprioritise(call, max(highest, priority))
+            elif call.ticket.client in moved:
+                self.move(call)
         self.gateway.scheduler.reconsider()
         self.gateway.pump()
+
+    def move(self, call: Call) -> None:
+        """Give a call that waits the class which its client has now, unless it asked for one."""
+        ticket = call.ticket
+        said = call.question.priority is not None or call.rule or call.job
+        if ticket.state is TicketState.WAITING and not said:
+            policy = self.gateway.fleet.policy(ticket.model)
+            priority = ticket.client.account.lowered(usual_class(ticket.client, policy))
+            highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
+            self.gateway.reprioritise(call, max(highest, priority))
 
 
 # ==== 38. Background ==============================================================================
@@ -9996,8 +10005,8 @@ class Preloader:
                         run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
-KEEP_SECONDS = 60.0
-USAGE_DAYS, MEMORY_DAYS = 400, 7  # that what was used is kept, and without a state file
+KEEP_SECONDS = 60.0  # between two writes: a crash of llmq loses what was used since
+USAGE_DAYS, MEMORY_DAYS = 400, 7  # of usage in the state file, and in memory without one
 ADD_USAGE = """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (day, client, model) DO UPDATE SET requests = requests + excluded.requests,
     hits = hits + excluded.hits, tokens_in = tokens_in + excluded.tokens_in,
@@ -10006,31 +10015,36 @@ KEEP_ANSWER = "REPLACE INTO answers (key, body, type, until) VALUES (?, ?, ?, ?)
 
 
 class Keeper:
-    """Has the store keep what was used, and answers where that is asked for; drops what is old."""
+    """Writes usage to the store, and answers where `cache.persist` says so; drops what is old."""
 
     def __init__(self, gateway: Gateway, batches: Batches) -> None:
         self.gateway, self.batches = gateway, batches
         self.store, self.cache = gateway.store, gateway.recall.cache
-        self.named: set[Names] = set()  # days, clients and models that are written by name
+        self.named: set[Names] = set()  # who of today has rows: days, clients and models
+
+    @property
+    def keeps_answers(self) -> bool:
+        return self.gateway.settings.cache.persist and bool(self.store.path)
 
     async def load(self) -> None:
-        """What an earlier llmq has kept: answers, and what was used today."""
+        """Take up what an earlier llmq has kept: what was used today, and answers."""
         limits, now = self.gateway.settings.cache, time.time()
         if self.store.is_open:
             day = day_of(int(now))
             sums = ", ".join(f"sum({name})" for name in USED)
             (row,) = await self.store.read(f"SELECT {sums} FROM usage WHERE day = ?", day)
             self.gateway.journal.days[day,] = [one or 0 for one in row]
-        self.cache.noting = limits.persist and bool(self.store.path)
+        self.cache.noting = self.keeps_answers
         if self.cache.noting and self.store.is_open:
             sql = "SELECT key, body, type, until FROM answers WHERE until > ? ORDER BY until"
             for key, *answer in await self.store.read(sql, now):
                 self.cache.put(key, Answer(*answer), limits.max_bytes)
-            changed = self.cache.changed.items()  # what there is no room for is to leave the file
+            changed = self.cache.changed.items()  # those without room have to leave the file
             self.cache.changed = {key: answer for key, answer in changed if answer is None}
             await self.store.write(("DELETE FROM answers WHERE until <= ?", (now,)))
 
     async def step(self) -> None:
+        """Write what is new and let go of what is old, in memory and in the file."""
         limits, journal = self.gateway.settings.cache, self.gateway.journal
         journal.flush()
         day = (day_of(int(time.time())),)
@@ -10040,7 +10054,7 @@ class Keeper:
             journal.used = {who: one for who, one in journal.used.items() if who[0] >= oldest}
         self.cache.expire(time.time())
         self.cache.fit(limits.max_bytes if limits.embeddings or limits.chat else 0)
-        self.cache.noting = limits.persist and bool(self.store.path)
+        self.cache.noting = self.keeps_answers
         ttl = self.gateway.settings.jobs.result_ttl
         try:
             if self.store.path:
@@ -10053,15 +10067,16 @@ class Keeper:
             log.warning("state: %s; it is tried again", error)
 
     async def keep_usage(self) -> None:
+        """Add what was used to the rows of the file; to what is in memory where that fails."""
         journal, day = self.gateway.journal, day_of(int(time.time()))
         self.named = {who for who in self.named if who[0] == day}
         used, journal.used = journal.used, {}
-        rows: dict[Names, list[float]] = {}
-        for who, facts in used.items():  # liars may call themselves something else each time
+        rows: Usage = {}
+        for who, amounts in used.items():  # a client may call itself something else each time
             known = who in self.named or len(self.named) < MOST_USED
             named = who if known else (who[0], OTHER, OTHER)
             self.named.add(named)
-            merge_usage(rows, {named: facts})
+            merge_usage(rows, {named: amounts})
         oldest = first_day(time.time(), USAGE_DAYS)
         try:
             if rows:
@@ -10072,6 +10087,7 @@ class Keeper:
             raise
 
     async def keep_answers(self) -> None:
+        """Write the answers that are new, and drop those that have gone."""
         changed, self.cache.changed = self.cache.changed, {}
         new = [(key, *answer) for key, answer in changed.items() if answer is not None]
         old = [(key,) for key, answer in changed.items() if answer is None]
@@ -10086,15 +10102,14 @@ class Keeper:
             raise
 
     async def usage(self, days: int) -> list[Facts]:
-        """What was used in the last days, this one among them, by day, client and model."""
-        self.gateway.journal.flush()
-        first = first_day(time.time(), days)
-        used: dict[Names, list[float]] = {}
-        new = {who: list(facts) for who, facts in self.gateway.journal.used.items()}
-        # The latest and the greatest have their names, if there are too many.
+        """What was used in the last days, today among them: a row for each client and model."""
+        journal, first = self.gateway.journal, first_day(time.time(), days)
+        journal.flush()
+        # A copy: while the rows are read, the original may be written and be among the next ones.
+        used = {who: list(amounts) for who, amounts in journal.used.items()}
+        # The latest and the greatest first: where there are too many, these keep their names.
         sql = "SELECT * FROM usage WHERE day >= ? ORDER BY day DESC, requests DESC"
         rows = await self.store.read(sql, first)
-        merge_usage(used, new)  # as it was before: meanwhile it may have been written
 
         def merge() -> None:
             for row in rows:
@@ -10102,10 +10117,10 @@ class Keeper:
 
         await beside(merge, heavy=len(rows) > 1000)
         names = ("day", "client", "model", *USED)
-        recent = {who: facts for who, facts in sorted(used.items()) if who[0] >= first}
         return [
-            dict(zip(names, (*who, *facts[:-1], round(facts[-1], 3))))
-            for who, facts in recent.items()
+            dict(zip(names, (*who, *amounts[:-1], round(amounts[-1], 3))))
+            for who, amounts in sorted(used.items())
+            if who[0] >= first
         ]
 
 
@@ -10875,7 +10890,7 @@ class JobRoutes:
     """Answers what is asked of jobs, files and batches."""
 
     gateway: Gateway
-    runner: Runner
+    runner: JobRunner
     batches: Batches
 
     def may_steer(self, exchange: Exchange) -> bool:
@@ -12424,7 +12439,7 @@ class Service:
         self.store = Store("" if self.demo else self.settings.server.state)
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic, self.store)
         self.changes = Changes(self.gateway)
-        self.runner = Runner(self.gateway)
+        self.runner = JobRunner(self.gateway)
         self.batches = Batches(self.gateway.jobs, self.runner)
         self.runner.on_end = [self.batches.line_ended, self.tell_job]
         self.keeper = Keeper(self.gateway, self.batches)
@@ -13153,6 +13168,7 @@ def cmd_models(options: argparse.Namespace) -> None:
 
 
 def cmd_jobs(options: argparse.Namespace) -> None:
+    """Show the jobs that are kept: everybody's, or those of the key that asks."""
     query = "" if options.mine else "?all=1"
     jobs = asked(options)[1](("GET", f"/v1/jobs{query}", None))["data"]
     if options.json:
@@ -13166,28 +13182,35 @@ def cmd_jobs(options: argparse.Namespace) -> None:
     show_rows(JOBS, rows, "none")
 
 
-def cmd_job(options: argparse.Namespace) -> int:
-    """Show, print or cancel one job; 1 where there is no result yet."""
-    path, ask = f"/v1/jobs/{quote(options.id, safe='')}", asked(options)[1]
-    if options.command == "result":
-        status, body = ask(("GET", f"{path}/result", None), raw=True)
-        text = body.decode("utf-8", "replace")
-        if status == HTTPStatus.ACCEPTED:
-            say(f"job {options.id} is {json.loads(text)['status']}", error=True)
-            return 1
-        say(text)
-        return 0
-    job = ask(("DELETE" if options.command == "cancel" else "GET", path, None))
-    if options.json:
-        say(json.dumps(job, indent=2))
-    else:
-        for name, value in job.items():
-            shown = stamp(value) if name.endswith("_at") and value else value
-            say(printable(f"{name:<13} {'-' if shown is None else shown}", 1000))
+def job_path(options: argparse.Namespace) -> str:
+    return f"/v1/jobs/{quote(options.id, safe='')}"
+
+
+def cmd_result(options: argparse.Namespace) -> int:
+    """Print what a job was answered with; 1 where it has not ended."""
+    status, body = asked(options)[1](("GET", f"{job_path(options)}/result", None), raw=True)
+    text = body.decode("utf-8", "replace")
+    if status == HTTPStatus.ACCEPTED:
+        say(f"job {options.id} is {json.loads(text)['status']}", error=True)
+        return 1
+    say(text)
     return 0
 
 
+def cmd_job(options: argparse.Namespace) -> None:
+    """Show or cancel one job."""
+    method = "DELETE" if options.command == "cancel" else "GET"
+    job = asked(options)[1]((method, job_path(options), None))
+    if options.json:
+        say(json.dumps(job, indent=2))
+        return
+    for name, value in job.items():
+        shown = stamp(value) if name.endswith("_at") and value else value
+        say(printable(f"{name:<13} {'-' if shown is None else shown}", 1000))
+
+
 def cmd_usage(options: argparse.Namespace) -> None:
+    """Show what was used, a row for each day, client and model."""
     rows = asked(options)[1](("GET", f"/llmq/usage?days={options.days}", None))["usage"]
     if options.json:
         say(json.dumps(rows, indent=2))
@@ -13303,7 +13326,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "run": cmd_run,
     "models": cmd_models,
     "jobs": cmd_jobs,
-    **dict.fromkeys(ABOUT_JOB, cmd_job),
+    "job": cmd_job,
+    "result": cmd_result,
+    "cancel": cmd_job,
     "usage": cmd_usage,
     "config": cmd_config,
 }

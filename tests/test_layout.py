@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 14020  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 14000  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 145,
@@ -46,7 +46,7 @@ BUDGET = {
     "Identity": 370,
     "Backends": 435,
     "Fair share": 215,
-    "Fleet": 295,
+    "Fleet": 290,
     "Scheduler": 535,
     "Forecast": 220,
     "Cache": 100,
@@ -59,11 +59,11 @@ BUDGET = {
     "Translation": 575,
     "Streams": 290,
     "Replies": 410,
-    "Server": 370,
+    "Server": 365,
     "Upstream": 270,
     "Probes": 315,
-    "Calls": 440,
-    "Records": 250,
+    "Calls": 435,
+    "Records": 245,
     "Store": 170,
     "Recall": 150,
     "Jobs": 260,
@@ -77,15 +77,15 @@ BUDGET = {
     "Background": 245,
     "Webhooks": 195,
     "Access": 170,
-    "Snapshot": 235,
+    "Snapshot": 230,
     "Job routes": 315,
     "Handlers": 375,
     "Routes": 270,
     "Demo": 55,
     "Terminal view": 465,
     "Service": 465,
-    "Configuration": 100,
-    "Command line": 535,
+    "Configuration": 95,
+    "Command line": 545,
     "Web page": 575,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
