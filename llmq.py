@@ -7871,13 +7871,13 @@ class Store:
                     return []
                 os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._database = sqlite3.connect(
-                    self.path, timeout=0, isolation_level=None, cached_statements=0
-                )  # a cached one would keep what it was last given: a whole file
+                # No cached statements: one keeps the values it had last, which may be a whole file.
+                how: Any = {"timeout": 0, "isolation_level": None, "cached_statements": 0}
+                self._database = sqlite3.connect(self.path, **how)
                 self._open()
             return self._transact(statements, safe=safe)
         except (OSError, sqlite3.Error) as error:
-            self._close()  # which undoes what was begun
+            self._close()  # which undoes what had begun
             why = str(error).replace("database is locked", "another llmq has it")
             if type(error) is sqlite3.DatabaseError:  # it is broken
                 why += ", set aside as " + self._set_aside()
@@ -10199,11 +10199,11 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
 HOOK_SECONDS = 5.0  # for a service to answer
-HOOK_TRIES = (0.0, 1.0, 4.0)  # seconds before each
+HOOK_TRIES = (0.0, 1.0, 4.0)  # seconds before each attempt to post an event
 HOOK_QUEUE = 100  # events that wait for one service; more are lost, and counted
-HIGH_WATERMARK, LOW_WATERMARK = 0.8, 0.6  # of a limit: where it is told, and may be told again
-BUSY_QUEUE = 10  # that waited, so that the end of it is worth telling
-FULL_SECONDS = 10.0  # without a refusal, until the next one is told again
+HIGH_WATERMARK, LOW_WATERMARK = 0.8, 0.6  # of a limit: above is told, once it was below again
+BUSY_QUEUE = 10  # requests: when so many have waited, it is told that none does any more
+FULL_SECONDS = 10.0  # without a refusal, after which the next one is told
 
 
 class Watch:
@@ -10264,6 +10264,7 @@ class Postman:
         return not self._events.unfinished_tasks
 
     def give(self, body: bytes) -> None:
+        """Let an event wait to be posted; it is lost where too many do."""
         try:
             self._events.put_nowait(body)
         except queue.Full:
@@ -10272,7 +10273,7 @@ class Postman:
                 log.warning("webhook %s: events are lost, it takes them too slowly", self.name)
 
     def close(self) -> None:
-        """What still waits for it is not sent."""
+        """End the thread; events that still wait are not posted."""
         self.closed.set()
         with contextlib.suppress(queue.Full):  # then its thread does not wait for one
             self._events.put_nowait(None)
@@ -10348,7 +10349,7 @@ class Webhooks:
             self.send(gateway.journal.events.popleft())
 
     def look(self) -> Iterator[tuple[str, Facts]]:
-        """What has happened since the last look."""
+        """What has happened since the last look: the name of each event, and what is told of it."""
         gateway, watch, scheduler = self.gateway, self.watch, self.gateway.scheduler
         most, scheduler.most_waiting = scheduler.most_waiting, len(scheduler.waiting)
         waiting, limits = len(scheduler.waiting), scheduler.limits
@@ -10369,6 +10370,7 @@ class Webhooks:
             yield event, {"host": name, "error": backends[name].error}
 
     def send(self, facts: Facts) -> None:
+        """Hand an event to each service that wants such."""
         body = render_json(facts)
         for name, row in self.gateway.settings.webhooks.items():
             if not row.events or facts["event"] in row.events:
