@@ -39,6 +39,8 @@ from tests.fakes import (
 from tests.real import peers
 from tests.real.drivers import Driver, Jobs
 from tests.real.peers import Missing
+from tests.test_jobs import refusals
+from tests.test_keys import reload_with
 
 CHAT = "/v1/chat/completions"
 MIB = 1024 * 1024
@@ -971,6 +973,23 @@ async def test_a_full_store_is_507(tmp_path: Path) -> None:
         assert (await get(q.port, "/v1/batches"))["data"] == []
 
 
+async def test_uploads_at_once_fill_no_more_than_all_may(tmp_path: Path) -> None:
+    most = 512 * 1024
+    async with serving(tmp_path, jobs__max_bytes=most) as q:
+        answers = await asyncio.gather(*[post_file(q.port, b"x" * 200 * 1024) for _ in range(8)])
+        assert sorted(answer.status for answer in answers) == [200] * 2 + [507] * 6
+        assert sum(row[0] for row in await q.gateway.store.read(llmq.FILLED)) <= most
+
+
+async def test_a_batch_for_which_there_was_no_room_is_not_there(tmp_path: Path) -> None:
+    async with serving(tmp_path, jobs__max_bytes=400_000) as q:
+        file = await upload(q.port, jsonl(*[row(f"l{one}", "x" * 900) for one in range(150)]))
+        answers = await asyncio.gather(*[post_batch(q.port, file) for _ in range(4)])
+        assert sorted(answer.status for answer in answers) == [200] + [507] * 3
+        (kept,) = (await get(q.port, "/v1/batches"))["data"]
+        assert q.service.batches.open == {kept["id"]}
+
+
 async def test_without_a_state_file_there_are_no_batches() -> None:
     async with running() as q:
         answer = await post_file(q.port, named("a"))
@@ -1218,6 +1237,32 @@ async def test_lines_that_could_not_be_looked_up_once_run_all_the_same(
     assert "another llmq has it" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("limit", "most"), [({"rate": "2/h"}, 2), ({"tokens_per_day": 3}, 4)], ids=["rate", "budget"]
+)
+async def test_lines_wait_for_what_their_key_may_have_and_none_is_lost(
+    limit: Any, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "JOB_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(llmq, "FED", 2)
+    texts_ = [f"line-{number}" for number in range(8)]
+    async with at_work(tmp_path, auto=False, keys=keyed(alice=limit)) as (q, fake):
+        alice, refused = key("alice"), refusals(q, monkeypatch)
+        batch = await begin(q.port, named(*texts_), alice)
+        while len(refused) < 3:
+            if fake.has_arrived():
+                await answer_all(fake)
+            await turns()
+        assert 0 < len(fake.requests) <= most  # those that were fed already may run
+        now = await get(q.port, f"/v1/batches/{batch['id']}", alice)
+        assert (now["status"], now["request_counts"]["failed"]) == ("in_progress", 0)
+        reload_with(q, keys=keyed(alice={}))
+        while (now := await get(q.port, f"/v1/batches/{batch['id']}", alice))["status"] not in ENDS:
+            pass
+        assert now["request_counts"] == {"total": 8, "completed": 8, "failed": 0}
+        assert len(fake.requests) == 8
+
+
 # ---- Its end before its time ---------------------------------------------------------------------
 
 
@@ -1282,6 +1327,18 @@ async def test_a_batch_of_which_nothing_began_can_be_cancelled(tmp_path: Path) -
         batch = await ended(q.port, batch["id"])
         files = [batch["output_file_id"], batch["error_file_id"]]
         assert (batch["status"], files) == ("cancelled", [None, None])
+
+
+async def test_of_a_cancelled_batch_no_body_and_no_header_field_is_kept(tmp_path: Path) -> None:
+    async with at_work(tmp_path, auto=False) as (q, fake):
+        sql = "SELECT DISTINCT body, headers FROM jobs"
+        batch = await begin(q.port, named("a", "b"))
+        request = await fake.arrived()
+        assert "application/json" in str(await q.gateway.store.read(sql))
+        await ask(q.port, "POST", f"/v1/batches/{batch['id']}/cancel")
+        await request.left()
+        await ended(q.port, batch["id"])
+        assert await q.gateway.store.read(sql) == [(None, "{}")]
 
 
 @pytest.mark.parametrize("state", ["failed", "completed"])
@@ -1442,6 +1499,19 @@ async def test_an_output_whose_client_leaves_is_read_no_further(
         await eventually(lambda: len(connections(q)) == 0)
         assert reads.count < PIECES * 3 // 4
         assert (await ask(q.port, "GET", "/health")).status == 200
+
+
+async def test_an_output_that_is_let_go_while_it_is_read_does_not_seem_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Talker() as fake, serving(tmp_path, fake.url) as q:
+        reads = Reads(monkeypatch, q)
+        raw, size = await slow_reader(q)
+        await reads.waits.wait()
+        await q.service.batches.expire(time.time() + 1)
+        answer = await raw.response()
+        assert (answer.status, answer.clean) == (200, False)
+        assert len(answer.body) < size
 
 
 def connections(q: running) -> list[Any]:

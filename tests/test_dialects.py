@@ -1015,7 +1015,8 @@ def test_long_line_in_many_pieces_takes_time_that_grows_with_its_size(start, tak
             times.append(time.thread_time() - began)
         return min(times)
 
-    assert spent(6_400_000) < 24 * spent(800_000), "8 times as long; 64 times would be quadratic"
+    # 27 times was seen: the longer one has its memory mapped anew.
+    assert spent(6_400_000) < 40 * spent(800_000), "8 times as long; 64 times would be quadratic"
 
 
 @each_name

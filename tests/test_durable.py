@@ -506,6 +506,16 @@ async def test_a_file_that_has_all_bytes_it_may_is_507(state: Path) -> None:
         assert (await q.chat("x" * 50_000, ASYNC)).status == 202
 
 
+async def test_jobs_that_come_at_once_fill_no_more_than_all_may(state: Path) -> None:
+    async with FakeBackend() as fake, serving(state, fake, jobs__max_bytes=300_000) as q:
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        answers = await asyncio.gather(*[q.chat("x" * 120_000, ASYNC) for _ in range(6)])
+        assert sorted(answer.status for answer in answers) == [202] * 2 + [507] * 4
+        for answer in answers:
+            if answer.status == 202:
+                await cancel(q, answer.json()["id"])
+
+
 # ---- Files of others -------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from tests.fakes import (
     ask,
     chat,
     eventually,
+    free_port,
     http,
     run_llmq,
     running,
@@ -30,6 +31,7 @@ from tests.test_keys import EVIL, bearer, keys
 
 CHAT = "/v1/chat/completions"
 ASYNC = {"Prefer": "respond-async"}
+JSON = {"Content-Type": "application/json"}
 OPEN = ("queued", "running")
 Headers = dict[str, str]
 
@@ -214,6 +216,35 @@ async def test_what_is_wrong_with_a_request_is_told_at_once(state: Path) -> None
         assert not is_there(state)
 
 
+async def test_half_a_character_in_the_name_of_a_model_harms_nobody(state: Path) -> None:
+    body = json.dumps(chat("hi", model="\ud800")).encode()
+    async with FakeBackend() as fake, serving(state, fake) as q:
+        await told(q)
+        answer = await ask(q.port, "POST", CHAT, body=body, headers={**JSON, **ASYNC})
+        assert answer.status == 404
+    async with running("http://127.0.0.1:9", server__state=str(state)) as q:  # may have it
+        answer = await ask(q.port, "POST", CHAT, body=body, headers={**JSON, **ASYNC})
+        assert answer.status == 202
+        assert (await look(q, answer.json()["id"]))["status"] == "queued"
+        assert (await cancel(q, answer.json()["id"])).status == 200
+
+
+class Accepts(FakeBackend):
+    """A runner that keeps what it is asked for later, as some do for videos."""
+
+    async def _answer(self, request: FakeRequest) -> None:
+        await request.status(202, {"id": "its own"})
+
+
+async def test_what_a_runner_accepts_for_later_is_no_job_and_has_its_record() -> None:
+    async with Accepts() as fake, running(fake.url, server__allow_all_routes=True) as q:
+        await told(q)
+        answer = await ask(q.port, "POST", "/v1/videos", json={"model": "m"})
+        assert (answer.status, answer.json()) == (202, {"id": "its own"})
+        (record,) = (await q.status())["recent"]
+        assert (record["status"], record["outcome"]) == (202, "done")
+
+
 # ---- What comes of it ------------------------------------------------------------------------
 
 ALSO_NATIVE = (
@@ -376,6 +407,55 @@ async def test_a_place_is_told_as_it_is_from_outside(state: Path) -> None:
         assert (await ask(q.port, "GET", answer.headers["location"])).status == 200
 
 
+async def test_a_place_is_told_as_it_is_from_outside_of_a_port(state: Path) -> None:
+    port = free_port()
+    settings: Any = {"server__base_path": "/llm", "ports": {str(port): {}}}
+    async with FakeBackend() as fake, serving(state, fake, **settings):
+        answer = await ask(port, "POST", CHAT, json=chat("hi"), headers=ASYNC)
+        assert answer.status == 202
+        place = answer.headers["location"]
+        assert place in answer.json()["message"]
+        assert (await ask(port, "GET", place)).json()["id"] == answer.json()["id"]
+
+
+async def test_zeros_before_a_limit_change_nothing(state: Path) -> None:
+    async with FakeBackend() as fake, serving(state, fake) as q:
+        idents = [await submit(q, "hi") for _ in range(2)]
+        for limit in ("1", "0001", "0000000000001"):
+            assert await listed(q, f"?limit={limit}") == idents[1:]
+        assert await listed(q, "?limit=0000000000002") == idents[::-1]
+        assert (await ask(q.port, "GET", "/v1/jobs?limit=0000")).status == 400
+
+
+async def test_a_query_is_in_no_line_of_the_log(
+    state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "llmq")
+    async with FakeBackend() as fake, serving(state, fake) as q:
+        path = f"{CHAT}?api_key=sesame"
+        answer = await ask(q.port, "POST", path, json=chat("hi"), headers=ASYNC)
+        await reached(q, answer.json()["id"], "succeeded")
+    assert any(one.message.endswith(f"is kept: {CHAT}") for one in caplog.records)
+    assert "sesame" not in caplog.text
+
+
+async def test_header_fields_are_kept_no_longer_than_a_job_takes(state: Path) -> None:
+    async with FakeBackend(auto=False) as fake:
+        rows = {"one": {"url": fake.url, "relay_headers": ["x-secret"]}}
+        async with serving(state, backends=rows) as q:
+            secret = {"X-Secret": "sesame"}
+            idents = [await submit(q, "hi", secret) for _ in range(3)]
+            request = await fake.arrived()
+            assert request.headers["x-secret"] == "sesame"
+            await request.answer("hi")
+            await reached(q, idents[0], "succeeded")
+            await (await fake.arrived()).status(422, {"error": {"message": "no"}})
+            await reached(q, idents[1], "failed")
+            await cancel(q, idents[2])
+            rows_kept = await q.gateway.store.read("SELECT headers FROM jobs")
+            assert rows_kept == [("{}",)] * 3
+
+
 # ---- Failures --------------------------------------------------------------------------------
 
 
@@ -506,6 +586,21 @@ async def test_an_answer_that_is_too_long_to_be_kept_has_failed_and_says_so(
         later = await result(q, ident)
         assert later.status >= 500
         assert "too long" in later.json()["error"]["message"]
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_stream_that_broke_off_is_no_good_result(state: Path) -> None:
+    settings: Any = {"queue__max_attempts": 1, "jobs__max_attempts": 1}
+    async with FakeBackend(auto=False) as fake, serving(state, fake, **settings) as q:
+        ident = await submit(q, "hi", stream=True)
+        request = await fake.arrived()
+        await request.start_stream()
+        await request.piece("half")
+        request.reset()
+        await reached(q, ident, "failed")
+        later = await result(q, ident)
+        assert later.status == 502
+        assert b"half" in later.body
 
 
 async def test_a_fault_of_llmq_fails_the_job_that_meets_it(
@@ -815,6 +910,53 @@ async def test_sync_requests_go_before_jobs(state: Path) -> None:
         assert (await now).status == 200
 
 
+async def test_a_job_stays_of_its_class_when_its_clients_class_is_changed(state: Path) -> None:
+    async with FakeBackend() as fake, serving(state, fake) as q:
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        ident = await submit(q, "hi", user("ann"))
+        await held(q, 1)
+        now = asyncio.ensure_future(q.chat("now", user("ann")))
+        await held(q, 2)
+        await ask(q.port, "POST", "/llmq/clients/user:ann", json={"class": "high"})
+        words = {one.id: one.priority.word for one in q.gateway.scheduler.waiting.values()}
+        assert words.pop(ident) == (await look(q, ident))["class"] == "low"
+        assert list(words.values()) == ["high"]
+        q.gateway.set_mode(llmq.Mode.OPEN)
+        await now
+        await reached(q, ident, "succeeded")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("whose", ["all", "client", "key"])
+async def test_jobs_leave_half_of_those_who_may_wait_to_who_waits_for_an_answer(
+    whose: str, state: Path
+) -> None:
+    rows = keys(alice={"max_waiting": 6 if whose == "key" else 0})
+    settings: Any = {
+        "all": {"queue__max_depth": 6},
+        "client": {"clients": {"alice/eve": {"max_waiting": 6}}},
+        "key": {},
+    }
+    async with FakeBackend() as fake, serving(state, fake, keys=rows, **settings[whose]) as q:
+        alice = bearer(rows["alice"]["key"])
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        names = ["eve"] * 8 if whose == "client" else [f"u{number}" for number in range(8)]
+        idents = [await submit(q, "hi", {**alice, **user(name)}) for name in names]
+        recent = q.gateway.journal.recent
+        await eventually(lambda: [one.outcome for one in recent].count("queue_full") > 3)
+        assert len(q.gateway.scheduler.waiting) == 3
+        desks = ["eve"] * 3 if whose == "client" else ["x", "y", "z"]
+        asked = [asyncio.ensure_future(q.chat("now", {**alice, **user(one)})) for one in desks]
+        await held(q, 6)
+        assert (await q.chat("now", {**alice, **user(desks[0])})).status == 429
+        q.gateway.set_mode(llmq.Mode.OPEN)
+        assert [(await one).status for one in asked] == [200] * 3
+        for ident in idents:
+            while (await look(q, ident, alice))["status"] in OPEN:
+                pass
+            assert (await look(q, ident, alice))["status"] == "succeeded"
+
+
 # ---- Whose it is -----------------------------------------------------------------------------
 
 AWAY = {"X-Forwarded-For": "192.0.2.7"}  # not this box, to who trusts this box as a proxy
@@ -868,6 +1010,26 @@ async def test_without_keys_a_job_is_its_names_and_on_this_box_everybodys(state:
         assert (await cancel(q, ident)).status == 200
 
 
+@pytest.mark.parametrize("rights", [["infer"], ["infer", "control"]])
+async def test_a_port_without_the_right_to_control_sees_its_own_jobs_alone(
+    rights: list[str], state: Path
+) -> None:
+    port = free_port()
+    ports = {str(port): {"client": "guest", "rights": rights}}
+    async with FakeBackend() as fake, serving(state, fake, ports=ports) as q:
+        ident = await submit(q, "secret words", user("ann"))
+        await reached(q, ident, "succeeded")
+        answer = await ask(port, "POST", CHAT, json=chat("hi"), headers=ASYNC)
+        own = answer.json()["id"]
+        while (await ask(port, "GET", f"/v1/jobs/{own}/result")).status != 200:
+            pass
+        assert [row["id"] for row in (await ask(port, "GET", "/v1/jobs")).json()["data"]] == [own]
+        paths = ("?all=1", f"/{ident}", f"/{ident}/result")
+        seen = [(await ask(port, "GET", f"/v1/jobs{path}")).status for path in paths]
+        seen.append((await ask(port, "DELETE", f"/v1/jobs/{ident}")).status)
+        assert seen == ([200, 200, 200, 409] if "control" in rights else [403, 404, 404, 404])
+
+
 async def test_a_page_from_elsewhere_sees_no_job_and_makes_none(state: Path) -> None:
     async with FakeBackend() as fake, serving(state, fake) as q:
         for headers, more in ((ASYNC, {}), ({}, {"router": {"mode": "async"}})):
@@ -917,6 +1079,46 @@ async def test_a_jobs_tokens_count_for_the_budget_of_its_key_once_it_has_run(sta
         await eventually(lambda: account.tokens)
         assert account.tokens == 5
         assert (await q.chat("hi", {**ASYNC, **alice})).status == 429
+
+
+@pytest.mark.usefixtures("soon")
+async def test_jobs_wait_while_the_budget_of_their_key_is_spent_and_none_is_lost(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "FED", 2)
+    rows = keys(alice={"tokens_per_day": 5})
+    async with FakeBackend() as fake, serving(state, fake, keys=rows) as q:
+        alice = bearer(rows["alice"]["key"])
+        fake.hold()
+        idents = [await submit(q, "one two three four", alice) for _ in range(8)]
+        await held(q, 1)
+        refused = refusals(q, monkeypatch)
+        fake.release()
+        await eventually(lambda: len(refused) > 3)
+        assert len(fake.requests) <= 4  # those that were fed already
+        assert (await look(q, idents[-1], alice))["status"] == "queued"
+        assert (await look(q, idents[-1], alice))["attempts"] == 0
+        await reloaded(q, keys=keys(alice={}))
+        for ident in idents:
+            while (facts := await look(q, ident, alice))["status"] in OPEN:
+                pass
+            assert (facts["status"], facts["attempts"]) == ("succeeded", 1)
+        assert len(fake.requests) == 8
+
+
+def refusals(q: running, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The accounts whose jobs may not run now, as often as it is found."""
+    meter, refused = q.service.runner.meter, []
+
+    def metered(account: Any, *, counts: bool) -> None:
+        try:
+            meter(account, counts=counts)
+        except llmq.LlmqError:
+            refused.append(account.name)
+            raise
+
+    monkeypatch.setattr(q.service.runner, "meter", metered)
+    return refused
 
 
 async def test_who_is_blocked_gives_no_job_and_those_that_wait_have_failed(state: Path) -> None:
@@ -971,6 +1173,23 @@ async def test_a_job_whose_key_was_taken_away_has_failed(
                 for ident in idents:
                     await fails(q, ident)
                 assert fake.requests == []
+
+
+async def test_a_job_whose_key_may_ask_nothing_any_more_has_failed(state: Path) -> None:
+    rows = keys(alice={}, bob={"rights": ["infer", "control"]})
+    async with FakeBackend() as fake:
+        async with serving(state, fake, keys=rows) as q:
+            q.gateway.set_mode(llmq.Mode.PAUSED)
+            ident = await submit(q, "hi", bearer(rows["alice"]["key"]))
+        rows["alice"]["rights"] = ["control"]
+        async with serving(state, fake, keys=rows) as q:
+            bob = bearer(rows["bob"]["key"])
+            while (facts := await look(q, ident, bob))["status"] in OPEN:
+                pass
+            assert facts["status"] == "failed"
+            assert "no right to this: infer" in facts["error"]
+            assert (await result(q, ident, bob)).status == 403
+            assert fake.requests == []
 
 
 # ---- Stopping --------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+import llmq
 from tests.fake_ollama import arrival, ended, open_stream, post, refuse, whole
-from tests.fakes import Answer, Raw, ask, eventually, running
+from tests.fakes import Answer, FakeBackend, Raw, ask, eventually, running
 from tests.test_cache import EMBED, asked, by_hand, document, embed, how
+from tests.test_jobs import held as waits
+from tests.test_keys import bearer, keys
 
 LEAVING = {"closes": Raw.close, "half-closes": Raw.fin, "resets": Raw.rst}
 each_way = pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING.keys())
@@ -194,6 +197,72 @@ async def test_run_that_fails_after_signs_of_life_tells_all_its_twins() -> None:
         for client in clients[1:]:
             answer = await client.response()
             assert answer.json()["error"]["message"] == "out of tune"
+
+
+async def test_who_may_start_does_not_wait_for_one_who_has_all_that_its_key_may() -> None:
+    rows = keys(alice={"max_concurrent": 1}, bob={})
+    alice, bob = (bearer(rows[name]["key"]) for name in ("alice", "bob"))
+    async with FakeBackend(auto=False) as runner:
+        async with running(runner.url, keys=rows, queue__slots=2) as q:
+            backends = q.gateway.fleet.backends.values()
+            await eventually(lambda: all(one.usable for one in backends))
+            long = post(q, EMBED, embed("long"), alice)
+            first = await arrival(long, runner)
+            same = post(q, EMBED, embed("same"), alice)
+            await waits(q, 1)
+            other = post(q, EMBED, embed("same"), bob)  # a slot is free
+            second = await arrival(other, runner)
+            await whole(second, document(EMBED, "2"))
+            assert how(await other) == "MISS"
+            await whole(first, document(EMBED, "1"))
+            await whole(await arrival(same, runner), document(EMBED, "3"))
+            assert (await long).status == (await same).status == 200
+
+
+async def test_one_that_may_wait_less_ends_alone_and_not_with_whom_it_could_have_joined() -> None:
+    async with by_hand(queue__max_wait_high=0.05) as (runner, q):
+        q.gateway.set_mode(llmq.Mode.PAUSED)
+        patient = post(q, EMBED, embed(), {"X-Queue-Priority": "low"})
+        await waits(q, 1)
+        urgent = post(q, EMBED, embed(), {"X-Queue-Priority": "high"})
+        assert (await urgent).code == "wait_timeout"
+        assert not patient.done()
+        q.gateway.set_mode(llmq.Mode.OPEN)
+        await whole(await arrival(patient, runner), document(EMBED, "1"))
+        assert how(await patient) == "MISS"
+
+
+async def test_who_has_joined_a_run_is_blocked_as_if_it_were_its_own() -> None:
+    async with by_hand() as (runner, q):
+        first = post(q, EMBED, embed(), {"X-User-ID": "bob"})
+        held = await arrival(first, runner)
+        joins = post(q, EMBED, embed(), {"X-User-ID": "eve"})
+        await there(q, 1, 1)
+        await ask(q.port, "POST", "/llmq/clients/user:eve", json={"blocked": True})
+        assert (await joins).status == 403  # now, not when the run ends
+        await there(q, 1, 0)
+        await whole(held, document(EMBED, "1"))
+        assert how(await first) == "MISS"
+
+
+@pytest.mark.parametrize("settings", [{}, SOON], ids=["silent", "told to wait"])
+async def test_who_has_joined_a_run_is_cancelled_by_its_own_id(settings: Any) -> None:
+    async with by_hand(**settings) as (runner, q):
+        first, joins = await twins(q, 2, embed())
+        held = await runner.arrived()
+        (ident,) = q.gateway.recall.joined
+        if settings:
+            assert (await joins.head()).headers["x-llmq-id"] == ident
+        assert (await ask(q.port, "DELETE", f"/llmq/requests/{ident}")).status == 200
+        answer = await joins.response()
+        assert answer.status == (200 if settings else 499)
+        assert "cancelled" in answer.json()["error"]["message"]
+        assert (await ask(q.port, "DELETE", f"/llmq/requests/{ident}")).status == 404
+        await there(q, 1, 0)
+        await whole(held, document(EMBED, "7"))
+        assert (await first.response()).json() == document(EMBED, "7")
+        recent = await ended(q, 2)
+        assert {one["id"]: one["outcome"] for one in recent}[ident] == "cancelled"
 
 
 async def test_hits_misses_and_joined_ones_are_counted_and_told(

@@ -573,6 +573,26 @@ async def test_days_are_those_of_the_calendar_however_long(
         assert [row["day"] for row in await usage(q.port, "?days=2")] == days
 
 
+async def test_of_more_than_can_be_shown_the_latest_days_and_who_asked_most_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmq, "MOST_USED", 20)
+    state = {"server__state": str(tmp_path / "state.db")}
+    async with FakeBackend() as fake, running(fake.url, **state) as q:
+        days = [llmq.day_of(int(time.time() - ago * 86400)) for ago in range(5)]
+        rows = [(day, f"user:{n}", "m", n + 1, 0, 1, 1, 0.1) for day in days for n in range(8)]
+        await q.gateway.store.write((llmq.ADD_USAGE, rows))
+        await told(q, "a b", "eve")
+        found = await usage(q.port, "?days=5")
+        assert sum(row["requests"] for row in found) == 5 * sum(range(1, 9)) + 1
+        names = {day: {row["client"] for row in found if row["day"] == day} for day in days}
+        everybody = {f"user:{n}" for n in range(8)}
+        assert names[days[0]] == {*everybody, "user:eve"}
+        assert names[days[1]] == everybody
+        assert names[days[2]] == {"user:7", "user:6", "user:5", "other"}
+        assert names[days[3]] == names[days[4]] == {"other"}
+
+
 # ---- A store that fails ----------------------------------------------------------------------
 
 
