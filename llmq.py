@@ -1486,6 +1486,10 @@ class Account:
         self.left -= bool(most)
         return 0.0
 
+    def give_back(self) -> None:
+        """What one request has taken of the rate, where it comes again."""
+        self.left += self.left >= 0
+
     def note_tokens(self, tokens: int, day: str) -> None:
         self.tokens = self.tokens * (day == self.day) + tokens
         self.day = day
@@ -3413,23 +3417,25 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
 
 
 # ==== 13. Cache ===================================================================================
-# What was answered before.  A key tells apart all that can make an answer another: the route, each
-# member of the body, what is configured for the model, and which model it is.  Full of bytes, it
-# lets go of what was not asked for longest.
+# What was answered before.  Two requests have the same key where nothing could make their answers
+# differ: the route, each member of the body, what is configured for the model, and which model it
+# is.  When it is full it lets go of the answer that was asked for the longest time ago.
 
 ENTRY_BYTES = 350  # of memory that an answer takes besides its own
 UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
-MOST_OF_CACHE = 8  # one answer has at most this part of its bytes
+MOST_OF_CACHE = 8  # one answer takes at most an eighth of the bytes that all may have
 
 
 class Answer(NamedTuple):
+    """The body of an answer with status 200, and until when it is given again."""
+
     body: bytes
     type: str
-    until: float  # seconds since 1970: it is for all who start after a restart, too
+    until: float  # seconds since 1970: a restart does not begin them anew
 
 
 def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
-    """The key of what a body is answered with, where all that is `told` besides is the same."""
+    """The key of the answer to a body, SHA-256; `told` is what else could make it differ."""
     asked = {name: value for name, value in values.items() if name not in UNTELLING}
     parts = [
         hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else str(one) for one in told
@@ -3439,7 +3445,7 @@ def answer_key(values: Mapping[str, Any], *told: object) -> bytes:
 
 
 def is_settled(values: Mapping[str, Any], policy: ModelSettings, *, options: bool) -> bool:
-    """Whether a request for a chat says all of how it is answered: nothing is left to chance.
+    """Whether a chat asks for an answer without chance: at temperature 0, and without tools.
 
     What is configured for its model counts, and on Ollama's routes what is in its `options`.
     """
@@ -3447,9 +3453,9 @@ def is_settled(values: Mapping[str, Any], policy: ModelSettings, *, options: boo
     inner = [asked.get("options"), policy.set.get("options")]
     asked.update(policy.set)
     told = {name: one for each in inner if isinstance(each, dict) for name, one in each.items()}
-    heat = (told if options else asked).get("temperature")
-    cold = type(heat) in (int, float) and heat == 0
-    return cold and not (asked.get("tools") or asked.get("functions"))
+    temperature = (told if options else asked).get("temperature")
+    settled = type(temperature) in (int, float) and temperature == 0
+    return settled and not (asked.get("tools") or asked.get("functions"))
 
 
 GOOD_ENDS = {"stop", "end_turn", "stop_sequence"}
@@ -3470,10 +3476,11 @@ class Cache:
     def __init__(self) -> None:
         self.answers: OrderedDict[bytes, Answer] = OrderedDict()
         self.size = 0  # bytes
-        self.noting = False  # what changes is noted, for whoever keeps it on a disk
-        self.changed: dict[bytes, Answer | None] = {}  # None: it is gone
+        self.noting = False  # whether changes are noted, for whoever keeps them on a disk
+        self.changed: dict[bytes, Answer | None] = {}  # since they were kept; None: it is gone
 
     def get(self, key: bytes, now: float) -> Answer | None:
+        """The answer, unless it is too old: from now on the one that was asked for last."""
         answer = self.answers.get(key)
         if answer is None or answer.until <= now:
             return None
@@ -3493,11 +3500,12 @@ class Cache:
         self.fit(most)
 
     def fit(self, most: int) -> None:
-        """Have at most so many bytes."""
+        """Let go of the oldest until there are at most so many bytes."""
         while self.size > most:
             self.drop(next(iter(self.answers)))
 
     def drop(self, key: bytes) -> None:
+        """Let go of the answer, if there is one."""
         answer = self.answers.pop(key, None)
         if answer is not None:
             self.size -= len(answer.body) + ENTRY_BYTES
@@ -5729,9 +5737,6 @@ STREAM_LINES = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"  # or ngin
 NO_SNIFFING = "X-Content-Type-Options: nosniff\r\n"  # what is sent is never anything but its type
 
 
-MOST_KEPT = 64 * MIB  # of the answer of a job
-
-
 class Phase(enum.Enum):
     IDLE = "idle"  # between requests
     HEAD = "head"  # a part of one is here
@@ -5947,20 +5952,23 @@ class Nobody:
     read_body = catch_up = nothing
 
 
+MOST_KEPT = 64 * MIB  # of the answer of a job
+
+
 class Kept:
     """A Reply that is kept: the answer of a job, which nobody waits for."""
 
     blocked = False
 
-    def __init__(self, body: bytes, started: Callable[[], object]) -> None:
+    def __init__(self, body: bytes, begin: Callable[[], object]) -> None:
         self.waiter = Waiter()
         self.status, self.type = 0, ""
         self.body = body  # of the request
+        self.begin = begin  # called when a runner is asked
         self.gone = False  # it is not wanted any more
-        self._answer: list[bytes] = []
-        self.size = 0  # of what has come of it
-        self._head = (0, "")  # waits for the first bytes of its body
-        self._on_start = started  # told when a runner is asked
+        self.size = 0  # bytes that were sent
+        self._answer: list[bytes] = []  # in the pieces that have come
+        self._head = (0, "")  # status and type, until the first bytes of the body
         self._left: Callable[[], object] | None = None
 
     @property
@@ -5974,12 +5982,8 @@ class Kept:
     def watch(self, left: Callable[[], object] | None = None) -> None:
         self._left = left
 
-    def begin(self) -> None:
-        """A runner is asked."""
-        self._on_start()
-
     def leave(self) -> None:
-        """It is not wanted any more, as when a client leaves."""
+        """Nobody wants it any more, as when a client leaves."""
         self.gone = True
         self.waiter.wake()
         if self._left is not None:
@@ -6020,10 +6024,11 @@ class Kept:
 
 
 class Shared:
-    """A Reply to several clients that asked the same: one runs for all, each has its own answer.
+    """A Reply to several clients that asked the same: one call runs for all of them.
 
-    The first is answered as it would be alone.  The others wait in `join`, and are told by it what
-    the answer is; who leaves harms nobody, and the last who leaves ends the run.
+    The first client is answered as it would be alone.  The others wait in `join` for the end of the
+    run, and are then sent its answer.  A client that leaves harms no other; the last one that
+    leaves ends the run.
     """
 
     blocked = False  # it is no stream
@@ -6033,12 +6038,12 @@ class Shared:
         self.call = call  # that runs for all
         self.waiter = first.waiter
         self.others: list[Exchange] = []
-        self.answer: tuple[bytes, str] | None = None  # once it is whole and good, and its type
+        self.answer: tuple[bytes, str] | None = None  # body and type, once it is whole and good
         self.error: LlmqError | None = None
         self.ended = False
         self._left: Callable[[], object] | None = None
-        self._head: tuple[int, str] | None = None  # of an answer that has begun
-        if first.started:  # with a sign of life, as one that shared a run which was ended
+        self._head: tuple[int, str] | None = None  # status and type of an answer that has begun
+        if first.started:  # with a sign of life: it has shared another run, which was ended
             self._head = first.status, "application/json"
 
     @property
@@ -7670,42 +7675,41 @@ def tokens_of(call: Call, record: Record) -> int:
 
 
 USED = ("requests", "hits", "tokens_in", "tokens_out", "seconds")
-MOST_USED = 10_000  # clients and models whose use waits to be written; more are one
+MOST_USED = 10_000  # clients and models whose use waits to be written; all others are one
+Usage = dict[Names, list[float]]  # an amount for each name in USED, by day, client and model
 
 
-def usage_of(rows: Iterable[tuple[float, Record]]) -> dict[Names, list[float]]:
-    """What was used, by day, client and model: requests, hits, tokens in and out, seconds.
-
-    Each row is a record and when it was written, in seconds since 1970.
-    """
-    used: dict[Names, list[float]] = {}
+def usage_of(rows: Iterable[tuple[float, Record]]) -> Usage:
+    """What was used.  Each row is a record and when it was written, in seconds since 1970."""
+    used: Usage = {}
     for when, record in rows:
         hit = int(record.cache in ("hit", "joined"))
-        ordered = record.priority == "-" or record.route.startswith("/llmq")
-        if ordered or not (record.backend or hit):
-            continue  # it was an order or a lease, or has used nothing
+        order = record.priority == "-" or record.route.startswith("/llmq")  # or a lease
+        if order or not (record.backend or hit):  # else it has used nothing
+            continue
         ran = record.total_s - record.wait_s if record.backend else 0.0
         facts = [1, hit, record.tokens_in or 0, record.tokens or 0, ran]
         merge_usage(used, {(day_of(int(when)), record.client, record.model): facts})
     return used
 
 
-def merge_usage(used: dict[Names, list[float]], more: Mapping[Names, list[float]]) -> None:
-    """Add what was used besides; who would be one too many is counted as `other`."""
-    for who, facts in more.items():
+def merge_usage(used: Usage, more: Usage) -> None:
+    """Add what was used besides; client and model that would be one too many are `other`."""
+    for who, amounts in more.items():
         known = who in used or len(used) < MOST_USED
         row = used.setdefault(who if known else (who[0], OTHER, OTHER), [0] * len(USED))
-        row[:] = [had + one for had, one in zip(row, facts)]
+        row[:] = [had + one for had, one in zip(row, amounts)]
 
 
 @functools.lru_cache(maxsize=4)
 def day_of(when: int) -> str:
+    """The day here of a time in seconds since 1970."""
     return time.strftime("%Y-%m-%d", time.localtime(when))
 
 
 def first_day(when: float, days: int) -> str:
-    """The first of the last days: they have 23 to 25 hours, but all have a noon."""
-    at = time.localtime(when)
+    """The first of so many days of which the last one is that of `when`."""
+    at = time.localtime(when)  # by noon, which each day has, though some have 23 or 25 hours
     noon = (at.tm_year, at.tm_mon, at.tm_mday - days + 1, 12, 0, 0, 0, 0, -1)
     return day_of(int(time.mktime(noon)))
 
@@ -7734,11 +7738,12 @@ class Journal:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: Counter[str] = Counter()
         self.events: deque[Facts] = deque(maxlen=EVENTS_KEPT)  # that webhooks are told
-        self.used: dict[Names, list[float]] = {}  # since it was last written, see `usage_of`
-        self.days: dict[Names, list[float]] = {}  # the same of whole days, the last of them today
+        self.used: Usage = {}  # since it was last written to the state file
+        self.days: Usage = {}  # of all clients and models together, by the day alone
         self._lines: list[tuple[float, Record]] = []
 
     def keep(self, record: Record) -> None:
+        """Show it from now on; what is counted and written of it waits for `flush`."""
         self.recent.append(record)
         self.outcomes[record.outcome] += 1
         self._lines.append((time.time(), record))
@@ -7793,6 +7798,16 @@ FILLED = """SELECT (page_count - freelist_count) * page_size
 NO_STATE = "that is kept in a state file, and this llmq was started without one, see --state"
 
 
+def insert_into(table: str, columns: Sequence[str]) -> str:
+    """The statement that adds a row with these columns."""
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+def no_row(what: str, ident: str) -> LlmqError:
+    """What is said of a row that is not there, and of one that is somebody else's."""
+    return LlmqError(f"there is no {what} {printable(ident)}", "not_found")
+
+
 class Store:
     """The file; `insufficient_storage` where something cannot be kept.
 
@@ -7828,8 +7843,15 @@ class Store:
             await self.write(told, safe=True)
 
     async def read(self, sql: str, *values: Any) -> list[Any]:
-        """What is found; nothing where there is no file."""
+        """The rows that are found; none where there is no file."""
         return await self._do([(sql, values)]) if self.path else []
+
+    async def find(self, what: str, sql: str, ident: str) -> Any:
+        """The one row that has this id; LlmqError `not_found` where none has."""
+        rows = await self.read(sql, ident)
+        if not rows:
+            raise no_row(what, ident)
+        return rows[0]
 
     async def write(self, *statements: Statement, safe: bool = False) -> list[Any]:
         """Carry these out, all or none; the rows that the last one gives."""
@@ -7838,6 +7860,7 @@ class Store:
         return await self._do(statements, make=True, safe=safe)
 
     async def close(self) -> None:
+        """Close the file after all that was asked for before, and end the thread."""
         if self._database is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
@@ -7845,9 +7868,7 @@ class Store:
     async def _do(self, statements: Sequence[Statement], **wanted: bool) -> list[Any]:
         work = functools.partial(self._execute, statements, **wanted)
         doing = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        return await asyncio.shield(
-            doing
-        )  # whoever waits may be cancelled, it is kept all the same
+        return await asyncio.shield(doing)  # who waits may be cancelled: it is kept all the same
 
     # ---- in its thread
 
@@ -7862,13 +7883,13 @@ class Store:
                     return []
                 os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._database = sqlite3.connect(
-                    self.path, timeout=0, isolation_level=None, cached_statements=0
-                )  # a cached one would keep what it was last given: a whole file
+                # No cached statements: one keeps the values it had last, which may be a whole file.
+                how: Any = {"timeout": 0, "isolation_level": None, "cached_statements": 0}
+                self._database = sqlite3.connect(self.path, **how)
                 self._open()
             return self._transact(statements, safe=safe)
         except (OSError, sqlite3.Error) as error:
-            self._close()  # which undoes what was begun
+            self._close()  # which undoes what had begun
             why = str(error).replace("database is locked", "another llmq has it")
             if type(error) is sqlite3.DatabaseError:  # it is broken
                 why += ", set aside as " + self._set_aside()
@@ -7918,8 +7939,9 @@ class Store:
 
 
 # ==== 29. Recall ==================================================================================
-# A request that was answered before is answered before it waits; those that ask the same at one
-# time share one run.  Only whole and good answers are kept.
+# A request that was answered before is answered from the cache, without waiting.  Of several that
+# ask the same at one time the first one runs, and the others have joined its run.  Only whole and
+# good answers are kept.
 
 
 def words_of(headers: Headers, name: str) -> set[str]:
@@ -7930,7 +7952,8 @@ def words_of(headers: Headers, name: str) -> set[str]:
 
 BETAS = ("openai-beta", "anthropic-version", "anthropic-beta")  # header fields that runners get
 CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
-# Of one, not of those who share its run: forbidden is who was blocked meanwhile.
+# Errors of the first client alone, after which one that has joined runs itself: `forbidden` is a
+# client that was blocked meanwhile.
 OWN_ENDS = ("cancelled", "client_left", "forbidden", "wait_timeout")
 
 
@@ -7945,13 +7968,13 @@ class Recall:
         self.metrics = metrics
         self.instance = instance  # of this llmq
         self.cache = Cache()
-        self.runs: dict[bytes, Shared] = {}  # by the key of their answer
-        self.joined: dict[str, Call] = {}  # that share another's run
-        self.held = 0  # bytes of those
-        self.counts: Counter[str] = Counter()  # hits, joined ones and misses
+        self.runs: dict[bytes, Shared] = {}  # that may be joined, by the key of their answer
+        self.joined: dict[str, Call] = {}  # by id, calls that have joined another's run
+        self.held = 0  # bytes of their requests
+        self.counts: Counter[str] = Counter()  # of hit, joined and miss
 
     def is_wanted(self, call: Call, values: Mapping[str, Any], headers: Headers) -> bool:
-        """Whether the call's answer may be one that is kept, or is to be kept."""
+        """Whether the call's answer may come from the cache, and go into it."""
         limits, question, path = self.settings.cache, call.question, call.endpoint.path
         chats = limits.chat and path in CHATS and not question.stream
         chats = chats and is_settled(values, call.policy, options=call.endpoint.options)
@@ -7963,7 +7986,7 @@ class Recall:
         return "no-store" not in words_of(headers, "cache-control")
 
     async def find_key(self, call: Call, values: Mapping[str, Any], headers: Headers) -> None:
-        """Give the call the key of its answer."""
+        """Give the call the key of its answer; none where it is not known which model it is."""
         question, ticket = call.question, call.ticket
         version = self.scheduler.fleet.version(ticket.model)
         if not version:  # no runner has told of it yet
@@ -7982,7 +8005,7 @@ class Recall:
             call.recalled = "miss"  # whatever is there
 
     async def answer(self, call: Call) -> bool:
-        """Answer with what is known, or as another's run is; False where the call has to run."""
+        """Answer from the cache, or as a run that the call joins; False where it has to run."""
         exchange, key = call.reply, call.answer_key
         assert isinstance(exchange, Exchange)  # jobs have no key
         while not call.recalled:
@@ -7992,18 +8015,7 @@ class Recall:
                 return True
             if run is None or not self.may_join(call.ticket, run.call.ticket):
                 break
-            shared = run.call.ticket
-            if shared.priority > call.ticket.priority and shared.state is TicketState.WAITING:
-                self.scheduler.reprioritise(shared, call.ticket.priority)
-            own = exchange.headers
-            exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
-            self.joined[call.id], self.held = call, self.held + call.ticket.size
-            try:
-                await run.join(exchange, call)
-            finally:
-                del self.joined[call.id]
-                self.held -= call.ticket.size
-            exchange.headers = own
+            await self.join(call, exchange, run)
             if run.answer is not None:
                 self.tell(call, exchange, "joined", *run.answer)
                 return True
@@ -8016,8 +8028,27 @@ class Recall:
         self.runs.setdefault(key, call.reply)
         return False
 
+    async def join(self, call: Call, exchange: Exchange, run: Shared) -> None:
+        """Wait until the run has ended; it becomes as urgent as the call that joins it."""
+        ticket, shared = call.ticket, run.call.ticket
+        if shared.priority > ticket.priority and shared.state is TicketState.WAITING:
+            self.scheduler.reprioritise(shared, ticket.priority)
+        own = exchange.headers
+        exchange.headers += (("X-Cache", "JOINED"),)  # a sign of life may come first
+        self.joined[call.id], self.held = call, self.held + ticket.size
+        try:
+            await run.join(exchange, call)
+        finally:
+            del self.joined[call.id]
+            self.held -= ticket.size
+        exchange.headers = own
+
     def may_join(self, ticket: Ticket, shared: Ticket) -> bool:
-        """Whether a request may share a run, that waits for nothing which is that run's alone."""
+        """Whether a request may join a run.
+
+        Not one that waits where it would not: for the cap of another client, or longer than its own
+        class does.  And all that have joined hold at most a quarter of the bytes that may wait.
+        """
         limits, same = self.settings.queue, ticket.client is shared.client
         if self.held + ticket.size > limits.max_queued_bytes // 4:
             return False
@@ -8026,10 +8057,12 @@ class Recall:
         return shared.state is not TicketState.WAITING or (waits and free)
 
     def count(self, how: str) -> None:
+        """Count a request that was a hit, joined or a miss."""
         self.counts[how] += 1
         self.metrics.add("llmq_cache_total", how)
 
     def tell(self, call: Call, exchange: Exchange, how: str, body: bytes, kind: str) -> None:
+        """Answer with a body of this type, and say how it was found: hit or joined."""
         call.recalled = how
         self.count(how)
         exchange.headers += (("X-Cache", how.upper()),)
@@ -8039,7 +8072,7 @@ class Recall:
             exchange.respond(200, body, kind, call.headers)
 
     def end(self, call: Call) -> None:
-        """The call has ended: keep a good answer, and tell all who share the run."""
+        """The call has ended: keep a good answer, and tell all who have joined its run."""
         run, limits = call.reply, self.settings.cache
         if not isinstance(run, Shared):
             return
@@ -8058,8 +8091,10 @@ class Recall:
 
 
 # ==== 30. Jobs ====================================================================================
-# What may be answered later: each job is a row of the store from before its 202 to its end.  A job
-# moves from state to state by one statement that says from which, so that it ends once.
+# What may be answered later: each job is a row of the store, from before its client is told 202
+# until its result has been kept long enough.  The statements that move it to another state name the
+# states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
+# begin in the order in which they came.
 
 ALWAYS, BUSY = "always", "busy"  # when a request may be answered later
 QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
@@ -8070,14 +8105,17 @@ JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
 ROUTER_MODES = ("async", "sync", "auto")
 
 
+JobLane = tuple[int, str]  # class and client
+
+
 class Job(NamedTuple):
     """A row of the table of jobs; times are seconds since 1970."""
 
     id: str
-    batch: str  # that it is a line of, or empty
-    custom: str  # what the batch calls it
+    batch: str  # id of the batch that it is a line of, or empty
+    custom: str  # the batch's own name for that line
     client: str
-    account: str
+    account: str  # name of the key that it was asked with, or empty
     address: str
     priority: int
     target: str  # path and query
@@ -8093,6 +8131,26 @@ class Job(NamedTuple):
     type: str = ""
     error: str | None = None
 
+    @property
+    def lane(self) -> JobLane:
+        return self.priority, self.client
+
+
+class JobEnd(NamedTuple):
+    """How a job has ended, and what its request was answered with."""
+
+    state: str
+    status: int
+    type: str
+    answer: bytes
+    error: str | None = None  # in words to be shown
+
+    @classmethod
+    def by_error(cls, error: LlmqError, state: str = FAILED) -> JobEnd:
+        """The end of a job that llmq itself answers, with this error."""
+        body = OPENAI.render_error(error)
+        return cls(state, error.status, "application/json", body, error.message)
+
 
 class Work(NamedTuple):
     """What a job is to ask: path and query, header fields, body."""
@@ -8105,6 +8163,7 @@ class Work(NamedTuple):
 
 
 def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Job:
+    """The row of a job that a caller has just asked for."""
     return Job(
         id="job_" + secrets.token_hex(12),
         batch=batch,
@@ -8121,31 +8180,29 @@ def new_job(caller: Caller, work: Work, batch: str = "", custom: str = "") -> Jo
     )
 
 
-def batch_line(job: Job, answer: bytes, status: int) -> bytes:
-    """A line of a batch's output: what a job was answered with."""
+def render_line(job: Job, answer: bytes, status: int) -> bytes:
+    """The line of a batch's output that says what one of its jobs was answered with."""
     response = {"status_code": status, "request_id": job.id, "body": parse_json(answer)}
     ident = "batch_req_" + job.id.partition("_")[2]
     facts = {"id": ident, "custom_id": job.custom, "response": response, "error": None}
     if response["body"] is not None:
         with contextlib.suppress(ValueError, RecursionError):  # NaN, 1e999
             return render_json(facts) + b"\n"
+    # It is no JSON, or not to be written as such: as a text.
     response["body"] = answer.decode("utf-8", "replace")
     return render_json(facts) + b"\n"
 
 
 SHOWN_JOB = ", ".join(name for name in Job._fields if name != "body")
-ADD_JOB = "INSERT INTO jobs ({}) VALUES ({})".format(
-    ", ".join(Job._fields), ", ".join("?" * len(Job._fields))
-)
 
 
 def job_of_row(row: Sequence[Any]) -> Job:
-    """A job as SHOWN_JOB has it."""
+    """A job from a row with the columns of SHOWN_JOB: all but its body, which may be long."""
     return Job(**{"body": b"", **dict(zip(SHOWN_JOB.split(", "), row))})
 
 
 def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
-    """When a request may be answered later, as it says: ALWAYS, BUSY, or never."""
+    """When a request allows to be answered later: ALWAYS, while it is BUSY here, or never ("")."""
     router = values.get("router")
     if router is not None and not isinstance(router, dict):
         raise BadRequest("router is an object", param="router")
@@ -8160,20 +8217,35 @@ def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
     return BUSY if allowed and mode != "sync" else ""
 
 
+ADD_JOB = insert_into("jobs", Job._fields)
+NEXT_JOB = f"""SELECT {", ".join(Job._fields)} FROM jobs WHERE state = '{QUEUED}'
+    AND priority = ? AND client = ? AND id NOT IN ({{}}) ORDER BY number LIMIT 1"""
+BEGIN_JOB = f"""UPDATE jobs SET state = '{RUNNING}', attempts = attempts + 1, started = ?
+    WHERE id = ? AND state = '{QUEUED}'"""
+REQUEUE_JOB = f"""UPDATE jobs SET state = '{QUEUED}', attempts = attempts - ?
+    WHERE id = ? AND state = '{RUNNING}'"""
+END_JOB = f"""UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,
+    body = NULL, headers = '{{}}' WHERE id = ? AND {OPEN_JOB}"""
+EXPIRE_JOBS = f"""UPDATE jobs SET state = '{EXPIRED}', answer = NULL
+    WHERE batch = '' AND NOT {OPEN_JOB} AND state != '{EXPIRED}' AND ended < ?"""
+FORGET_JOBS = f"DELETE FROM jobs WHERE state = '{EXPIRED}' AND ended < ?"
+CHANGED = ("SELECT changes()", ())  # how many rows the statement before it has changed
+
+
 class Jobs:
-    """The jobs of the store, and those that this llmq runs."""
+    """The jobs of the store, and those of them that the scheduler has."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings = settings
         self.store = store
-        self.lanes: set[tuple[int, str]] = set()  # class and client of those that may be queued
-        self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those in the scheduler's hands
-        self.news = asyncio.Event()  # there may be one to run
-        self.queued = 0  # in the store, those that run among them
-        self.room = asyncio.Lock()  # of who has been told that there is some, and takes it
+        self.lanes: set[JobLane] = set()  # that may have jobs which wait in the store alone
+        self.active: dict[str, tuple[Job, Kept]] = {}  # by id, those that the scheduler has
+        self.news = asyncio.Event()  # a lane may have one to run
+        self.queued = 0  # jobs of the store that have not ended
+        self.room = asyncio.Lock()  # held from a look at how full the file is to the write
 
     async def accept(self, call: Call) -> None:
-        """Keep the call for later, and say so: then its client may leave."""
+        """Make a job of the call, and tell its client 202 and where to ask for the result."""
         exchange, ticket, (headers, body) = call.reply, call.ticket, call.asked
         assert isinstance(exchange, Exchange)  # of a client
         if ticket.size > self.settings.queue.max_queued_bytes // 2:
@@ -8182,8 +8254,8 @@ class Jobs:
         target = call.route + (f"?{call.query}" if call.query else "")
         job = new_job(call.caller, Work(target, headers, body, call.model, priority))
         await self.add([job], len(job.body))
-        own = exchange.connection.server.account is not NO_ACCOUNT  # a port has no base path
-        place = f"{'' if own else self.settings.server.base_path}/v1/jobs/{job.id}"
+        on_port = exchange.connection.server.account is not NO_ACCOUNT  # it has no base path
+        place = f"{'' if on_port else self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
         router = {"mode": "async", "position": self.queued}
@@ -8193,12 +8265,15 @@ class Jobs:
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
 
     async def add(self, jobs: Iterable[Job], size: int, *more: Statement) -> None:
-        """Keep new ones, of that many bytes, and what belongs to them: on the disk at its end."""
-        lanes: Counter[tuple[int, str]] = Counter()
+        """Keep new jobs, of so many bytes together, after more statements that they belong to.
+
+        All of it is on the disk when this returns, or LlmqError says why nothing is.
+        """
+        lanes: Counter[JobLane] = Counter()
 
         def rows() -> Iterator[Job]:
             for job in jobs:
-                lanes[job.priority, job.client] += 1
+                lanes[job.lane] += 1
                 yield job
 
         async with self.room:
@@ -8208,7 +8283,7 @@ class Jobs:
         self.wanted(lanes)
 
     async def check_room(self, size: int) -> None:
-        """Refuse what the state file is not to grow by."""
+        """LlmqError where the state file is not to grow by so many bytes."""
         if not self.store.path:
             raise LlmqError(NO_STATE, "insufficient_storage")
         most = self.settings.jobs.max_bytes
@@ -8217,12 +8292,13 @@ class Jobs:
             message = f"jobs and files fill the {most // MIB} MiB that they may, see jobs.max_bytes"
             raise LlmqError(message, "insufficient_storage")
 
-    def wanted(self, lanes: Iterable[tuple[int, str]]) -> None:
+    def wanted(self, lanes: Iterable[JobLane]) -> None:
+        """Have these lanes looked at: they may have a job to run."""
         self.lanes.update(lanes)
         self.news.set()
 
     async def load(self) -> None:
-        """Take up what an earlier llmq has left: what ran there runs again, if it may."""
+        """Take up the jobs of an earlier llmq: those that ran there run again, if they may."""
         most = self.settings.jobs.max_attempts
         if not (self.store.is_open and await self.store.read("SELECT 1 FROM jobs LIMIT 1")):
             return
@@ -8234,69 +8310,44 @@ class Jobs:
         rows = await self.store.read(count_lanes, QUEUED)
         self.queued = sum(row[2] for row in rows) + len(spent)
         error = LlmqError("llmq ended while it ran, as often as it may be begun")
-        body = OPENAI.render_error(error)
         for job in map(job_of_row, spent):
-            answer = batch_line(job, body, error.status) if job.batch else body
-            await self.end(job, FAILED, error.status, "application/json", answer, error.message)
+            await self.end(job, JobEnd.by_error(error))
         self.wanted((row[0], row[1]) for row in rows)
 
-    async def next(self, lane: tuple[int, str]) -> Job | None:
+    async def next(self, lane: JobLane) -> Job | None:
         """The oldest of a lane that waits in the store alone."""
-        fed = [job.id for job, _ in self.active.values() if (job.priority, job.client) == lane]
-        rows = await self.store.read(
-            f"SELECT {', '.join(Job._fields)} FROM jobs WHERE state = '{QUEUED}' AND priority = ?"
-            f" AND client = ? AND id NOT IN ({', '.join('?' * len(fed))}) ORDER BY number LIMIT 1",
-            *lane,
-            *fed,
-        )
+        fed = [job.id for job, _ in self.active.values() if job.lane == lane]
+        sql = NEXT_JOB.format(", ".join("?" * len(fed)))
+        rows = await self.store.read(sql, *lane, *fed)
         return Job(*rows[0]) if rows else None
 
     async def begin(self, job: Job) -> None:
         """A runner is asked: an attempt counts from here on."""
-        await self.store.write(
-            (
-                f"UPDATE jobs SET state = '{RUNNING}', attempts = attempts + 1, started = ?"
-                f" WHERE id = ? AND state = '{QUEUED}'",
-                (time.time(), job.id),
-            )
-        )
+        await self.store.write((BEGIN_JOB, (time.time(), job.id)))
 
     async def requeue(self, job: Job, *, counted: bool) -> None:
         """It waits again; an attempt that ended for no fault of its own does not count."""
-        sql = f"UPDATE jobs SET state = '{QUEUED}', attempts = attempts - ? WHERE id = ?"
-        await self.store.write((f"{sql} AND state = '{RUNNING}'", (int(not counted), job.id)))
+        await self.store.write((REQUEUE_JOB, (int(not counted), job.id)))
 
-    async def end(
-        self, job: Job, state: str, status: int, kind: str, answer: bytes, error: str | None
-    ) -> bool:
-        """A job's end, unless it has had another; whether this was it."""
-        rows = await self.store.write(
-            (
-                "UPDATE jobs SET state = ?, status = ?, type = ?, answer = ?, error = ?, ended = ?,"
-                f" body = NULL, headers = '{{}}' WHERE id = ? AND {OPEN_JOB}",
-                (state, status, kind, answer, error, time.time(), job.id),
-            ),
-            ("SELECT changes()", ()),
-        )
-        self.queued -= rows[0][0]
-        return bool(rows[0][0])
+    async def end(self, job: Job, end: JobEnd) -> bool:
+        """Keep how a job has ended; False where it had ended before, and nothing is changed."""
+        answer = render_line(job, end.answer, end.status) if job.batch else end.answer
+        values = (*end._replace(answer=answer), time.time(), job.id)
+        ((ended,),) = await self.store.write((END_JOB, values), CHANGED)
+        self.queued -= ended
+        return bool(ended)
 
     async def expire(self, before: float, kept: float) -> None:
-        """Let go of the results of what ended before this; what has long expired is forgotten."""
-        ends = f"batch = '' AND state NOT IN ('{QUEUED}', '{RUNNING}', '{EXPIRED}')"
-        await self.store.write(
-            (
-                f"UPDATE jobs SET state = '{EXPIRED}', answer = NULL WHERE {ends} AND ended < ?",
-                (before,),
-            ),
-            (f"DELETE FROM jobs WHERE state = '{EXPIRED}' AND ended < ?", (before - kept,)),
-        )
+        """Let go of the results of jobs that ended before this; so many seconds later of the rest.
+
+        Lines of batches stay until their batch goes.
+        """
+        await self.store.write((EXPIRE_JOBS, (before,)), (FORGET_JOBS, (before - kept,)))
 
     async def find(self, ident: str) -> Job:
-        rows = await self.store.read(f"SELECT {SHOWN_JOB} FROM jobs WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no job {printable(ident)}", "not_found")
-        return job_of_row(rows[0])
+        """The job of this id, without its body; LlmqError `not_found`."""
+        sql = f"SELECT {SHOWN_JOB} FROM jobs WHERE id = ?"
+        return job_of_row(await self.store.find("job", sql, ident))
 
 
 # ==== 31. Admission ===============================================================================
@@ -9347,30 +9398,28 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
 
 
 # ==== 35. Runs ====================================================================================
-# How jobs run.  The scheduler has a few of each client and class to choose from, the store has the
-# rest, so that thousands that wait cost no memory.  A job is a call like any other, whose reply is
-# kept.
+# How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
+# store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
-FED, MOST_FED = 16, 500  # jobs of one client and class that the scheduler has at a time
+FED, MOST_FED = 16, 500  # jobs of a lane that the scheduler has; with many slots up to the second
 JOB_RETRY_SECONDS = 5.0
-# What ends a wait and says nothing of the job: it waits on.
+# Errors that say nothing of the job itself: it waits on, and the attempt does not count.
 PATIENT = frozenset((
     "backend_down", "backend_loading", "overloaded", "queue_full", "shutting_down", "wait_timeout",
 ))  # fmt: skip
 
 
-class Runner:
+class JobRunner:
     """Runs the jobs of the store."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.jobs = gateway.jobs
-        self.on_end: list[Callable[[Job], Awaitable[None]]] = []
-        self.ending = asyncio.Event()
+        self.on_end: list[Callable[[Job], Awaitable[None]]] = []  # told once its end is kept
+        self.ending = asyncio.Event()  # llmq ends: nothing waits for a better time
         self._tasks: set[asyncio.Future[None]] = set()
         self._begun: dict[str, asyncio.Future[None]] = {}  # by id, the note that a job has begun
-        self._paid: set[str] = set()  # ids of lines that have counted for the rate of their key
-        self._resting: Counter[tuple[int, str]] = Counter()  # of each lane, until they are retried
+        self._resting: Counter[JobLane] = Counter()  # jobs of a lane, until they are retried
 
     async def feed(self) -> None:
         """Wait for news, then give the scheduler what it may choose from."""
@@ -9380,7 +9429,7 @@ class Runner:
         most = min(max(FED, 2 * sum(device.slots for device in devices)), MOST_FED)
         lanes, jobs.lanes = jobs.lanes, set()  # what comes meanwhile is news
         try:
-            fed = Counter((job.priority, job.client) for job, _ in jobs.active.values())
+            fed = Counter(job.lane for job, _ in jobs.active.values())
             for lane in sorted(lanes, key=lambda lane: (lane[0], fed[lane])):  # who has least first
                 if not await self.feed_lane(lane, most):
                     break
@@ -9393,11 +9442,11 @@ class Runner:
             jobs.lanes |= lanes  # of which there may be more
 
     async def feed_lane(self, lane: tuple[int, str], most: int) -> bool:
-        """Let those of a lane begin; False where the memory that they may take is taken."""
+        """Start the next jobs of a lane; False where the memory that jobs may take is full."""
         if self._resting[lane]:
-            return True  # nobody of it goes before those; the end of their rest is news
+            return True  # the later ones do not go before those that rest, whose end is news
         active = self.jobs.active.values()
-        fed = sum((job.priority, job.client) == lane for job, _ in active)
+        fed = sum(job.lane == lane for job, _ in active)
         for _ in range(most - fed):
             waiting = sum(len(job.body) for job, _ in active)
             if waiting > self.gateway.settings.queue.max_queued_bytes // 4:
@@ -9409,11 +9458,24 @@ class Runner:
         return True
 
     async def pause(self) -> None:
-        """A while, or until all ends."""
+        """Wait until something is worth another try, or until llmq ends."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.ending.wait(), JOB_RETRY_SECONDS)
 
+    async def persist(self, what: str, keep: Callable[[], Awaitable[T]]) -> T | None:
+        """Keep the end of something as soon as the disk has room; None where llmq ends before."""
+        while True:
+            try:
+                return await keep()
+            except LlmqError as full:
+                log.warning("%s has ended, and cannot be kept: %s", what, full)
+            if self.ending.is_set():
+                return None  # after a restart it is found as it was before
+            await self.pause()
+
     def start(self, job: Job) -> None:
+        """Hand a job to the scheduler."""
+
         def begun() -> None:
             if job.id not in self._begun:
                 self._begun[job.id] = asyncio.ensure_future(self.jobs.begin(job))
@@ -9427,18 +9489,7 @@ class Runner:
     async def run(self, job: Job, reply: Kept) -> None:
         """The life of a job from its queue to its end, or to another wait."""
         try:
-            error: LlmqError | None
-            try:
-                call = self.call_of(job, reply)
-                await self.gateway.serve(call)
-                error = call.error
-            except LlmqError as failure:
-                error = failure.with_traceback(None)
-                reply.respond(error.status, OPENAI.render_error(error))
-            except Exception:
-                log.exception("job %s failed", job.id)
-                error = LlmqError("llmq failed; its log says how")
-                reply.respond(error.status, OPENAI.render_error(error))
+            error = await self.serve(job, reply)
             reply.watch()  # or it would hold the call, which holds it
             began = self._begun.pop(job.id, None)
             if began is not None:
@@ -9447,19 +9498,31 @@ class Runner:
             if error is not None and not reply.gone and self.waits_on(job, error):
                 await self.wait_on(job, error, began=began is not None)
             else:
-                await self.keep_end(job, reply, error)
+                await self.keep_end(job, self.end_of(job, reply, error))
         except Exception:
             log.exception("a job failed")
         finally:
             self.jobs.active.pop(job.id, None)
-            if not self.jobs.queued:
-                self._paid.clear()
-            self.jobs.wanted([(job.priority, job.client)])
+            self.jobs.wanted([job.lane])
+
+    async def serve(self, job: Job, reply: Kept) -> LlmqError | None:
+        """Run the call that a job is; what went wrong, which its answer says too."""
+        try:
+            call = self.call_of(job, reply)
+            await self.gateway.serve(call)
+        except LlmqError as failure:
+            error = failure.with_traceback(None)
+        except Exception:
+            log.exception("job %s failed", job.id)
+            error = LlmqError("llmq failed; its log says how")
+        else:
+            return call.error
+        reply.respond(error.status, OPENAI.render_error(error))
+        return error
 
     def call_of(self, job: Job, reply: Kept) -> Call:
         """The call that a job is; LlmqError where it may not be made any more."""
-        accounts, headers = self.gateway.accounts.present, json.loads(job.headers)
-        account = next((one for one in accounts if one.name == job.account), NO_ACCOUNT)
+        account, headers = self.account_of(job), json.loads(job.headers)
         if job.account and account is NO_ACCOUNT:
             raise LlmqError(f"the key of {job.account} has been taken away", "forbidden")
         headers["x-queue-priority"] = Priority(job.priority).word
@@ -9470,15 +9533,19 @@ class Runner:
         if account is not NO_ACCOUNT and "infer" not in account.settings.rights:
             raise LlmqError(f"{account.name} has no right to this: infer", "forbidden")
         if account.is_metered:
-            self.meter(account, counts=bool(job.batch) and job.id not in self._paid)
-            self._paid.update([job.id] if job.batch else [])
+            self.meter(account, counts=bool(job.batch))
         caller = Caller(job.client, False, job.address, account)
         call = Call(reply, endpoint, request, caller, (job.id, job.id))
         call.job = job.id
         return call
 
+    def account_of(self, job: Job) -> Account:
+        """The key or port that a job came with; NO_ACCOUNT where there is none, or no longer."""
+        accounts = self.gateway.accounts.present
+        return next((one for one in accounts if one.name == job.account), NO_ACCOUNT)
+
     def meter(self, account: Account, *, counts: bool) -> None:
-        """A job runs within the budget of its key, a line of a batch within its rate too."""
+        """LlmqError where the key has no tokens left for today, or a line of a batch no rate."""
         now, (day, _) = self.gateway.now(), today()
         spent = account.tokens >= account.settings.tokens_per_day > 0 and account.day == day
         if spent or (counts and account.take(now, day)):
@@ -9493,72 +9560,67 @@ class Runner:
         return broke and job.attempts + 1 < self.gateway.settings.jobs.max_attempts
 
     async def wait_on(self, job: Job, error: LlmqError, *, began: bool) -> None:
-        """Let it wait again, and have it looked for a little later."""
+        """Let a job wait again, and its lane rest for a while."""
+        if job.batch and error.code != "rate_limited":
+            self.account_of(job).give_back()  # it counts when it comes again
         if began:
             with contextlib.suppress(LlmqError):  # then it runs again after a restart
                 await self.jobs.requeue(job, counted=error.code not in PATIENT)
         if not self.gateway.draining:
-            lane = job.priority, job.client
-            self._resting[lane] += 1
+            self._resting[job.lane] += 1
             await self.pause()
-            self._resting[lane] -= 1
+            self._resting[job.lane] -= 1
             self._resting += Counter()  # without those that rest no more
 
-    async def keep_end(self, job: Job, reply: Kept, error: LlmqError | None) -> None:
-        """Keep what came of it, as soon as there is room for it."""
-        self._paid.discard(job.id)
-        answer, status, kind = reply.answer, reply.status, reply.type
-        state = FAILED if error else SUCCEEDED
+    def end_of(self, job: Job, reply: Kept, error: LlmqError | None) -> JobEnd:
+        """How a job ends whose call has ended so."""
+        answer, status = reply.answer, reply.status
         if error is not None and status == HTTPStatus.OK:  # a stream had begun
             status = error.status
+        state = FAILED if error else SUCCEEDED
         if reply.gone or (error is not None and error.code == "cancelled" and not job.batch):
             state = CANCELLED
         elif len(answer) > MOST_KEPT:
-            error = LlmqError("the answer is too long to be kept")
-            state, status, kind = FAILED, error.status, "application/json"
-            answer = OPENAI.render_error(error)
-        if job.batch:
-            answer = batch_line(job, answer, status)
+            return JobEnd.by_error(LlmqError("the answer is too long to be kept"))
         words = error_in_sight(error) or (f"the backend answered {status}" if error else None)
-        ended = None
-        while ended is None:
-            try:
-                ended = await self.jobs.end(job, state, status, kind, answer, words)
-            except LlmqError as full:  # noqa: PERF203 - a full disk is waited for
-                log.warning("job %s has ended, and cannot be kept: %s", job.id, full)
-                if self.ending.is_set():
-                    return  # it runs again after a restart
-                await self.pause()
-        for tell in self.on_end if ended else ():
-            await tell(job._replace(state=state, status=status, error=words))
+        return JobEnd(state, status, reply.type, answer, words)
+
+    async def keep_end(self, job: Job, end: JobEnd) -> None:
+        """Keep how a job has ended, as soon as there is room for it, and tell of it."""
+        if await self.persist(f"job {job.id}", lambda: self.jobs.end(job, end)):
+            await self.tell_end(job)
+
+    async def tell_end(self, job: Job) -> None:
+        for tell in self.on_end:
+            await tell(job)
 
     async def cancel(self, job: Job) -> bool:
         """End a job that has not ended; whether it was this that ended it."""
-        error = LlmqError("cancelled on request", "cancelled")
-        body = OPENAI.render_error(error)
-        ended = await self.jobs.end(job, CANCELLED, error.status, "application/json", body, None)
+        end = JobEnd.by_error(LlmqError("cancelled on request", "cancelled"), CANCELLED)
+        ended = await self.jobs.end(job, end._replace(error=None))  # it is no failure to be shown
         self.drop(job)
-        for tell in self.on_end if ended else ():
-            await tell(job._replace(state=CANCELLED, status=error.status))
+        if ended:
+            await self.tell_end(job)
         return ended
 
     def drop(self, job: Job) -> None:
-        """Let go of a job that has ended."""
-        self._paid.discard(job.id)
+        """Stop the call of a job whose end is kept already."""
         if job.id in self.jobs.active:
             if job.id in self.gateway.calls:
                 self.gateway.cancel(self.gateway.calls[job.id])
             self.jobs.active[job.id][1].leave()
 
     async def stop(self) -> None:
-        """Wait until all that ran has been kept, or waits again."""
+        """Wait until the end of each job that ran is kept, or the job waits again."""
         self.ending.set()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
 
 # ==== 36. Batches =================================================================================
-# OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.
+# OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
+# answers are not stored a second time for it: the content of such an output is the state that its
+# lines have, succeeded or failed, and their answers are put together whenever it is read.
 
 BATCH_PATHS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 MOST_LINES = 50_000  # of one batch, as OpenAI has it
@@ -9569,9 +9631,9 @@ HALF = re.compile("[\ud800-\udfff]")  # of a character, which no database takes
 
 
 class BatchLine(NamedTuple):
-    """Of a batch's file."""
+    """A line of the file that a batch is made of: the request that a job is to make."""
 
-    custom: str
+    custom: str  # the client's own name for it, which no other line of the file has
     model: str
     body: bytes
 
@@ -9602,7 +9664,7 @@ def read_line(text: bytes, path: str) -> BatchLine:
 
 
 def find_mistakes(content: bytes, path: str) -> tuple[int, list[Facts]]:
-    """How many lines a batch's file has, and what is wrong with them."""
+    """How many lines a batch's file has, and what is wrong with them; not beyond the limits."""
     number, mistakes, seen = 0, [], set()
     for place, text in enumerate(io.BytesIO(content), 1):
         if not text.strip():
@@ -9650,20 +9712,37 @@ class StoredFile(NamedTuple):
     batch: str  # whose output it is, or empty
 
 
+def new_file(
+    client: str, account: str, name: str, purpose: str, size: int, batch: str = ""
+) -> StoredFile:
+    """The row of a file that is added now."""
+    ident = "file-" + secrets.token_hex(12)
+    return StoredFile(ident, client, account, name, purpose, time.time(), size, batch)
+
+
 BATCH_ROW, FILE_ROW = ", ".join(Batch._fields), ", ".join(StoredFile._fields)
-ADD_BATCH = f"INSERT INTO batches ({BATCH_ROW}) VALUES ({', '.join('?' * len(Batch._fields))})"
-FILE_MARKS = ", ".join("?" * (len(StoredFile._fields) + 1))
-ADD_FILE = f"INSERT INTO files ({FILE_ROW}, content) VALUES ({FILE_MARKS})"
+ADD_BATCH = insert_into("batches", Batch._fields)
+ADD_FILE = insert_into("files", (*StoredFile._fields, "content"))
+END_BATCH = "UPDATE batches SET state = ?, ended = ?, facts = ? WHERE id = ?"
+CANCEL_BATCH = "UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL"
+CANCEL_LINES = f"""UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL, headers = '{{}}'
+    WHERE batch = ? AND {OPEN_JOB}"""
+CONTENT = "SELECT content FROM files WHERE id = ?"
+NEXT_ANSWER = """SELECT number, answer FROM jobs WHERE batch = ? AND state = ? AND number > ?
+    ORDER BY number LIMIT 1"""
+OLD_BATCHES = "SELECT id FROM batches WHERE ended < ?"
+OLD_LINES = f"SELECT number FROM jobs WHERE batch IN ({OLD_BATCHES}) LIMIT {PORTION}"
+OLD_INPUTS = "batch = '' AND created < ? AND id NOT IN (SELECT input FROM batches)"
 OUTPUTS = {SUCCEEDED: "output_file_id", FAILED: "error_file_id"}  # by the state of its lines
 
 
 class Batches:
-    """The batches of the store."""
+    """The batches of the store, and its files."""
 
-    def __init__(self, jobs: Jobs, runner: Runner) -> None:
+    def __init__(self, jobs: Jobs, runner: JobRunner) -> None:
         self.jobs, self.runner, self.store = jobs, runner, jobs.store
-        self.open: set[str] = set()  # ids of those that have lines to run
-        self._turn = asyncio.Lock()
+        self.open: set[str] = set()  # ids of batches whose end is not kept yet
+        self._turn = asyncio.Lock()  # one file at a time is read into memory
 
     async def load(self) -> None:
         """Take up what an earlier llmq has left."""
@@ -9674,47 +9753,54 @@ class Batches:
                 await self.look(ident)
 
     async def add_file(self, caller: Caller, name: str, content: bytes) -> StoredFile:
-        ident, now = "file-" + secrets.token_hex(12), time.time()
-        own = (caller.client, caller.account.name)
-        file = StoredFile(ident, *own, name, "batch", now, len(content), "")
+        """Keep what a client has sent: on the disk when it returns."""
+        file = new_file(caller.client, caller.account.name, name, "batch", len(content))
         async with self.jobs.room:
             await self.jobs.check_room(len(content))
             await self.store.write((ADD_FILE, (*file, content)), safe=True)
         return file
 
     async def add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
-        """Make jobs of a file's lines; of one with mistakes the batch has failed."""
-        async with self._turn:  # one file at a time is in memory
-            return await self._add(caller, file, path, metadata)
+        """Make jobs of a file's lines; where one of them has a mistake, the batch has failed."""
+        async with self._turn:
+            rows = await self.store.read(CONTENT, file.id)
+            content = rows[0][0] if rows else b""
+            find = functools.partial(find_mistakes, content, path)
+            number, mistakes = await beside(find, heavy=len(content) > WATCHED_LINE)
+            facts = {"endpoint": path, "metadata": metadata, "total": number, "errors": mistakes}
+            batch = Batch(
+                id="batch_" + secrets.token_hex(12),
+                client=caller.client,
+                account=caller.account.name,
+                created=time.time(),
+                ended=None,
+                state="in_progress",
+                input=file.id,
+                facts=json.dumps(facts),
+            )
+            if mistakes:
+                batch = batch._replace(ended=batch.created, state="failed")
+                await self.store.write((ADD_BATCH, batch), safe=True)
+            else:
+                await self.add_lines(caller, batch, path, content)
+            return batch
 
-    async def _add(self, caller: Caller, file: StoredFile, path: str, metadata: Any) -> Batch:
-        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
-        content = rows[0][0] if rows else b""
-        find = functools.partial(find_mistakes, content, path)
-        number, mistakes = await beside(find, heavy=len(content) > WATCHED_LINE)
-        facts: Facts = {"endpoint": path, "metadata": metadata, "total": number, "errors": mistakes}
-        now, ident = time.time(), "batch_" + secrets.token_hex(12)
-        own = (caller.client, caller.account.name, now)
-        if mistakes:
-            failed = Batch(ident, *own, now, "failed", file.id, json.dumps(facts))
-            await self.store.write((ADD_BATCH, failed), safe=True)
-            return failed
-        batch = Batch(ident, *own, None, "in_progress", file.id, json.dumps(facts))
-        json_type = {"content-type": "application/json"}
+    async def add_lines(self, caller: Caller, batch: Batch, path: str, content: bytes) -> None:
+        """Keep a batch and its jobs, all of them or nothing."""
+        headers = {"content-type": "application/json"}
 
         def jobs() -> Iterator[Job]:
             for text in filter(bytes.strip, io.BytesIO(content)):
                 line = read_line(text, path)
-                work = Work(path, json_type, line.body, line.model, Priority.LOW)
-                yield new_job(caller, work, ident, line.custom)
+                work = Work(path, headers, line.body, line.model, Priority.LOW)
+                yield new_job(caller, work, batch.id, line.custom)
 
-        self.open.add(ident)
+        self.open.add(batch.id)
         try:
             await self.jobs.add(jobs(), len(content), (ADD_BATCH, batch))
         except LlmqError:
-            self.open.discard(ident)
+            self.open.discard(batch.id)
             raise
-        return batch
 
     async def counts(self, ident: str) -> Counter[str]:
         """How many of its lines are in which state."""
@@ -9722,18 +9808,12 @@ class Batches:
         return Counter(dict(await self.store.read(sql, ident)))
 
     async def line_ended(self, job: Job) -> None:
-        while job.batch in self.open:
-            try:
-                await self.look(job.batch)
-                break
-            except LlmqError as full:
-                log.warning("batch %s has ended, and cannot be kept: %s", job.batch, full)
-                if self.runner.ending.is_set():
-                    return  # it ends after a restart
-                await self.runner.pause()
+        """A job has ended: if it was the last line of a batch, so has that."""
+        if job.batch:
+            await self.runner.persist(f"batch {job.batch}", lambda: self.look(job.batch))
 
     async def look(self, ident: str) -> None:
-        """End a batch that has no line left to run: its output becomes files."""
+        """End a batch if it has no line left to run."""
         sql = f"SELECT 1 FROM jobs WHERE batch = ? AND {OPEN_JOB} LIMIT 1"
         if ident not in self.open or await self.store.read(sql, ident):
             return
@@ -9747,7 +9827,8 @@ class Batches:
             raise
 
     async def keep_end(self, ident: str) -> None:
-        batch, now = await self.find(ident), time.time()
+        """Add the files of its output, and tell that it has ended."""
+        batch = await self.find(ident)
         statements: list[Statement] = []
         facts = json.loads(batch.facts)
         for state, member in OUTPUTS.items():
@@ -9755,44 +9836,32 @@ class Batches:
             ((size,),) = await self.store.read(sql, ident, state)
             if size:
                 name = f"{ident}_{member.partition('_')[0]}.jsonl"
-                own = (batch.client, batch.account, name, "batch_output", now, size, ident)
-                file = StoredFile("file-" + secrets.token_hex(12), *own)
+                file = new_file(batch.client, batch.account, name, "batch_output", size, ident)
                 facts[member] = file.id
                 statements.append((ADD_FILE, (*file, state)))
         state = "cancelled" if batch.state == "cancelling" else "completed"
-        sql = "UPDATE batches SET state = ?, ended = ?, facts = ? WHERE id = ?"
-        statements.append((sql, (state, now, json.dumps(facts), ident)))
+        statements.append((END_BATCH, (state, time.time(), json.dumps(facts), ident)))
         await self.store.write(*statements)
         done = {"id": ident, "object": "batch", "status": state, "client": batch.client}
         self.runner.gateway.journal.happened("job.done", job=done)
 
     async def find(self, ident: str) -> Batch:
-        rows = await self.store.read(f"SELECT {BATCH_ROW} FROM batches WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no batch {printable(ident)}", "not_found")
-        return Batch(*rows[0])
+        """The batch of this id; LlmqError `not_found`."""
+        sql = f"SELECT {BATCH_ROW} FROM batches WHERE id = ?"
+        return Batch(*await self.store.find("batch", sql, ident))
 
     async def find_file(self, ident: str) -> StoredFile:
-        rows = await self.store.read(f"SELECT {FILE_ROW} FROM files WHERE id = ?", ident)
-        if not rows:
-            raise LlmqError(f"there is no file {printable(ident)}", "not_found")
-        return StoredFile(*rows[0])
+        """The file of this id, without what is in it; LlmqError `not_found`."""
+        sql = f"SELECT {FILE_ROW} FROM files WHERE id = ?"
+        return StoredFile(*await self.store.find("file", sql, ident))
 
     async def cancel(self, batch: Batch) -> None:
-        """Let what runs be ended, and what waits never begin."""
+        """End the lines that run, and let those that wait never begin."""
         if batch.ended is not None:
             raise LlmqError(f"batch {batch.id} has ended: {batch.state}", "conflict")
-        rows = await self.store.write(
-            ("UPDATE batches SET state = 'cancelling' WHERE id = ? AND ended IS NULL", (batch.id,)),
-            (
-                f"UPDATE jobs SET state = '{CANCELLED}', ended = ?, body = NULL, headers = '{{}}'"
-                " WHERE batch = ?"
-                f" AND {OPEN_JOB}",
-                (time.time(), batch.id),
-            ),
-            ("SELECT changes()", ()),
-        )
-        self.jobs.queued -= rows[0][0]
+        lines = (CANCEL_LINES, (time.time(), batch.id))
+        ((ended,),) = await self.store.write((CANCEL_BATCH, (batch.id,)), lines, CHANGED)
+        self.jobs.queued -= ended
         for job, _ in list(self.jobs.active.values()):  # in one go, so that none of them begins
             if job.batch == batch.id:
                 self.runner.drop(job)
@@ -9800,56 +9869,45 @@ class Batches:
 
     async def expire(self, before: float) -> None:
         """Let go of batches that ended before this, and of files that none of the others needs."""
-        gone = "SELECT id FROM batches WHERE ended < ?"
-        lines = f"SELECT number FROM jobs WHERE batch IN ({gone}) LIMIT {PORTION}"
-        while await self.store.read(lines, before):  # not all at once: others wait for the thread
-            await self.store.write((f"DELETE FROM jobs WHERE number IN ({lines})", (before,)))
-        kept = "SELECT input FROM batches"
+        while await self.store.read(OLD_LINES, before):  # in portions: others use the thread too
+            await self.store.write((f"DELETE FROM jobs WHERE number IN ({OLD_LINES})", (before,)))
         await self.store.write(
-            (f"DELETE FROM files WHERE batch IN ({gone})", (before,)),
+            (f"DELETE FROM files WHERE batch IN ({OLD_BATCHES})", (before,)),
             ("DELETE FROM batches WHERE ended < ?", (before,)),
-            (
-                f"DELETE FROM files WHERE batch = '' AND created < ? AND id NOT IN ({kept})",
-                (before,),
-            ),
+            (f"DELETE FROM files WHERE {OLD_INPUTS}", (before,)),
         )
 
     async def content(self, file: StoredFile) -> AsyncIterator[bytes]:
-        """What is in a file; of an output, as it is put together."""
-        rows = await self.store.read("SELECT content FROM files WHERE id = ?", file.id)
-        if not rows:
-            raise LlmqError(f"there is no file {file.id}", "not_found")
+        """What is in a file, in pieces; an output is put together line by line."""
+        (content,) = await self.store.find("file", CONTENT, file.id)
         if not file.batch:
-            yield rows.pop()[0]
+            yield content
             return
-        state, last = rows[0][0], 0
-        sql = (
-            "SELECT number, answer FROM jobs WHERE batch = ? AND state = ? AND number > ?"
-            " ORDER BY number LIMIT 1"
-        )
-        while found := await self.store.read(sql, file.batch, state, last):
-            last, piece = found.pop()
-            yield piece
+        state, last = content, 0
+        while found := await self.store.read(NEXT_ANSWER, file.batch, state, last):
+            last, line = found.pop()
+            yield line
 
 
 # ==== 37. Changes =================================================================================
-# What people change at run time: kept first, then it holds, until the file itself says otherwise.
+# What people change of clients at run time.  It is kept on the disk, then it holds, also after a
+# restart, until somebody writes another value for the same setting into the file.
 
 CLIENT = {fact.name.rstrip("_"): fact.default for fact in fields(ClientSettings)}
 
 
 class Changes:
-    """What is changed of clients at run time, also of addresses: kept first, then it holds."""
+    """The changes of clients, and of addresses, which are clients whose name begins with `ip:`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, self.store = gateway, gateway.store
         self.file: dict[str, ClientSettings] = {}  # what the file says
-        self.kept: dict[str, Facts] = {}  # by name and field: [value, the file's own then]
-        self._turn = asyncio.Lock()  # one after the other
-        self._forgetting: Any = None
+        self.kept: dict[str, Facts] = {}  # by name and field: [value, what the file said then]
+        self._turn = asyncio.Lock()  # changes are made one after the other
+        self._forgetting: Any = None  # the last write of `apply`, or nothing would hold it
 
     async def change(self, name: str, values: Facts) -> None:
-        """Settings of a client by the names that the file has for them; None: as in the file."""
+        """Change settings of a client, by their names in the file; None: as the file has it."""
         given = {key: CLIENT.get(key) if one is None else one for key, one in values.items()}
         try:
             row = parse_rows("request", "clients", {name: given})[name]
@@ -9869,7 +9927,7 @@ class Changes:
         self.apply()
 
     def apply(self) -> None:
-        """Let hold what the file says, and each change until that says otherwise."""
+        """Let hold what the file says, and each change since which it says the same."""
         settings, clients = self.gateway.settings, self.gateway.clients
         self.file = dict(settings.clients)
         for name in map("ip:{}".format, settings.ips.blocked):
@@ -9890,17 +9948,22 @@ class Changes:
             before, client.settings = client.settings, clients.of(client.name)
             moved.update([client] if client.settings.class_ != before.class_ else [])
         for call in (*self.gateway.calls.values(), *self.gateway.recall.joined.values()):
-            ticket, unsaid = call.ticket, call.question.priority is None and not call.rule
-            unsaid = unsaid and not call.job
             if clients.is_blocked(call.caller):
                 self.gateway.stop(call, LlmqError(BLOCKED, "forbidden"))
-            elif ticket.client in moved and unsaid and ticket.state is TicketState.WAITING:
-                policy = self.gateway.fleet.policy(ticket.model)
-                priority = ticket.client.account.lowered(usual_class(ticket.client, policy))
-                highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
-                self.gateway.reprioritise(call, max(highest, priority))
+            elif call.ticket.client in moved:
+                self.move(call)
         self.gateway.scheduler.reconsider()
         self.gateway.pump()
+
+    def move(self, call: Call) -> None:
+        """Give a call that waits the class which its client has now, unless it asked for one."""
+        ticket = call.ticket
+        said = call.question.priority is not None or call.rule or call.job
+        if ticket.state is TicketState.WAITING and not said:
+            policy = self.gateway.fleet.policy(ticket.model)
+            priority = ticket.client.account.lowered(usual_class(ticket.client, policy))
+            highest = Priority.NORMAL if ticket.foreign else Priority.HIGH
+            self.gateway.reprioritise(call, max(highest, priority))
 
 
 # ==== 38. Background ==============================================================================
@@ -9961,8 +10024,8 @@ class Preloader:
                         run_errand(self.gateway, errand, LLMQ, secrets.token_hex(6), Priority.LOW)
 
 
-KEEP_SECONDS = 60.0
-USAGE_DAYS, MEMORY_DAYS = 400, 7  # that what was used is kept, and without a state file
+KEEP_SECONDS = 60.0  # between two writes: a crash of llmq loses what was used since
+USAGE_DAYS, MEMORY_DAYS = 400, 7  # of usage in the state file, and in memory without one
 ADD_USAGE = """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (day, client, model) DO UPDATE SET requests = requests + excluded.requests,
     hits = hits + excluded.hits, tokens_in = tokens_in + excluded.tokens_in,
@@ -9971,31 +10034,36 @@ KEEP_ANSWER = "REPLACE INTO answers (key, body, type, until) VALUES (?, ?, ?, ?)
 
 
 class Keeper:
-    """Has the store keep what was used, and answers where that is asked for; drops what is old."""
+    """Writes usage to the store, and answers where `cache.persist` says so; drops what is old."""
 
     def __init__(self, gateway: Gateway, batches: Batches) -> None:
         self.gateway, self.batches = gateway, batches
         self.store, self.cache = gateway.store, gateway.recall.cache
-        self.named: set[Names] = set()  # days, clients and models that are written by name
+        self.named: set[Names] = set()  # who of today has rows: days, clients and models
+
+    @property
+    def keeps_answers(self) -> bool:
+        return self.gateway.settings.cache.persist and bool(self.store.path)
 
     async def load(self) -> None:
-        """What an earlier llmq has kept: answers, and what was used today."""
+        """Take up what an earlier llmq has kept: what was used today, and answers."""
         limits, now = self.gateway.settings.cache, time.time()
         if self.store.is_open:
             day = day_of(int(now))
             sums = ", ".join(f"sum({name})" for name in USED)
             (row,) = await self.store.read(f"SELECT {sums} FROM usage WHERE day = ?", day)
             self.gateway.journal.days[day,] = [one or 0 for one in row]
-        self.cache.noting = limits.persist and bool(self.store.path)
+        self.cache.noting = self.keeps_answers
         if self.cache.noting and self.store.is_open:
             sql = "SELECT key, body, type, until FROM answers WHERE until > ? ORDER BY until"
             for key, *answer in await self.store.read(sql, now):
                 self.cache.put(key, Answer(*answer), limits.max_bytes)
-            changed = self.cache.changed.items()  # what there is no room for is to leave the file
+            changed = self.cache.changed.items()  # those without room have to leave the file
             self.cache.changed = {key: answer for key, answer in changed if answer is None}
             await self.store.write(("DELETE FROM answers WHERE until <= ?", (now,)))
 
     async def step(self) -> None:
+        """Write what is new and let go of what is old, in memory and in the file."""
         limits, journal = self.gateway.settings.cache, self.gateway.journal
         journal.flush()
         day = (day_of(int(time.time())),)
@@ -10005,7 +10073,7 @@ class Keeper:
             journal.used = {who: one for who, one in journal.used.items() if who[0] >= oldest}
         self.cache.expire(time.time())
         self.cache.fit(limits.max_bytes if limits.embeddings or limits.chat else 0)
-        self.cache.noting = limits.persist and bool(self.store.path)
+        self.cache.noting = self.keeps_answers
         ttl = self.gateway.settings.jobs.result_ttl
         try:
             if self.store.path:
@@ -10018,15 +10086,16 @@ class Keeper:
             log.warning("state: %s; it is tried again", error)
 
     async def keep_usage(self) -> None:
+        """Add what was used to the rows of the file; to what is in memory where that fails."""
         journal, day = self.gateway.journal, day_of(int(time.time()))
         self.named = {who for who in self.named if who[0] == day}
         used, journal.used = journal.used, {}
-        rows: dict[Names, list[float]] = {}
-        for who, facts in used.items():  # liars may call themselves something else each time
+        rows: Usage = {}
+        for who, amounts in used.items():  # a client may call itself something else each time
             known = who in self.named or len(self.named) < MOST_USED
             named = who if known else (who[0], OTHER, OTHER)
             self.named.add(named)
-            merge_usage(rows, {named: facts})
+            merge_usage(rows, {named: amounts})
         oldest = first_day(time.time(), USAGE_DAYS)
         try:
             if rows:
@@ -10037,6 +10106,7 @@ class Keeper:
             raise
 
     async def keep_answers(self) -> None:
+        """Write the answers that are new, and drop those that have gone."""
         changed, self.cache.changed = self.cache.changed, {}
         new = [(key, *answer) for key, answer in changed.items() if answer is not None]
         old = [(key,) for key, answer in changed.items() if answer is None]
@@ -10051,15 +10121,14 @@ class Keeper:
             raise
 
     async def usage(self, days: int) -> list[Facts]:
-        """What was used in the last days, this one among them, by day, client and model."""
-        self.gateway.journal.flush()
-        first = first_day(time.time(), days)
-        used: dict[Names, list[float]] = {}
-        new = {who: list(facts) for who, facts in self.gateway.journal.used.items()}
-        # The latest and the greatest have their names, if there are too many.
+        """What was used in the last days, today among them: a row for each client and model."""
+        journal, first = self.gateway.journal, first_day(time.time(), days)
+        journal.flush()
+        # A copy: while the rows are read, the original may be written and be among the next ones.
+        used = {who: list(amounts) for who, amounts in journal.used.items()}
+        # The latest and the greatest first: where there are too many, these keep their names.
         sql = "SELECT * FROM usage WHERE day >= ? ORDER BY day DESC, requests DESC"
         rows = await self.store.read(sql, first)
-        merge_usage(used, new)  # as it was before: meanwhile it may have been written
 
         def merge() -> None:
             for row in rows:
@@ -10067,10 +10136,10 @@ class Keeper:
 
         await beside(merge, heavy=len(rows) > 1000)
         names = ("day", "client", "model", *USED)
-        recent = {who: facts for who, facts in sorted(used.items()) if who[0] >= first}
         return [
-            dict(zip(names, (*who, *facts[:-1], round(facts[-1], 3))))
-            for who, facts in recent.items()
+            dict(zip(names, (*who, *amounts[:-1], round(amounts[-1], 3))))
+            for who, amounts in sorted(used.items())
+            if who[0] >= first
         ]
 
 
@@ -10149,11 +10218,11 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
 HOOK_SECONDS = 5.0  # for a service to answer
-HOOK_TRIES = (0.0, 1.0, 4.0)  # seconds before each
+HOOK_TRIES = (0.0, 1.0, 4.0)  # seconds before each attempt to post an event
 HOOK_QUEUE = 100  # events that wait for one service; more are lost, and counted
-HIGH_WATERMARK, LOW_WATERMARK = 0.8, 0.6  # of a limit: where it is told, and may be told again
-BUSY_QUEUE = 10  # that waited, so that the end of it is worth telling
-FULL_SECONDS = 10.0  # without a refusal, until the next one is told again
+HIGH_WATERMARK, LOW_WATERMARK = 0.8, 0.6  # of a limit: above is told, once it was below again
+BUSY_QUEUE = 10  # requests: when so many have waited, it is told that none does any more
+FULL_SECONDS = 10.0  # without a refusal, after which the next one is told
 
 
 class Watch:
@@ -10214,6 +10283,7 @@ class Postman:
         return not self._events.unfinished_tasks
 
     def give(self, body: bytes) -> None:
+        """Let an event wait to be posted; it is lost where too many do."""
         try:
             self._events.put_nowait(body)
         except queue.Full:
@@ -10222,7 +10292,7 @@ class Postman:
                 log.warning("webhook %s: events are lost, it takes them too slowly", self.name)
 
     def close(self) -> None:
-        """What still waits for it is not sent."""
+        """End the thread; events that still wait are not posted."""
         self.closed.set()
         with contextlib.suppress(queue.Full):  # then its thread does not wait for one
             self._events.put_nowait(None)
@@ -10298,7 +10368,7 @@ class Webhooks:
             self.send(gateway.journal.events.popleft())
 
     def look(self) -> Iterator[tuple[str, Facts]]:
-        """What has happened since the last look."""
+        """What has happened since the last look: the name of each event, and what is told of it."""
         gateway, watch, scheduler = self.gateway, self.watch, self.gateway.scheduler
         most, scheduler.most_waiting = scheduler.most_waiting, len(scheduler.waiting)
         waiting, limits = len(scheduler.waiting), scheduler.limits
@@ -10319,6 +10389,7 @@ class Webhooks:
             yield event, {"host": name, "error": backends[name].error}
 
     def send(self, facts: Facts) -> None:
+        """Hand an event to each service that wants such."""
         body = render_json(facts)
         for name, row in self.gateway.settings.webhooks.items():
             if not row.events or facts["event"] in row.events:
@@ -10735,52 +10806,62 @@ class SnapshotStream:
 
 
 # ==== 42. Job routes ==============================================================================
-# What clients ask of jobs, files and batches.  They see their own: what their key has made, without
-# keys what has their name.  All is seen with the right `control`, without keys from this box.
+# What clients ask of jobs, files and batches.  They see their own: what was asked for with their
+# key, or without keys what has their name.  Everybody's are seen with the right `control`, without
+# keys from this box.
 
 MOST_SHOWN = 1000  # rows of one list
 NO_PAGE = (("Content-Security-Policy", "default-src 'none'; sandbox"),)  # whatever a browser thinks
 CONTROL_BODY = 64 * KIB
-JOB_OF = "AND account = ? AND (? OR client = ?)"  # of an account, or of a name without one
+OWN_ROWS = "account = ? AND (? OR client = ?)"  # asks for what `owner` gives
 
 
 async def read_values(exchange: Exchange, limit: int) -> Facts:
+    """The members of the object that is the request's body, of at most so many bytes."""
     body = await exchange.read_body(limit)
     read = functools.partial(read_object, decode_json(body))
     return (await beside(read, heavy=is_heavy(body))).values
 
 
 def owner(exchange: Exchange) -> tuple[str, bool, str]:
-    """What JOB_OF asks for."""
+    """Name of the caller's key, whether there is one, and the caller's own name."""
     account, client = exchange.caller.account, exchange.caller.client
     return account.name, account is not NO_ACCOUNT, client
 
 
 def times(**seconds: float | None) -> Facts:
+    """Times as OpenAI tells them: whole seconds since 1970."""
     return {name: None if when is None else int(when) for name, when in seconds.items()}
 
 
-def read_page(exchange: Exchange, usual: int) -> tuple[int, str]:
-    """How many rows a list is to have, and the id that it begins behind."""
-    query = dict(parse_qsl(exchange.request.query))
+class Page(NamedTuple):
+    """The part of a list that is asked for."""
+
+    limit: int  # rows
+    after: str  # id of the row behind which it begins, or empty
+    upwards: bool  # the oldest first
+
+    def of(self, rows: list[Facts]) -> Facts:
+        """A list as OpenAI has it, of the rows that `JobRoutes.rows_of` has found."""
+        shown = rows[: self.limit]
+        ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
+        return {"object": "list", "data": shown, **ends, "has_more": len(rows) > self.limit}
+
+
+def read_page(query: Mapping[str, str], usual: int) -> Page:
+    """The page that a query asks for; of `usual` rows where it does not say how many."""
     limit = query.get("limit", str(usual))
     if not re.fullmatch("0*[1-9][0-9]*", limit):
         raise BadRequest("limit is a number above 0", param="limit")
-    return min(int(limit.lstrip("0")[:9]), MOST_SHOWN), query.get("after", "")
-
-
-def listed(rows: list[Facts], limit: int) -> Facts:
-    """A list as OpenAI has it, of rows of which one more was looked for than are shown."""
-    shown = rows[:limit]
-    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
-    return {"object": "list", "data": shown, **ends, "has_more": len(rows) > limit}
+    most = min(int(limit.lstrip("0")[:9]), MOST_SHOWN)
+    return Page(most, query.get("after", ""), query.get("order") == "asc")
 
 
 FORM_TYPE = re.compile(
     r'multipart/form-data[ \t]*;(?:.*?;)??[ \t]*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))',
     re.IGNORECASE,
 )
-MOST_PARTS, PART_HEAD = 100, 8 * KIB
+MOST_PARTS, PART_HEAD = 100, 8 * KIB  # parts of a form, bytes of the header fields of one
 PART_FIELD = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data([^\r\n]*)", re.IGNORECASE)
 PART_MEMBER = re.compile(r';[ \t]*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 
@@ -10822,16 +10903,19 @@ def read_file_form(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     return found.get("purpose", ("", b""))[1].decode("utf-8", "replace"), *found["file"]
 
 
+Owned = TypeVar("Owned", Job, StoredFile, Batch)
+
+
 @dataclass(eq=False)
 class JobRoutes:
     """Answers what is asked of jobs, files and batches."""
 
     gateway: Gateway
-    runner: Runner
+    runner: JobRunner
     batches: Batches
 
     def may_steer(self, exchange: Exchange) -> bool:
-        """Whether all may be seen: with the right `control`, without keys on this box."""
+        """Whether the caller may see everybody's rows."""
         if not (self.gateway.accounts.by_digest or exchange.caller.account is not NO_ACCOUNT):
             return exchange.is_local
         with contextlib.suppress(LlmqError):
@@ -10839,20 +10923,30 @@ class JobRoutes:
             return True
         return False
 
-    def check_owner(self, exchange: Exchange, row: Job | StoredFile | Batch) -> None:
-        """Who may not see a row is told that it is not there."""
+    def seen(self, exchange: Exchange, what: str, row: Owned) -> Owned:
+        """The row; a caller who may not see it is told that it is not there."""
         account, keyed, client = owner(exchange)
         own = row.account == account and (keyed or row.client == client)
         if not own and not self.may_steer(exchange):
-            what = {Job: "job", Batch: "batch", StoredFile: "file"}[type(row)]
-            raise LlmqError(f"there is no {what} {printable(row.id)}", "not_found")
+            raise no_row(what, row.id)
+        return row
+
+    async def rows_of(
+        self, table: str, columns: str, page: Page, where: str, *values: Any
+    ) -> list[Any]:
+        """The rows of a page, and one more where there is one: so a list tells that it goes on."""
+        beyond, order = (">", "ASC") if page.upwards else ("<", "DESC")
+        return await self.gateway.store.read(
+            f"SELECT {columns} FROM {table} WHERE {where}"
+            f" AND (? = '' OR number {beyond} (SELECT number FROM {table} WHERE id = ?))"
+            f" ORDER BY number {order} LIMIT ?",
+            *values, page.after, page.after, page.limit + 1,
+        )  # fmt: skip
 
     # ---- jobs
 
     async def job_of(self, exchange: Exchange, ident: str) -> Job:
-        job = await self.gateway.jobs.find(ident)
-        self.check_owner(exchange, job)
-        return job
+        return self.seen(exchange, "job", await self.gateway.jobs.find(ident))
 
     def show_job(self, job: Job) -> Facts:
         ended, ttl = job.ended, self.gateway.settings.jobs.result_ttl
@@ -10877,17 +10971,14 @@ class JobRoutes:
         return facts
 
     async def list_jobs(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, 100)
-        everybody = dict(parse_qsl(exchange.request.query)).get("all") == "1"
+        query = dict(parse_qsl(exchange.request.query))
+        page = read_page(query, 100)._replace(upwards=False)
+        everybody = query.get("all") == "1"
         if everybody and not self.may_steer(exchange):
             raise LlmqError("all jobs are shown to who has the right: control", "forbidden")
-        rows = await self.gateway.store.read(
-            f"SELECT {SHOWN_JOB} FROM jobs WHERE batch = '' {'' if everybody else JOB_OF}"
-            " AND (? = '' OR number < (SELECT number FROM jobs WHERE id = ?))"
-            " ORDER BY number DESC LIMIT ?",
-            *(() if everybody else owner(exchange)), after, after, limit + 1,
-        )  # fmt: skip
-        return listed([self.show_job(job_of_row(row)) for row in rows], limit)
+        where, values = ("true", ()) if everybody else (OWN_ROWS, owner(exchange))
+        rows = await self.rows_of("jobs", SHOWN_JOB, page, f"batch = '' AND {where}", *values)
+        return page.of([self.show_job(job_of_row(row)) for row in rows])
 
     async def get_job(self, exchange: Exchange, ident: str) -> Facts:
         return self.show_job(await self.job_of(exchange, ident))
@@ -10915,9 +11006,7 @@ class JobRoutes:
     # ---- files
 
     async def file_of(self, exchange: Exchange, ident: str) -> StoredFile:
-        file = await self.batches.find_file(ident)
-        self.check_owner(exchange, file)
-        return file
+        return self.seen(exchange, "file", await self.batches.find_file(ident))
 
     def show_file(self, file: StoredFile) -> Facts:
         facts = {"id": file.id, "object": "file", "bytes": file.bytes, "filename": file.name}
@@ -10936,30 +11025,18 @@ class JobRoutes:
         return self.show_file(file)
 
     async def list_files(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, MOST_SHOWN)
-        rows = await self.rows_of(exchange, "files", FILE_ROW, after, limit)
-        return listed([self.show_file(StoredFile(*row)) for row in rows], limit)
-
-    async def rows_of(
-        self, exchange: Exchange, table: str, columns: str, after: str, limit: int
-    ) -> list[Any]:
-        """Their own rows, the latest first, one more than are to be shown."""
         query = dict(parse_qsl(exchange.request.query))
-        purpose = query.get("purpose", "") if table == "files" else ""
-        more, values = ("AND purpose = ?", (purpose,)) if purpose else ("", ())
-        upwards = query.get("order") == "asc"
-        return await self.gateway.store.read(
-            f"SELECT {columns} FROM {table} WHERE true {JOB_OF} {more}"
-            f" AND (? = '' OR number {'>' if upwards else '<'}"
-            f" (SELECT number FROM {table} WHERE id = ?))"
-            f" ORDER BY number {'ASC' if upwards else 'DESC'} LIMIT ?",
-            *owner(exchange), *values, after, after, limit + 1,
-        )  # fmt: skip
+        page, purpose = read_page(query, MOST_SHOWN), query.get("purpose", "")
+        where = f"{OWN_ROWS} AND (? = '' OR purpose = ?)"
+        values = (*owner(exchange), purpose, purpose)
+        rows = await self.rows_of("files", FILE_ROW, page, where, *values)
+        return page.of([self.show_file(StoredFile(*row)) for row in rows])
 
     async def get_file(self, exchange: Exchange, ident: str) -> Facts:
         return self.show_file(await self.file_of(exchange, ident))
 
     async def get_content(self, exchange: Exchange, ident: str) -> None:
+        """What is in a file, as fast as the client takes it: it may be longer than memory."""
         file = await self.file_of(exchange, ident)
         exchange.watch()
         exchange.start(200, "application/octet-stream", NO_PAGE)
@@ -10972,7 +11049,7 @@ class JobRoutes:
             if exchange.blocked:
                 exchange.connection.server.limit_unsent()
                 await exchange.catch_up()
-        if left:  # it was let go meanwhile
+        if left:  # its lines were let go meanwhile
             exchange.fail(b"")
         else:
             exchange.finish()
@@ -10985,9 +11062,7 @@ class JobRoutes:
     # ---- batches
 
     async def batch_of(self, exchange: Exchange, ident: str) -> Batch:
-        batch = await self.batches.find(ident)
-        self.check_owner(exchange, batch)
-        return batch
+        return self.seen(exchange, "batch", await self.batches.find(ident))
 
     async def show_batch(self, batch: Batch) -> Facts:
         facts, counts = json.loads(batch.facts), await self.batches.counts(batch.id)
@@ -11033,9 +11108,9 @@ class JobRoutes:
         return await self.show_batch(await self.batches.add(exchange.caller, found, path, metadata))
 
     async def list_batches(self, exchange: Exchange, _: str) -> Facts:
-        limit, after = read_page(exchange, 20)
-        rows = await self.rows_of(exchange, "batches", BATCH_ROW, after, limit)
-        return listed([await self.show_batch(Batch(*row)) for row in rows], limit)
+        page = read_page(dict(parse_qsl(exchange.request.query)), 20)
+        rows = await self.rows_of("batches", BATCH_ROW, page, OWN_ROWS, *owner(exchange))
+        return page.of([await self.show_batch(Batch(*row)) for row in rows])
 
     async def get_batch(self, exchange: Exchange, ident: str) -> Facts:
         return await self.show_batch(await self.batch_of(exchange, ident))
@@ -12385,7 +12460,7 @@ class Service:
         self.store = Store("" if self.demo else self.settings.server.state)
         self.gateway = Gateway(self.settings, secrets.token_hex(8), time.monotonic, self.store)
         self.changes = Changes(self.gateway)
-        self.runner = Runner(self.gateway)
+        self.runner = JobRunner(self.gateway)
         self.batches = Batches(self.gateway.jobs, self.runner)
         self.runner.on_end = [self.batches.line_ended, self.tell_job]
         self.keeper = Keeper(self.gateway, self.batches)
@@ -13114,6 +13189,7 @@ def cmd_models(options: argparse.Namespace) -> None:
 
 
 def cmd_jobs(options: argparse.Namespace) -> None:
+    """Show the jobs that are kept: everybody's, or those of the key that asks."""
     query = "" if options.mine else "?all=1"
     jobs = asked(options)[1](("GET", f"/v1/jobs{query}", None))["data"]
     if options.json:
@@ -13127,28 +13203,35 @@ def cmd_jobs(options: argparse.Namespace) -> None:
     show_rows(JOBS, rows, "none")
 
 
-def cmd_job(options: argparse.Namespace) -> int:
-    """Show, print or cancel one job; 1 where there is no result yet."""
-    path, ask = f"/v1/jobs/{quote(options.id, safe='')}", asked(options)[1]
-    if options.command == "result":
-        status, body = ask(("GET", f"{path}/result", None), raw=True)
-        text = body.decode("utf-8", "replace")
-        if status == HTTPStatus.ACCEPTED:
-            say(f"job {options.id} is {json.loads(text)['status']}", error=True)
-            return 1
-        say(text)
-        return 0
-    job = ask(("DELETE" if options.command == "cancel" else "GET", path, None))
-    if options.json:
-        say(json.dumps(job, indent=2))
-    else:
-        for name, value in job.items():
-            shown = stamp(value) if name.endswith("_at") and value else value
-            say(printable(f"{name:<13} {'-' if shown is None else shown}", 1000))
+def job_path(options: argparse.Namespace) -> str:
+    return f"/v1/jobs/{quote(options.id, safe='')}"
+
+
+def cmd_result(options: argparse.Namespace) -> int:
+    """Print what a job was answered with; 1 where it has not ended."""
+    status, body = asked(options)[1](("GET", f"{job_path(options)}/result", None), raw=True)
+    text = body.decode("utf-8", "replace")
+    if status == HTTPStatus.ACCEPTED:
+        say(f"job {options.id} is {json.loads(text)['status']}", error=True)
+        return 1
+    say(text)
     return 0
 
 
+def cmd_job(options: argparse.Namespace) -> None:
+    """Show or cancel one job."""
+    method = "DELETE" if options.command == "cancel" else "GET"
+    job = asked(options)[1]((method, job_path(options), None))
+    if options.json:
+        say(json.dumps(job, indent=2))
+        return
+    for name, value in job.items():
+        shown = stamp(value) if name.endswith("_at") and value else value
+        say(printable(f"{name:<13} {'-' if shown is None else shown}", 1000))
+
+
 def cmd_usage(options: argparse.Namespace) -> None:
+    """Show what was used, a row for each day, client and model."""
     rows = asked(options)[1](("GET", f"/llmq/usage?days={options.days}", None))["usage"]
     if options.json:
         say(json.dumps(rows, indent=2))
@@ -13264,7 +13347,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "run": cmd_run,
     "models": cmd_models,
     "jobs": cmd_jobs,
-    **dict.fromkeys(ABOUT_JOB, cmd_job),
+    "job": cmd_job,
+    "result": cmd_result,
+    "cancel": cmd_job,
     "usage": cmd_usage,
     "config": cmd_config,
 }
