@@ -3580,9 +3580,16 @@ class ResponseHead(NamedTuple):
     headers: Headers
 
 
+def words_of(headers: Headers, name: str) -> set[str]:
+    """What a header field lists, without parameters, in lower case."""
+    value = headers.get(name)
+    if not value:
+        return set()
+    return {one.partition(";")[0].strip() for one in value.lower().split(",")}
+
+
 def connection_options(headers: Headers) -> set[str]:
-    value = headers.get("connection")
-    return {option.strip().lower() for option in value.split(",")} if value else set()
+    return words_of(headers, "connection")
 
 
 def parse_fields(text: str, cookie_break: str = ", ") -> Headers:
@@ -7942,12 +7949,6 @@ class Store:
 # A request that was answered before is answered from the cache, without waiting.  Of several that
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
-
-
-def words_of(headers: Headers, name: str) -> set[str]:
-    """What a header field lists, without parameters, in lower case."""
-    listed = headers.get(name, "").lower().split(",")
-    return {one.partition(";")[0].strip() for one in listed}
 
 
 BETAS = ("openai-beta", "anthropic-version", "anthropic-beta")  # header fields that runners get
