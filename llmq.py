@@ -2903,25 +2903,19 @@ class Scheduler(Backlog):
 
         So no queue is built for it, to be torn down again; who is boosted takes turns in it.
         """
-        client = ticket.client
-        if self.waiting or client.at_cap or client.settings.boost:
-            return None
-        if not self._may_start(ticket.priority):
-            return None
-        self.fleet.unclaim()
-        backend = self._place(ticket, urgent=ticket.priority is Priority.HIGH)
+        backend = None if ticket.client.settings.boost else self.place_now(ticket)
         if backend is not None:
             self._arrive(ticket, now)
             self._join(ticket)
             self._start(ticket, backend, now, fair=True)
         return backend
 
-    def may_start(self, ticket: Ticket) -> bool:
-        """Whether a new ticket would start at once."""
-        client, urgent = ticket.client, ticket.priority is Priority.HIGH
-        if self.waiting or client.at_cap or not self._may_start(ticket.priority):
-            return False
-        return bool(self.fleet.candidates(ticket.want, urgent=urgent))
+    def place_now(self, ticket: Ticket) -> Backend | None:
+        """Where a new ticket would start at once; None: it would have to wait."""
+        if self.waiting or ticket.client.at_cap or not self._may_start(ticket.priority):
+            return None
+        self.fleet.unclaim()  # nobody waits for a device to run empty
+        return self._place(ticket, urgent=ticket.priority is Priority.HIGH)
 
     def _arrive(self, ticket: Ticket, now: float) -> None:
         if ticket.state is not TicketState.NEW:
@@ -7950,7 +7944,6 @@ class Store:
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
 
-
 BETAS = ("openai-beta", "anthropic-version", "anthropic-beta")  # header fields that runners get
 CHATS = (CHAT, COMPLETIONS, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
 # Errors of the first client alone, after which one that has joined runs itself: `forbidden` is a
@@ -8697,7 +8690,8 @@ class Gateway:
         """Answer what need not run now: what is kept for later, or known, or only loads a model."""
         if call.question.done_reason:
             return await self.admission.answer_load(call)
-        if call.later and (call.later is ALWAYS or not self.scheduler.may_start(call.ticket)):
+        busy = call.later == BUSY and self.scheduler.place_now(call.ticket) is None
+        if busy or call.later == ALWAYS:
             await self.jobs.accept(call)
             return True
         return bool(call.answer_key) and await self.recall.answer(call)

@@ -207,6 +207,20 @@ async def test_where_it_is_allowed_it_is_answered_later_only_if_it_could_not_sta
         assert (await result(q, ident)).content == "three"
 
 
+async def test_where_a_model_has_all_that_it_may_run_it_is_answered_later(state: Path) -> None:
+    settings = {"queue__slots": 2, "models": {"m": {"max_concurrent": 1}}}
+    async with FakeBackend() as fake, serving(state, fake, **settings) as q:
+        await told(q)
+        fake.hold()
+        first = asyncio.ensure_future(q.chat("one"))
+        await eventually(lambda: fake.requests)
+        answer = await q.chat("two", router={"allowAsync": True})
+        assert answer.status == 202  # though a slot is free
+        fake.release()
+        assert (await first).content == "one"
+        await reached(q, answer.json()["id"], "succeeded")
+
+
 async def test_what_is_wrong_with_a_request_is_told_at_once(state: Path) -> None:
     async with FakeBackend() as fake, serving(state, fake) as q:
         await told(q)
