@@ -944,6 +944,7 @@ def parse_optional_url(raw: Any) -> OptionalUrl:
 
 
 def parse_hook(raw: Any) -> HookUrl:
+    """A whole url as a service gives it out, its path and query as they are."""
     text = parse_text(raw)
     if not re.fullmatch(r"https?://[^/?#\s@]+([/?][\x21-\x7e]*)?", text):
         raise ValueError("wants a url like https://host/path, without a user in it")
@@ -1874,7 +1875,7 @@ class Backend:
         self.models_known = False  # it has told its models at least once
         self.models: dict[str, list[str]] = {}  # model key -> names as the backend spells them
         self.digests: dict[str, str] = {}  # model key -> what tells its state, as Ollama lists it
-        self.lists = 0  # counts up with each other list of models, and each time it was down
+        self.generation = 0  # of its models: rises with each other list, and each time it was down
         self.report: Report | None = None
         self.last_received = float("-inf")  # when it last sent bytes of an answer, monotonic
         self.used = 0.0  # when it was last given a request
@@ -1949,8 +1950,8 @@ class Backend:
         return not self.models_known or self.has(key)
 
     def version(self, key: str) -> str:
-        """Of a model here: its digest, or how often it may have become another."""
-        return self.digests.get(key) or f"{self.name}/{self.lists}"
+        """Of a model here: its digest, else the generation of all of them."""
+        return self.digests.get(key) or f"{self.name}/{self.generation}"
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -2057,7 +2058,7 @@ class Backend:
             self.unsupported.clear()
             self.supported.clear()
         if self.state is not State.UP or self.report is None or self.report.models != report.models:
-            self.lists += 1
+            self.generation += 1
         self.digests = {
             model_key(str(row.get("name"))): str(row["digest"])
             for row in report.tags
@@ -2233,6 +2234,10 @@ class Ticket:
         if state not in MOVES[self.state]:
             raise RuntimeError(f"ticket {self.id} cannot go from {self.state} to {state}")
         self.state = state
+
+    def part_of(self, limit: int) -> int:
+        """Of so many that may wait, its like: jobs leave half to those who wait at a desk."""
+        return limit // 2 or 1 if self.patient else limit
 
     @property
     def model(self) -> str:
@@ -2822,16 +2827,16 @@ class Backlog:
     def _check_room(self, ticket: Ticket) -> None:
         limits, client, priority = self.limits, ticket.client, ticket.priority
         in_class, most = limits.depths[priority], limits.max_depth // 2 or 1
-        part = 2 if ticket.patient else 1  # a job leaves room for who waits at a desk
-        if len(self.waiting) >= (limits.max_depth // part or 1):
+        keyed = client.account.settings.max_waiting
+        if len(self.waiting) >= ticket.part_of(limits.max_depth):
             message = f"{len(self.waiting)} requests are waiting, the queue is full"
         elif in_class and self.waiting_in(priority) >= in_class:
             message = f"{in_class} requests of class {priority.word} are waiting, as many as may"
         elif self.queued_bytes + ticket.size > limits.max_queued_bytes:
             message = "the waiting requests hold all the memory they may"
-        elif client.waiting >= (min(client.settings.max_waiting or most, most) // part or 1):
+        elif client.waiting >= ticket.part_of(min(client.settings.max_waiting or most, most)):
             message = f"{client.name} has {client.waiting} requests waiting, as many as it may"
-        elif 0 < client.account.settings.max_waiting <= client.account.waiting * part:
+        elif keyed and client.account.waiting >= ticket.part_of(keyed):
             message = f"{client.account.waiting} requests with that key are waiting, as many as may"
         elif client.queued_bytes + ticket.size > limits.max_queued_bytes // 2:
             message = f"{client.name} holds half the memory of the queue"
@@ -6352,7 +6357,7 @@ class Connection:
         if self.stream.transport.can_write_eof():  # over TLS there is no half of a close
             self.stream.transport.write_eof()  # to close with input unread would destroy the answer
             await self.stream.linger(LINGER_SECONDS)
-        else:  # before Python 3.11 TLS waits for the client's word without end
+        else:  # asyncio waits 30 s for the client's word, before Python 3.11 without end
             loop = asyncio.get_running_loop()
             loop.call_later(LINGER_SECONDS, self.stream.transport.abort)
 
@@ -8097,8 +8102,6 @@ QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
 OPEN_JOB = f"state IN ('{QUEUED}', '{RUNNING}')"
 JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
 ROUTER_MODES = ("async", "sync", "auto")
-
-
 JobLane = tuple[int, str]  # class and client
 
 
@@ -9805,7 +9808,11 @@ class Batches:
     async def line_ended(self, job: Job) -> None:
         """A job has ended: if it was the last line of a batch, so has that."""
         if job.batch:
-            await self.runner.persist(f"batch {job.batch}", lambda: self.look(job.batch))
+            await self.persist_end(job.batch)
+
+    async def persist_end(self, ident: str) -> None:
+        """End a batch if it has no line left to run, as soon as the disk has room."""
+        await self.runner.persist(f"batch {ident}", lambda: self.look(ident))
 
     async def look(self, ident: str) -> None:
         """End a batch if it has no line left to run."""
@@ -9860,7 +9867,7 @@ class Batches:
         for job, _ in list(self.jobs.active.values()):  # in one go, so that none of them begins
             if job.batch == batch.id:
                 self.runner.drop(job)
-        await self.look(batch.id)
+        await self.persist_end(batch.id)
 
     async def expire(self, before: float) -> None:
         """Let go of batches that ended before this, and of files that none of the others needs."""
@@ -10322,7 +10329,7 @@ class Postman:
         except OSError as error:
             return str(error)
         except (ValueError, HTTPException):  # whose words may have the url in them
-            return "its url is none"
+            return "its url leads nowhere"
         found = re.match(rb"HTTP/1\.[01] ([1-5][0-9][0-9])\b", answer)
         if found is None:
             return "what it answers is no HTTP"
@@ -11505,6 +11512,11 @@ class Route(NamedTuple):
     summary: str
     handlers: Mapping[str, RouteHandler]  # by method
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it shows or steers llmq itself: then the right `control` is enough for it."""
+        return self.path.startswith(("/llmq", "/v1/jobs"))
+
 
 def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHandler) -> Route:
     *methods, path = what.split()
@@ -11716,7 +11728,7 @@ class Door:
             meter(exchange, now)
         if request.method == "OPTIONS":
             return self.preflight, (argument,)
-        own = route is not None and route.path.startswith(("/llmq", "/v1/jobs"))
+        own = route is not None and route.is_own
         check_right(exchange, route.right if route else "infer", self.api.gateway, own=own)
         if route is None:
             raise LlmqError(f"there is no {printable(request.path)}", "not_found")

@@ -48,6 +48,16 @@ REFUSED = "Failed to load resource: net::ERR_CONNECTION_REFUSED"
 WIDTHS = (390, 1024, 1600)
 
 
+async def assert_asks_and_tells_as_text(page: Any) -> None:
+    """What is asked before an order and told after it has the hostile name in it, as a text."""
+    told = f"textContent.includes({json.dumps(HOSTILE)})"
+    await page.until(f"document.querySelector('#ask p').{told}")
+    await page.click("#ask [value=go]")
+    await page.until(f"document.querySelector('#toasts').{told}")
+    assert await page.js("document.querySelectorAll('img, script').length") == 1
+    assert await page.js("typeof hit") == "undefined"
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     started = Browser(require_command("chromium"))
@@ -361,15 +371,7 @@ async def test_hostile_names_stay_text(browser: Browser, monkeypatch: pytest.Mon
                     assert shown == HOSTILE
                 await page.key("j")
                 await page.key("x")
-                await page.until(
-                    f"document.querySelector('#ask p').textContent.includes({json.dumps(HOSTILE)})"
-                )
-                await page.click("#ask [value=go]")
-                await page.until(
-                    f"document.querySelector('#toasts').textContent.includes({json.dumps(HOSTILE)})"
-                )
-                assert await page.js("document.querySelectorAll('img, script').length") == 1
-                assert await page.js("typeof hit") == "undefined"
+                await assert_asks_and_tells_as_text(page)
                 with pytest.raises(AssertionError, match="TrustedHTML"):
                     await page.js("document.querySelector('#about').innerHTML = '<b>x</b>'")
                 page.errors.clear()  # of the last line
@@ -1062,15 +1064,7 @@ async def test_hostile_names_of_jobs_and_usage_stay_text(
             why = await page.until("document.querySelector('#jobs .alarm').textContent")
             assert HOSTILE in why
             await page.click("#jobs td button")
-            await page.until(
-                f"document.querySelector('#ask p').textContent.includes({json.dumps(HOSTILE)})"
-            )
-            await page.click("#ask [value=go]")
-            await page.until(
-                f"document.querySelector('#toasts').textContent.includes({json.dumps(HOSTILE)})"
-            )
-            assert await page.js("document.querySelectorAll('img, script').length") == 1
-            assert await page.js("typeof hit") == "undefined"
+            await assert_asks_and_tells_as_text(page)
         await request.left()
 
 
