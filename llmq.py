@@ -13117,7 +13117,7 @@ def ask_llmq(
         request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
         tls = [HTTPSHandler(context=trusted_tls(url))] if url.startswith("https:") else []
         with build_opener(ProxyHandler({}), *tls).open(request, timeout=seconds) as answer:
-            body = read_bounded(answer)
+            body = read_bounded(answer, MOST_KEPT + KIB if raw else MOST_ANSWERED)
         facts = {} if raw else json.loads(body)
         if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
             raise ValueError("what answers is no llmq")
@@ -13134,12 +13134,12 @@ def ask_llmq(
     return (answer.status, bytes(body)) if raw else facts
 
 
-def read_bounded(answer: Any) -> bytearray:
+def read_bounded(answer: Any, most: int = MOST_ANSWERED) -> bytearray:
     """The body of an answer; ValueError or TimeoutError where it has no end."""
     until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
     while more := answer.read1(64 * KIB):
         data += more
-        if len(data) > MOST_ANSWERED:
+        if len(data) > most:
             raise ValueError("the answer is too long")
         if time.monotonic() > until:
             raise TimeoutError("the answer does not end")
@@ -13318,6 +13318,15 @@ def forwarded_signals(pid: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def hide_secrets(document: Facts) -> None:
+    """Leave of each secret setting of a configuration only that it is there."""
+    for table, cls in ROW_TABLES.items():
+        for name in [fact.name for fact in fields(cls) if not fact.repr]:  # declared `secret`
+            for row in document[table].values():
+                many, value = isinstance(row[name], dict), row[name]
+                row[name] = dict.fromkeys(value, HIDDEN) if many else value and HIDDEN
+
+
 def cmd_config(options: argparse.Namespace) -> None:
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
@@ -13327,15 +13336,7 @@ def cmd_config(options: argparse.Namespace) -> None:
         server_tls(settings.server)
         say("the configuration is good")
         return
-    for backend in tables["backends"].values():
-        backend["key"] = HIDDEN if backend["key"] else ""
-        backend["headers"] = dict.fromkeys(backend["headers"], HIDDEN)
-    for account in tables["keys"].values():
-        account.update({name: HIDDEN for name in ("key", "key_hash") if account[name]})
-    for port in tables["ports"].values():
-        port["headers"] = dict.fromkeys(port["headers"], HIDDEN)
-    for hook in tables["webhooks"].values():
-        hook.update({name: HIDDEN for name in ("url", "secret") if hook[name]})
+    hide_secrets(tables)
     if options.json:
         say(json.dumps(tables, indent=2))
     else:

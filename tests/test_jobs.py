@@ -1386,3 +1386,16 @@ async def test_a_result_is_printed_as_it_is(state: Path) -> None:
         done = await asyncio.get_running_loop().run_in_executor(None, run)
         assert done.returncode == 0
         assert done.stdout.rstrip("\n").encode() == (await result(q, ident)).body.rstrip(b"\n")
+
+
+async def test_a_result_that_is_long_is_printed_too(state: Path) -> None:
+    """Longer than anything else that a command is answered with."""
+    text = "x" * (llmq.MOST_ANSWERED + 1)
+    async with FakeBackend(auto=False) as fake, serving(state, fake) as q:
+        ident = await submit(q, "hi")
+        await (await fake.arrived()).answer(text)
+        await reached(q, ident, "succeeded")
+        order = ("GET", f"/v1/jobs/{ident}/result", None)
+        asking = functools.partial(llmq.ask_llmq, q.base, order, raw=True)
+        status, body = await asyncio.get_running_loop().run_in_executor(None, asking)
+        assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, text)
