@@ -158,16 +158,25 @@ class Page:
         return await self.js(WAIT % (1000 * seconds, expression))
 
     async def click(self, selector: str) -> None:
-        """Press the mouse in the middle of the first element that the selector finds."""
-        where = f"document.querySelector({json.dumps(selector)})"
+        """Press the mouse in the middle of the first element that the selector finds.
+
+        It is pressed once the element stands still and nothing lies over it: a list that comes
+        in between the look and the press would move it away.
+        """
         x, y = await self.until(
             f"(e => {{ if (!e || e.hidden) return; e.scrollIntoView({{block: 'nearest'}});"
-            f" const r = e.getBoundingClientRect(); return r.width &&"
-            f" [r.x + r.width / 2, r.y + r.height / 2]; }})({where})"
+            " const r = e.getBoundingClientRect(), at = [r.x + r.width / 2, r.y + r.height / 2];"
+            " const still = `${at}` === e.stoodAt; e.stoodAt = `${at}`;"
+            " const hit = document.elementFromPoint(...at);"
+            " return r.width && still && e.contains(hit) && at;"
+            f" }})(document.querySelector({json.dumps(selector)}))"
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            spot = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            await self.call("Input.dispatchMouseEvent", type=kind, **spot)
+        spot = {"x": x, "y": y, "button": "left", "clickCount": 1}
+        press, release = (
+            self.call("Input.dispatchMouseEvent", type=kind, **spot)
+            for kind in ("mousePressed", "mouseReleased")
+        )
+        await asyncio.gather(press, release)  # nothing is drawn between the two
 
     async def key(self, key: str) -> None:
         facts: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0]))}
