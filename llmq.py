@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 21 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one request.
+The map.  A section uses only what stands above it; nothing above 23 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -32,47 +32,53 @@ reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one 
     10. Fleet          all of them: where there is room, and which is picked
     11. Scheduler      who goes next
     12. Forecast       when, and why not yet
-    13. Cache          what was answered before
+    13. Tasks          what a prompt asks for
+    14. Model choice   which model `auto` is
+    15. Cache          what was answered before
   C  HTTP
-    14. Messages       bytes to heads and bodies, and back
-    15. Bodies         JSON read without losing a byte of it
-    16. Dialects       what all of them share: errors, streams, questions
-    17. OpenAI         its endpoints, its errors, how its streams end
-    18. Ollama         the same for Ollama's own routes
-    19. Anthropic      the same for messages
-    20. Translation    one dialect in the words of another
-    21. Streams        how a coroutine reads a connection, and is woken
-    22. Replies        whom a call answers: an exchange, several at once, a store
-    23. Server         sockets towards the clients
-    24. Upstream       sockets towards the runners
+    16. Messages       bytes to heads and bodies, and back
+    17. Bodies         JSON read without losing a byte of it
+    18. Dialects       what all of them share: errors, streams, questions
+    19. OpenAI         its endpoints, its errors, how its streams end
+    20. Ollama         the same for Ollama's own routes
+    21. Anthropic      the same for messages
+    22. Translation    one dialect in the words of another
+    23. Streams        how a coroutine reads a connection, and is woken
+    24. Replies        whom a call answers: an exchange, several at once, a store
+    25. Server         sockets towards the clients
+    26. Upstream       sockets towards the runners
   D  The gateway
-    25. Probes         what a backend has and how it does
-    26. Calls          one request on its way, and its answer from a backend
-    27. Records        what remains of it: log, metrics, the latest
-    28. Store          what outlives a restart: one SQLite file, one thread
-    29. Recall         what was answered before, or is being answered
-    30. Jobs           what may be answered later, kept until it is
-    31. Admission      from a request to a call that may wait
-    32. Gateway        the life of one request
-    33. Models         what there is, and its management
-    34. Leases         a device as a whole, for work that is no request
-    35. Runs           how jobs run: a few at a time, as calls
-    36. Batches        OpenAI's files and batches, of jobs
-    37. Changes        what is changed at run time
-    38. Background     what runs beside the requests: deadlines, heartbeats
-    39. Webhooks       whom else it tells what happens
+    27. Probes         what a backend has and how it does
+    28. Cards          what graphics memory there is
+    29. Calls          one request on its way, and its answer from a backend
+    30. Records        what remains of it: log, metrics, the latest
+    31. Store          what outlives a restart: one SQLite file, one thread
+    32. Recall         what was answered before, or is being answered
+    33. Jobs           what may be answered later, kept until it is
+    34. Auto           what a choice of model is made from
+    35. Admission      from a request to a call that may wait
+    36. Gateway        the life of one request
+    37. Models         what there is, and its management
+    38. Leases         a device as a whole, for work that is no request
+    39. Runs           how jobs run: a few at a time, as calls
+    40. Batches        OpenAI's files and batches, of jobs
+    41. Changes        what is changed at run time
+    42. Background     what runs beside the requests: deadlines, heartbeats
+    43. Webhooks       whom else it tells what happens
   E  Doors
-    40. Access         which names, pages and keys may use a route
-    41. Snapshot       what the outside sees
-    42. Job routes     what clients ask of jobs, files and batches
-    43. Handlers       what is answered at once
-    44. Routes         which path leads where
-    45. Demo           a runner that only echoes
-    46. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    47. Service        start, reload, drain, stop
-    48. Configuration  which file holds the settings, and what it refers to
-    49. Command line   what a person types: serve, status, top, key and the others
-    50. Web page       what a browser is shown
+    44. Access         which names, pages and keys may use a route
+    45. Snapshot       what the outside sees
+    46. Job routes     what clients ask of jobs, files and batches
+    47. Handlers       what is answered at once
+    48. Routes         which path leads where
+    49. Demo           a runner that only echoes
+    50. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    51. Service        start, reload, drain, stop
+    52. Configuration  which file holds the settings, and what it refers to
+    53. Process        a process that serves, and what it tells its service manager
+    54. Setup          `llmq config init`: looks, asks, writes a file
+    55. Command line   what a person types: serve, status, top, key and the others
+    56. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -93,6 +99,7 @@ import enum
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import hmac
@@ -129,7 +136,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
-from itertools import accumulate, combinations, count
+from itertools import accumulate, combinations, count, groupby
 from operator import attrgetter
 from textwrap import wrap
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
@@ -143,7 +150,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 16 turns errors into bytes.
+# `render_error` of section 18 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -171,6 +178,7 @@ ERRORS = {
     "queue_full": ErrorRow(429),
     "rate_limited": ErrorRow(429, 60),
     "headers_too_large": ErrorRow(431),
+    "no_model": ErrorRow(503, should_retry=False),  # `auto`, and none can serve it
     "cancelled": ErrorRow(499, should_retry=False),
     "client_left": ErrorRow(499),  # nginx's number for it; only the log says so
     "internal_error": ErrorRow(500),
@@ -287,7 +295,7 @@ class StartError(Exception):
 # ==== 2. Tools ====================================================================================
 # Small pure helpers that several sections share.
 
-KIB, MIB = 1024, 1024 * 1024
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
 DAY = 86400.0  # seconds
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h|d)?")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -504,6 +512,7 @@ KeyHash = str  # of one
 Rate = str  # so many in a time: 60/m
 Tokens = str  # a number of them, or "fit"
 KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
+Tasks = Names  # types of tasks, of TASKS
 Url = str  # a base URL without query, credentials, /v1 or slash at its end
 OptionalUrl = str  # the same, or empty
 HookUrl = str  # a whole one, which may have a secret in it
@@ -513,6 +522,10 @@ Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
+TASKS = (  # that a request may be for, see section 15
+    "triage", "simple_chat", "summarize", "code_generate", "code_review", "code_fix",
+    "agentic_reasoning", "large_context", "tool_use", "unknown",
+)  # fmt: skip
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
@@ -603,6 +616,7 @@ class UpstreamSettings:
 class LogSettings:
     format: str = setting("text", "of the log: text or json", choices=("text", "json"))
     level: str = setting("info", "least severity logged", choices=LEVELS)
+    file: File = setting("", "where it goes, opened anew on reload; empty: stderr")
 
 
 @dataclass(frozen=True)
@@ -623,11 +637,21 @@ class JobsSettings:
 
 
 @dataclass(frozen=True)
+class RouterSettings:
+    degrade: bool = setting(False, "auto: a smaller model where memory or time is too short")
+    require_gpu: bool = setting(False, "refuse models that are split over CPU and GPU")
+    gpu_interval: Duration = setting(10.0, "between two looks at graphics memory", minimum=SHORT)
+    nvidia_smi: File = setting("nvidia-smi", "the command that tells of NVIDIA's cards")
+
+
+@dataclass(frozen=True)
 class DeviceSettings:
     """[devices.NAME]: what backends on one host share, one GPU usually."""
 
     slots: int = setting(1, "requests at once", minimum=1)
     reserve_high: int = setting(0, "of these, slots that only class high or the overdue may take")
+    vram_gb: float = setting(0.0, "its graphics memory in GiB; 0: as its cards tell, on this box")
+    vram_reserve_gb: float = setting(1.0, "of it, what no model is to take")
 
 
 @dataclass(frozen=True)
@@ -698,6 +722,10 @@ class ModelSettings:
     strip: Names = setting((), "members cut out of its requests")
     max_output: int = setting(0, "most tokens of an answer, asked for or not; 0: any number")
     overflow: str = setting("pass", "of prompts beyond the context", choices=("pass", "refuse"))
+    size_gb: float = setting(0.0, "graphics memory that it takes, in GiB; 0: as its runner tells")
+    purpose: Tasks = setting((), "types of tasks that it is good at, see [routes]")
+    tags: Names = setting((), "what it can, where its runner does not tell: vision, tools")
+    context: int = setting(0, "the longest prompt that auto gives it, in tokens; 0: as told")
 
 
 @dataclass(frozen=True)
@@ -763,6 +791,7 @@ class Settings:
     ips: IpSettings = field(default_factory=IpSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     jobs: JobsSettings = field(default_factory=JobsSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
     clients: dict[str, ClientSettings] = field(default_factory=dict)
@@ -772,6 +801,7 @@ class Settings:
     rules: dict[str, RuleSettings] = field(default_factory=dict)  # by number, the first first
     webhooks: dict[str, WebhookSettings] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
+    routes: dict[str, Names] = field(default_factory=dict)  # type of task -> models, best first
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
@@ -813,7 +843,7 @@ ROW_TABLES: dict[str, Any] = {
     "rules": RuleSettings,
     "webhooks": WebhookSettings,
 }
-OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
+OWN_TABLES = (*ROW_TABLES, "aliases", "routes")  # whose keys are the user's
 TABLES: dict[str, Any] = {
     table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
 }
@@ -847,7 +877,7 @@ class Setting(NamedTuple):
     @property
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
-        if table in ("log", "cache", "jobs"):
+        if table in ("log", "cache", "jobs", "router"):
             name = f"{table}_{name}"
         elif table == "ips":
             name += "_ips"
@@ -916,6 +946,14 @@ def parse_names(raw: Any) -> Names:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise ValueError("wants a list of texts")
     return tuple(item.strip() for item in items if item.strip())
+
+
+def parse_tasks(raw: Any) -> Tasks:
+    names = parse_names(raw)
+    odd = [name for name in names if name not in TASKS]
+    if odd:
+        raise ValueError(misspelt("type of task", odd[0], TASKS))
+    return names
 
 
 def parse_addresses(raw: Any) -> Addresses:
@@ -1019,6 +1057,7 @@ TYPES = {
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "Addresses": SettingType(parse_addresses, {"metavar": "IP", "action": "append"}, ", ".join),
+    "Tasks": SettingType(parse_tasks, {"metavar": "TYPE", "action": "append"}, ", ".join),
     "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "File": SettingType(parse_text, {"metavar": "FILE"}),
@@ -1080,6 +1119,29 @@ def file_layer(path: str, document: Any) -> Layer:
     return path, flat
 
 
+OLD_VARIABLES = {  # of other queues, and the settings that they are here
+    "OLLAMA_URLS": ("backends",),
+    "BACKEND_URLS": ("backends",),
+    "TIMEOUT": ("upstream.first_byte_timeout", "upstream.idle_timeout"),
+}
+
+
+def old_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
+    """The values of variables that other queues have, and a note of each."""
+    layers: list[Layer] = []
+    notes = []
+    for name, keys in OLD_VARIABLES.items():
+        text = environ.get(name, "")
+        if text and name == "TIMEOUT" and not re.fullmatch(r"[1-9][0-9]{0,6}", text):
+            notes.append(f"TIMEOUT={printable(text)} ignored: wants seconds, a whole number")
+        elif text:
+            own = "LLMQ_BACKENDS" if keys == ("backends",) else " and ".join(keys)
+            notes.append(f"{name} is taken for {own}")
+            value: Any = parse_names(text) if keys == ("backends",) else text
+            layers.append((f"variable {name}", dict.fromkeys(keys, value)))
+    return layers, notes
+
+
 def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
     """The values that variables set, llmq's own names above the foreign ones; and what to tell."""
     own = {row.variable: row.key for row in known_settings()}
@@ -1087,8 +1149,7 @@ def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[st
     for name in environ:
         if name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES and name not in own:
             raise ConfigError(f"environment: {misspelt('variable', name, own)}")
-    layers: list[Layer] = []
-    notes = []
+    layers, notes = old_layers(environ)
     variables = {**foreign, "OLLAMA_URL": "backends", **own, "LLMQ_BACKENDS": "backends"}
     for name, key in variables.items():
         text = environ.get(name, "")
@@ -1115,6 +1176,8 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
             table, _, name = key.partition(".")
             if key == "aliases":
                 found[key] = parse_aliases(source, raw)
+            elif key == "routes":
+                found[key] = parse_routes(source, raw)
             elif key in ROW_TABLES:
                 found[key] = parse_rows(source, key, raw)
             elif key in rows:
@@ -1158,7 +1221,7 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     if table == "rules":
         raw = {str(number): row for number, row in enumerate(raw, 1)}
     elif isinstance(raw, (list, tuple)):
-        named = [named_url(str(item)) for item in raw]
+        named = [named_url(one) for item in raw for one in parse_names(str(item))]
         raw = dict(named)
         if len(raw) != len(named):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
@@ -1230,6 +1293,19 @@ def parse_aliases(source: str, raw: Any) -> dict[str, str]:
     return dict(raw)
 
 
+def parse_routes(source: str, raw: Any) -> dict[str, Names]:
+    """[routes]: for a type of task the models that are to be asked, the best first."""
+    routes: dict[str, Names] = {}
+    for task, models in raw.items():
+        if task not in TASKS:
+            raise ConfigError(f"{source}: routes: {misspelt('type of task', task, TASKS)}")
+        try:
+            routes[task] = parse_names(models)
+        except ValueError as error:
+            raise ConfigError(f"{source}: routes.{task}: {error}") from None
+    return routes
+
+
 def named_url(item: str) -> tuple[str, dict[str, str]]:
     """`gpu=http://box:8000` or a bare URL, which is named after its host and port."""
     name, mark, url = item.partition("=")
@@ -1259,7 +1335,7 @@ class Metric(NamedTuple):
     help: str
 
 
-REQUEST = ("route", "model", "client", "status", "outcome")
+REQUEST = ("route", "model", "client", "status", "outcome", "backend", "cache")
 WHO = ("model", "client")
 METRICS = (
     Metric("llmq_requests_total", "counter", REQUEST, "requests that have ended, however they did"),
@@ -1892,6 +1968,8 @@ class Backend:
         self.passed: dict[int, tuple[Any, float]] = {}
         self.stayed = Average()  # seconds for which it passed over one that then made it load
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
+        self.gpu_shares: dict[str, int] = {}  # per cent of a loaded model in graphics memory
+        self.shown: dict[str, tuple[str, dict[str, bool]]] = {}  # by model key: version, abilities
         self.at_work: dict[str, int] = {}  # model key -> requests that run
         self.contexts = Contexts()
         # By (route, model key, or "" for any): its words where it said that it has no such route,
@@ -1952,6 +2030,17 @@ class Backend:
     def version(self, key: str) -> str:
         """Of a model here: its digest, else the generation of all of them."""
         return self.digests.get(key) or f"{self.name}/{self.generation}"
+
+    def entry(self, key: str) -> Facts:
+        """What its list of models tells of one."""
+        entries = self.report.entries if self.report else ()
+        return next((one for one in entries if model_key(str(one["id"])) == key), {})
+
+    def size(self, key: str) -> float:
+        """GiB of a model as it tells: loaded, else on its disk; 0: not known."""
+        rows = (*self.report.running, *self.report.tags) if self.report else ()
+        sizes = [one.get("size") for one in rows if model_key(str(one.get("name"))) == key]
+        return next((size / GIB for size in sizes if type(size) is int and size > 0), 0.0)
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -2075,6 +2164,7 @@ class Backend:
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
+        self.gpu_shares = read_shares(report.running)
         if report.began >= self.switched:
             self.loaded = frozenset(map(model_key, report.loaded))
             self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
@@ -2151,6 +2241,43 @@ def is_sound(row: dict[str, Any]) -> bool:
     return not isinstance(created, (int, float)) or 0 <= created < 1e10
 
 
+def read_shares(rows: Iterable[Facts]) -> dict[str, int]:
+    """Per cent in graphics memory by model key, as rows of Ollama's /api/ps tell."""
+    found = {}
+    for row in rows:
+        size, there = row.get("size"), row.get("size_vram")
+        if type(size) is int and type(there) is int and 0 <= there <= size and size:
+            found[model_key(str(row.get("name")))] = 100 * there // size
+    return found
+
+
+def read_abilities(entry: Facts) -> dict[str, bool]:
+    """What a runner tells that a model can, and cannot; what it does not tell is left out."""
+    told, kind = entry.get("capabilities"), entry.get("type")
+    words = {one for one in told if isinstance(one, str)} if isinstance(told, list) else set()
+    found = {"tools": bool(words & {"tools", "tool_use"})} if words else {}
+    if words and kind is None:
+        found["vision"] = "vision" in words
+    if words & {"completion", "embedding"}:
+        found["embedding"] = "completion" not in words
+    if kind in ("llm", "vlm", "embeddings"):  # LM Studio's
+        found.update(vision=kind == "vlm", embedding=kind == "embeddings")
+    architecture = entry.get("architecture")
+    seen = architecture.get("input_modalities") if isinstance(architecture, dict) else None
+    if isinstance(seen, list):
+        found["vision"] = "image" in seen
+    return found
+
+
+def length_of(entry: Facts) -> int:
+    """The longest context that a list of models tells of one; 0: it does not."""
+    meta = entry.get("meta")
+    trained = meta.get("n_ctx_train") if isinstance(meta, dict) else None
+    names = ("loaded_context_length", "max_model_len", "max_context_length")
+    told = (*map(entry.get, names), trained)
+    return next((one for one in told if type(one) is int and one > 0), 0)
+
+
 def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, int]:
     """Tokens of context by model key, where a row of Ollama's tells them."""
     found = {}
@@ -2200,7 +2327,8 @@ class Ticket:
 
     __slots__ = (
         "aged", "arrived", "attempts", "backend", "charged", "client", "deadline", "foreign", "id",
-        "number", "patient", "priority", "session", "size", "started", "state", "took", "want",
+        "longest", "number", "patient", "priority", "session", "size", "started", "state", "took",
+        "want",
     )  # fmt: skip
 
     def __init__(
@@ -2220,6 +2348,7 @@ class Ticket:
         self.foreign = foreign  # it came from a web page elsewhere
         self.session = ""  # the conversation that it belongs to, if it says so
         self.patient = False  # nobody waits for it: it is a job
+        self.longest: float | None = None  # seconds that it wants to wait at most
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
         self.aged = 0.0  # what its group's clock said when it came, less what it had waited before
@@ -2746,8 +2875,10 @@ class Backlog:
         client.waiting += 1
         client.account.waiting += 1
         client.queued_bytes += ticket.size
-        longest = self.limits.waits[priority]
-        if longest:
+        longest = self.limits.waits[priority] or math.inf
+        if ticket.longest is not None:
+            longest = min(longest, ticket.longest)
+        if longest < math.inf:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
             if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
@@ -2865,7 +2996,16 @@ class Backlog:
 
     def predicted_wait(self, ticket: Ticket) -> int:
         """Whole seconds until this one would start, came it now: 1 to 60, for Retry-After."""
-        able = self.fleet.serving(ticket.want)
+        seconds = self.ahead_of(self.fleet.serving(ticket.want), ticket.priority)[1]
+        return max(1, min(60, round(seconds or self.service.value or 1.0)))
+
+    def ahead_of(
+        self, able: Sequence[Backend], priority: Priority = Priority.NORMAL
+    ) -> tuple[float, float]:
+        """What goes before a request of this class at these backends.
+
+        That is how many wait for each slot, and the seconds until it would start, came it now.
+        """
         devices = {backend.device for backend in able}
         usual = self.service.value or 1.0
 
@@ -2876,12 +3016,13 @@ class Backlog:
         runs = [
             one for one in self.running.values() if one.backend and one.backend.device in devices
         ]
-        ahead = sum(takes(one.want.model) for one in runs)
+        ahead, waiting = sum(takes(one.want.model) for one in runs), 0
         for group in self.groups():
-            if group.priority <= ticket.priority and any(one.has(group.want.model) for one in able):
+            if group.priority <= priority and any(one.has(group.want.model) for one in able):
                 ahead += group.size * takes(group.want.model)
-        seconds = ahead / (sum(device.slots for device in devices) or 1)
-        return max(1, min(60, round(seconds or usual)))
+                waiting += group.size
+        slots = sum(device.slots for device in devices) or 1
+        return waiting / slots, ahead / slots
 
 
 class Scheduler(Backlog):
@@ -2970,7 +3111,9 @@ class Scheduler(Backlog):
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
             if ticket.deadline == when:  # else it has left or moved to another class since
-                message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
+                own = ticket.longest is not None and ticket.longest <= now - ticket.arrived
+                limit = "as long as it wants to" if own else "the limit of its class"
+                message = f"waited {now - ticket.arrived:.1f} s, {limit}"
                 ended.append((ticket, LlmqError(message, "wait_timeout")))
                 self.cancel(ticket)
         return ended + self._judge(now)
@@ -3415,7 +3558,182 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 13. Cache ===================================================================================
+# ==== 13. Tasks ===================================================================================
+# What a prompt asks for: one of ten types of tasks.
+
+LARGE_CONTEXT = 12_000  # tokens
+
+
+class Verdict(NamedTuple):
+    task: str
+    reason: str
+
+
+def classify(text: str, tokens: int = 0, *, tools: bool = False, images: bool = False) -> Verdict:
+    return Verdict("unknown", "not yet")
+
+
+# ==== 14. Model choice ============================================================================
+# Which model a request for `auto` gets.  What cannot serve it is left out, and why is remembered;
+# the rest stand in the order of the row of [routes], and what the table below says moves them up or
+# down in it.  A model that is named is never second-guessed.
+
+AUTO = "auto"
+PLACES = {  # by how many places of its row what holds for a model moves it; below 0: up
+    "loaded": -1.5,  # it passes the one before it
+    "purpose": -0.5,  # its `purpose` says so: it goes before another of the same place
+    "no room": 1.0,  # others have to make room for it in graphics memory
+    "waiting": 0.25,  # for each request that waits for a slot there, up to
+    "most waiting": 3.0,
+    "taken": 3.0,  # it wants a device for itself that is in use, or another has it so
+    "unsure": 100.0,  # nothing tells whether it can see pictures, or use tools
+    "down": 1000.0,
+}
+ROUTER_MODES = ("async", "sync", AUTO)
+ESTIMATED = {  # how much work a type of task is, as routers tell it; the others are light
+    "large_context": "heavy", "agentic_reasoning": "heavy", "code_generate": "medium",
+    "code_review": "medium", "code_fix": "medium", "tool_use": "medium",
+}  # fmt: skip
+REASON_SHOWN = 300  # characters
+
+
+class Wish(NamedTuple):
+    """What the member `router` of a request asks for; times are seconds."""
+
+    told: bool = False  # there is one
+    mode: str = AUTO
+    allow_async: bool = False
+    task: str = ""  # empty: the prompt tells
+    priority: Priority | None = None
+    preferred: Names = ()
+    forbidden: Names = ()
+    max_queue: float | None = None
+    max_run: float = 0.0  # 0: any
+    gpu_only: bool | None = None  # None: as configured
+
+
+NO_WISH = Wish()
+
+
+class VideoMemory(NamedTuple):
+    """Graphics memory of a device, in GiB."""
+
+    total: float
+    free: float
+    reserve: float  # that no model is to take
+
+    def fits(self, size: float) -> bool:
+        """Whether a model of this size can be loaded beside what is there."""
+        return size + self.reserve <= self.free
+
+    def holds(self, size: float) -> bool:
+        """Whether one of this size can be loaded at all, alone."""
+        return size + self.reserve <= self.total
+
+
+class Candidate(NamedTuple):
+    """A model that could be meant, as it stands now."""
+
+    name: str
+    key: str
+    place: int = 0  # in its row, counted from 0
+    in_row: bool = True  # it is of the row itself, not merely good at such tasks
+    size: float = 0.0  # GiB; 0: not known
+    memory: VideoMemory | None = None  # where it has the most room; None: not known
+    loaded: bool = False
+    purpose: bool = False
+    waiting: float = 0.0  # requests that wait for a slot there
+    wait: float = 0.0  # seconds until one would start
+    taken: bool = False
+    unsure: bool = False
+    down: bool = False
+    cannot: str = ""  # why it cannot serve the request at all
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it is loaded, or fits beside what is; what is not known does not keep it."""
+        return self.loaded or not self.size or self.memory is None or self.memory.fits(self.size)
+
+    @property
+    def standing(self) -> float:
+        """Its place in the row after all that moves it; the least is chosen."""
+        moves = {
+            "loaded": self.loaded,
+            "purpose": self.purpose,
+            "no room": not self.has_room,
+            "taken": self.taken,
+            "unsure": self.unsure,
+            "down": self.down,
+        }
+        moved = sum(PLACES[name] for name, holds in moves.items() if holds)
+        return self.place + moved + min(PLACES["waiting"] * self.waiting, PLACES["most waiting"])
+
+
+class Choice(NamedTuple):
+    """Which model it is, and why."""
+
+    model: str = ""
+    task: str = ""
+    fallbacks: Names = ()  # those that would be next
+    reason: str = "named"
+    auto: bool = False  # it was left to llmq
+
+
+NO_CHOICE = Choice()  # the request names a model, or none
+
+
+def choose(
+    candidates: Sequence[Candidate], task: str, why: str, longest: float | None, *, degrade: bool
+) -> Choice | None:
+    """The candidate that stands best, None where none can; `longest` is how long it may wait.
+
+    With `degrade` a smaller one of the row goes before one that memory or that time is too short
+    for: without it these never decide alone.
+    """
+    able = sorted([one for one in candidates if not one.cannot], key=lambda one: one.standing)
+    if not able:
+        return None
+    best = first = able[0]
+    if degrade and is_too_much(first, longest):
+        smaller = [
+            one
+            for one in able
+            if one.in_row and 0 < one.size < first.size and not is_too_much(one, longest)
+        ]
+        best = next(iter(smaller), first)
+    words = [f"{task}: {why}", f"{best.name} {explain(best)}"]
+    if best is not first:
+        words.append(f"in place of {first.name}, which {is_too_much(first, longest)}")
+    words += [f"not {one.name}: {one.cannot}" for one in candidates if one.cannot][:3]
+    others = tuple(one.name for one in able if one is not best)
+    return Choice(best.name, task, others, "; ".join(words)[:REASON_SHOWN], auto=True)
+
+
+def is_too_much(one: Candidate, longest: float | None) -> str:
+    """What memory or time is too short for a model, in words; empty: nothing."""
+    if not one.has_room and one.memory is not None:
+        return f"needs {one.size:.1f} GiB of {max(0.0, one.memory.free):.1f} free"
+    if longest is not None and one.wait > longest:
+        return f"would wait {one.wait:.0f} s"
+    return ""
+
+
+def explain(one: Candidate) -> str:
+    """What speaks for a candidate and against it, in words."""
+    told = {
+        "is loaded": one.loaded,
+        "is good at it": one.purpose,
+        "has to be loaded where others are": not one.has_room,
+        "waits for its device": one.taken,
+        "may not be able to": one.unsure,
+        "is down": one.down,
+    }
+    said = [words for words, holds in told.items() if holds]
+    said += [f"has {one.waiting:.0f} waiting"] if one.waiting >= 1 else []
+    return ", ".join(said) or "is the first that can"
+
+
+# ==== 15. Cache ===================================================================================
 # What was answered before.  Two requests have the same key where nothing could make their answers
 # differ: the route, each member of the body, what is configured for the model, and which model it
 # is.  When it is full it lets go of the answer that was asked for the longest time ago.
@@ -3517,7 +3835,7 @@ class Cache:
             self.drop(key)
 
 
-# ==== 14. Messages ================================================================================
+# ==== 16. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -3820,7 +4138,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 15. Bodies ==================================================================================
+# ==== 17. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -4207,7 +4525,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 16. Dialects ================================================================================
+# ==== 18. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -4569,6 +4887,7 @@ WHOLE = Shape("a whole number", lambda value: whole_number(value) is not None)
 NUMBER, SWITCH = one_of("a number", int, float), one_of("true or false", bool)
 TEXT, LIST, OBJECT = one_of("a text", str), one_of("a list", list), one_of("an object", dict)
 WRITTEN = one_of("an object, or its text", dict, str)
+NAMED = Shape("a list of texts", are_texts)
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
@@ -4591,7 +4910,7 @@ MEMBERS = shapes(
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
     (*LIST.of(id=TEXT, type=TEXT, function=OBJECT.of(name=TEXT, arguments=WRITTEN)), "tool_calls"),
-    ("a list of texts", are_texts, "images"),
+    (*NAMED, "images"),
 )
 
 
@@ -4618,6 +4937,39 @@ def check_inside(value: Any, members: Mapping[str, Shape], at: str) -> None:
         if not isinstance(each, dict):
             raise BadRequest(f"{place} is an object", param=place)
         taken(each, members, at=place + ".")
+
+
+MILLISECONDS = one_of("a number of milliseconds", int, float)
+ROUTER_MEMBERS = shapes(
+    ("one of " + ", ".join(ROUTER_MODES), ROUTER_MODES.__contains__, "mode"),
+    ("one of " + ", ".join((AUTO, *TASKS)), (AUTO, *TASKS).__contains__, "taskType"),
+    (*SWITCH, "allowAsync requireGpuOnly"),
+    (*NAMED, "preferredModels forbiddenModels"),
+    (*MILLISECONDS, "maxQueueTimeMs maxExecutionTimeMs"),
+)
+
+
+def read_wish(values: Mapping[str, Any]) -> Wish:
+    """What the member `router` asks for, or BadRequest; what else is in it means nothing."""
+    router = values.get("router")
+    if router is None:
+        return NO_WISH
+    if not isinstance(router, dict):
+        raise BadRequest("router is an object", param="router")
+    told = taken(router, ROUTER_MEMBERS, at="router.")
+    task, longest, most = map(told.get, ("taskType", "maxQueueTimeMs", "maxExecutionTimeMs"))
+    return Wish(
+        told=True,
+        mode=told.get("mode", AUTO),
+        allow_async=told.get("allowAsync", False),
+        task="" if task in (None, AUTO) else task,
+        priority=parse_priority(router.get("priority")),
+        preferred=tuple(told.get("preferredModels", ())),
+        forbidden=tuple(told.get("forbiddenModels", ())),
+        max_queue=None if longest is None else max(0.0, longest / 1000),
+        max_run=max(0.0, (most or 0) / 1000),
+        gpu_only=told.get("requireGpuOnly"),
+    )
 
 
 class Endpoint(NamedTuple):
@@ -4706,7 +5058,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 17. OpenAI ==================================================================================
+# ==== 19. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -4756,7 +5108,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 18. Ollama ==================================================================================
+# ==== 20. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -4805,7 +5157,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 19. Anthropic ===============================================================================
+# ==== 21. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -4873,7 +5225,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 20. Translation =============================================================================
+# ==== 22. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -5444,7 +5796,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 21. Streams =================================================================================
+# ==== 23. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -5733,7 +6085,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 22. Replies =================================================================================
+# ==== 24. Replies =================================================================================
 # Whom a call answers: it never sees a connection.  An exchange is one request of a connection and
 # its answer; other replies are kept, are for several who asked the same, or for nobody.
 
@@ -6139,7 +6491,7 @@ Reply = Union[Exchange, Nobody, Kept, Shared]
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-# ==== 23. Server ==================================================================================
+# ==== 25. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -6507,7 +6859,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 24. Upstream ================================================================================
+# ==== 26. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -6776,11 +7128,12 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 25. Probes ==================================================================================
+# ==== 27. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
 REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models cause
+LOCAL = "local"  # the device of this box's backends that name none
 BESIDE = 8  # questions to a runner at once that no slot counts
 
 
@@ -6813,8 +7166,11 @@ async def inspect(backend: Backend, instance: str) -> Report:
         details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
         entries = tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
     if kind == "llamacpp" and len(entries) == 1:  # in router mode that would tell of the router
-        told = read_props(await fetch_json(backend, "/props"))
+        props = await fetch_json(backend, "/props")
+        told, slot = read_props(props), look_up(props, "default_generation_settings", "n_ctx")
         entries = ({"capabilities": told, **entries[0]},) if told else entries
+        if type(slot) is int and slot > 0:  # of the context that it was trained for
+            entries = ({**entries[0], "max_model_len": slot},)
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
     tags = sound_rows(look_up(await fetch_json(backend, "/api/tags"), "models"))
@@ -7003,6 +7359,22 @@ class Monitor:
             raise BackendError("the backend's answer is not a JSON object")
         return facts
 
+    async def learn(self, backend: Backend, model: str) -> None:
+        """Ask an Ollama once what a model can, and the longest context that it can have."""
+        key, version = model_key(model), backend.version(model_key(model))
+        if backend.shown.get(key, ("",))[0] == version and key in backend.contexts.max:
+            return
+        body, facts = render_json({"model": backend.name_for(model)}), {}
+        with contextlib.suppress(LlmqError):
+            facts = await self.ask(backend.limits.probe_timeout, backend, "/api/show", body)
+        info = facts.get("model_info")
+        told = info.items() if isinstance(info, dict) else ()
+        lengths = [one for name, one in told if name.endswith(".context_length")]
+        if not backend.contexts.max.get(key):
+            backend.contexts.max[key] = max([0, *(one for one in lengths if type(one) is int)])
+        if facts and (key in backend.shown or len(backend.shown) < MODELS_LIMIT):
+            backend.shown[key] = version, read_abilities(facts)
+
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
         if failure is None:
@@ -7048,7 +7420,7 @@ def is_this_box(host: str) -> bool:
 def device_name(settings: BackendSettings) -> str:
     """Backends on one host share one device, all names of this box are one host."""
     host = urlsplit(settings.url).hostname or ""
-    return settings.device or ("local" if is_this_box(host) else host)
+    return settings.device or (LOCAL if is_this_box(host) else host)
 
 
 class Discovery:
@@ -7091,7 +7463,159 @@ class Discovery:
             self.configure()
 
 
-# ==== 26. Calls ===================================================================================
+# ==== 28. Cards ===================================================================================
+# The graphics memory of this box, as a tool or the files of its system tell it.  It is looked at in
+# the background, and only while somebody may want to know: never for a request.
+
+NVIDIA_QUERY = (
+    "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits"
+)  # fmt: skip
+SYSFS = "/sys/class/drm"
+APPLE_QUERY = ("hw.memsize", "iogpu.wired_limit_mb", "machdep.cpu.brand_string")
+APPLE_SHARE = ((36 * 1024, 2 / 3), (math.inf, 3 / 4))  # of memory that the GPU may have, MiB
+CARDS_SECONDS = 1.0  # between two looks at whether they are due to be looked at
+TOOL_SECONDS = 5.0  # for such a tool to answer: a hanging driver makes it hang
+CARDS_WANTED = 300.0  # seconds that cards are looked at after somebody asked
+
+
+class Card(NamedTuple):
+    """A graphics card; memory in MiB."""
+
+    name: str
+    total: int
+    used: int | None = None  # None: not told
+    busy: int | None = None  # per cent
+
+
+def parse_nvidia(text: str) -> list[Card]:
+    """What nvidia-smi answers to NVIDIA_QUERY, a line for each card; ValueError for other words."""
+    cards = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) != 4:
+            raise ValueError(printable(line, ERROR_SHOWN))
+        name, *told = cells
+        total, used, busy = [int(cell) if cell.isdecimal() else None for cell in told]
+        if total:  # one that shares the box's memory does not tell it
+            cards.append(Card(printable(name), total, used, busy))
+    return cards
+
+
+def parse_apple(text: str) -> list[Card]:
+    """What sysctl tells of APPLE_QUERY: memory that processor and GPU share."""
+    facts = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    memory, limit = (facts.get(name, "") for name in APPLE_QUERY[:2])
+    if not memory.isdecimal():
+        raise ValueError("sysctl does not tell of memory")
+    total = int(memory) // MIB
+    share = next(share for most, share in APPLE_SHARE if total <= most)
+    wired = int(limit) if limit.isdecimal() else 0
+    return [Card(printable(facts.get(APPLE_QUERY[2], "Apple")), wired or int(total * share))]
+
+
+def read_amd(root: str = SYSFS) -> list[Card]:
+    """The cards whose driver tells of their memory in files, as amdgpu does."""
+    cards = []
+    for path in sorted(glob.glob(os.path.join(root, "card[0-9]*", "device"))):
+
+        def number(name: str, path: str = path) -> int | None:
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(path, name)) as file:
+                return int(file.read(64))
+            return None
+
+        total, used = number("mem_info_vram_total"), number("mem_info_vram_used")
+        if total:
+            name = f"AMD {os.path.basename(os.path.dirname(path))}"
+            held = None if used is None else used // MIB
+            cards.append(Card(name, total // MIB, held, number("gpu_busy_percent")))
+    return cards
+
+
+async def output_of(*argv: str) -> str:
+    """What a command prints; OSError or ValueError where it fails or hangs."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+    )
+    late = ValueError(f"{argv[0]} does not answer")
+    try:
+        told, _ = await within(TOOL_SECONDS, asyncio.ensure_future(process.communicate()), late)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    text = told.decode("utf-8", "replace")
+    if process.returncode:
+        raise ValueError(printable(text.strip().partition("\n")[0], ERROR_SHOWN) or "failed")
+    return text
+
+
+async def read_cards(tool: str) -> tuple[str, list[Card], str | None]:
+    """Who makes the cards of this box, what they tell, and what went wrong in asking."""
+    maker, error = "none", None
+    try:
+        if sys.platform == "darwin":
+            return "apple", parse_apple(await output_of("sysctl", *APPLE_QUERY)), None
+        path = shutil.which(tool)
+        if path:
+            maker = "nvidia"
+            return maker, parse_nvidia(await output_of(path, *NVIDIA_QUERY)), None
+    except (OSError, ValueError) as failure:
+        error = str(failure)
+    cards = read_amd()
+    return ("amd", cards, None) if cards else (maker, [], error)
+
+
+class Cards:
+    """What is known of graphics memory: what cards tell, what is configured, what is loaded."""
+
+    def __init__(self, settings: Settings, fleet: Fleet) -> None:
+        self.settings, self.fleet = settings, fleet
+        self.maker = "none"
+        self.cards: list[Card] = []
+        self.error: str | None = None
+        self.looked = self.wanted = float("-inf")  # monotonic
+
+    async def step(self) -> None:
+        """Look at the cards, if that is due and somebody may want to know."""
+        now = time.monotonic()
+        wanted = bool(self.settings.routes) or now - self.wanted < CARDS_WANTED
+        if wanted and now - self.looked >= self.settings.router.gpu_interval:
+            await self.look()
+
+    async def look(self) -> None:
+        self.looked = time.monotonic()
+        self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        if error and error != self.error:
+            log.warning("graphics memory: %s", error)
+        self.error = error
+
+    def want(self) -> None:
+        """Somebody may want to know soon."""
+        self.wanted = time.monotonic()
+
+    def memory_of(self, device: str) -> VideoMemory | None:
+        """The graphics memory of a device, None where nothing tells it."""
+        row = self.settings.devices.get(device, DeviceSettings())
+        cards = self.cards if device == LOCAL and not row.vram_gb else []
+        total = row.vram_gb or sum(card.total for card in cards) / KIB
+        if not total:
+            return None
+        used = [card.used for card in cards if card.used is not None]
+        if cards and len(used) == len(cards):
+            free = total - sum(used) / KIB
+        else:
+            free = total - self.loaded_at(device)
+        return VideoMemory(total, free, row.vram_reserve_gb)
+
+    def loaded_at(self, device: str) -> float:
+        """GiB that the models loaded there take, as far as their runners tell."""
+        here = [one for one in self.fleet.backends.values() if one.device.name == device]
+        rows = [row for one in here if one.report for row in one.report.running]
+        sizes = [measured(row.get("size_vram")) or 0 for row in rows]
+        return sum(sizes) / GIB
+
+
+# ==== 29. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -7214,6 +7738,52 @@ def as_keep_alive(text: str) -> int | str | None:
     return int(text) if text.lstrip("-").isdecimal() else text or None
 
 
+@functools.lru_cache(maxsize=256)
+def model_fields(model: str, asked: str, reason: str) -> Fields:
+    """What an answer says of its model, and of why it is that one; in ASCII, as fields are."""
+    if reason == NO_CHOICE.reason and asked != model:
+        reason = f"alias {asked}" if asked else "the default"
+    rows = [("X-LLMQ-Model", model), ("X-LLMQ-Reason", reason)] if model else []
+    return tuple(
+        (name, printable(text, 1000).encode("ascii", "replace").decode()) for name, text in rows
+    )
+
+
+def show_choice(call: Call) -> Facts:
+    """The member `router` of an answer, as agent-router's users know it."""
+    ticket, choice = call.ticket, call.choice
+    return {
+        "mode": "sync",
+        "taskType": choice.task,
+        "selectedModel": call.model,
+        "fallbackModels": choice.fallbacks,
+        "queueTimeMs": round(1000 * (ticket.started - ticket.arrived)),
+        "executionTimeMs": round(1000 * (time.monotonic() - ticket.started)),
+        "decisionReason": choice.reason,
+    }
+
+
+def why_late(call: Call, now: float) -> LlmqError | None:
+    """What ends a call that runs: its backend sent nothing for too long, or it ran too long."""
+    backend = call.ticket.backend
+    if now >= call.deadline and backend is not None:
+        limits = backend.limits
+        limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
+        return BackendTimeout(f"the backend sent nothing for {limit:g} s")
+    if call.wish.max_run and now - call.ticket.started >= call.wish.max_run:
+        return LlmqError("it ran for as long as it may", "backend_timeout")
+    return None
+
+
+def with_router(body: bytes, call: Call) -> bytes:
+    """A whole answer with the member `router`, where it is an object; all else as it was."""
+    whole = body.strip()
+    if whole[:1] != b"{" or call.question.stream:
+        return body
+    told, inside = b'"router":' + render_json(show_choice(call)), whole[:-1].rstrip()
+    return inside + (b"" if inside == b"{" else b",") + told + b"}"
+
+
 class Call:
     """One request on its way, and the Reply that it answers."""
 
@@ -7228,6 +7798,8 @@ class Call:
     asked: tuple[Headers, bytes] = (NO_HEADERS, b"")  # fields and body, to be asked anew then
     answer_key = b""  # of its answer in the cache; empty: it is not kept
     recalled = ""  # what the cache did for it: hit, joined or miss
+    wish = NO_WISH  # what its member `router` asks for
+    choice = NO_CHOICE  # of its model
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -7277,15 +7849,15 @@ class Call:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
-        account = self.caller.account
+        account, ticket = self.caller.account, self.ticket
         if not self.admitted:
             return account.class_line
-        ticket, told = self.ticket, []
+        told = [*model_fields(self.model, self.question.model, self.choice.reason)]
         if ticket.backend is not None:
             waited = str(round(1000 * (ticket.started - ticket.arrived)))
-            told = [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+            told += [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
         if account is not NO_ACCOUNT:
-            told.append(("X-LLMQ-Class", ticket.priority.word))
+            told += [("X-LLMQ-Class", ticket.priority.word)]
         return told
 
     # ---- what is sent
@@ -7316,7 +7888,7 @@ class Call:
             self.context = context
         self.translator = self.echo = None
         if route == self.endpoint.path:
-            if question.model not in ("", name) and not self.blind:
+            if question.model not in ("", name) and not (self.blind or self.choice.auto):
                 self.told, self.echo = name, model_echo(name, question.model)
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
@@ -7341,6 +7913,7 @@ class Call:
         """The body for another route."""
         translator = TRANSLATORS[self.endpoint.path, route]
         asked = json.loads(with_policy(self.question.body, self.endpoint.path, self.policy))
+        asked.update({"model": self.model} if self.choice.auto else {})
         self.translator = translator(asked, name, context, time.time)
         self.translator.runner = runner
         return self.translator.body()
@@ -7461,16 +8034,6 @@ class Call:
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
-    def has_other_route(self, fleet: Fleet, error: Untranslatable, now: float) -> bool:
-        """Remember which route it was not; whether another, or another backend, is left."""
-        ticket, route = self.ticket, self.route_asked
-        if isinstance(error, RouteUnsupported) and route is not None and ticket.backend is not None:
-            ticket.backend.route_unsupported(route, ticket.model, error, now)
-        elif route is not None:  # what it asks cannot be translated
-            left = tuple(one for one in ticket.want.routes if one != route)
-            ticket.want = ticket.want._replace(routes=left)
-        return bool(ticket.want.routes) and bool(fleet.serving(ticket.want))
-
     # ---- how it ends
 
     async def deliver(self) -> None:
@@ -7494,6 +8057,8 @@ class Call:
             body = echo_whole(body, self.told, self.question.model)
         elif self.echo is not None:  # in the first part of a very long one
             body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
+        if self.wish.told and not self.job:
+            body = with_router(body, self)
         if not reply.started:
             reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
         elif self.question.stream:
@@ -7516,6 +8081,17 @@ class Call:
             reply.respond(error.status, body, headers=error_headers(error) + self.headers)
 
 
+def has_other_route(call: Call, fleet: Fleet, error: Untranslatable, now: float) -> bool:
+    """Remember which route it was not; whether another, or another backend, is left."""
+    ticket, route = call.ticket, call.route_asked
+    if isinstance(error, RouteUnsupported) and route is not None and ticket.backend is not None:
+        ticket.backend.route_unsupported(route, ticket.model, error, now)
+    elif route is not None:  # what it asks cannot be translated
+        left = tuple(one for one in ticket.want.routes if one != route)
+        ticket.want = ticket.want._replace(routes=left)
+    return bool(ticket.want.routes) and bool(fleet.serving(ticket.want))
+
+
 def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     headers = []
     if error.retry_after is not None:
@@ -7525,7 +8101,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 27. Records =================================================================================
+# ==== 30. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -7651,11 +8227,13 @@ def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
     """What records add to the metrics; those that are alike are counted together."""
     alike: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        kind = (record.route, record.model, record.client, record.status, record.outcome)
-        alike.setdefault((*kind, record.priority), []).append(record)
-    for (route, model, client, status, outcome, priority), group in alike.items():
+        who = (record.route, record.model, record.client, record.status, record.outcome)
+        where = (record.backend, record.cache)
+        alike.setdefault((record.priority, *who, *where), []).append(record)
+    for (priority, *kind), group in alike.items():
         add, number = metrics.add, len(group)
-        add("llmq_requests_total", route, model, client, str(status), outcome, amount=number)
+        _, model, client, _, outcome, *_ = kind
+        add("llmq_requests_total", *map(str, kind), amount=number)
         if priority == "-" and client != "-":  # an order, which neither waited nor told anything
             continue
         if outcome in CANCELS:
@@ -7770,7 +8348,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 28. Store ===================================================================================
+# ==== 31. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -7944,7 +8522,7 @@ class Store:
         return free
 
 
-# ==== 29. Recall ==================================================================================
+# ==== 32. Recall ==================================================================================
 # A request that was answered before is answered from the cache, without waiting.  Of several that
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
@@ -7979,6 +8557,8 @@ class Recall:
         chats = chats and is_settled(values, call.policy, options=call.endpoint.options)
         wanted = chats or (limits.embeddings and EMBEDDINGS in call.endpoint.routes)
         if not wanted or question.skipped or question.done_reason or not values:
+            return False
+        if call.wish.told:  # its answer tells how it came about
             return False
         if call.caller.foreign:  # or a web page could find out what others have asked
             return False
@@ -8089,7 +8669,7 @@ class Recall:
         call.reply = run.first  # each would hold the other, and the request
 
 
-# ==== 30. Jobs ====================================================================================
+# ==== 33. Jobs ====================================================================================
 # What may be answered later: each job is a row of the store, from before its client is told 202
 # until its result has been kept long enough.  The statements that move it to another state name the
 # states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
@@ -8101,7 +8681,6 @@ QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
 )  # fmt: skip
 OPEN_JOB = f"state IN ('{QUEUED}', '{RUNNING}')"
 JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
-ROUTER_MODES = ("async", "sync", "auto")
 JobLane = tuple[int, str]  # class and client
 
 
@@ -8198,20 +8777,12 @@ def job_of_row(row: Sequence[Any]) -> Job:
     return Job(**{"body": b"", **dict(zip(SHOWN_JOB.split(", "), row))})
 
 
-def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
+def read_later(headers: Headers, wish: Wish) -> str:
     """When a request allows to be answered later: ALWAYS, while it is BUSY here, or never ("")."""
-    router = values.get("router")
-    if router is not None and not isinstance(router, dict):
-        raise BadRequest("router is an object", param="router")
-    mode, allowed = (router or {}).get("mode"), (router or {}).get("allowAsync")
-    if mode is not None and mode not in ROUTER_MODES:
-        raise BadRequest("router.mode is one of " + ", ".join(ROUTER_MODES), param="router.mode")
-    if allowed is not None and not isinstance(allowed, bool):
-        raise BadRequest("router.allowAsync is true or false", param="router.allowAsync")
     asked = words_of(headers, "prefer")
-    if mode == "async" or (mode != "sync" and "respond-async" in asked):
+    if wish.mode == "async" or (wish.mode != "sync" and "respond-async" in asked):
         return ALWAYS
-    return BUSY if allowed and mode != "sync" else ""
+    return BUSY if wish.allow_async and wish.mode != "sync" else ""
 
 
 ADD_JOB = insert_into("jobs", Job._fields)
@@ -8255,7 +8826,11 @@ class Jobs:
         place = f"{'' if on_port else self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
-        router = {"mode": "async", "position": self.queued}
+        choice = call.choice
+        router: Facts = {"mode": "async", "position": self.queued}
+        if choice is not NO_CHOICE:
+            router.update(taskType=choice.task, preferredModel=call.model)
+            router["estimatedClass"] = ESTIMATED.get(choice.task, "light")
         lines = [("Location", place), ("Preference-Applied", "respond-async")]
         lines.append(("X-LLMQ-Class", Priority(job.priority).word))
         log.info("%s of %s is kept: %s", job.id, job.client, call.route)
@@ -8347,7 +8922,233 @@ class Jobs:
         return job_of_row(await self.store.find("job", sql, ident))
 
 
-# ==== 31. Admission ===============================================================================
+# ==== 34. Auto ====================================================================================
+# What section 14 chooses from: what a request for `auto` asks, and how the models stand that could
+# be meant by it.  What a model can is told by its runner, or by the settings.
+
+PREFERRED = 10  # places that a model goes up which the request prefers
+EMBED = "embedding"  # what a model is for that makes no text, in Ollama's words
+LACKING = {
+    "vision": "cannot see pictures", "tools": "cannot use tools", EMBED: "is not for embeddings",
+}  # fmt: skip
+IMAGES = {"image_url", "input_image", "image"}  # types of the parts that are pictures
+TEXT_PARTS = {"text", "input_text"}
+AUTO_ROUTES = (*CHATS, RESPONSES)  # and those of embeddings
+
+
+class Prompt(NamedTuple):
+    """What a request says of its task."""
+
+    text: str  # the last thing that its user says
+    tokens: int = 0  # of all of it, estimated
+    tools: bool = False
+    images: bool = False
+
+
+def read_prompt(values: Mapping[str, Any]) -> Prompt:
+    """The prompt in the members of a request, in whichever dialect."""
+    messages = values.get("messages", values.get("input"))
+    rows = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    asked = [row for row in rows if row.get("role", "user") == "user"]
+    texts = [text for row in asked for text in (read_text(row.get("content")),) if text]
+    plain = [values.get("prompt"), messages]
+    texts += [one for one in plain if isinstance(one, str)]
+    parts = [part for row in rows for part in parts_of(row.get("content"))]
+    seen = any(part.get("type") in IMAGES for part in parts)
+    pictures = [row.get("images") for row in (*rows, values)]
+    return Prompt(
+        text=texts[-1] if texts else "",
+        tokens=estimate_tokens({**values, "messages": messages}),
+        tools=bool(values.get("tools") or values.get("functions")),
+        images=seen or any(isinstance(one, list) and one for one in pictures),
+    )
+
+
+def parts_of(content: Any) -> list[Facts]:
+    """The parts that a message is made of; none where it is a text."""
+    return [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
+
+
+def read_text(content: Any) -> str:
+    """The texts of a message."""
+    if isinstance(content, str):
+        return content
+    told = [part.get("text") for part in parts_of(content) if part.get("type") in TEXT_PARTS]
+    return "\n".join(text for text in told if isinstance(text, str))
+
+
+class Chooser:
+    """Chooses models for requests that leave it to llmq."""
+
+    def __init__(self, settings: Settings, monitor: Monitor, scheduler: Scheduler) -> None:
+        self.settings, self.monitor, self.scheduler = settings, monitor, scheduler
+        self.fleet = monitor.fleet
+        self.cards = Cards(settings, monitor.fleet)
+
+    async def choose(self, call: Call, values: Mapping[str, Any], pinned: str) -> Choice:
+        """The model that serves the call best; `no_model` says why none can."""
+        if call.endpoint.path not in AUTO_ROUTES and EMBEDDINGS not in call.endpoint.routes:
+            raise BadRequest(f"name a model: {AUTO} chooses none for {call.route}", param="model")
+        self.cards.want()
+        await self.monitor.catch_up()
+        trouble = self.fleet.trouble()
+        if trouble and not any(one.models for one in self.fleet.backends.values()):
+            raise LlmqError(trouble, "backend_down")
+        read = functools.partial(self.read, call, values)
+        prompt, (task, why) = await beside(read, heavy=is_heavy(call.question.body))
+        may_use = call.caller.account.may_use
+        names = [name for name in self.row(task, call) if may_use(model_key(name))]
+        for name in names:
+            await self.learn(name)
+        rows = [self.stand(call, prompt, task, *one, pinned) for one in enumerate(names)]
+        longest, degrade = call.wish.max_queue, self.settings.router.degrade
+        choice = choose(rows, task, why, longest, degrade=degrade)
+        if choice is None:
+            words = "; ".join(f"{one.name}: {one.cannot}" for one in rows) or "there is none"
+            raise LlmqError(f"no model can serve this ({task}): {words}", "no_model")
+        return choice
+
+    def read(self, call: Call, values: Mapping[str, Any]) -> tuple[Prompt, Verdict]:
+        """What the call asks for."""
+        if EMBEDDINGS in call.endpoint.routes:
+            return Prompt(""), Verdict("unknown", "embeddings")
+        prompt = read_prompt(values)
+        if call.wish.task:
+            return prompt, Verdict(call.wish.task, "as the request says")
+        text, tokens, tools, images = prompt
+        return prompt, classify(text, tokens, tools=tools, images=images)
+
+    def row(self, task: str, call: Call) -> Names:
+        """The names of the models that may be meant, the best first; to embed, all."""
+        routes, wish = self.settings.routes, call.wish
+        row = routes.get(task) or routes.get("unknown") or ()
+        if EMBEDDINGS in call.endpoint.routes:
+            row = ()
+        every = [name for one in self.fleet.backends.values() for name in self.names(one)]
+        good = [name for name in every if task in self.fleet.policy(model_key(name)).purpose]
+        found: dict[str, str] = {}  # by key
+        for name in (*wish.preferred, *row, *good, *(() if row or good else every)):
+            found.setdefault(model_key(name), name)
+        return tuple(found.values())
+
+    @staticmethod
+    def names(backend: Backend) -> list[str]:
+        """Its models, a name for each."""
+        return [names[0] for names in backend.models.values()]
+
+    async def learn(self, name: str) -> None:
+        """Have an Ollama asked what the model can, where that is not known."""
+        for backend in self.fleet.backends.values():
+            if backend.traits.native and backend.usable and model_key(name) in backend.models:
+                await self.monitor.learn(backend, name)
+
+    def stand(
+        self, call: Call, prompt: Prompt, task: str, place: int, name: str, pinned: str
+    ) -> Candidate:
+        """How a model stands, by its place among those that may be meant."""
+        wish, key = call.wish, model_key(name)
+        policy, want = self.fleet.policy(key), Want(key, call.endpoint.routes, backend=pinned)
+        able = self.fleet.serving(want)
+        cannot, unsure = self.why_not(call, name, able, prompt)
+        good = [one for one in able if one.usable and not self.off_gpu(one, key, wish)]
+        if not cannot and able and not good and any(one.usable for one in able):
+            cannot = "is, or would be, split over CPU and GPU"
+        up = good or able
+        devices = [one.device for one in up]
+        known = [one for one in (self.cards.memory_of(at.name) for at in devices) if one]
+        ahead = [self.scheduler.ahead_of([one]) for one in up]
+        waiting, wait = min(ahead, key=lambda one: one[1], default=(0.0, 0.0))
+        row = {model_key(one) for one in (*wish.preferred, *self.settings.routes.get(task, ()))}
+        return Candidate(
+            name=name,
+            key=key,
+            place=place - PREFERRED * (key in map(model_key, wish.preferred)),
+            in_row=not row or key in row,
+            size=self.size_of(key, up),
+            memory=max(known, key=lambda one: one.free, default=None),
+            loaded=any(one.is_loaded(key) for one in up),
+            purpose=task in policy.purpose,
+            waiting=waiting,
+            wait=wait,
+            taken=all(one.held or (policy.exclusive and one.busy) for one in devices),
+            unsure=unsure,
+            down=not any(one.usable for one in up),
+            cannot=cannot,
+        )
+
+    def why_not(
+        self, call: Call, name: str, able: Sequence[Backend], prompt: Prompt
+    ) -> tuple[str, bool]:
+        """Why a model cannot serve the call, in words; and whether that is not sure."""
+        key = model_key(name)
+        if key in map(model_key, call.wish.forbidden):
+            return "forbidden by the request", False
+        if not able:
+            return "no backend has it" if not self.fleet.lists(
+                name
+            ) else "not for this route", False
+        known = [abilities_of(one, key, self.fleet.policy(key)) for one in able]
+        embeds = EMBEDDINGS in call.endpoint.routes
+        needs = {EMBED: embeds, **({"vision": True} if prompt.images else {})}
+        needs.update({"tools": True} if prompt.tools else {})
+        for word, needed in needs.items():
+            if {one.get(word) for one in known} == {not needed}:
+                return "is for embeddings" if not needed else LACKING[word], False
+        context = min((one for one in self.contexts(key, able) if one), default=0)
+        if context and prompt.tokens > context:
+            return f"{prompt.tokens} tokens do not fit into {context}", False
+        unsure = any(not any(one.get(word) is needs[word] for one in known) for word in needs)
+        return "", unsure
+
+    def contexts(self, key: str, able: Sequence[Backend]) -> list[int]:
+        """The longest prompts that the model takes, as configured or told; 0: not known."""
+        own = self.fleet.policy(key).context
+        return [own or one.contexts.max.get(key, 0) or length_of(one.entry(key)) for one in able]
+
+    def size_of(self, key: str, able: Sequence[Backend]) -> float:
+        """GiB of a model, as configured or told; 0: not known."""
+        told = [size for one in able for size in (one.size(key),) if size]
+        return self.fleet.policy(key).size_gb or max(told, default=0.0)
+
+    def off_gpu(self, backend: Backend, key: str, wish: Wish) -> bool:
+        """Whether the model must be on the GPU, and is or would be on the CPU in part there."""
+        only = self.settings.router.require_gpu if wish.gpu_only is None else wish.gpu_only
+        if not only:
+            return False
+        share = backend.gpu_shares.get(key)
+        if share is not None:
+            return share < 100
+        memory, size = self.cards.memory_of(backend.device.name), self.size_of(key, [backend])
+        return memory is not None and size > 0 and not memory.holds(size)
+
+    def is_busy(self, call: Call) -> bool:
+        """Whether the call would have to wait; longer than it wants to, where it says so."""
+        ticket, longest = call.ticket, call.wish.max_queue
+        if self.scheduler.place_now(ticket) is not None:
+            return False
+        ahead = self.scheduler.ahead_of(self.fleet.serving(ticket.want), ticket.priority)
+        return longest is None or ahead[1] > longest
+
+    def place_on_gpu(self, call: Call, want: Want) -> Want:
+        """What the call wants, at a backend that has its model on the GPU, if it must be there."""
+        if not (self.settings.router.require_gpu or call.wish.gpu_only):
+            return want
+        able = [one for one in self.fleet.serving(want) if one.usable]
+        good = [one for one in able if not self.off_gpu(one, want.model, call.wish)]
+        if able and not good:
+            raise LlmqError(f"{call.model} is, or would be, split over CPU and GPU", "no_model")
+        return want._replace(backend=good[0].name) if good != able else want
+
+
+def abilities_of(backend: Backend, key: str, policy: ModelSettings) -> dict[str, bool]:
+    """What a model can there, and what it cannot; what is not known is left out."""
+    told = read_abilities(backend.entry(key))
+    told.update(backend.shown.get(key, ("", {}))[1])
+    told.setdefault(EMBED, bool(EMBEDDING.search(key)))
+    return {**told, **dict.fromkeys(policy.tags, True)}
+
+
+# ==== 35. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -8393,14 +9194,15 @@ class Admission:
     """Reads requests and gives them tickets."""
 
     def __init__(
-        self, settings: Settings, monitor: Monitor, clients: Clients, recall: Recall
+        self, settings: Settings, clients: Clients, recall: Recall, chooser: Chooser
     ) -> None:
         self.settings = settings
-        self.monitor = monitor
-        self.fleet = monitor.fleet
+        self.chooser = chooser
+        self.monitor = chooser.monitor
+        self.fleet = chooser.fleet
         self.clients = clients
         self.recall = recall
-        via = f"Via: 1.1 llmq-{monitor.instance}\r\nAccept-Encoding: identity\r\n"
+        via = f"Via: 1.1 llmq-{self.monitor.instance}\r\nAccept-Encoding: identity\r\n"
         self.via_lines = via.encode()
 
     async def admit(self, call: Call) -> None:
@@ -8410,17 +9212,19 @@ class Admission:
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
         values = await self.read(call, request, body)
-        call.model = await self.resolve_model(call.question.model)
+        pinned = request.headers.get("x-llmq-backend", "")
+        await self.find_model(call, values, pinned)
         policy = self.fleet.policy(model_key(call.model))
         if policy is not NO_POLICY and values and call.question.done_reason != "unload":
             call.policy = policy
-        if call.question.context or policy.num_ctx == "fit":
-            await self.find_context(call, values, policy)
-        pinned = request.headers.get("x-llmq-backend", "")
+        fit = policy.num_ctx == "fit" or (call.choice.auto and not policy.num_ctx)
+        if call.question.context or fit:
+            await self.find_context(call, values, fit=fit)
         if pinned:
             self.check_pin(pinned, call.model)
         routes = () if call.blind else call.endpoint.routes
         want = Want(model_key(call.model), routes, backend=pinned)
+        want = self.chooser.place_on_gpu(call, want)
         client = self.client_of(call)
         priority = self.class_of(call, client, policy, request.headers)
         call.lines = common_lines(self.via_lines, tuple(map(request.headers.get, RELAYED_REQUEST)))
@@ -8431,32 +9235,54 @@ class Admission:
         call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
         call.ticket.session = read_session(request.headers, values)
         call.ticket.patient = bool(call.job)
+        call.ticket.longest = None if call.job else call.wish.max_queue
         if not (call.question.done_reason or call.blind):
             await self.check_supported(call, values)
         if self.clients.is_blocked(caller):  # since it came
             raise LlmqError(BLOCKED, "forbidden")
         if not (call.job or call.blind):
-            if "router" in values or "prefer" in request.headers:
-                self.look_for_later(call, request, values)
-            if not call.later and self.recall.is_wanted(call, values, request.headers):
-                await self.recall.find_key(call, values, request.headers)
+            await self.look_for_shortcut(call, request, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
-    def look_for_later(self, call: Call, request: Request, values: Mapping[str, Any]) -> None:
+    async def find_model(self, call: Call, values: Mapping[str, Any], pinned: str) -> None:
+        """The model that is named, or that serves the call best where that is left to llmq."""
+        asked = call.question.model or self.settings.upstream.model
+        if pinned and pinned not in self.fleet.backends:
+            raise BadRequest(f"there is no backend {printable(pinned)}")
+        if asked == AUTO and not (self.fleet.lists(AUTO) or AUTO in self.settings.aliases):
+            call.choice = await self.chooser.choose(call, values, pinned)
+            call.model = call.choice.model
+            return
+        call.model = await self.resolve_model(call.question.model)
+        if call.wish.told:
+            if model_key(call.model) in map(model_key, call.wish.forbidden):
+                raise BadRequest("the model that it names is one of router.forbiddenModels")
+            look = functools.partial(self.chooser.read, call, values)
+            _, (task, _) = await beside(look, heavy=is_heavy(call.question.body))
+            call.choice = Choice(call.model, task)
+
+    async def look_for_shortcut(
+        self, call: Call, request: Request, values: Mapping[str, Any]
+    ) -> None:
+        """Whether the call may be answered later, or from the cache."""
+        if call.wish.told or "prefer" in request.headers:
+            self.look_for_later(call, request)
+        if not call.later and self.recall.is_wanted(call, values, request.headers):
+            await self.recall.find_key(call, values, request.headers)
+
+    def look_for_later(self, call: Call, request: Request) -> None:
         """Whether the call may be answered later, and what is then asked anew."""
-        call.later = read_later(request.headers, values)
+        call.later = read_later(request.headers, call.wish)
         if call.caller.foreign:
             call.later = ""
         told = {name: request.headers[name] for name in JOB_HEADERS if name in request.headers}
         call.asked = {**told, **call.more}, request.body
 
-    async def find_context(
-        self, call: Call, values: Mapping[str, Any], policy: ModelSettings
-    ) -> None:
+    async def find_context(self, call: Call, values: Mapping[str, Any], *, fit: bool) -> None:
         """The context that the call is to have: as asked for, or as its prompt needs."""
         context = call.question.context
-        if policy.num_ctx == "fit" and call.endpoint.limits and not call.caller.foreign:
+        if fit and call.endpoint.limits and not call.caller.foreign:
             look = functools.partial(fitting, values, call.endpoint)
             context = max(context, await beside(look, heavy=is_heavy(call.question.body)))
         if context:
@@ -8479,13 +9305,15 @@ class Admission:
             foreign = call.caller.foreign
             read = functools.partial(read_question, body, call.endpoint, header, foreign=foreign)
             call.question, values = await beside(read, heavy=is_heavy(body))
+        if "router" in values:
+            call.wish = read_wish(values)
+            if call.question.priority is None:
+                call.question = call.question._replace(priority=call.wish.priority)
         return values
 
     def check_pin(self, pinned: str, model: str) -> None:
-        """Refuse a pin to a backend that is not there, or is not to serve the model."""
+        """Refuse a pin to a backend that has not the model, or is not to serve it."""
         only = self.fleet.policy(model_key(model)).backends
-        if pinned not in self.fleet.backends:
-            raise BadRequest(f"there is no backend {printable(pinned)}")
         if not self.fleet.named(pinned).may_have(model_key(model)):
             raise model_not_found(f"{model} at {pinned}")
         if only and pinned not in only:
@@ -8566,15 +9394,7 @@ class Admission:
         """What the model itself can have there, asked for once; 0: not known."""
         key, longest = model_key(model), backend.contexts.max
         if key not in longest and backend.usable:
-            body = render_json({"model": backend.name_for(model)})
-            limit = backend.limits.probe_timeout
-            facts: Facts = {}
-            with contextlib.suppress(LlmqError):
-                facts = await self.monitor.ask(limit, backend, "/api/show", body)
-            info = facts.get("model_info")
-            told = info.items() if isinstance(info, dict) else ()
-            lengths = [one for name, one in told if name.endswith(".context_length")]
-            longest[key] = max([0, *(one for one in lengths if type(one) is int)])
+            await self.monitor.learn(backend, model)
         return longest.get(key, 0)
 
     async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
@@ -8618,7 +9438,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 32. Gateway =================================================================================
+# ==== 36. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -8652,7 +9472,8 @@ class Gateway:
         self.discovery = Discovery(self.monitor, self.added)
         self.recall = Recall(settings, self.scheduler, self.metrics, instance)
         self.jobs = Jobs(settings, store)
-        self.admission = Admission(settings, self.monitor, self.clients, self.recall)
+        self.chooser = Chooser(settings, self.monitor, self.scheduler)
+        self.admission = Admission(settings, self.clients, self.recall, self.chooser)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
         self.changes = 0  # counts up with everything that a snapshot shows
@@ -8693,7 +9514,7 @@ class Gateway:
         """Answer what need not run now: what is kept for later, or known, or only loads a model."""
         if call.question.done_reason:
             return await self.admission.answer_load(call)
-        busy = call.later == BUSY and self.scheduler.place_now(call.ticket) is None
+        busy = call.later == BUSY and self.chooser.is_busy(call)
         if busy or call.later == ALWAYS:
             await self.jobs.accept(call)
             return True
@@ -8831,7 +9652,7 @@ class Gateway:
     def may_retry(self, call: Call, failure: LlmqError) -> bool:
         """Whether the call may wait for another attempt, or for another route."""
         if isinstance(failure, Untranslatable):
-            again = call.has_other_route(self.fleet, failure, self.now())
+            again = has_other_route(call, self.fleet, failure, self.now())
         else:
             again = failure.retryable
             again = again and call.ticket.attempts < self.settings.queue.max_attempts
@@ -8890,16 +9711,14 @@ class Gateway:
 
     def reap(self, now: float) -> None:
         """End what has waited too long, for a slot or for a backend's next byte."""
-        for ticket, error in self.scheduler.expire(now):
-            self.end_wait(self.calls[ticket.id], error)
+        for ticket, why in self.scheduler.expire(now):
+            self.end_wait(self.calls[ticket.id], why)
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
             if now >= call.deadline and ticket.want.device:
                 self.end_lease(call)
-            elif now >= call.deadline and ticket.backend is not None:
-                limits = ticket.backend.limits
-                limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
-                self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
+            elif error := why_late(call, now):
+                self.stop(call, error)
         for backend in self.fleet.backends.values():
             backend.forget_unsupported(now)
         self.pool.reap(now)
@@ -8931,7 +9750,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 33. Models ==================================================================================
+# ==== 37. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -9006,10 +9825,9 @@ def bare_show(fleet: Fleet, model: str) -> Facts:
         seen = look_up(entry, "architecture", "input_modalities")
         sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
         capabilities += ["vision"] if sees else []
-        for place in (("max_model_len",), ("max_context_length",), ("meta", "n_ctx_train")):
-            length = look_up(entry, *place)
-            if type(length) is int and length > 0:
-                info = {"general.architecture": "unknown", "unknown.context_length": length}
+        length = length_of(entry)
+        if length:
+            info = {"general.architecture": "unknown", "unknown.context_length": length}
     return {**facts, "model_info": info, "capabilities": list(dict.fromkeys(capabilities))}
 
 
@@ -9293,7 +10111,7 @@ class PlainPassthrough(Passthrough):
         return b""
 
 
-# ==== 34. Leases ==================================================================================
+# ==== 38. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
@@ -9395,7 +10213,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 35. Runs ====================================================================================
+# ==== 39. Runs ====================================================================================
 # How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
 # store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
@@ -9615,7 +10433,7 @@ class JobRunner:
             await asyncio.wait(self._tasks)
 
 
-# ==== 36. Batches =================================================================================
+# ==== 40. Batches =================================================================================
 # OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
 # answers are not stored a second time for it: the content of such an output is the state that its
 # lines have, succeeded or failed, and their answers are put together whenever it is read.
@@ -9891,7 +10709,7 @@ class Batches:
             yield line
 
 
-# ==== 37. Changes =================================================================================
+# ==== 41. Changes =================================================================================
 # What people change of clients at run time.  It is kept on the disk, then it holds, also after a
 # restart, until somebody writes another value for the same setting into the file.
 
@@ -9968,7 +10786,7 @@ class Changes:
             self.gateway.reprioritise(call, max(highest, priority))
 
 
-# ==== 38. Background ==============================================================================
+# ==== 42. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -10215,7 +11033,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 39. Webhooks ================================================================================
+# ==== 43. Webhooks ================================================================================
 # Other services are told what happens.  What there is to tell is found by looking four times a
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
@@ -10408,14 +11226,14 @@ class Webhooks:
             postman.close()
 
 
-# ==== 40. Access ==================================================================================
+# ==== 44. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
 # pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
 EXPOSED = (
     "Access-Control-Expose-Headers",
-    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Wait-Ms, "
-    "X-Cache, Location, Retry-After",
+    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Model, "
+    "X-LLMQ-Reason, X-LLMQ-Wait-Ms, X-Cache, Location, Retry-After",
 )
 
 
@@ -10578,7 +11396,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 41. Snapshot ================================================================================
+# ==== 45. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -10612,7 +11430,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         },
         "requests": [show_call(gateway, gateway.calls[ticket.id], now) for ticket in tickets],
         "requests_total": dict(gateway.journal.outcomes),
-        "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
+        "devices": [show_device(gateway, device) for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": show_clients(gateway, now),
         "blocked": [name for name, row in known if row.blocked],
@@ -10702,6 +11520,11 @@ def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
     return {priority.word: found[priority] for priority in Priority}
 
 
+def show_device(gateway: Gateway, device: Device) -> Facts:
+    memory = show_memory(gateway.chooser.cards.memory_of(device.name))
+    return {**members(device, "name", "slots", "busy"), "vram": memory}
+
+
 def show_backend(backend: Backend) -> Facts:
     report, error = backend.report, backend.error
     shared = (*backend.contexts.requested, *backend.contexts.loaded)
@@ -10720,8 +11543,96 @@ def show_backend(backend: Backend) -> Facts:
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
+        "gpu_pct": {  # of what is loaded, where it is split over CPU and GPU
+            backend.models.get(key, [key])[0]: share
+            for key, share in backend.gpu_shares.items()
+            if share < 100
+        },
         "context": {name: tokens for name, tokens in contexts.items() if tokens},
         "latency_ms": round(1000 * report.latency, 1) if report else None,
+    }
+
+
+def show_memory(memory: VideoMemory | None) -> Facts | None:
+    """Graphics memory of a device, in GiB."""
+    if memory is None:
+        return None
+    return {f"{name}_gb": round(value, 2) for name, value in memory._asdict().items()}
+
+
+def show_gpu(gateway: Gateway) -> Facts:
+    """The cards of this box, and the graphics memory of each device."""
+    cards, fleet = gateway.chooser.cards, gateway.fleet
+    rows = [
+        {
+            "name": card.name,
+            "vramTotalMb": card.total,
+            "vramUsedMb": card.used,
+            "vramFreeMb": None if card.used is None else card.total - card.used,
+            "utilizationPct": card.busy,
+        }
+        for card in cards.cards
+    ]
+    age = gateway.now() - cards.looked
+    return {
+        "provider": cards.maker,
+        "available": bool(rows),
+        "gpus": rows,
+        "age_s": round(age, 1) if age < math.inf else None,
+        "error": cards.error,
+        "devices": {name: show_memory(cards.memory_of(name)) for name in fleet.devices},
+    }
+
+
+def show_models(gateway: Gateway) -> Facts:
+    """Each model once, with all that speaks for it where llmq is to choose."""
+    fleet, chooser, rows = gateway.fleet, gateway.chooser, []
+    for key in dict.fromkeys(key for one in fleet.backends.values() for key in one.models):
+        having = [one for one in fleet.backends.values() if key in one.models]
+        policy = fleet.policy(key)
+        can = {
+            name for one in having for name, can in abilities_of(one, key, policy).items() if can
+        }
+        shares = [one.gpu_shares[key] for one in having if key in one.gpu_shares]
+        rows.append(
+            {
+                "name": having[0].models[key][0],
+                "backends": [one.name for one in having],
+                "loaded": any(one.is_loaded(key) for one in having),
+                "gpuPct": min(shares, default=None),
+                "sizeGb": round(chooser.size_of(key, having), 2) or None,
+                "context": max(chooser.contexts(key, having)) or None,
+                "capabilities": sorted(can.difference(policy.tags)),
+                **members(policy, "purpose", "tags", "exclusive"),
+                "maxConcurrent": policy.max_concurrent,
+            }
+        )
+    return {"models": rows}
+
+
+def show_router(gateway: Gateway) -> Facts:
+    """Routes, what is loaded, and for each model what waits and runs."""
+    fleet, scheduler, settings = gateway.fleet, gateway.scheduler, gateway.settings
+    up = any(one.usable for one in fleet.backends.values())
+    queues: dict[str, Counter[str]] = {}
+    for tickets in (scheduler.waiting, scheduler.running):
+        for ticket in tickets.values():
+            queues.setdefault(printable(ticket.model), Counter())[ticket.state.word] += 1
+    models = show_models(gateway)["models"]
+    troubled = gateway.config_error or gateway.chooser.cards.error
+    return {
+        "status": "unavailable" if not up else "degraded" if troubled else "ok",
+        "mode": scheduler.mode.value,
+        "routes": settings.routes,
+        "degrade": settings.router.degrade,
+        "requireGpu": settings.router.require_gpu,
+        "loadedModels": [row["name"] for row in models if row["loaded"]],
+        "queues": [
+            {"model": name, "queued": row["waiting"], "running": row["running"]}
+            for name, row in queues.items()
+        ],
+        "jobs": {"queued": gateway.jobs.queued},
+        "gpu": show_gpu(gateway),
     }
 
 
@@ -10807,7 +11718,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 42. Job routes ==============================================================================
+# ==== 46. Job routes ==============================================================================
 # What clients ask of jobs, files and batches.  They see their own: what was asked for with their
 # key, or without keys what has their name.  Everybody's are seen with the right `control`, without
 # keys from this box.
@@ -11123,7 +12034,7 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 43. Handlers ================================================================================
+# ==== 47. Handlers ================================================================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -11163,7 +12074,13 @@ class Api:
     # members of the body, and return the JSON to answer, if any
 
     async def get_health(self, exchange: Exchange, _: str) -> None:
-        exchange.respond(200, b"ok", "text/plain")
+        """Whether llmq serves; with `ready=1` whether any runner does, too."""
+        trouble = None
+        if dict(parse_qsl(exchange.request.query)).get("ready") == "1":
+            up = any(one.usable for one in self.gateway.fleet.backends.values())
+            trouble = None if up else self.gateway.fleet.trouble() or "no runner has answered yet"
+        body = (trouble or "ok").encode("utf-8", "replace")
+        exchange.respond(503 if trouble else 200, body, "text/plain; charset=utf-8")
 
     async def get_root(self, exchange: Exchange, _: str) -> None:
         """What clients of Ollama look for, to a browser the page."""
@@ -11200,6 +12117,8 @@ class Api:
     async def get_models(self, exchange: Exchange, _: str) -> Facts:
         await self.gateway.monitor.catch_up()
         entries = usable_rows(merge_rows(self.gateway.fleet), exchange.caller)
+        if self.settings.routes and not self.gateway.fleet.lists(AUTO):  # so that it can be picked
+            entries.append({"id": AUTO, "object": "model", "created": 0, "owned_by": "llmq"})
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
@@ -11360,6 +12279,16 @@ async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts
     return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
 
 
+async def get_router(api: Api, exchange: Exchange, _: str) -> Facts:
+    """What is shown of the choice of models; the cards are looked at where that is due."""
+    gateway = api.gateway
+    gateway.chooser.cards.want()
+    await gateway.monitor.catch_up()
+    await gateway.chooser.cards.step()
+    show = {"status": show_router, "models": show_models, "gpu": show_gpu}
+    return show[exchange.request.path.rpartition("/")[2]](gateway)
+
+
 async def read_control(exchange: Exchange) -> Facts:
     """The JSON object that changes something; DELETE may come without."""
     if exchange.request.method == "DELETE" and not exchange.length:
@@ -11495,7 +12424,7 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ==== 44. Routes ==================================================================================
+# ==== 48. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -11515,7 +12444,7 @@ class Route(NamedTuple):
     @property
     def is_own(self) -> bool:
         """Whether it shows or steers llmq itself: then the right `control` is enough for it."""
-        return self.path.startswith(("/llmq", "/v1/jobs"))
+        return self.path.startswith(("/llmq", "/v1/jobs", "/v1/router"))
 
 
 def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHandler) -> Route:
@@ -11567,7 +12496,8 @@ ROUTES = (
     managed("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
     managed("POST /api/signout", "ends that", Api.manage),
     public("GET /api/status", "what the first Ollama says of its cloud", Api.manage),
-    free("GET HEAD /health", "`ok` while serving", Api.get_health),
+    free("GET HEAD /health", "`ok` while serving; `?ready=1`: 503 while no runner is up",
+         Api.get_health),
     free("GET HEAD /",
          "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
     row(Access.OPEN, "control", "GET HEAD /llmq", "the page", Api.get_page),
@@ -11594,6 +12524,11 @@ ROUTES = (
         of(JobRoutes.list_batches), of(JobRoutes.post_batch)),
     own("GET HEAD /v1/batches/{id}", "one batch", of(JobRoutes.get_batch)),
     own("POST /v1/batches/{id}/cancel", "end it", of(JobRoutes.cancel_batch)),
+    owned("GET HEAD /v1/router/status", "what `auto` goes by: routes, queues, what is loaded",
+          get_router),
+    owned("GET HEAD /v1/router/models", "the models: sizes, purposes, what they can, how loaded",
+          get_router),
+    owned("GET HEAD /v1/router/gpu", "graphics cards and the memory of each device", get_router),
     owned("GET HEAD /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
     row(Access.OWNER, "models", "POST /llmq/models",
         '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
@@ -11766,7 +12701,7 @@ class Door:
         exchange.respond(204, b"", headers=granted)
 
 
-# ==== 45. Demo ====================================================================================
+# ==== 49. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -11821,7 +12756,7 @@ async def answer_demo(exchange: Exchange) -> None:
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 46. Terminal view ===========================================================================
+# ==== 50. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -11883,7 +12818,9 @@ KEY_HELP = """
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
-MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
+MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 8, " CONTEXT": 0}
+CARDS = {"CARD": 0, "MEMORY": -12, "USED": -12, "FREE": -12, " BUSY": 0}
+MEMORIES = {"DEVICE": 0, "MEMORY": -12, "FREE": -12, " RESERVE": 0}
 JOBS = {"JOB": 0, "STATUS": 9, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "AGE": -7, " ERROR": 0}
 USAGE_TABLE = {"DAY": 10, "CLIENT": 0, "MODEL": 0, "REQUESTS": -8, "HITS": -6, "TOKENS IN": -12,
                "OUT": -10, " SECONDS": 0}  # fmt: skip
@@ -11931,7 +12868,9 @@ def backend_row(backend: Row) -> Told:
     meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
     ping = "-" if latency is None else f"{latency:.0f}ms"
-    words = backend["error"] or ", ".join(backend["loaded"])
+    split = backend.get("gpu_pct") or {}  # an older llmq does not tell
+    shown = [f"{one} ({split[one]}% on GPU)" if one in split else one for one in backend["loaded"]]
+    words = backend["error"] or ", ".join(shown)
     last = f" {words}  {backend['url']}" if words else f" {backend['url']}"
     return state, [backend["name"], state, *shares, ping, last]
 
@@ -12285,7 +13224,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 47. Service =================================================================================
+# ==== 51. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -12300,15 +13239,26 @@ CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
 class LogHandler(logging.Handler):
-    """Writes to stderr, as text or JSON; what nobody takes is lost, counted, never waited for."""
+    """Writes to stderr or a file, as text or JSON; what nobody takes is lost, never waited for."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, path: str = "") -> None:
         super().__init__()
         self.form = form
+        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         self.lost = 0  # lines, since the last one that was written
 
+    @property
+    def stream(self) -> Any:
+        """Where the lines go; None where llmq was started without an stderr."""
+        return self.file or sys.stderr
+
+    def close(self) -> None:
+        super().close()
+        if self.file is not None:
+            self.file.close()
+
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stderr is None:  # it was started without one
+        if self.stream is None:
             return
         rows: Sequence[tuple[float, str | Record]]
         if isinstance(record.msg, Lines):
@@ -12333,13 +13283,13 @@ class LogHandler(logging.Handler):
                 return
             end = at + LOG_PIECE
             end = text.rfind("\n", at, end) + 1 or end  # whole lines, where they are that short
-            sys.stderr.write(text[at:end])
+            self.stream.write(text[at:end])
             at = end
-        sys.stderr.flush()
+        self.stream.flush()
 
     def has_room(self, seconds: float) -> bool:
         try:
-            return bool(select.select([], [sys.stderr], [], seconds)[1])
+            return bool(select.select([], [self.stream], [], seconds)[1])
         except (OSError, ValueError):  # no file of the system, or one that cannot be asked
             return True
 
@@ -12357,7 +13307,17 @@ def stamp(second: int) -> str:
 
 
 def set_up_log(settings: LogSettings) -> None:
-    log.handlers[:] = [LogHandler(settings.format)]
+    """Have the log as it is to be; its file is opened anew, as whoever rotates it wants.
+
+    ConfigError where that cannot be opened; then the log stays as it was.
+    """
+    try:
+        handler = LogHandler(settings.format, os.path.expanduser(settings.file))
+    except OSError as error:
+        raise ConfigError(f"log.file: {settings.file}: {error.strerror}") from None
+    for old in log.handlers:
+        old.close()
+    log.handlers[:] = [handler]
     log.setLevel(settings.level.upper())
     log.propagate = False
 
@@ -12538,6 +13498,7 @@ class Service:
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (WATCH_SECONDS, self.watch),
             (PRELOAD_SECONDS, Preloader(gateway).step),
+            (CARDS_SECONDS, gateway.chooser.cards.step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
             (0.0, self.runner.feed),
             (KEEP_SECONDS, self.keeper.step),
@@ -12636,6 +13597,9 @@ class Service:
             settings = self.read() if self.read else self.settings
             self.check_public(settings)
             tls = server_tls(settings.server)
+            if settings.log != self.settings.log or settings.log.file:
+                self.gateway.journal.flush()
+                set_up_log(settings.log)
         except ConfigError as error:
             self.gateway.config_error = str(error)
             self.gateway.changes += 1
@@ -12651,9 +13615,6 @@ class Service:
             if bool(getattr(settings.server, name)) != bool(getattr(self.settings.server, name)):
                 log.warning("reload: server.%s needs restart", name)
         self.newest_tls = tls or self.newest_tls
-        if settings.log != self.settings.log:
-            self.gateway.journal.flush()
-            set_up_log(settings.log)
         vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
         if self._tasks:
@@ -12746,8 +13707,25 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 48. Configuration ===========================================================================
+# ==== 52. Configuration ===========================================================================
 # Where settings come from: a file, with what it refers to, the variables and the flags.
+
+
+def load_document(path: str) -> Any:
+    """What a file holds, JSON or TOML by its name; ConfigError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if path.endswith(".json"):
+                return json.load(file)
+            import tomllib  # novm
+
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ImportError:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def read_file(path: str) -> Layer:
@@ -12755,18 +13733,9 @@ def read_file(path: str) -> Layer:
     try:
         if os.name == "posix" and os.stat(path).st_mode & 0o002:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
-        with open(path, "rb") as file:
-            if path.endswith(".json"):
-                return file_layer(path, resolved(path, json.load(file)))
-            import tomllib  # novm
-
-            return file_layer(path, resolved(path, tomllib.load(file)))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except ImportError:
-        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return file_layer(path, resolved(path, load_document(path)))
 
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -12818,10 +13787,14 @@ def read_secret(path: str) -> str:
     return text
 
 
-def find_file(environ: Mapping[str, str]) -> str | None:
+def usual_files() -> list[str]:
+    """Where a configuration file is looked for, the first first."""
     places = [os.path.expanduser(place) for place in CONFIG_PLACES]
-    usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
-    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
+    return [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
+
+
+def find_file(environ: Mapping[str, str]) -> str | None:
+    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual_files()), None)
 
 
 def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -12841,109 +13814,17 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
     return None
 
 
-# ==== 49. Command line ============================================================================
-# What a person types, and what a service manager is told.  All words to people go through `say`.
+# ==== 53. Process =================================================================================
+# A process that serves: what it says when it starts, and what a service manager is told.  All words
+# to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
-LEASE_SECONDS = 60.0  # that a command has the device for without a word
-ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
-MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
 
 def say(text: str, *, error: bool = False) -> None:
     print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, of which only those that are given become options."""
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument("--config", metavar="FILE", help="configuration file")
-    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
-    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
-    for row in known_settings():
-        text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
-        parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
-
-
-ABOUT_JOB = {
-    "job": "show one job",
-    "result": "print what came of a job",
-    "cancel": "end a job that waits or runs",
-}
-
-
-def add_kept(commands: Any) -> list[argparse.ArgumentParser]:
-    """The commands that show what is kept: jobs, and what was used."""
-    jobs = commands.add_parser("jobs", help="show the jobs that are kept, the latest first")
-    jobs.add_argument("--mine", action="store_true", help="your own, not everybody's")
-    about = [commands.add_parser(name, help=text) for name, text in ABOUT_JOB.items()]
-    for one in about:
-        one.add_argument("id", help="of the job")
-    usage = commands.add_parser("usage", help="show what was used, by day, client and model")
-    text = "how many, today among them (default: 7)"
-    usage.add_argument("--days", type=int, default=7, metavar="N", help=text)
-    return [jobs, *about, usage]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llmq",
-        description="One queue in front of the local LLM runners of a box.",
-        epilog="Without a command it serves; `llmq serve --help` lists what has a flag.  Clients,"
-        " rules, models, devices and backends are tables of the file: see the README.",
-    )
-    parser.add_argument("--version", action="version", version=f"llmq {__version__}")
-    commands = parser.add_subparsers(dest="command")
-    switch: Any = {"action": "store_true"}
-    serve = commands.add_parser("serve", help="run the queue (the default)")
-    serve.add_argument("--demo", **switch, help="with a built-in model that echoes")
-    status = commands.add_parser("status", help="show what a running llmq does: top --once")
-    status.set_defaults(once=True)
-    mode = commands.add_parser("mode", help="switch a running llmq to another mode")
-    mode.add_argument("mode", choices=[mode.value for mode in Mode])
-    top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
-    top.add_argument("--once", **switch, help="print it once, as where it is piped")
-    text = "between looks (default: 1s)"
-    top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
-    run = commands.add_parser("run", help="run a command that has a whole device meanwhile")
-    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
-    run.add_argument(
-        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
-    )
-    run.add_argument("--unload", **switch, help="unload the device's models first")
-    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
-    models = commands.add_parser("models", help="show the models, load or unload one")
-    models.add_argument("action", nargs="?", choices=("load", "unload"))
-    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
-    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
-    kept = add_kept(commands)
-    for asking in (status, mode, top, run, models, *kept):
-        asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
-        text = "with the key that it wants (default: the variable LLMQ_KEY)"
-        asking.add_argument("--key-file", metavar="FILE", help=text)
-    making = commands.add_parser("key", help="make a key, and the lines of the file that let it in")
-    making.add_argument("name", help="of whoever gets it")
-    for showing in (status, top, models, *kept):
-        showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
-    config = commands.add_parser("config", help="check or show the settings")
-    config.add_argument("what", choices=("check", "show"))
-    config.add_argument("--json", **switch, help="as a JSON configuration file, but for the keys")
-    add_flags(serve)
-    add_flags(config)
-    for command in commands.choices.values():
-        command.set_defaults(parser=command)
-    return parser
-
-
-def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
-    """End with what there is in place of a word that is not known, and the nearest of it."""
-    flag = next((word for word in odd if word.startswith("-")), "")
-    if flag:
-        known = re.findall(r"--[\w-]+", options.parser.format_usage())
-        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
-    parser.error(misspelt("command", odd[0], COMMANDS))
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -13061,6 +13942,557 @@ def describe(backend: Backend) -> str:
     return f"{backend.url}  {words}  ({shared})"
 
 
+# ==== 54. Setup ===================================================================================
+# `llmq config init`: looks at what is here, asks what it cannot see, and writes a file that `config
+# check` accepts.  What it writes is a configuration as any other; nothing else is kept of it.
+
+BIG_MODEL = 12.0  # GiB; what is larger is for heavy work, whatever its name
+ROLES = (  # of a model by its name, the first that fits; agent-router's words
+    ("review", re.compile(r"review", re.IGNORECASE)),
+    ("code", re.compile(r"code|codestral|devstral|deepseek-v", re.IGNORECASE)),
+    ("heavy", re.compile(r"gpt-oss|reason|qwq|\br1\b|think", re.IGNORECASE)),
+    ("tool", re.compile(r"tool|function|hermes", re.IGNORECASE)),
+    ("vision", re.compile(r"llava|vision|moondream|[-.\d]vl\b|minicpm-v", re.IGNORECASE)),
+)
+PURPOSES = {
+    "fast": ("triage", "simple_chat", "summarize"),
+    "code": ("code_generate", "code_fix", "tool_use"),
+    "review": ("code_review", "code_generate", "code_fix"),
+    "heavy": ("agentic_reasoning", "large_context", "tool_use"),
+    "tool": ("tool_use", "code_generate"),
+    "vision": (),  # chosen where there are pictures
+}
+ROW_ROLES = {  # the roles of a row of [routes], the best first; all others follow
+    "code_generate": ("code", "tool", "heavy"),
+    "code_fix": ("code", "review", "heavy"),
+    "code_review": ("review", "code", "heavy"),
+    "agentic_reasoning": ("heavy", "code"),
+    "large_context": ("heavy", "code"),
+    "tool_use": ("tool", "code", "heavy"),
+}
+SETUP_NOTES = {  # above the tables of the file
+    "server": "Where llmq listens.",
+    "backends": "The runners; without this table llmq looks for them by itself.",
+    "devices": "What the backends of one host share, one GPU usually.",
+    "models": "What is known of the models, for requests that ask for `auto`.",
+    "routes": "Which models `auto` means for a type of task, the best first.",
+    "router": "How it chooses.",
+    "keys": "Who may use llmq from elsewhere.",
+}
+
+
+class Found(NamedTuple):
+    """What is on this box."""
+
+    runners: tuple[tuple[str, str, Report], ...] = ()  # kind, url, what it has
+    maker: str = "none"
+    cards: tuple[Card, ...] = ()
+    cores: int = 1
+    memory: float = 0.0  # GiB
+    installed: bool = False  # Ollama's command is here
+
+    @property
+    def models(self) -> dict[str, float]:
+        """The models that make texts, each with its GiB, 0 where that is not known."""
+        sizes: dict[str, float] = {}
+        for _, _, report in self.runners:
+            told = {str(row.get("name")): measured(row.get("size")) or 0 for row in report.tags}
+            for name in report.models:
+                sizes.setdefault(name, round(told.get(name, 0) / GIB, 1))
+        return {name: size for name, size in sizes.items() if not EMBEDDING.search(name)}
+
+    @property
+    def video_memory(self) -> float:
+        return sum(card.total for card in self.cards) / KIB
+
+    def __str__(self) -> str:
+        lines = [f"this box: {plural(self.cores, 'core')}, {self.memory:.0f} GiB of memory"]
+        lines += [
+            f"graphics: {card.name} ({self.maker}), {card.total / KIB:.1f} GiB"
+            for card in self.cards
+        ] or ["graphics: no card that tells its memory"]
+        lines += [
+            f"runner: {STARTERS[kind][0]} at {url}, {plural(len(report.models), 'model')}"
+            for kind, url, report in self.runners
+        ]
+        if not self.runners:
+            known = "Ollama is installed, but does not answer" if self.installed else "none answers"
+            lines.append(f"runner: {known}; start {HOW_TO_START}")
+        return "\n".join(lines)
+
+
+async def survey(environ: Mapping[str, str]) -> Found:
+    """Look at this box: runners at their usual places and at OLLAMA_HOST, cards, memory."""
+    places = {kind.url: kind.name for kind in RUNNERS if kind.url}
+    with contextlib.suppress(ValueError):
+        named = parse_url(environ.get("OLLAMA_HOST") or "-")
+        if not named.partition("://")[2].startswith(("0.0.0.0", "-")):  # noqa: S104 - no place
+            places.setdefault(named if ":" in named[6:] else f"{named}:11434", "ollama")
+
+    async def look(url: str, kind: str) -> tuple[str, str, Report] | None:
+        backend = Backend(kind, BackendSettings(url=url), Device("", 1))
+        late = BackendTimeout("does not answer")
+        with contextlib.suppress(OSError, LlmqError, ValueError, SelfFound):
+            looking = asyncio.ensure_future(inspect(backend, "setup"))
+            report = await within(LOOK_SECONDS, looking, late)
+            version = await fetch_json(backend, "/api/version") if kind == "ollama" else {}
+            if report.kind == kind and not look_up(version, "llmq"):
+                return kind, url, report
+        return None
+
+    seen = await asyncio.gather(*[look(*place) for place in places.items()])
+    maker, cards, _ = await read_cards(RouterSettings().nvidia_smi)
+    memory = 0.0
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows does not tell
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    installed = shutil.which("ollama") is not None
+    runners = tuple(one for one in seen if one is not None)
+    return Found(runners, maker, tuple(cards), os.cpu_count() or 1, memory, installed)
+
+
+def role_of(name: str, size: float) -> str:
+    """What a model is for, by its name and size."""
+    if size >= BIG_MODEL:
+        return "heavy"
+    return next((role for role, pattern in ROLES if pattern.search(name)), "fast")
+
+
+def rows_for(roles: Mapping[str, tuple[str, float]]) -> Facts:
+    """The tables [models] and [routes] for models of these roles and sizes."""
+    models: Facts = {}
+    for name, (role, size) in roles.items():
+        told = {"size_gb": size} if size else {}
+        models[name] = {**told, "purpose": list(PURPOSES[role])}
+    by_size = sorted(roles, key=lambda name: roles[name][1])
+    routes = {}
+    for task in TASKS:
+        order = (
+            *ROW_ROLES.get(task, ("fast",)),
+            "fast",
+            "code",
+            "tool",
+            "review",
+            "heavy",
+            "vision",
+        )
+        routes[task] = sorted(by_size, key=lambda name: order.index(roles[name][0]))
+    return {"models": models, "routes": routes} if models else {}
+
+
+def propose(found: Found) -> Facts:
+    """A configuration for what was found."""
+    document: Facts = {"server": {"port": ServerSettings().port}}
+    if found.runners:
+        urls = {kind: {"url": url, "kind": kind} for kind, url, _ in found.runners}
+        document["backends"] = urls
+    document["devices"] = {LOCAL: {"slots": 1}}
+    if found.cards:
+        total = found.video_memory
+        reserve = 1.0 if total < 8 else 1.5 if total <= 24 else 2.0
+        document["devices"][LOCAL]["vram_reserve_gb"] = reserve
+        fits_all = all(size + reserve <= total for size in found.models.values())
+        document["router"] = {"require_gpu": found.maker == "nvidia" and fits_all}
+    roles = {name: (role_of(name, size), size) for name, size in found.models.items()}
+    return {**document, **rows_for(roles)}
+
+
+def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
+    """What is proposed with what was answered: in the words of the file, or agent-router's."""
+    if not isinstance(answers, dict):
+        raise ConfigError(f"{place}: wants tables as a configuration file has them")
+    answers = dict(answers)
+    told = answers.get("models")
+    items = told.get("items") if isinstance(told, dict) else None
+    if isinstance(items, list):
+        del answers["models"]
+        document = {
+            name: table for name, table in document.items() if name not in ("models", "routes")
+        }
+        document.update(rows_for(dict(read_item(place, item) for item in items)))
+    for table, values in answers.items():
+        known = document.get(table, {})
+        both = isinstance(known, dict) and isinstance(values, dict)
+        document[table] = merge_rows_of(known, values) if both else values
+    return document
+
+
+def merge_rows_of(known: Facts, values: Facts) -> Facts:
+    """A table with these values over what it has, row by row."""
+    merged = dict(known)
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(known.get(name), dict)
+        merged[name] = {**known[name], **value} if both else value
+    return merged
+
+
+def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
+    """A model as agent-router's answers have it: name, role and size."""
+    name, size = look_up(item, "name"), measured(look_up(item, "sizeGb")) or 0.0
+    role = look_up(item, "role") or (role_of(name, size) if isinstance(name, str) else "")
+    if not isinstance(name, str) or role not in PURPOSES:
+        raise ConfigError(
+            f"{place}: models.items wants a name, and a role of {', '.join(PURPOSES)}"
+        )
+    return name, (role, size)
+
+
+# ---- the questions
+
+
+def ask_word(question: str, default: str, good: Callable[[str], str]) -> str:
+    """An answer that `good` takes (it says what is wrong); what is left empty is the default."""
+    while True:
+        say(f"\n{question}")
+        told = input(f"  [{default}] > ").strip() or default
+        wrong = good(told)
+        if not wrong:
+            return told
+        say(f"  {wrong}")
+
+
+def ask_yes(question: str, *, default: bool) -> bool:
+    def good(word: str) -> str:
+        return "" if word.lower() in ("y", "yes", "n", "no") else "say yes or no"
+
+    return ask_word(question, "yes" if default else "no", good).lower().startswith("y")
+
+
+def ask_all(document: Facts, found: Found) -> str:
+    """Put what a person answers into the proposal; the key that was made, if any."""
+
+    def good_urls(text: str) -> str:
+        try:
+            parse_rows("", "backends", parse_names(text))
+        except (ConfigError, ValueError) as error:
+            return str(error).lstrip(": ")
+        return ""
+
+    def good_number(text: str) -> str:
+        return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number, 1 or more"
+
+    def good_place(text: str) -> str:
+        return "" if text in ("box", "network") else "say box or network"
+
+    known = document.get("backends", {})
+    urls = ", ".join(row["url"] for row in known.values()) or KINDS["ollama"].url
+    told = ask_word("1. Which runners? Their URLs, with commas between them.", urls, good_urls)
+    named = dict(named_url(one) for one in parse_names(told))
+    kept = {
+        name: row
+        for name, row in known.items()
+        if row["url"] in (row["url"] for row in named.values())
+    }
+    old = {row["url"] for row in kept.values()}
+    document["backends"] = {**kept, **{n: row for n, row in named.items() if row["url"] not in old}}
+    slots = ask_word("2. How many requests at once on this box?", "1", good_number)
+    document["devices"][LOCAL]["slots"] = int(slots)
+    models = document.get("models", {})
+    which = f"3. May `auto` choose among {plural(len(models), 'model')}, by what each is for?"
+    if models and not ask_yes(which, default=True):
+        del document["models"], document["routes"]
+    if "router" in document:
+        memory = f"{found.video_memory:.0f} GiB of graphics memory"
+        which = (
+            f"4. Refuse models that do not fit into the {memory}, and would run in part on the CPU?"
+        )
+        document["router"]["require_gpu"] = ask_yes(
+            which, default=document["router"]["require_gpu"]
+        )
+    who = ask_word("5. Who may use llmq: this box, or the network with a key?", "box", good_place)
+    if who == "box":
+        return ""
+    key = new_key()
+    document["server"].update(host="0.0.0.0", require_key="remote")  # noqa: S104 - as was asked
+    document["keys"] = {"me": {"key_hash": f"sha256:{hash_of(key)}", "rights": list(RIGHTS)}}
+    return key
+
+
+def new_key() -> str:
+    return "llmq-" + secrets.token_urlsafe(32)
+
+
+def hash_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+# ---- the file
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it: as JSON does, but for tables, and for what is never bare there."""
+    if isinstance(value, dict):
+        return (
+            "{ "
+            + ", ".join(f"{toml_key(name)} = {toml_value(value[name])}" for name in value)
+            + " }"
+        )
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def toml_tables(table: str, values: Any) -> list[tuple[str, Facts]]:
+    """A table of the configuration as TOML has it: headers, and what stands below each."""
+    if table == "rules":
+        return [("[[rules]]", row) for row in values]
+    if table in ROW_TABLES:
+        return [(f"[{table}.{toml_key(name)}]", row) for name, row in values.items()]
+    return [(f"[{table}]", values)]
+
+
+def render_toml(document: Facts) -> str:
+    """The configuration as a TOML file, with what each key is for beside its first use."""
+    lines = [
+        f"# llmq's configuration, made by `llmq config init` of llmq {__version__}.",
+        "# `llmq config check` checks it, `llmq config show` shows every setting there is.",
+    ]
+    for table, values in document.items():
+        lines += ["", f"# {SETUP_NOTES[table]}"] if table in SETUP_NOTES else [""]
+        cls = {**TABLES, **ROW_TABLES}.get(table)
+        rows = known_settings({table: cls}) if cls else ()
+        helps = {row.key.partition(".")[2]: row.help for row in rows}
+        for header, row in toml_tables(table, values):
+            lines.append(header)
+            for name, value in row.items():
+                about = helps.pop(name, "")
+                lines.append(f"{toml_key(name)} = {toml_value(value)}{about and '  # ' + about}")
+    return "\n".join(lines) + "\n"
+
+
+def setup_path(options: argparse.Namespace) -> str:
+    """Where the file is to be: TOML where this Python reads it, else JSON."""
+    kind = "toml" if sys.version_info >= (3, 11) else "json"
+    return os.path.expanduser(options.output or os.path.join(CONFIG_PLACES[0], f"llmq.{kind}"))
+
+
+def write_file(path: str, text: str) -> None:
+    """Put a file in its place as a whole, readable by its owner alone."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        draft = f"{path}.{os.getpid()}"
+        with open(
+            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def set_up(options: argparse.Namespace) -> int:
+    """Look, ask and write; 1 where the person gave up, and nothing is written."""
+    path, silent = setup_path(options), options.non_interactive or bool(options.answers)
+    if not silent and not (os.isatty(0) and os.isatty(1)):
+        raise ConfigError("config init: there is no terminal to ask in; add --non-interactive")
+    there = os.path.exists(path) and not (options.overwrite or options.dry_run)
+    if there and silent:
+        raise ConfigError(f"{path} is there already: add --overwrite, or --output FILE")
+    try:
+        found = asyncio.run(survey(os.environ))
+        say(str(found), error=silent)
+        document, key = propose(found), ""
+        if options.answers:
+            document = merge_answers(document, load_document(options.answers), options.answers)
+        if not silent:
+            if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
+                return give_up()
+            key = ask_all(document, found)
+        text = (
+            json.dumps(document, indent=2) + "\n"
+            if path.endswith(".json")
+            else render_toml(document)
+        )
+        settings = merge_layers([file_layer(path, resolved(path, document))])
+        server_tls(settings.server)
+        if options.dry_run:
+            say(text.rstrip())
+            return 0
+        if not silent and not ask_yes(f"Write {path}?", default=True):
+            return give_up()
+    except (KeyboardInterrupt, EOFError):
+        return give_up()
+    write_file(path, text)
+    say(f"wrote {path}; `llmq` uses it from now on" if path in usual_files() else f"wrote {path}")
+    if key:
+        say(f"the key for the network, shown only now: {key}")
+    return 0
+
+
+def give_up() -> int:
+    say("\nnothing was written")
+    return 1
+
+
+# ==== 55. Command line ============================================================================
+# What a person types: a table of commands, and what each does.  The words of other queues are taken
+# for llmq's own, with a note.
+
+LEASE_SECONDS = 60.0  # that a command has the device for without a word
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, of which only those that are given become options."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--config", metavar="FILE", help="configuration file")
+    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
+    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
+    for row in known_settings():
+        text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
+        parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmq",
+        usage="llmq [COMMAND] [OPTIONS]",
+        description="One queue in front of the local LLM runners of a box.",
+        epilog=list_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"llmq {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="", prog="llmq", help=argparse.SUPPRESS
+    )
+    made = {name: commands.add_parser(name, help=row.help) for name, row in COMMANDS.items()}
+    switch: Any = {"action": "store_true"}
+    made["serve"].add_argument("--demo", **switch, help="with a built-in model that echoes")
+    made["status"].set_defaults(once=True)
+    made["mode"].add_argument("mode", choices=[mode.value for mode in Mode])
+    made["top"].add_argument("--once", **switch, help="print it once, as where it is piped")
+    text = "between looks (default: 1s)"
+    made["top"].add_argument(
+        "--interval", type=parse_duration, default=1.0, metavar="TIME", help=text
+    )
+    made["key"].add_argument("name", help="of whoever gets it")
+    add_run(made["run"])
+    add_models(made["models"])
+    add_kept(made)
+    add_config(made["config"])
+    for name, row in COMMANDS.items():
+        if row.asks:
+            text = "of the llmq to ask (default: the one on this box)"
+            made[name].add_argument("--url", help=text)
+            text = "with the key that it wants (default: the variable LLMQ_KEY)"
+            made[name].add_argument("--key-file", metavar="FILE", help=text)
+        if row.json:
+            made[name].add_argument("--json", **switch, help=row.json)
+        made[name].set_defaults(parser=made[name])
+    add_flags(made["serve"])
+    add_flags(made["config"])
+    return parser
+
+
+def list_commands() -> str:
+    """The commands in their groups, for --help."""
+    lines = ["Without a command it serves."]
+    for group, rows in groupby(COMMANDS.items(), lambda item: item[1].group):
+        lines += ["", f"{group}:", *[f"  {name:<8} {row.help}" for name, row in rows]]
+    lines += ["", "`llmq COMMAND --help` tells more; `llmq serve --help` lists what has a flag."]
+    return "\n".join(
+        [*lines, "Clients, rules, models, devices, keys are tables of the file: see the README."]
+    )
+
+
+def add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
+    run.add_argument(
+        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
+    )
+    run.add_argument("--unload", action="store_true", help="unload the device's models first")
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+
+
+def add_models(models: argparse.ArgumentParser) -> None:
+    models.add_argument("action", nargs="?", choices=("load", "unload"))
+    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
+    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
+
+
+def add_kept(made: Mapping[str, argparse.ArgumentParser]) -> None:
+    """What the commands take that show what is kept: jobs, and what was used."""
+    made["jobs"].add_argument("--mine", action="store_true", help="your own, not everybody's")
+    for name in ("job", "result", "cancel"):
+        made[name].add_argument("id", help="of the job")
+    text = "how many, today among them (default: 7)"
+    made["usage"].add_argument("--days", type=int, default=7, metavar="N", help=text)
+
+
+def add_config(config: argparse.ArgumentParser) -> None:
+    config.add_argument("what", choices=("check", "show", "init"), help="init: make a file")
+    group = config.add_argument_group("for init, which looks around, asks, and writes a file")
+    group.add_argument("--non-interactive", action="store_true", help="ask nothing")
+    text = "take what it says over what was found; JSON or TOML, and ask nothing"
+    group.add_argument("--answers", metavar="FILE", help=text)
+    text = "where to write (default: ~/.config/llmq/llmq.toml, below Python 3.11 .json)"
+    group.add_argument("-o", "--output", metavar="FILE", help=text)
+    group.add_argument("--overwrite", action="store_true", help="a file that is there")
+    group.add_argument("--dry-run", action="store_true", help="print it, write nothing")
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
+    """End with what there is in place of a word that is not known, and the nearest of it."""
+    flag = next((word for word in odd if word.startswith("-")), "")
+    if flag:
+        known = re.findall(r"--[\w-]+", options.parser.format_usage())
+        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
+    parser.error(misspelt("command", odd[0], COMMANDS))
+
+
+OLD_COMMANDS = {
+    "validate-config": ("config", "check"),
+    "init": ("config", "init"),
+    "configure": ("config", "init"),
+}
+OLD_FLAGS = {  # of `serve` in other queues, and what they are here
+    "-p": ("--port",),
+    "-c": ("--config",),
+    "-o": ("--backend",),
+    "--backend-urls": ("--backend",),
+    "--ollama-urls": ("--backend",),
+    "-t": ("--first-byte-timeout", "--idle-timeout"),
+    "--timeout": ("--first-byte-timeout", "--idle-timeout"),
+    "--no-tui": (),
+    "--wizard": (),
+    "--detect": (),
+}
+WITHOUT_VALUE = ("--no-tui", "--wizard", "--detect")
+
+
+def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line in the words of other queues in llmq's own; and a note of each word."""
+    words, notes = list(arguments), []
+    ahead: list[str] = []
+    while len(words) > 2 and words[0] in ("-u", "--url") and words[2] in COMMANDS:
+        ahead, words = [*ahead, *words[:2]], words[2:]
+    command = words[0] if words else ""
+    if command in OLD_COMMANDS:
+        notes.append(f"{command} is {' '.join(OLD_COMMANDS[command])} here")
+        words[:1] = OLD_COMMANDS[command]
+    elif command not in COMMANDS and command not in ("-h", "--help", "-V", "--version"):
+        words.insert(0, "serve")
+    usual: Mapping[str, Names] = {"-u": ("--url",), **dict.fromkeys(WITHOUT_VALUE, ())}
+    known = OLD_FLAGS if words[0] == "serve" else usual
+    told, rest = [*words[:1], *ahead], iter(words[1:])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in known:
+            told.append(word)
+            continue
+        notes.append(f"{name} is {' and '.join(known[name]) or 'not needed'} here")
+        if name not in WITHOUT_VALUE:
+            value = value if equals else next(rest, "")
+            told += [f"{flag}={value}" for flag in known[name]]
+    return told, notes
+
+
 def llmq_url(url: str | None) -> str:
     if url:
         return url.rstrip("/")
@@ -13154,15 +14586,21 @@ def asked(options: argparse.Namespace) -> tuple[str, Callable[..., Any]]:
 
 def cmd_key(options: argparse.Namespace) -> None:
     """A new key, which is shown this once, and the lines that let it in."""
-    key = "llmq-" + secrets.token_urlsafe(32)
-    name, digest = options.name, hashlib.sha256(key.encode()).hexdigest()
+    key = new_key()
+    name, digest = options.name, hash_of(key)
     parse_rows("key", "keys", {name: {"key_hash": f"sha256:{digest}"}})
+    if options.json:
+        say(json.dumps({"name": name, "key": key, "key_hash": f"sha256:{digest}"}))
+        return
     say(f"the key of {name}, shown only now: {key}\n")
     say(f'for the file:\n\n[keys."{name}"]\nkey_hash = "sha256:{digest}"\nrights = ["infer"]')
 
 
 def cmd_mode(options: argparse.Namespace) -> None:
     answer = asked(options)[1](("POST", "/llmq/mode", {"mode": options.mode}))
+    if options.json:
+        say(json.dumps(answer))
+        return
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
@@ -13180,19 +14618,66 @@ def cmd_models(options: argparse.Namespace) -> None:
     if options.action:
         change = {"action": options.action, "model": options.name, "backend": options.on}
         answer = ask(("POST", "/llmq/models", change))
+        if options.json:
+            say(json.dumps(answer))
+            return
         where = answer.get("backend") or "no backend has it loaded"
         say(printable(f"{options.action} {answer.get('model')}: {where}"))
         return
     snapshot = understood(ask(STATUS), url)
     backends, none = snapshot["backends"], snapshot["trouble"] or "none"
     pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
-    rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
+    rows = [
+        (
+            name,
+            at,
+            name in one["loaded"],
+            one.get("gpu_pct", {}).get(name),
+            one["context"].get(name),
+        )
+        for name, at, one in pairs
+    ]
     if options.json:
-        titles = ("model", "backend", "loaded", "context")
+        titles = ("model", "backend", "loaded", "gpu_pct", "context")
         say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
         return
-    shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
+    shown = [
+        [name, at, "-" if not up else "yes" if part is None else f"{part}% GPU", f" {size or '-'}"]
+        for name, at, up, part, size in rows
+    ]
     show_rows(MODELS, shown, none)
+
+
+def cmd_gpu(options: argparse.Namespace) -> None:
+    """Show the graphics cards, and the memory of each device."""
+    facts = asked(options)[1](("GET", "/v1/router/gpu", None))
+    if options.json:
+        say(json.dumps(facts, indent=2))
+        return
+
+    def of(value: Any, unit: str) -> str:
+        return "-" if value is None else f"{value}{unit}"
+
+    names = ("vramTotalMb", "vramUsedMb", "vramFreeMb")
+    rows = [
+        [
+            card["name"],
+            *(of(card[name], " MiB") for name in names),
+            f" {of(card['utilizationPct'], ' %')}",
+        ]
+        for card in facts["gpus"]
+    ]
+    show_rows(CARDS, rows, facts["error"] or "no card that tells its memory")
+    rows = [
+        [
+            name,
+            *(of(row and row[f"{fact}_gb"], " GiB") for fact in ("total", "free")),
+            f" {of(row and row['reserve_gb'], ' GiB')}",
+        ]
+        for name, row in facts["devices"].items()
+    ]
+    say("")
+    show_rows(MEMORIES, rows, "none")
 
 
 def cmd_jobs(options: argparse.Namespace) -> None:
@@ -13327,15 +14812,17 @@ def hide_secrets(document: Facts) -> None:
                 row[name] = dict.fromkeys(value, HIDDEN) if many else value and HIDDEN
 
 
-def cmd_config(options: argparse.Namespace) -> None:
+def cmd_config(options: argparse.Namespace) -> int:
+    if options.what == "init":
+        return set_up(options)
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
         say(note, error=True)
     tables = as_document(settings)
     if options.what == "check":
         server_tls(settings.server)
-        say("the configuration is good")
-        return
+        say(json.dumps({"good": True}) if options.json else "the configuration is good")
+        return 0
     hide_secrets(tables)
     if options.json:
         say(json.dumps(tables, indent=2))
@@ -13344,36 +14831,56 @@ def cmd_config(options: argparse.Namespace) -> None:
             rows = values.items() if isinstance(values, dict) else enumerate(values, 1)
             for name, value in rows:
                 say(f"{table}.{name} = {json.dumps(value)}")
+    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "serve": lambda options: asyncio.run(serve(options)),
-    "status": cmd_top,
-    "top": cmd_top,
-    "mode": cmd_mode,
-    "key": cmd_key,
-    "run": cmd_run,
-    "models": cmd_models,
-    "jobs": cmd_jobs,
-    "job": cmd_job,
-    "result": cmd_result,
-    "cancel": cmd_job,
-    "usage": cmd_usage,
-    "config": cmd_config,
-}
+class Command(NamedTuple):
+    """One row of the table of commands."""
+
+    group: str
+    help: str
+    run: Callable[[argparse.Namespace], int | None]
+    json: str = ""  # what --json prints, where it has it
+    asks: bool = True  # a running llmq
+
+
+AS_TOLD = "print what llmq tells, as JSON"
+RUN, SEE, STEER = "Run it", "See what it does", "Steer it"
+COMMANDS = {
+    "serve": Command(RUN, "run the queue", lambda options: asyncio.run(serve(options)), asks=False),
+    "config": Command(
+        RUN, "make, check or show the settings", cmd_config,
+        "as a JSON configuration file, but for the keys", asks=False,
+    ),
+    "key": Command(
+        RUN, "make a key, and the lines of the file that let it in", cmd_key,
+        "print it as JSON", asks=False,
+    ),
+    "status": Command(SEE, "what a running llmq does: top --once", cmd_top, AS_TOLD),
+    "top": Command(SEE, "watch and steer it in the terminal", cmd_top, AS_TOLD),
+    "models": Command(SEE, "the models; load or unload one", cmd_models, AS_TOLD),
+    "gpu": Command(SEE, "graphics cards and their memory", cmd_gpu, AS_TOLD),
+    "jobs": Command(SEE, "the jobs that are kept, the latest first", cmd_jobs, AS_TOLD),
+    "job": Command(SEE, "one job", cmd_job, AS_TOLD),
+    "result": Command(SEE, "what came of a job, as it was answered", cmd_result),
+    "usage": Command(SEE, "what was used, by day, client and model", cmd_usage, AS_TOLD),
+    "mode": Command(STEER, "open, priority (only class high starts) or paused", cmd_mode, AS_TOLD),
+    "cancel": Command(STEER, "end a job that waits or runs", cmd_job, AS_TOLD),
+    "run": Command(STEER, "run a command that has a whole device meanwhile", cmd_run),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; exit code 0 done, 2 configuration, 78 not startable so, 1 anything else."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in (*COMMANDS, "--help", "-h", "--version"):
-        arguments.insert(0, "serve")
+    arguments, notes = modernised(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     options, odd = parser.parse_known_args(arguments)
     if odd:
         refuse(parser, options, odd)
     try:
-        return COMMANDS[options.command](options) or 0
+        for note in notes:
+            say(note, error=True)
+        return COMMANDS[options.command].run(options) or 0
     except (ConfigError, StartError) as error:
         say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
@@ -13385,7 +14892,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 50. Web page ================================================================================
+# ==== 56. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
@@ -13764,7 +15271,8 @@ function drawBackends({devices, backends}) {
       h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
       button(state === 'draining' ? 'Resume' : 'Drain', name, () => drain({name, state}))]),
     h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
-      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), one.orders && 'Unload'))),
+      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '') +
+      (one.gpu_pct?.[m] >= 0 ? ` · ${one.gpu_pct[m]} % on GPU` : ''), one.orders && 'Unload'))),
     well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
     well && rest.length && h('details', '', [h('summary', '', plural(rest.length, 'model') +
