@@ -14453,6 +14453,8 @@ OLD_COMMANDS = {
 }
 OLD_FLAGS = {  # of `serve` in other queues, and what they are here
     "-p": ("--port",),
+    "-H": ("--host",),
+    "-b": ("--backend",),
     "-c": ("--config",),
     "-o": ("--backend",),
     "--backend-urls": ("--backend",),
