@@ -14021,26 +14021,39 @@ class Found(NamedTuple):
         return "\n".join(lines)
 
 
+def place_of_ollama(host: str) -> str:
+    """The URL that OLLAMA_HOST means, as Ollama's own command reads it; empty: none."""
+    try:
+        parts = urlsplit(parse_url(host))
+    except ValueError:
+        return ""
+    everywhere = parts.hostname in ("0.0.0.0", "::")  # noqa: S104 - where it listens: to be asked
+    name = "127.0.0.1" if everywhere else parts.hostname or ""
+    return base_url(name, parts.port or urlsplit(KINDS["ollama"].url).port or 0, parts.scheme)
+
+
+async def look_at(url: str, kind: str) -> tuple[str, str, Report] | None:
+    """What a runner of this kind has there; None where none answers, or it is an llmq."""
+    backend, late = Backend(kind, BackendSettings(url=url), Device("", 1)), BackendTimeout("late")
+
+    async def look() -> tuple[str, str, Report] | None:
+        if look_up(await fetch_json(backend, "/api/version"), "llmq"):
+            return None
+        report = await inspect(backend, "setup")
+        return (kind, url, report) if report.kind == kind else None
+
+    with contextlib.suppress(OSError, LlmqError, ValueError):
+        return await within(LOOK_SECONDS, asyncio.ensure_future(look()), late)
+    return None
+
+
 async def survey(environ: Mapping[str, str]) -> Found:
     """Look at this box: runners at their usual places and at OLLAMA_HOST, cards, memory."""
     places = {kind.url: kind.name for kind in RUNNERS if kind.url}
-    with contextlib.suppress(ValueError):
-        named = parse_url(environ.get("OLLAMA_HOST") or "-")
-        if not named.partition("://")[2].startswith(("0.0.0.0", "-")):  # noqa: S104 - no place
-            places.setdefault(named if ":" in named[6:] else f"{named}:11434", "ollama")
-
-    async def look(url: str, kind: str) -> tuple[str, str, Report] | None:
-        backend = Backend(kind, BackendSettings(url=url), Device("", 1))
-        late = BackendTimeout("does not answer")
-        with contextlib.suppress(OSError, LlmqError, ValueError, SelfFound):
-            looking = asyncio.ensure_future(inspect(backend, "setup"))
-            report = await within(LOOK_SECONDS, looking, late)
-            version = await fetch_json(backend, "/api/version") if kind == "ollama" else {}
-            if report.kind == kind and not look_up(version, "llmq"):
-                return kind, url, report
-        return None
-
-    seen = await asyncio.gather(*[look(*place) for place in places.items()])
+    places.setdefault(
+        place_of_ollama(environ.get("OLLAMA_HOST", "")) or KINDS["ollama"].url, "ollama"
+    )
+    seen = await asyncio.gather(*[look_at(*place) for place in places.items()])
     maker, cards, _ = await read_cards(RouterSettings().nvidia_smi)
     memory = 0.0
     with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows does not tell
@@ -14066,15 +14079,7 @@ def rows_for(roles: Mapping[str, tuple[str, float]]) -> Facts:
     by_size = sorted(roles, key=lambda name: roles[name][1])
     routes = {}
     for task in TASKS:
-        order = (
-            *ROW_ROLES.get(task, ("fast",)),
-            "fast",
-            "code",
-            "tool",
-            "review",
-            "heavy",
-            "vision",
-        )
+        order = (*ROW_ROLES.get(task, ()), *PURPOSES)
         routes[task] = sorted(by_size, key=lambda name: order.index(roles[name][0]))
     return {"models": models, "routes": routes} if models else {}
 
@@ -14157,50 +14162,46 @@ def ask_yes(question: str, *, default: bool) -> bool:
     return ask_word(question, "yes" if default else "no", good).lower().startswith("y")
 
 
+def wrong_urls(text: str) -> str:
+    try:
+        parse_rows("", "backends", parse_names(text))
+    except (ConfigError, ValueError) as error:
+        return str(error).lstrip(": ")
+    return ""
+
+
+def wrong_number(text: str) -> str:
+    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number, 1 or more"
+
+
+def wrong_place(text: str) -> str:
+    return "" if text in ("box", "network") else "say box or network"
+
+
 def ask_all(document: Facts, found: Found) -> str:
     """Put what a person answers into the proposal; the key that was made, if any."""
-
-    def good_urls(text: str) -> str:
-        try:
-            parse_rows("", "backends", parse_names(text))
-        except (ConfigError, ValueError) as error:
-            return str(error).lstrip(": ")
-        return ""
-
-    def good_number(text: str) -> str:
-        return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number, 1 or more"
-
-    def good_place(text: str) -> str:
-        return "" if text in ("box", "network") else "say box or network"
-
     known = document.get("backends", {})
     urls = ", ".join(row["url"] for row in known.values()) or KINDS["ollama"].url
-    told = ask_word("1. Which runners? Their URLs, with commas between them.", urls, good_urls)
+    told = ask_word("1. Which runners? Their URLs, with commas between them.", urls, wrong_urls)
     named = dict(named_url(one) for one in parse_names(told))
-    kept = {
-        name: row
-        for name, row in known.items()
-        if row["url"] in (row["url"] for row in named.values())
-    }
-    old = {row["url"] for row in kept.values()}
-    document["backends"] = {**kept, **{n: row for n, row in named.items() if row["url"] not in old}}
-    slots = ask_word("2. How many requests at once on this box?", "1", good_number)
+    names = {row["url"]: (name, row) for name, row in known.items()}  # which keep what was found
+    document["backends"] = dict(names.get(row["url"], (name, row)) for name, row in named.items())
+    slots = ask_word("2. How many requests at once on this box?", "1", wrong_number)
     document["devices"][LOCAL]["slots"] = int(slots)
-    models = document.get("models", {})
-    which = f"3. May `auto` choose among {plural(len(models), 'model')}, by what each is for?"
-    if models and not ask_yes(which, default=True):
+    number = plural(len(document.get("models", ())), "model")
+    question = f"3. May `auto` choose among {number}, by what each is for?"
+    if "models" in document and not ask_yes(question, default=True):
         del document["models"], document["routes"]
-    if "router" in document:
-        memory = f"{found.video_memory:.0f} GiB of graphics memory"
-        which = (
-            f"4. Refuse models that do not fit into the {memory}, and would run in part on the CPU?"
-        )
-        document["router"]["require_gpu"] = ask_yes(
-            which, default=document["router"]["require_gpu"]
-        )
-    who = ask_word("5. Who may use llmq: this box, or the network with a key?", "box", good_place)
-    if who == "box":
-        return ""
+    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB of graphics memory"
+    question = f"4. Refuse models that do not fit into {memory}, but run on the CPU in part?"
+    if router:
+        router["require_gpu"] = ask_yes(question, default=router["require_gpu"])
+    who = ask_word("5. Who may use llmq: this box, or the network with a key?", "box", wrong_place)
+    return open_to_network(document) if who == "network" else ""
+
+
+def open_to_network(document: Facts) -> str:
+    """Let everybody in who has a key; the one key that was made, of which the file has the hash."""
     key = new_key()
     document["server"].update(host="0.0.0.0", require_key="remote")  # noqa: S104 - as was asked
     document["keys"] = {"me": {"key_hash": f"sha256:{hash_of(key)}", "rights": list(RIGHTS)}}
@@ -14221,11 +14222,8 @@ def hash_of(key: str) -> str:
 def toml_value(value: Any) -> str:
     """A value as TOML writes it: as JSON does, but for tables, and for what is never bare there."""
     if isinstance(value, dict):
-        return (
-            "{ "
-            + ", ".join(f"{toml_key(name)} = {toml_value(value[name])}" for name in value)
-            + " }"
-        )
+        rows = [f"{toml_key(name)} = {toml_value(one)}" for name, one in value.items()]
+        return f"{{ {', '.join(rows)} }}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
