@@ -18,7 +18,6 @@ from tests.fake_ollama import ended, post, told, waiting
 from tests.fake_runner import (
     BY_PATH,
     CHAT,
-    COMPLETIONS,
     DIALECTS,
     EMBED,
     EMBEDDINGS,
@@ -234,7 +233,7 @@ def test_what_is_null_or_not_known_asks_for_nothing() -> None:
     assert llmq.read_wish({"router": {}}).told
 
 
-@pytest.mark.parametrize("number", [0, 1, 1.5, -3, -0.0, 1e300, 10**400, -(10**400)])
+@pytest.mark.parametrize("number", [0, 1, 1.5, -3, 1e300, 10**400, -(10**400)], ids=range(7))
 def test_any_number_of_milliseconds_is_a_time_or_a_bad_request(number: float) -> None:
     for member in ("maxQueueTimeMs", "maxExecutionTimeMs"):
         with contextlib.suppress(llmq.BadRequest):
@@ -652,16 +651,17 @@ async def test_answers_of_loads_say_the_model() -> None:
             assert answer.headers["x-llmq-model"] == "m"
 
 
-@pytest.mark.parametrize(("dialect", "asked"), [(CHAT, "a"), (CHAT, "auto")])
-async def test_errors_after_the_choice_say_the_model(dialect: Dialect, asked: str) -> None:
-    """Also those that llmq itself finds before the request may wait."""
-    async with Box("a", "b") as box, running(box.url, models={"a": {"max_output": 5}}) as q:
-        router = {"requireGpuOnly": True}
-        q.gateway.chooser.off_gpu = lambda *_: asked == "a"
-        answer = await sent(q, dialect, auto(dialect, model=asked, router=router))
-        if asked == "a":
-            assert answer.status == 503
-        assert answer.headers["x-llmq-model"] == "a"
+async def test_errors_that_llmq_finds_before_the_wait_say_the_model_too() -> None:
+    far = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
+    messages = [{"role": "user", "content": [far]}]
+    async with Box(a={**SEES, "gpu": 60}).load("a") as box, running(box.url) as q:
+        for name in ("a", "auto"):
+            body = auto(CHAT, model=name, messages=messages, numCtx=2048)
+            answer = await sent(q, CHAT, body)
+            assert answer.status == 400, answer
+            assert answer.headers["x-llmq-model"] == "a", "nothing is fetched"
+        answer = await sent(q, CHAT, auto(CHAT, model="a", router={"requireGpuOnly": True}))
+        assert (answer.status, answer.headers["x-llmq-model"]) == (503, "a")
 
 
 async def test_names_and_reasons_in_header_fields_are_plain_ascii() -> None:
@@ -685,6 +685,24 @@ async def test_alias_of_the_callers_own_words_cannot_forge_a_field() -> None:
         assert answer.status == 200
         assert "x-evil" not in answer.headers
         assert answer.headers["x-llmq-reason"].startswith("alias x")
+
+
+async def test_load_for_auto_loads_the_one_that_is_chosen() -> None:
+    async with Box("a", "b") as box, running(box.url, routes=routes("b", "a")) as q:
+        answer = await ask(q.port, "POST", NATIVE_CHAT.path, json={"model": "auto", "messages": []})
+        assert answer.status == 200, answer
+        assert [request.json["model"] for request in box.requests] == ["b"]
+
+
+async def test_long_prompt_for_auto_gets_a_context_that_holds_it() -> None:
+    async with Box(a={"context": 131072}) as box, running(box.url) as q:
+        await chosen(q, text="word " * 8000)
+        (request,) = box.requests
+        assert 10_000 <= request.json["options"]["num_ctx"] <= 32768
+    settings: dict[str, Any] = {"models": {"a": {"num_ctx": "4096"}}}
+    async with Box(a={"context": 131072}) as box, running(box.url, **settings) as q:
+        await chosen(q, text="word " * 8000)
+        assert box.requests[0].json["options"]["num_ctx"] == 4096, "as configured"
 
 
 async def test_pages_may_read_the_fields() -> None:
@@ -791,13 +809,19 @@ async def test_picture_goes_only_to_a_model_that_sees(dialect: Dialect) -> None:
         assert "eyes: no backend has it" in why
 
 
-async def test_picture_earlier_in_the_talk_or_in_the_result_of_a_tool_counts_too() -> None:
+async def test_picture_earlier_in_the_talk_counts_too() -> None:
     ago = [*PICTURES[CHAT]["messages"], {"role": "user", "content": "and now?"}]
+    models = {"blind": {}, "eyes": SEES}
+    async with Box(**models) as box, running(box.url, routes=routes("blind", "eyes")) as q:
+        assert await chosen(q, CHAT, messages=ago) == "eyes"
+
+
+async def test_picture_that_a_tool_has_given_counts_too() -> None:
+    """As Claude's programs send what they have looked at."""
     image = PICTURES[MESSAGES]["messages"][0]["content"][1]
     result = {"type": "tool_result", "tool_use_id": "t", "content": [image]}
     models = {"blind": {}, "eyes": SEES}
     async with Box(**models) as box, running(box.url, routes=routes("blind", "eyes")) as q:
-        assert await chosen(q, CHAT, messages=ago) == "eyes"
         messages = [{"role": "user", "content": [result]}]
         assert await chosen(q, MESSAGES, messages=messages) == "eyes"
 
@@ -842,11 +866,10 @@ async def test_prompt_goes_only_to_a_model_that_holds_it() -> None:
     async with Box(**models) as box, running(box.url, routes=routes("short", "long")) as q:
         for dialect in CHATTING:
             assert await chosen(q, dialect) == "short"
-        for dialect in (CHAT, COMPLETIONS, MESSAGES, NATIVE_CHAT, GENERATE):
+        for dialect in CHATTING:
             answer = await sent(q, dialect, auto(dialect, long))
             assert answer.headers["x-llmq-model"] == "long"
             assert "tokens do not fit into 2048" in answer.headers["x-llmq-reason"]
-        assert await chosen(q, RESPONSES, text=long) == "long"
         why = await refused(q, text=long, router={"forbiddenModels": ["long"]})
         assert "do not fit into 2048" in why
 
@@ -1046,7 +1069,7 @@ async def test_loaded_model_of_the_row_passes_the_one_before_it() -> None:
 
 
 async def test_names_of_a_row_mean_models_as_requests_name_them() -> None:
-    async with Box("qwen3:latest") as box, running(box.url, routes=routes("Qwen3", "m")) as q:
+    async with Box("qwen3") as box, running(box.url, routes=routes("Qwen3:latest", "m")) as q:
         answer = await sent(q, CHAT, auto(CHAT))
         assert answer.status == 200
     async with Runner(["Org/Model-X"], "openai") as plain:
@@ -1292,22 +1315,27 @@ async def test_smaller_model_goes_where_the_first_would_wait_too_long(degrade: b
 
 async def test_request_of_class_high_is_not_thought_to_wait_for_others() -> None:
     settings: dict[str, Any] = {"routes": routes("big", "small"), "router__degrade": True}
-    async with Box(big={"gb": 14}, small={"gb": 2}, auto=False) as box:
-        async with running(box.url, **settings) as q:
+    async with Box(big={"gb": 14}, auto=False) as one, Box(small={"gb": 2}) as other:
+        backends = {
+            "one": {"url": one.url, "device": "x"},
+            "two": {"url": other.url, "device": "y"},
+        }
+        async with running(backends=backends, **settings) as q:
+            await told(q)
             asked = [post(q, CHAT.path, {**CHAT.body(str(n)), "model": "big"}) for n in range(4)]
-            held = await box.arrived()
+            held = await one.arrived()
             await waiting(q, 3)
-            ahead = q.gateway.scheduler.ahead_of(list(q.gateway.fleet.backends.values()))
-            most = 1000 * (ahead[1] - 1)  # too short only for whoever waits for those three
-            router = {"maxQueueTimeMs": most, "priority": "high"}
+            _, seconds = q.gateway.scheduler.ahead_of([q.gateway.fleet.backends["one"]])
+            # Too short only for whoever waits for those three.
+            router = {"maxQueueTimeMs": 900 * seconds, "priority": "high"}
             last = post(q, CHAT.path, auto(CHAT, router=router))
-            await waiting(q, 4)
-            (call,) = [one for one in q.gateway.calls.values() if one.choice.auto]
-            assert call.model == "big", call.choice.reason
+            await eventually(lambda: last.done() or len(q.gateway.scheduler.waiting) == 4)
+            assert not last.done(), last.result().headers["x-llmq-reason"]
             await held.answer("yes")
             for _ in range(4):
-                await (await box.arrived()).answer("yes")
-            await asyncio.gather(last, *asked)
+                await (await one.arrived()).answer("yes")
+            assert (await last).headers["x-llmq-model"] == "big"
+            await asyncio.gather(*asked)
 
 
 async def test_degrade_stays_in_the_row_that_stands_in_for_the_one_of_the_task() -> None:
