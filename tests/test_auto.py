@@ -1341,13 +1341,12 @@ async def test_request_of_class_high_is_not_thought_to_wait_for_others() -> None
 async def test_degrade_stays_in_the_row_that_stands_in_for_the_one_of_the_task() -> None:
     settings: dict[str, Any] = {
         "devices": {"local": {"vram_gb": 16, "vram_reserve_gb": 1}},
-        "routes": routes("big"),
+        "routes": routes("big", "middle"),
         "models": {"good": {"purpose": ["code_fix"]}},
         "router__degrade": True,
     }
-    models = {"other": {"gb": 12}, "big": {"gb": 14}, "good": {"gb": 2}}
+    models = {"other": {"gb": 12}, "big": {"gb": 14}, "middle": {"gb": 13}, "good": {"gb": 2}}
     async with Box(**models).load("other") as box, running(box.url, **settings) as q:
-        q.gateway.settings.routes = {"unknown": ("big",)}
         answer = await sent(q, CHAT, auto(CHAT, router={"taskType": "code_fix"}))
         assert answer.headers["x-llmq-model"] == "big"
 
