@@ -1969,6 +1969,8 @@ class Backend:
         self.stayed = Average()  # seconds for which it passed over one that then made it load
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
         self.gpu_shares: dict[str, int] = {}  # per cent of a loaded model in graphics memory
+        self._entries: dict[str, Facts] | None = None  # by model key, once somebody asks
+        self._sizes: dict[str, float] | None = None  # likewise, in GiB
         self.shown: dict[str, tuple[str, dict[str, bool]]] = {}  # by model key: version, abilities
         self.at_work: dict[str, int] = {}  # model key -> requests that run
         self.contexts = Contexts()
@@ -2033,14 +2035,20 @@ class Backend:
 
     def entry(self, key: str) -> Facts:
         """What its list of models tells of one."""
-        entries = self.report.entries if self.report else ()
-        return next((one for one in entries if model_key(str(one["id"])) == key), {})
+        if self._entries is None:
+            entries = self.report.entries if self.report else ()
+            self._entries = {model_key(str(one["id"])): one for one in entries}
+        return self._entries.get(key, {})
 
     def size(self, key: str) -> float:
         """GiB of a model as it tells: loaded, else on its disk; 0: not known."""
-        rows = (*self.report.running, *self.report.tags) if self.report else ()
-        sizes = [one.get("size") for one in rows if model_key(str(one.get("name"))) == key]
-        return next((size / GIB for size in sizes if type(size) is int and size > 0), 0.0)
+        if self._sizes is None:
+            rows = (*self.report.tags, *self.report.running) if self.report else ()
+            sizes = [(model_key(str(one.get("name"))), one.get("size")) for one in rows]
+            self._sizes = {
+                name: size / GIB for name, size in sizes if type(size) is int and size > 0
+            }
+        return self._sizes.get(key, 0.0)
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -2164,7 +2172,10 @@ class Backend:
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
-        self.gpu_shares = read_shares(report.running)
+        self.gpu_shares, self._entries, self._sizes = read_shares(report.running), None, None
+        self.shown = {
+            key: one for key, one in self.shown.items() if one[1]
+        }  # others are asked anew
         if report.began >= self.switched:
             self.loaded = frozenset(map(model_key, report.loaded))
             self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
@@ -3647,6 +3658,7 @@ class Candidate(NamedTuple):
     taken: bool = False
     unsure: bool = False
     down: bool = False
+    backend: str = ""  # the only one that can serve the request with it, of several that have it
     cannot: str = ""  # why it cannot serve the request at all
 
     @property
@@ -3677,6 +3689,7 @@ class Choice(NamedTuple):
     fallbacks: Names = ()  # those that would be next
     reason: str = "named"
     auto: bool = False  # it was left to llmq
+    backend: str = ""  # the only one where it can serve the request; empty: wherever it is
 
 
 NO_CHOICE = Choice()  # the request names a model, or none
@@ -3690,7 +3703,8 @@ def choose(
     With `degrade` a smaller one of the row goes before one that memory or that time is too short
     for: without it these never decide alone.
     """
-    able = sorted([one for one in candidates if not one.cannot], key=lambda one: one.standing)
+    good = [one for one in candidates if not one.cannot]
+    able = sorted(good, key=lambda one: (one.standing, one.place, one.name))
     if not able:
         return None
     best = first = able[0]
@@ -3698,7 +3712,10 @@ def choose(
         smaller = [
             one
             for one in able
-            if one.in_row and 0 < one.size < first.size and not is_too_much(one, longest)
+            if one.in_row
+            and 0 < one.size < first.size
+            and not is_too_much(one, longest)
+            and (one.down, one.unsure) <= (first.down, first.unsure)
         ]
         best = next(iter(smaller), first)
     words = [f"{task}: {why}", f"{best.name} {explain(best)}"]
@@ -3706,7 +3723,8 @@ def choose(
         words.append(f"in place of {first.name}, which {is_too_much(first, longest)}")
     words += [f"not {one.name}: {one.cannot}" for one in candidates if one.cannot][:3]
     others = tuple(one.name for one in able if one is not best)
-    return Choice(best.name, task, others, "; ".join(words)[:REASON_SHOWN], auto=True)
+    reason = "; ".join(words)[:REASON_SHOWN]
+    return Choice(best.name, task, others, reason, auto=True, backend=best.backend)
 
 
 def is_too_much(one: Candidate, longest: float | None) -> str:
@@ -4958,16 +4976,20 @@ def read_wish(values: Mapping[str, Any]) -> Wish:
         raise BadRequest("router is an object", param="router")
     told = taken(router, ROUTER_MEMBERS, at="router.")
     task, longest, most = map(told.get, ("taskType", "maxQueueTimeMs", "maxExecutionTimeMs"))
+    try:
+        priority = parse_priority(router.get("priority"))
+    except BadRequest as error:
+        raise BadRequest(f"router.{error.message}", param="router.priority") from None
     return Wish(
         told=True,
         mode=told.get("mode", AUTO),
         allow_async=told.get("allowAsync", False),
         task="" if task in (None, AUTO) else task,
-        priority=parse_priority(router.get("priority")),
+        priority=priority,
         preferred=tuple(told.get("preferredModels", ())),
         forbidden=tuple(told.get("forbiddenModels", ())),
-        max_queue=None if longest is None else max(0.0, longest / 1000),
-        max_run=max(0.0, (most or 0) / 1000),
+        max_queue=None if longest is None else min(max(0, longest), MOST_TOKENS) / 1000,
+        max_run=min(max(0, most or 0), MOST_TOKENS) / 1000,
         gpu_only=told.get("requireGpuOnly"),
     )
 
@@ -7187,7 +7209,8 @@ def read_props(props: Any) -> list[str]:
         "vision": look_up(props, "modalities", "vision"),
         "thinking": look_up(caps, "supports_preserve_reasoning") or thinks,
     }
-    return [word for word, can in told.items() if can is True]
+    known = ["completion"] if {type(told["tools"]), type(told["vision"])} & {bool} else []
+    return known + [word for word, can in told.items() if can is True]
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -7362,7 +7385,8 @@ class Monitor:
     async def learn(self, backend: Backend, model: str) -> None:
         """Ask an Ollama once what a model can, and the longest context that it can have."""
         key, version = model_key(model), backend.version(model_key(model))
-        if backend.shown.get(key, ("",))[0] == version and key in backend.contexts.max:
+        before = backend.shown.get(key, ("",))[0]
+        if before == version:
             return
         body, facts = render_json({"model": backend.name_for(model)}), {}
         with contextlib.suppress(LlmqError):
@@ -7370,9 +7394,10 @@ class Monitor:
         info = facts.get("model_info")
         told = info.items() if isinstance(info, dict) else ()
         lengths = [one for name, one in told if name.endswith(".context_length")]
-        if not backend.contexts.max.get(key):
-            backend.contexts.max[key] = max([0, *(one for one in lengths if type(one) is int)])
-        if facts and (key in backend.shown or len(backend.shown) < MODELS_LIMIT):
+        longest = max([0, *(one for one in lengths if type(one) is int)])
+        if before or not backend.contexts.max.get(key):  # else its list has told
+            backend.contexts.max[key] = longest
+        if key in backend.shown or len(backend.shown) < MODELS_LIMIT:
             backend.shown[key] = version, read_abilities(facts)
 
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
@@ -7738,11 +7763,17 @@ def as_keep_alive(text: str) -> int | str | None:
     return int(text) if text.lstrip("-").isdecimal() else text or None
 
 
+def reason_of(model: str, asked: str, reason: str) -> str:
+    """Why it is that model, in words."""
+    if reason == NO_CHOICE.reason and asked != model:
+        return f"alias {asked}" if asked else "the default"
+    return reason
+
+
 @functools.lru_cache(maxsize=256)
 def model_fields(model: str, asked: str, reason: str) -> Fields:
     """What an answer says of its model, and of why it is that one; in ASCII, as fields are."""
-    if reason == NO_CHOICE.reason and asked != model:
-        reason = f"alias {asked}" if asked else "the default"
+    reason = reason_of(model, asked, reason)
     rows = [("X-LLMQ-Model", model), ("X-LLMQ-Reason", reason)] if model else []
     return tuple(
         (name, printable(text, 1000).encode("ascii", "replace").decode()) for name, text in rows
@@ -7759,7 +7790,7 @@ def show_choice(call: Call) -> Facts:
         "fallbackModels": choice.fallbacks,
         "queueTimeMs": round(1000 * (ticket.started - ticket.arrived)),
         "executionTimeMs": round(1000 * (time.monotonic() - ticket.started)),
-        "decisionReason": choice.reason,
+        "decisionReason": reason_of(call.model, call.question.model, choice.reason),
     }
 
 
@@ -7850,9 +7881,9 @@ class Call:
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
         account, ticket = self.caller.account, self.ticket
-        if not self.admitted:
-            return account.class_line
         told = [*model_fields(self.model, self.question.model, self.choice.reason)]
+        if not self.admitted:
+            return told + account.class_line
         if ticket.backend is not None:
             waited = str(round(1000 * (ticket.started - ticket.arrived)))
             told += [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
@@ -8832,6 +8863,7 @@ class Jobs:
             router.update(taskType=choice.task, preferredModel=call.model)
             router["estimatedClass"] = ESTIMATED.get(choice.task, "light")
         lines = [("Location", place), ("Preference-Applied", "respond-async")]
+        lines += model_fields(call.model, call.question.model, choice.reason)
         lines.append(("X-LLMQ-Class", Priority(job.priority).word))
         log.info("%s of %s is kept: %s", job.id, job.client, call.route)
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
@@ -8931,8 +8963,9 @@ EMBED = "embedding"  # what a model is for that makes no text, in Ollama's words
 LACKING = {
     "vision": "cannot see pictures", "tools": "cannot use tools", EMBED: "is not for embeddings",
 }  # fmt: skip
-IMAGES = {"image_url", "input_image", "image"}  # types of the parts that are pictures
-TEXT_PARTS = {"text", "input_text"}
+SPLIT = "is, or would be, split over CPU and GPU"
+IMAGES = ("image_url", "input_image", "image")  # types of the parts that are pictures
+TEXT_PARTS = ("text", "input_text")
 AUTO_ROUTES = (*CHATS, RESPONSES)  # and those of embeddings
 
 
@@ -8965,16 +8998,40 @@ def read_prompt(values: Mapping[str, Any]) -> Prompt:
 
 
 def parts_of(content: Any) -> list[Facts]:
-    """The parts that a message is made of; none where it is a text."""
-    return [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
+    """The parts that a message is made of, those of a tool's result too; none of a text."""
+    parts = [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
+    inner = [one.get("content") for one in parts if one.get("type") == "tool_result"]
+    held = [part for one in inner if isinstance(one, list) for part in one]
+    return parts + [part for part in held if isinstance(part, dict)]
 
 
 def read_text(content: Any) -> str:
     """The texts of a message."""
     if isinstance(content, str):
         return content
-    told = [part.get("text") for part in parts_of(content) if part.get("type") in TEXT_PARTS]
+    told = [one.get("text") for one in parts_of(content) if one.get("type") in TEXT_PARTS]
     return "\n".join(text for text in told if isinstance(text, str))
+
+
+def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
+    """The model that a name stands for: the alias that equals it, else the first that fits."""
+    for pattern in sorted(aliases, key=lambda one: one != asked):
+        if fits(pattern, asked):
+            return aliases[pattern]
+    return None
+
+
+class Brief(NamedTuple):
+    """What a model is chosen for."""
+
+    call: Call
+    priority: Priority
+    pinned: str  # the only backend that may serve it; empty: any
+    prompt: Prompt
+    task: str
+    why: str  # it is that task
+    needs: dict[str, bool]  # abilities that the model must have, or must not
+    row: frozenset[str] = frozenset()  # keys of the models of the row itself
 
 
 class Chooser:
@@ -8985,130 +9042,144 @@ class Chooser:
         self.fleet = monitor.fleet
         self.cards = Cards(settings, monitor.fleet)
 
-    async def choose(self, call: Call, values: Mapping[str, Any], pinned: str) -> Choice:
+    async def choose(
+        self, call: Call, values: Mapping[str, Any], pinned: str, priority: Priority
+    ) -> Choice:
         """The model that serves the call best; `no_model` says why none can."""
         if call.endpoint.path not in AUTO_ROUTES and EMBEDDINGS not in call.endpoint.routes:
             raise BadRequest(f"name a model: {AUTO} chooses none for {call.route}", param="model")
         self.cards.want()
-        await self.monitor.catch_up()
         trouble = self.fleet.trouble()
         if trouble and not any(one.models for one in self.fleet.backends.values()):
             raise LlmqError(trouble, "backend_down")
-        read = functools.partial(self.read, call, values)
-        prompt, (task, why) = await beside(read, heavy=is_heavy(call.question.body))
-        may_use = call.caller.account.may_use
-        names = [name for name in self.row(task, call) if may_use(model_key(name))]
-        for name in names:
-            await self.learn(name)
-        rows = [self.stand(call, prompt, task, *one, pinned) for one in enumerate(names)]
-        longest, degrade = call.wish.max_queue, self.settings.router.degrade
-        choice = choose(rows, task, why, longest, degrade=degrade)
+        prompt, (task, why) = await self.read(call, values)
+        needs = {EMBED: EMBEDDINGS in call.endpoint.routes}
+        needs.update({"vision": True} if prompt.images else {})
+        needs.update({"tools": True} if prompt.tools else {})
+        brief = Brief(call, priority, pinned, prompt, task, why, needs)
+        names, row = self.row(brief)
+        await asyncio.gather(*map(self.learn, names))
+        brief = brief._replace(row=row)
+        rows = [self.stand(brief, place, name) for place, name in enumerate(names)]
+        choice = choose(rows, task, why, call.wish.max_queue, degrade=self.settings.router.degrade)
         if choice is None:
             words = "; ".join(f"{one.name}: {one.cannot}" for one in rows) or "there is none"
             raise LlmqError(f"no model can serve this ({task}): {words}", "no_model")
         return choice
 
-    def read(self, call: Call, values: Mapping[str, Any]) -> tuple[Prompt, Verdict]:
-        """What the call asks for."""
-        if EMBEDDINGS in call.endpoint.routes:
-            return Prompt(""), Verdict("unknown", "embeddings")
-        prompt = read_prompt(values)
-        if call.wish.task:
-            return prompt, Verdict(call.wish.task, "as the request says")
-        text, tokens, tools, images = prompt
-        return prompt, classify(text, tokens, tools=tools, images=images)
+    async def read(self, call: Call, values: Mapping[str, Any]) -> tuple[Prompt, Verdict]:
+        """What the call asks for; beside the event loop where that takes its time."""
 
-    def row(self, task: str, call: Call) -> Names:
-        """The names of the models that may be meant, the best first; to embed, all."""
-        routes, wish = self.settings.routes, call.wish
-        row = routes.get(task) or routes.get("unknown") or ()
-        if EMBEDDINGS in call.endpoint.routes:
-            row = ()
-        every = [name for one in self.fleet.backends.values() for name in self.names(one)]
-        good = [name for name in every if task in self.fleet.policy(model_key(name)).purpose]
+        def look() -> tuple[Prompt, Verdict]:
+            if EMBEDDINGS in call.endpoint.routes:
+                return Prompt(""), Verdict("unknown", "embeddings")
+            prompt = read_prompt(values)
+            if call.question.skipped:
+                prompt = prompt._replace(tokens=len(call.question.body) // 4)
+            if call.wish.task:
+                return prompt, Verdict(call.wish.task, "as the request says")
+            text, tokens, tools, images = prompt
+            return prompt, classify(text, tokens, tools=tools, images=images)
+
+        return await beside(look, heavy=is_heavy(call.question.body))
+
+    def row(self, brief: Brief) -> tuple[list[str], frozenset[str]]:
+        """The names of the models that may be meant, the best first; and which are of the row.
+
+        To embed it is whatever can: rows are of tasks.
+        """
+        routes, wish, embeds = self.settings.routes, brief.call.wish, brief.needs[EMBED]
+        row = () if embeds else routes.get(brief.task) or routes.get("unknown") or ()
+        having = [(one, key) for one in self.fleet.backends.values() for key in one.models]
+        good = [
+            one.models[key][0]
+            for one, key in having
+            if brief.task in self.fleet.policy(key).purpose
+        ]
+        # What a runner sends on to somebody else's computer is only meant where a row says so.
+        every = [one.models[key][0] for one, key in having if key not in one.remote]
+        wanted = [self.meant(name) for name in (*wish.preferred, *row)]
         found: dict[str, str] = {}  # by key
-        for name in (*wish.preferred, *row, *good, *(() if row or good else every)):
+        for name in (*wanted, *good, *(() if row or good else every)):
             found.setdefault(model_key(name), name)
-        return tuple(found.values())
+        may_use = brief.call.caller.account.may_use
+        return [found[key] for key in found if may_use(key)], frozenset(map(model_key, wanted))
 
-    @staticmethod
-    def names(backend: Backend) -> list[str]:
-        """Its models, a name for each."""
-        return [names[0] for names in backend.models.values()]
+    def meant(self, name: str) -> str:
+        """The model that a name of a row means, which may be an alias."""
+        return name if self.fleet.lists(name) else find_alias(self.settings.aliases, name) or name
 
     async def learn(self, name: str) -> None:
-        """Have an Ollama asked what the model can, where that is not known."""
-        for backend in self.fleet.backends.values():
-            if backend.traits.native and backend.usable and model_key(name) in backend.models:
+        """Have each Ollama asked what the model can, where that is not known."""
+        key = model_key(name)
+        for backend in list(self.fleet.backends.values()):
+            if backend.traits.native and backend.usable and key in backend.models:
                 await self.monitor.learn(backend, name)
 
-    def stand(
-        self, call: Call, prompt: Prompt, task: str, place: int, name: str, pinned: str
-    ) -> Candidate:
+    def stand(self, brief: Brief, place: int, name: str) -> Candidate:
         """How a model stands, by its place among those that may be meant."""
-        wish, key = call.wish, model_key(name)
-        policy, want = self.fleet.policy(key), Want(key, call.endpoint.routes, backend=pinned)
-        able = self.fleet.serving(want)
-        cannot, unsure = self.why_not(call, name, able, prompt)
-        good = [one for one in able if one.usable and not self.off_gpu(one, key, wish)]
-        if not cannot and able and not good and any(one.usable for one in able):
-            cannot = "is, or would be, split over CPU and GPU"
-        up = good or able
+        key = model_key(name)
+        policy, preferred = self.fleet.policy(key), map(self.meant, brief.call.wish.preferred)
+        serving, able, cannot = self.able(brief, key)
+        up = [one for one in able if one.usable] or able
         devices = [one.device for one in up]
         known = [one for one in (self.cards.memory_of(at.name) for at in devices) if one]
-        ahead = [self.scheduler.ahead_of([one]) for one in up]
+        ahead = [self.scheduler.ahead_of([one], brief.priority) for one in up]
         waiting, wait = min(ahead, key=lambda one: one[1], default=(0.0, 0.0))
-        row = {model_key(one) for one in (*wish.preferred, *self.settings.routes.get(task, ()))}
+        told = [abilities_of(one, key, policy) for one in able]
         return Candidate(
             name=name,
             key=key,
-            place=place - PREFERRED * (key in map(model_key, wish.preferred)),
-            in_row=not row or key in row,
+            place=place - PREFERRED * (key in map(model_key, preferred)),
+            in_row=not brief.row or key in brief.row,
             size=self.size_of(key, up),
             memory=max(known, key=lambda one: one.free, default=None),
             loaded=any(one.is_loaded(key) for one in up),
-            purpose=task in policy.purpose,
+            purpose=brief.task in policy.purpose,
             waiting=waiting,
             wait=wait,
             taken=all(one.held or (policy.exclusive and one.busy) for one in devices),
-            unsure=unsure,
+            unsure=not any(brief.needs.items() <= one.items() for one in told),
             down=not any(one.usable for one in up),
+            backend="" if len(able) == len(serving) else up[0].name if up else "",
             cannot=cannot,
         )
 
-    def why_not(
-        self, call: Call, name: str, able: Sequence[Backend], prompt: Prompt
-    ) -> tuple[str, bool]:
-        """Why a model cannot serve the call, in words; and whether that is not sure."""
-        key = model_key(name)
-        if key in map(model_key, call.wish.forbidden):
-            return "forbidden by the request", False
-        if not able:
-            return "no backend has it" if not self.fleet.lists(
-                name
-            ) else "not for this route", False
-        known = [abilities_of(one, key, self.fleet.policy(key)) for one in able]
-        embeds = EMBEDDINGS in call.endpoint.routes
-        needs = {EMBED: embeds, **({"vision": True} if prompt.images else {})}
-        needs.update({"tools": True} if prompt.tools else {})
-        for word, needed in needs.items():
-            if {one.get(word) for one in known} == {not needed}:
-                return "is for embeddings" if not needed else LACKING[word], False
-        context = min((one for one in self.contexts(key, able) if one), default=0)
-        if context and prompt.tokens > context:
-            return f"{prompt.tokens} tokens do not fit into {context}", False
-        unsure = any(not any(one.get(word) is needs[word] for one in known) for word in needs)
-        return "", unsure
+    def able(self, brief: Brief, key: str) -> tuple[list[Backend], list[Backend], str]:
+        """The backends that have a model, those that can serve the request, and why none can."""
+        only, pinned = self.fleet.policy(key).backends, brief.pinned
+        if key in map(model_key, map(self.meant, brief.call.wish.forbidden)):
+            return [], [], "forbidden by the request"
+        if only and pinned and pinned not in only:
+            return [], [], f"is asked of {', '.join(only)} only"
+        serving = self.fleet.serving(Want(key, brief.call.endpoint.routes, backend=pinned))
+        if not serving:
+            lists = any(key in one.models for one in self.fleet.backends.values())
+            return [], [], "has no backend for this" if lists else "no backend has it"
+        lacks = [self.lack(brief, key, one) for one in serving]
+        able = [one for one, lack in zip(serving, lacks) if not lack]
+        return serving, able, "" if able else lacks[0]
 
-    def contexts(self, key: str, able: Sequence[Backend]) -> list[int]:
-        """The longest prompts that the model takes, as configured or told; 0: not known."""
-        own = self.fleet.policy(key).context
-        return [own or one.contexts.max.get(key, 0) or length_of(one.entry(key)) for one in able]
+    def lack(self, brief: Brief, key: str, backend: Backend) -> str:
+        """What keeps a model from serving the request at a backend, in words; empty: nothing."""
+        told = abilities_of(backend, key, self.fleet.policy(key))
+        for word, needed in brief.needs.items():
+            if told.get(word, needed) is not needed:
+                return LACKING[word] if needed else "is for embeddings"
+        context = self.context_of(key, backend)
+        if context and brief.prompt.tokens > context:
+            return f"{brief.prompt.tokens} tokens do not fit into {context}"
+        return SPLIT if self.off_gpu(backend, key, brief.call.wish) else ""
+
+    def context_of(self, key: str, backend: Backend) -> int:
+        """The longest prompt that the model takes there, as configured or told; 0: not known."""
+        told = backend.contexts.max.get(key, 0) or length_of(backend.entry(key))
+        return self.fleet.policy(key).context or told
 
     def size_of(self, key: str, able: Sequence[Backend]) -> float:
         """GiB of a model, as configured or told; 0: not known."""
-        told = [size for one in able for size in (one.size(key),) if size]
-        return self.fleet.policy(key).size_gb or max(told, default=0.0)
+        told = max((one.size(key) for one in able), default=0.0)
+        return self.fleet.policy(key).size_gb or told
 
     def off_gpu(self, backend: Backend, key: str, wish: Wish) -> bool:
         """Whether the model must be on the GPU, and is or would be on the CPU in part there."""
@@ -9121,14 +9192,6 @@ class Chooser:
         memory, size = self.cards.memory_of(backend.device.name), self.size_of(key, [backend])
         return memory is not None and size > 0 and not memory.holds(size)
 
-    def is_busy(self, call: Call) -> bool:
-        """Whether the call would have to wait; longer than it wants to, where it says so."""
-        ticket, longest = call.ticket, call.wish.max_queue
-        if self.scheduler.place_now(ticket) is not None:
-            return False
-        ahead = self.scheduler.ahead_of(self.fleet.serving(ticket.want), ticket.priority)
-        return longest is None or ahead[1] > longest
-
     def place_on_gpu(self, call: Call, want: Want) -> Want:
         """What the call wants, at a backend that has its model on the GPU, if it must be there."""
         if not (self.settings.router.require_gpu or call.wish.gpu_only):
@@ -9136,8 +9199,16 @@ class Chooser:
         able = [one for one in self.fleet.serving(want) if one.usable]
         good = [one for one in able if not self.off_gpu(one, want.model, call.wish)]
         if able and not good:
-            raise LlmqError(f"{call.model} is, or would be, split over CPU and GPU", "no_model")
+            raise LlmqError(f"{call.model} {SPLIT}", "no_model")
         return want._replace(backend=good[0].name) if good != able else want
+
+    def is_busy(self, call: Call) -> bool:
+        """Whether the call would have to wait; longer than it wants to, where it says so."""
+        ticket, longest = call.ticket, call.wish.max_queue
+        if self.scheduler.place_now(ticket) is not None:
+            return False
+        ahead = self.scheduler.ahead_of(self.fleet.serving(ticket.want), ticket.priority)
+        return longest is None or ahead[1] > longest
 
 
 def abilities_of(backend: Backend, key: str, policy: ModelSettings) -> dict[str, bool]:
@@ -9173,14 +9244,6 @@ def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
     return told[:NAME_LENGTH] if isinstance(told, str) else ""
 
 
-def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
-    """The model that a name stands for: the alias that equals it, else the first that fits."""
-    for pattern in sorted(aliases, key=lambda one: one != asked):
-        if fits(pattern, asked):
-            return aliases[pattern]
-    return None
-
-
 def usual_class(client: Client, policy: ModelSettings, by_rule: str = "") -> Priority:
     """The class of requests that name none: by a rule > the client's > its key's > the model's."""
     words = (by_rule, client.settings.class_, client.account.settings.class_, policy.class_)
@@ -9213,7 +9276,7 @@ class Admission:
         body = await call.reply.read_body(self.settings.server.max_body)
         values = await self.read(call, request, body)
         pinned = request.headers.get("x-llmq-backend", "")
-        await self.find_model(call, values, pinned)
+        await self.find_model(call, values, pinned, request.headers)
         policy = self.fleet.policy(model_key(call.model))
         if policy is not NO_POLICY and values and call.question.done_reason != "unload":
             call.policy = policy
@@ -9223,7 +9286,7 @@ class Admission:
         if pinned:
             self.check_pin(pinned, call.model)
         routes = () if call.blind else call.endpoint.routes
-        want = Want(model_key(call.model), routes, backend=pinned)
+        want = Want(model_key(call.model), routes, backend=pinned or call.choice.backend)
         want = self.chooser.place_on_gpu(call, want)
         client = self.client_of(call)
         priority = self.class_of(call, client, policy, request.headers)
@@ -9245,21 +9308,27 @@ class Admission:
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
-    async def find_model(self, call: Call, values: Mapping[str, Any], pinned: str) -> None:
+    async def find_model(
+        self, call: Call, values: Mapping[str, Any], pinned: str, headers: Headers
+    ) -> None:
         """The model that is named, or that serves the call best where that is left to llmq."""
         asked = call.question.model or self.settings.upstream.model
         if pinned and pinned not in self.fleet.backends:
             raise BadRequest(f"there is no backend {printable(pinned)}")
+        if asked == AUTO:
+            await self.monitor.catch_up()
         if asked == AUTO and not (self.fleet.lists(AUTO) or AUTO in self.settings.aliases):
-            call.choice = await self.chooser.choose(call, values, pinned)
+            client = self.clients.asking(call.caller)
+            priority = self.class_of(call, client, NO_POLICY, headers)
+            call.choice = await self.chooser.choose(call, values, pinned, priority)
             call.model = call.choice.model
             return
         call.model = await self.resolve_model(call.question.model)
         if call.wish.told:
-            if model_key(call.model) in map(model_key, call.wish.forbidden):
+            forbidden = map(self.chooser.meant, call.wish.forbidden)
+            if model_key(call.model) in map(model_key, forbidden):
                 raise BadRequest("the model that it names is one of router.forbiddenModels")
-            look = functools.partial(self.chooser.read, call, values)
-            _, (task, _) = await beside(look, heavy=is_heavy(call.question.body))
+            _, (task, _) = await self.chooser.read(call, values)
             call.choice = Choice(call.model, task)
 
     async def look_for_shortcut(
@@ -9358,7 +9427,7 @@ class Admission:
             path = call.endpoint.path
             facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
             self.monitor.probe_now(backend)
-        call.reply.respond(200, render_json({**facts, "model": named}))
+        call.reply.respond(200, render_json({**facts, "model": named}), headers=call.headers)
         return True
 
     async def resolve_model(self, asked: str) -> str:
@@ -9962,6 +10031,9 @@ async def count_tokens(gateway: Gateway, exchange: Exchange) -> Facts:
     read = functools.partial(read_question, body, COUNT_ENDPOINT)
     question, values = await beside(read, heavy=is_heavy(body))
     monitor = gateway.monitor
+    estimate = len(body) // 4 if question.skipped else estimate_tokens(values)
+    if question.model == AUTO and not gateway.fleet.lists(AUTO):  # which it will be, nobody knows
+        return {"input_tokens": estimate}
     model = await gateway.admission.resolve_model(question.model)
     check_model(exchange.caller, model)
     key = model_key(model)
@@ -9974,7 +10046,7 @@ async def count_tokens(gateway: Gateway, exchange: Exchange) -> Facts:
                 counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                 if isinstance(counted.get("input_tokens"), int):
                     return counted
-    return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
+    return {"input_tokens": estimate}
 
 
 @dataclass
@@ -11591,7 +11663,7 @@ def show_models(gateway: Gateway) -> Facts:
         having = [one for one in fleet.backends.values() if key in one.models]
         policy = fleet.policy(key)
         can = {
-            name for one in having for name, can in abilities_of(one, key, policy).items() if can
+            name for one in having for name, can in abilities_of(one, key, NO_POLICY).items() if can
         }
         shares = [one.gpu_shares[key] for one in having if key in one.gpu_shares]
         rows.append(
@@ -11601,8 +11673,8 @@ def show_models(gateway: Gateway) -> Facts:
                 "loaded": any(one.is_loaded(key) for one in having),
                 "gpuPct": min(shares, default=None),
                 "sizeGb": round(chooser.size_of(key, having), 2) or None,
-                "context": max(chooser.contexts(key, having)) or None,
-                "capabilities": sorted(can.difference(policy.tags)),
+                "context": max(chooser.context_of(key, one) for one in having) or None,
+                "capabilities": sorted(can),
                 **members(policy, "purpose", "tags", "exclusive"),
                 "maxConcurrent": policy.max_concurrent,
             }
@@ -12045,6 +12117,7 @@ PAGE_POLICY = (
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 PAGE_HEADERS = (("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
+AUTO_ENTRY = {"id": AUTO, "object": "model", "created": 0, "owned_by": "llmq"}
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
@@ -12118,7 +12191,7 @@ class Api:
         await self.gateway.monitor.catch_up()
         entries = usable_rows(merge_rows(self.gateway.fleet), exchange.caller)
         if self.settings.routes and not self.gateway.fleet.lists(AUTO):  # so that it can be picked
-            entries.append({"id": AUTO, "object": "model", "created": 0, "owned_by": "llmq"})
+            entries.append(AUTO_ENTRY)
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
@@ -12128,6 +12201,8 @@ class Api:
 
         def look() -> Facts:
             entries = merge_rows(self.gateway.fleet)
+            if self.settings.routes:
+                entries.setdefault(AUTO, AUTO_ENTRY)
             entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
             if entry is None or not exchange.caller.account.may_use(model_key(alias or name)):
                 raise model_not_found(name)
