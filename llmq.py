@@ -69,16 +69,17 @@ reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one 
     44. Access         which names, pages and keys may use a route
     45. Snapshot       what the outside sees
     46. Job routes     what clients ask of jobs, files and batches
-    47. Handlers       what is answered at once
-    48. Routes         which path leads where
-    49. Demo           a runner that only echoes
-    50. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    51. Service        start, reload, drain, stop
-    52. Configuration  which file holds the settings, and what it refers to
-    53. Process        a process that serves, and what it tells its service manager
-    54. Setup          `llmq config init`: looks, asks, writes a file
-    55. Command line   what a person types: serve, status, top, key and the others
-    56. Web page       what a browser is shown
+    47. Connect        what programs are told, so that they ask llmq
+    48. Handlers       what is answered at once
+    49. Routes         which path leads where
+    50. Demo           a runner that only echoes
+    51. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    52. Service        start, reload, drain, stop
+    53. Configuration  which file holds the settings, and what it refers to
+    54. Process        a process that serves, and what it tells its service manager
+    55. Setup          `llmq config init`: looks, asks, writes a file
+    56. Command line   what a person types: serve, status, top, key and the others
+    57. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, combinations, count, groupby
 from operator import attrgetter
+from random import Random
 from textwrap import wrap
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
@@ -3044,6 +3046,7 @@ class Scheduler(Backlog):
         self.mode = Mode.OPEN
         self._numbers = count()
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self.started = [0] * len(Priority)  # by class, ever
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
         self._overdue: list[Group] = []  # that had overdue requests then
@@ -3309,6 +3312,7 @@ class Scheduler(Backlog):
         client.account.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
+        self.started[priority] += 1
         self._unaged += 1
         self._boost_due[priority] = True
 
@@ -8345,6 +8349,35 @@ class Lines(NamedTuple):
         return "\n".join(str(record) for _, record in self.rows)
 
 
+MINUTES = 24 * 60  # of history
+
+
+class History:
+    """What happened in each of the last day's minutes, so that plots are full at once."""
+
+    def __init__(self) -> None:
+        # By class how many waited at most, how many started; and the tokens of what ended.
+        self.minutes: deque[tuple[int, ...]] = deque(maxlen=MINUTES)
+        self.minute = 0  # that is under way, since 1970
+        self.waited = [0] * len(Priority)
+        self.before = [0] * (len(Priority) + 1)  # started, by class, and tokens when it began
+
+    def note(self, now: float, waiting: Sequence[int], counts: Sequence[int]) -> None:
+        """What waits now, and what has started and was told in all; to be called each second."""
+        minute = int(now // 60)
+        if not 0 <= minute - self.minute <= MINUTES:  # it begins, or the clock was set
+            self.minutes.clear()
+            self.minute, self.before = minute, list(counts)
+        while self.minute < minute:
+            self.minutes.append(self.latest(counts))
+            self.minute, self.before, self.waited = self.minute + 1, list(counts), list(waiting)
+        self.waited = list(map(max, self.waited, waiting))
+
+    def latest(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """The minute that is under way."""
+        return (*self.waited, *[now - then for now, then in zip(counts, self.before)])
+
+
 class Journal:
     """Keeps the records: the latest to be shown, all in the metrics, each in the log."""
 
@@ -8352,6 +8385,8 @@ class Journal:
         self.metrics = metrics
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: Counter[str] = Counter()
+        self.history = History()
+        self.tokens = 0  # of all answers
         self.events: deque[Facts] = deque(maxlen=EVENTS_KEPT)  # that webhooks are told
         self.used: Usage = {}  # since it was last written to the state file
         self.days: Usage = {}  # of all clients and models together, by the day alone
@@ -8371,6 +8406,7 @@ class Journal:
         """Count and write the latest: together, as each by itself is a tenth of what it costs."""
         if self._lines:
             lines, self._lines = self._lines, []
+            self.tokens += sum(record.tokens or 0 for _, record in lines)
             count_records(self.metrics, [record for _, record in lines])
             used = usage_of(lines)
             merge_usage(self.used, used)
@@ -11041,6 +11077,13 @@ def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
         server.reap(now)
     gateway.reap(now)
     send_heartbeats(gateway, now)
+    waiting = [gateway.scheduler.waiting_in(priority) for priority in Priority]
+    gateway.journal.history.note(time.time(), waiting, total_counts(gateway))
+
+
+def total_counts(gateway: Gateway) -> list[int]:
+    """Requests that have started, by class, and tokens of answers, since the start."""
+    return [*gateway.scheduler.started, gateway.journal.tokens]
 
 
 def glibc(function: str, *arguments: int) -> None:
@@ -11746,6 +11789,19 @@ def show_gauges(gateway: Gateway) -> None:
         show("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
 
 
+def show_history(gateway: Gateway) -> Facts:
+    """The last day by minutes, the one under way last."""
+    history, words = gateway.journal.history, [one.word for one in Priority]
+    rows = [*history.minutes, history.latest(total_counts(gateway))]
+    columns = list(zip(*rows))
+    return {
+        "minute": history.minute,  # since 1970, of the last
+        "waiting": dict(zip(words, columns)),
+        "started": dict(zip(words, columns[len(words) :])),
+        "tokens": columns[-1],
+    }
+
+
 class SnapshotStream:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -12106,7 +12162,115 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 47. Handlers ================================================================================
+# ==== 47. Connect =================================================================================
+# What a program is told so that it asks llmq: one table, for `llmq connect`, the page and the
+# README.  BASE stands for llmq's address, KEY for a key of one's own, MODEL for a model.
+
+NO_KEY = "none"  # some programs insist on one
+
+
+class Recipe(NamedTuple):
+    """How one program is connected."""
+
+    name: str
+    where: str  # what the text goes into
+    text: str
+
+
+SHELL = "a shell"
+RECIPES = (
+    Recipe("Ollama", SHELL, "export OLLAMA_HOST=BASE OLLAMA_API_KEY=KEY"),
+    Recipe("OpenAI", SHELL, "export OPENAI_BASE_URL=BASE/v1 OPENAI_API_KEY=KEY"),
+    Recipe("Anthropic", SHELL, "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_API_KEY=KEY"),
+    Recipe(
+        "curl", SHELL,
+        "curl BASE/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        "  -H 'Authorization: Bearer KEY' \\\n"
+        '  -d \'{"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}\'',
+    ),
+    Recipe(
+        "Python", "a program",
+        "from openai import OpenAI\n"
+        'client = OpenAI(base_url="BASE/v1", api_key="KEY")\n'
+        'messages = [{"role": "user", "content": "hello"}]\n'
+        'answer = client.chat.completions.create(model="MODEL", messages=messages)\n'
+        "print(answer.choices[0].message.content)",
+    ),
+    Recipe(
+        "JavaScript", "a program",
+        "const answer = await fetch('BASE/v1/chat/completions', {method: 'POST',\n"
+        "  headers: {'Content-Type': 'application/json', Authorization: 'Bearer KEY'},\n"
+        "  body: JSON.stringify({model: 'MODEL', messages: [{role: 'user', content: 'hi'}]})});\n"
+        "console.log((await answer.json()).choices[0].message.content);",
+    ),
+    Recipe(
+        "Claude Code", SHELL,
+        "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_AUTH_TOKEN=KEY\nclaude --model MODEL",
+    ),
+    Recipe(
+        "Codex", "~/.codex/config.toml; and LLMQ_KEY=KEY in its environment",
+        'model = "MODEL"\nmodel_provider = "llmq"\n\n[model_providers.llmq]\nname = "llmq"\n'
+        'base_url = "BASE/v1"\nenv_key = "LLMQ_KEY"\nwire_api = "responses"',
+    ),
+    Recipe(
+        "aider", SHELL,
+        "export OPENAI_API_BASE=BASE/v1 OPENAI_API_KEY=KEY\naider --model openai/MODEL",
+    ),
+    Recipe(
+        "opencode", "opencode.json",
+        '{"provider": {"llmq": {"npm": "@ai-sdk/openai-compatible",\n'
+        '  "options": {"baseURL": "BASE/v1", "apiKey": "KEY"}, "models": {"MODEL": {}}}}}',
+    ),
+    Recipe(
+        "Continue", "~/.continue/config.yaml, under models:",
+        "- name: MODEL\n  provider: openai\n  model: MODEL\n  apiBase: BASE/v1\n  apiKey: KEY",
+    ),
+    Recipe(
+        "Cline", "its settings",
+        "API Provider: OpenAI Compatible\nBase URL: BASE/v1\nAPI Key: KEY\nModel ID: MODEL",
+    ),
+    Recipe(
+        "Open WebUI", "its environment",
+        "OLLAMA_BASE_URL=BASE\nENABLE_FORWARD_USER_INFO_HEADERS=true",
+    ),
+    Recipe(
+        "Zed", "settings.json; and LLMQ_API_KEY=KEY in its environment",
+        '{"language_models": {"openai_compatible": {"llmq": {"api_url": "BASE/v1",\n'
+        '  "available_models": [{"name": "MODEL", "max_tokens": 32768}]}}}}',
+    ),
+    Recipe("n8n", "a credential of the type OpenAI", "Base URL: BASE/v1\nAPI Key: KEY"),
+    Recipe(
+        "LangChain", "a program",
+        "from langchain_openai import ChatOpenAI\n"
+        'chat = ChatOpenAI(base_url="BASE/v1", api_key="KEY", model="MODEL")',
+    ),
+)  # fmt: skip
+
+
+RECIPES_JSON = json.dumps(RECIPES).replace("</", "<\\/")  # as a script may hold it
+
+
+def fill_in(text: str, base: str, key: str = NO_KEY, model: str = "MODEL") -> str:
+    """The text of a recipe for one llmq; without a key its line for that is left out of curl's."""
+    if key == NO_KEY:
+        text = text.replace("  -H 'Authorization: Bearer KEY' \\\n", "")
+        text = text.replace(", Authorization: 'Bearer KEY'", "").replace(" OLLAMA_API_KEY=KEY", "")
+    filled = {"BASE": base, "KEY": key, "MODEL": model}
+    return re.sub(r"\b(BASE|KEY|MODEL)\b", lambda found: filled[found[0]], text)
+
+
+def find_recipes(name: str) -> list[Recipe]:
+    """The recipe of a program, or all; ConfigError with the nearest where there is none."""
+    plain = {re.sub(r"\W", "", one.name.lower()): one for one in RECIPES}
+    wanted = re.sub(r"\W", "", name.lower())
+    if not wanted:
+        return list(RECIPES)
+    if wanted not in plain:
+        raise ConfigError(misspelt("program", name.lower(), [one.name.lower() for one in RECIPES]))
+    return [plain[wanted]]
+
+
+# ==== 48. Handlers ================================================================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -12169,6 +12333,9 @@ class Api:
         nonce = secrets.token_urlsafe(16)
         headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
         page = PAGE.replace("NONCE", nonce).replace("BASEPATH", self.settings.server.base_path)
+        page = page.replace("RECIPES", RECIPES_JSON).replace(
+            "KEYED", json.dumps(bool(self.settings.keys))
+        )
         exchange.respond(200, page.encode(), "text/html; charset=utf-8", headers)
 
     async def get_version(self, _exchange: Exchange, _: str) -> Facts:
@@ -12354,6 +12521,10 @@ async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts
     return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
 
 
+async def get_history(api: Api, _exchange: Exchange, _: str) -> Facts:
+    return show_history(api.gateway)
+
+
 async def get_router(api: Api, exchange: Exchange, _: str) -> Facts:
     """What is shown of the choice of models; the cards are looked at where that is due."""
     gateway = api.gateway
@@ -12499,7 +12670,7 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ==== 48. Routes ==================================================================================
+# ==== 49. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -12604,6 +12775,8 @@ ROUTES = (
     owned("GET HEAD /v1/router/models", "the models: sizes, purposes, what they can, how loaded",
           get_router),
     owned("GET HEAD /v1/router/gpu", "graphics cards and the memory of each device", get_router),
+    owned("GET HEAD /llmq/history",
+          "the last day by minutes: waiting and started by class, tokens", get_history),
     owned("GET HEAD /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
     row(Access.OWNER, "models", "POST /llmq/models",
         '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
@@ -12776,13 +12949,14 @@ class Door:
         exchange.respond(204, b"", headers=granted)
 
 
-# ==== 49. Demo ====================================================================================
+# ==== 50. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
 DEMO_MODEL = "echo"
 DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
+BUSY_PATIENCE = 600.0  # seconds that a simulated client waits
 
 
 def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -12800,16 +12974,32 @@ async def answer_demo(exchange: Exchange) -> None:
     """Answer with the last message, word by word."""
     request = exchange.request
     if request.path == "/v1/models":
-        entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
-        return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-    if request.path != CHAT or request.method != "POST":
+        exchange.respond(200, render_json({"object": "list", "data": [demo_entry(DEMO_MODEL)]}))
+    elif request.path != CHAT or request.method != "POST":
         error = LlmqError("the demo has no such route", "not_found")
-        return exchange.respond(404, OPENAI.render_error(error))
-    question = json.loads(await exchange.read_body(64 * MIB))
-    words, reason = demo_words(question)
-    usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
+        exchange.respond(404, OPENAI.render_error(error))
+    else:
+        question = json.loads(await exchange.read_body(64 * MIB))
+        await answer_words(exchange, question, DEMO_MODEL, *demo_words(question), DEMO_WORD_SECONDS)
+
+
+def demo_entry(name: str) -> Facts:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llmq"}
+
+
+async def answer_words(
+    exchange: Exchange,
+    question: Mapping[str, Any],
+    model: str,
+    words: list[str],
+    reason: str,
+    seconds: float,
+) -> None:
+    """Answer a chat with these words, in a stream one after each so many seconds."""
+    asked, told = estimate_tokens(question), len(words)
+    usage = {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
     ident = f"chatcmpl-demo-{next(DEMO_NUMBERS)}"
-    common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
+    common = {"id": ident, "created": int(time.time()), "model": model}
 
     def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -12824,14 +13014,125 @@ async def answer_demo(exchange: Exchange) -> None:
     exchange.start(200, "text/event-stream")
     exchange.send(event({"role": "assistant", "content": ""}))
     for word in words:
-        await asyncio.sleep(DEMO_WORD_SECONDS)
+        await asyncio.sleep(seconds)
         if exchange.gone:
             return None
         exchange.send(event({"content": word}))
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 50. Terminal view ===========================================================================
+# ---- with --busy: two boxes of a home, and who uses them
+
+
+class DemoModel(NamedTuple):
+    """A model on a simulated box."""
+
+    name: str
+    size: float  # GiB
+    load: float  # seconds
+    rate: float  # tokens per second
+
+
+BUSY_BOXES = {
+    "tower": (DemoModel("qwen3:32b", 20, 5, 24), DemoModel("qwen3:8b", 5, 2, 60)),
+    "laptop": (DemoModel("qwen3:8b", 5, 3, 20), DemoModel("gemma3:4b", 3, 2, 30)),
+}
+
+
+class BusyClient(NamedTuple):
+    """Somebody who asks again and again."""
+
+    name: str
+    model: str
+    priority: str
+    tokens: int  # of an answer, about
+    pause: float  # seconds after an answer, about
+    at_once: int = 1
+    leaves: float = 0.0  # of its requests, so many it gives up
+
+
+BUSY_CLIENTS = (
+    BusyClient("alice", "qwen3:8b", "high", 40, 8),
+    BusyClient("coding-agent", "qwen3:32b", "normal", 120, 4),
+    BusyClient("bob", "gemma3:4b", "normal", 60, 6, leaves=0.2),
+    BusyClient("paperless", "qwen3:8b", "low", 80, 2, at_once=2),
+    BusyClient("nightly-report", "qwen3:32b", "low", 150, 30, at_once=4),
+)
+
+
+def chance(*seed: object) -> Random:
+    """What is left to chance, and is the same each time for one seed."""
+    return Random(" ".join(map(str, seed)))  # noqa: S311 - nothing is kept secret by it
+
+
+class BusyBox:
+    """A simulated Ollama, which loads one model at a time and takes its time for it."""
+
+    def __init__(self, models: Sequence[DemoModel], random: Random) -> None:
+        self.models = {model.name: model for model in models}
+        self.loaded = ""
+        self.random = random
+
+    async def answer(self, exchange: Exchange) -> None:
+        path, rows = exchange.request.path, [self.row(one) for one in self.models.values()]
+        told: dict[str, Facts] = {
+            "/api/version": {"version": OLLAMA_VERSION},
+            "/v1/models": {"object": "list", "data": [demo_entry(name) for name in self.models]},
+            "/api/tags": {"models": rows},
+            "/api/ps": {"models": [row for row in rows if row["name"] == self.loaded]},
+            "/api/show": {"capabilities": ["completion", "tools"]},
+        }
+        if path not in (CHAT, OLLAMA_GENERATE):
+            exchange.respond(200 if path in told else 404, render_json(told.get(path, {})))
+            return
+        question = json.loads(await exchange.read_body(64 * MIB))
+        model = self.models.get(question.get("model"))
+        if model is None:
+            error = LlmqError("there is no such model", "model_not_found")
+            exchange.respond(404, OPENAI.render_error(error))
+        elif question.get("keep_alive") == 0:
+            self.loaded = ""
+            exchange.respond(200, render_json({"model": model.name, "done": True}))
+        else:
+            await self.load(model)
+            await self.chat(exchange, question, model)
+
+    def row(self, model: DemoModel) -> Facts:
+        size = int(model.size * GIB)
+        facts = {"name": model.name, "model": model.name, "size": size, "size_vram": size}
+        return {**facts, "digest": hashlib.sha256(model.name.encode()).hexdigest(), "details": {}}
+
+    async def load(self, model: DemoModel) -> None:
+        if self.loaded != model.name:
+            self.loaded = ""
+            await asyncio.sleep(model.load)
+            self.loaded = model.name
+
+    async def chat(self, exchange: Exchange, question: Facts, model: DemoModel) -> None:
+        if exchange.request.path == OLLAMA_GENERATE:  # no more than a load
+            exchange.respond(200, render_json({"model": model.name, "done": True}))
+            return
+        many = max(1, round(question.get("max_tokens", 50) * self.random.uniform(0.6, 1.4)))
+        await answer_words(exchange, question, model.name, ["word "] * many, "stop", 1 / model.rate)
+
+
+async def ask_busily(client: BusyClient, url: str, random: Random) -> None:
+    """Ask llmq what this one asks, for ever."""
+    llmq = Backend("llmq", BackendSettings(url=url), Device("", 1))
+    lines = f"X-User-ID: {client.name}\r\n".encode()
+    while True:
+        await asyncio.sleep(random.expovariate(1 / client.pause))
+        asked = {"model": client.model, "priority": client.priority, "stream": True}
+        message = {"role": "user", "content": "something to think about"}
+        body = render_json({**asked, "max_tokens": client.tokens, "messages": [message]})
+        seconds = random.uniform(2, 8) if random.random() < client.leaves else NEVER
+        late = BackendTimeout("it was not waited for")
+        with contextlib.suppress(LlmqError, OSError):
+            asking = asyncio.ensure_future(fetch(llmq, CHAT, body, lines))
+            await within(min(seconds, BUSY_PATIENCE), asking, late)
+
+
+# ==== 51. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -13299,7 +13600,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 51. Service =================================================================================
+# ==== 52. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -13485,6 +13786,7 @@ def port_service(number: str, row: PortSettings) -> Backend:
 class Service:
     settings: Settings
     demo: bool = False
+    seed: int | None = None  # of the simulated home; None: there is none
     read: Callable[[], Settings] | None = None  # reads the settings again
     stamp: Callable[[], object] | None = None  # tells one state of the file from another
     sockets: Sequence[socket.socket] = ()  # that a service manager holds too, in place of our own
@@ -13515,6 +13817,7 @@ class Service:
         self._ports: dict[str, tuple[PortSettings, HttpServer]] = {}  # by number
         self._moving: asyncio.Future[None] | None = None  # opens and closes them
         self._tasks: list[asyncio.Task[None]] = []
+        self._clients: list[asyncio.Task[None]] = []  # of the simulated home
         self.tls: Any = None  # what each connection begins with, and what it goes on with
         self.newest_tls: Any = None
 
@@ -13544,10 +13847,7 @@ class Service:
         server.tls = self.tls
         self._servers.append(server)
         if self.demo:
-            runner = HttpServer(answer_demo, Settings(), 64)
-            self._servers.append(runner)
-            url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
-            self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
+            await self.start_demo()
         gateway = self.gateway
         kept = await self.store.load()
         self.changes.kept = kept.get("clients", {})
@@ -13580,6 +13880,32 @@ class Service:
             (REAP_SECONDS, self.webhooks.step),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
+        if self.seed is not None:
+            self.start_clients()
+
+    async def start_demo(self) -> None:
+        """Have simulated runners in place of any other."""
+        handlers: dict[str, tuple[Handler, str]] = {"demo": (answer_demo, "openai")}
+        if self.seed is not None:
+            handlers = {
+                name: (BusyBox(models, chance(self.seed, name)).answer, "ollama")
+                for name, models in BUSY_BOXES.items()
+            }
+        self.settings.backends = {}
+        for name, (handler, kind) in handlers.items():
+            runner = HttpServer(handler, Settings(), 64)
+            self._servers.append(runner)
+            url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
+            self.settings.backends[name] = BackendSettings(url=url, kind=kind, device=name)
+
+    def start_clients(self) -> None:
+        """Let those ask who use the simulated home."""
+        url = base_url("127.0.0.1", self.port) + self.settings.server.base_path
+        self._clients = [
+            asyncio.ensure_future(ask_busily(one, url, chance(self.seed, one.name, number)))
+            for one in BUSY_CLIENTS
+            for number in range(one.at_once)
+        ]
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -13710,6 +14036,8 @@ class Service:
     async def stop(self) -> None:
         """Drain and close: what runs may finish, what waits is told, nothing is left open."""
         self.stopping.set()
+        for client in self._clients:
+            client.cancel()
         if self.sockets:
             await self.hand_over()
         if self._moving is not None:
@@ -13782,7 +14110,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 52. Configuration ===========================================================================
+# ==== 53. Configuration ===========================================================================
 # Where settings come from: a file, with what it refers to, the variables and the flags.
 
 
@@ -13889,7 +14217,7 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
     return None
 
 
-# ==== 53. Process =================================================================================
+# ==== 54. Process =================================================================================
 # A process that serves: what it says when it starts, and what a service manager is told.  All words
 # to people go through `say`.
 
@@ -13916,8 +14244,11 @@ async def serve(options: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     sockets, stamp = inherited_sockets(), functools.partial(file_stamp, flags)
+    if options.busy and not options.demo:
+        raise ConfigError("--busy: means nothing without --demo")
+    seed = options.seed if options.busy else None
     service = Service(
-        settings, options.demo, lambda: read_settings(flags, os.environ)[0], stamp, sockets
+        settings, options.demo, seed, lambda: read_settings(flags, os.environ)[0], stamp, sockets
     )
     await service.start()
     if os.name == "posix":
@@ -14017,7 +14348,7 @@ def describe(backend: Backend) -> str:
     return f"{backend.url}  {words}  ({shared})"
 
 
-# ==== 54. Setup ===================================================================================
+# ==== 55. Setup ===================================================================================
 # `llmq config init`: looks at what is here, asks what it cannot see, and writes a file that `config
 # check` accepts.  What it writes is a configuration as any other; nothing else is kept of it.
 
@@ -14402,7 +14733,7 @@ def give_up() -> int:
     return 1
 
 
-# ==== 55. Command line ============================================================================
+# ==== 56. Command line ============================================================================
 # What a person types: a table of commands, and what each does.  The words of other queues are taken
 # for llmq's own, with a note.
 
@@ -14437,6 +14768,10 @@ def build_parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=row.help) for name, row in COMMANDS.items()}
     switch: Any = {"action": "store_true"}
     made["serve"].add_argument("--demo", **switch, help="with a built-in model that echoes")
+    text = "with --demo: two simulated boxes, and people who use them"
+    made["serve"].add_argument("--busy", **switch, help=text)
+    text = "of what they do (default: 1)"
+    made["serve"].add_argument("--seed", type=int, default=1, metavar="N", help=text)
     made["status"].set_defaults(once=True)
     made["mode"].add_argument("mode", choices=[mode.value for mode in Mode])
     made["top"].add_argument("--once", **switch, help="print it once, as where it is piped")
@@ -14449,6 +14784,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_models(made["models"])
     add_kept(made)
     add_config(made["config"])
+    made["connect"].add_argument("program", nargs="?", default="", help="(default: all)")
+    made["completion"].add_argument("shell", choices=("bash", "zsh", "fish"))
     for name, row in COMMANDS.items():
         if row.asks:
             text = "of the llmq to ask (default: the one on this box)"
@@ -14467,7 +14804,7 @@ def list_commands() -> str:
     """The commands in their groups, for --help."""
     lines = ["Without a command it serves."]
     for group, rows in groupby(COMMANDS.items(), lambda item: item[1].group):
-        lines += ["", f"{group}:", *[f"  {name:<8} {row.help}" for name, row in rows]]
+        lines += ["", f"{group}:", *[f"  {name:<10} {row.help}" for name, row in rows]]
     lines += ["", "`llmq COMMAND --help` tells more; `llmq serve --help` lists what has a flag."]
     return "\n".join(
         [*lines, "Clients, rules, models, devices, keys are tables of the file: see the README."]
@@ -14548,6 +14885,9 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     while len(words) > 2 and words[0] in ("-u", "--url") and words[2] in COMMANDS:
         ahead, words = [*ahead, *words[:2]], words[2:]
     command = words[0] if words else ""
+    if command == "help":
+        words = [*words[1:2], "--help"]
+        command = words[0]
     if command in OLD_COMMANDS:
         notes.append(f"{command} is {' '.join(OLD_COMMANDS[command])} here")
         words[:1] = OLD_COMMANDS[command]
@@ -14721,6 +15061,69 @@ def cmd_models(options: argparse.Namespace) -> None:
         for name, at, up, part, size in rows
     ]
     show_rows(MODELS, shown, none)
+
+
+def cmd_connect(options: argparse.Namespace) -> None:
+    """Print what a program is to be told; nothing is changed."""
+    recipes, key = find_recipes(options.program), own_key(options.key_file)
+    url = llmq_url(options.url)
+    keyed = bool(key or (not options.url and read_settings({}, os.environ)[0].keys))
+    model = "MODEL"
+    with contextlib.suppress(StartError):  # it need not run for this
+        listed = ask_llmq(url, ("GET", "/v1/models", None), key=key)["data"]
+        names = [str(row["id"]) for row in listed if FREE_NAME.fullmatch(str(row["id"]))]
+        names = [name for name in names if not EMBEDDING.search(name)]
+        model = next(iter(names), model)
+    rows = [
+        {**one._asdict(), "text": fill_in(one.text, url, "YOUR-KEY" if keyed else NO_KEY, model)}
+        for one in recipes
+    ]
+    if options.json:
+        say(json.dumps(rows, indent=2))
+        return
+    for number, row in enumerate(rows):
+        say("\n" * bool(number) + f"# {row['name']}: {row['where']}")
+        say(printable_lines(row["text"]))
+
+
+def printable_lines(text: str) -> str:
+    """A text of several lines as it may be shown, whatever is in it."""
+    return "\n".join(printable(line, 1000) for line in text.split("\n"))
+
+
+def cmd_completion(options: argparse.Namespace) -> None:
+    """Print what a shell has to read to complete llmq's commands and flags."""
+    flags = {
+        name: re.findall(r"(?<![\w-])--[a-z][a-z-]+", parser.format_help())
+        for name in COMMANDS
+        for parser in [build_parser().parse_known_args([name, *ENOUGH.get(name, ())])[0].parser]
+    }
+    words = {name: " ".join(dict.fromkeys(some)) for name, some in flags.items()}
+    if options.shell == "fish":
+        for name, row in COMMANDS.items():
+            say(f"complete -c llmq -n __fish_use_subcommand -a {name} -d {json.dumps(row.help)}")
+            seen = f"'__fish_seen_subcommand_from {name}'"
+            for flag in words[name].split():
+                say(f"complete -c llmq -n {seen} -l {flag[2:]}")
+        return
+    cases = "\n".join(f'    {name}) words="{some}" ;;' for name, some in words.items())
+    if options.shell == "zsh":
+        say("autoload -U +X bashcompinit && bashcompinit")
+    say(COMPLETION.replace("CASES", cases).replace("COMMANDS", " ".join(COMMANDS)))
+
+
+ENOUGH = {  # the words without which a command is not understood
+    "config": ("show",), "key": ("name",), "job": ("id",), "result": ("id",), "cancel": ("id",),
+    "mode": ("open",), "completion": ("bash",),
+}  # fmt: skip
+COMPLETION = """_llmq() {
+  local words="COMMANDS" word=${COMP_WORDS[COMP_CWORD]}
+  if [ "$COMP_CWORD" -gt 1 ]; then case ${COMP_WORDS[1]} in
+CASES
+  esac; fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _llmq llmq"""
 
 
 def cmd_gpu(options: argparse.Namespace) -> None:
@@ -14927,6 +15330,12 @@ COMMANDS = {
         RUN, "make, check or show the settings", cmd_config,
         "as a JSON configuration file, but for the keys", asks=False,
     ),
+    "connect": Command(
+        RUN, "what programs are told, so that they ask llmq", cmd_connect, "print it as JSON",
+    ),
+    "completion": Command(
+        RUN, "what bash, zsh or fish read to complete commands", cmd_completion, asks=False,
+    ),
     "key": Command(
         RUN, "make a key, and the lines of the file that let it in", cmd_key,
         "print it as JSON", asks=False,
@@ -14967,7 +15376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 56. Web page ================================================================================
+# ==== 57. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
