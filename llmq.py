@@ -7500,6 +7500,7 @@ APPLE_QUERY = ("hw.memsize", "iogpu.wired_limit_mb", "machdep.cpu.brand_string")
 APPLE_SHARE = ((36 * 1024, 2 / 3), (math.inf, 3 / 4))  # of memory that the GPU may have, MiB
 CARDS_SECONDS = 1.0  # between two looks at whether they are due to be looked at
 TOOL_SECONDS = 5.0  # for such a tool to answer: a hanging driver makes it hang
+KILL_SECONDS = 1.0  # for one that is killed to end
 CARDS_WANTED = 300.0  # seconds that cards are looked at after somebody asked
 
 
@@ -7566,8 +7567,10 @@ async def output_of(*argv: str) -> str:
     try:
         told, _ = await within(TOOL_SECONDS, asyncio.ensure_future(process.communicate()), late)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=KILL_SECONDS)
     text = told.decode("utf-8", "replace")
     if process.returncode:
         raise ValueError(printable(text.strip().partition("\n")[0], ERROR_SHOWN) or "failed")
@@ -14074,7 +14077,8 @@ class Found(NamedTuple):
             told = {str(row.get("name")): measured(row.get("size")) or 0 for row in report.tags}
             for name in report.models:
                 sizes.setdefault(name, round(told.get(name, 0) / GIB, 1))
-        return {name: size for name, size in sizes.items() if not EMBEDDING.search(name)}
+        named = {name: size for name, size in sizes.items() if FREE_NAME.fullmatch(name)}
+        return {name: size for name, size in named.items() if not EMBEDDING.search(name)}
 
     @property
     def video_memory(self) -> float:
@@ -14096,15 +14100,20 @@ class Found(NamedTuple):
         return "\n".join(lines)
 
 
+PORTS = {"http": 80, "https": 443, "": 11434}  # where OLLAMA_HOST names none, by its scheme
+PLACE = re.compile(r"(\[[^\]]*\]|[^:/]*|[^/]*:[^/]*:[^/]*?)(?::([0-9]+))?(?:/.*)?")
+
+
 def place_of_ollama(host: str) -> str:
     """The URL that OLLAMA_HOST means, as Ollama's own command reads it; empty: none."""
-    try:
-        parts = urlsplit(parse_url(host))
-    except ValueError:
+    scheme, _, rest = host.strip().strip("\"'").rpartition("://")
+    found = PLACE.fullmatch(rest)
+    if not host.strip() or not found:
         return ""
-    everywhere = parts.hostname in ("0.0.0.0", "::")  # noqa: S104 - where it listens: to be asked
-    name = "127.0.0.1" if everywhere else parts.hostname or ""
-    return base_url(name, parts.port or urlsplit(KINDS["ollama"].url).port or 0, parts.scheme)
+    name, port = found[1].strip("[]"), found[2] or PORTS.get(scheme, PORTS[""])
+    if name in ("", "0.0.0.0", "::", "localhost"):  # noqa: S104 - where it listens: to be asked
+        name = "127.0.0.1"
+    return base_url(name, int(port), scheme or "http")
 
 
 async def look_at(url: str, kind: str) -> tuple[str, str, Report] | None:
@@ -14162,18 +14171,25 @@ def rows_for(roles: Mapping[str, tuple[str, float]]) -> Facts:
 def propose(found: Found) -> Facts:
     """A configuration for what was found."""
     document: Facts = {"server": {"port": ServerSettings().port}}
-    if found.runners:
-        urls = {kind: {"url": url, "kind": kind} for kind, url, _ in found.runners}
-        document["backends"] = urls
+    for kind, url, _ in found.runners:
+        rows = document.setdefault("backends", {})
+        rows[kind if kind not in rows else named_url(url)[0]] = {"url": url, "kind": kind}
     document["devices"] = {LOCAL: {"slots": 1}}
     if found.cards:
         total = found.video_memory
         reserve = 1.0 if total < 8 else 1.5 if total <= 24 else 2.0
         document["devices"][LOCAL]["vram_reserve_gb"] = reserve
-        fits_all = all(size + reserve <= total for size in found.models.values())
+        fits_all = all(0 < size <= total - reserve for size in found.models.values())
         document["router"] = {"require_gpu": found.maker == "nvidia" and fits_all}
-    roles = {name: (role_of(name, size), size) for name, size in found.models.items()}
-    return {**document, **rows_for(roles)}
+    return {**document, **rows_of(found)}
+
+
+def rows_of(found: Found) -> Facts:
+    """The tables [models] and [routes] for what the runners have."""
+    return rows_for({name: (role_of(name, size), size) for name, size in found.models.items()})
+
+
+MODEL_TABLES = ("models", "routes")
 
 
 def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
@@ -14182,12 +14198,12 @@ def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
         raise ConfigError(f"{place}: wants tables as a configuration file has them")
     answers = dict(answers)
     told = answers.get("models")
-    items = told.get("items") if isinstance(told, dict) else None
-    if isinstance(items, list):
+    if isinstance(told, dict) and {"items", "mode"} & told.keys():  # agent-router's
         del answers["models"]
-        document = {
-            name: table for name, table in document.items() if name not in ("models", "routes")
-        }
+        items = told.get("items")
+        if not isinstance(items, list):
+            raise ConfigError(f"{place}: models.items wants a list")
+        document = {name: document[name] for name in document if name not in MODEL_TABLES}
         document.update(rows_for(dict(read_item(place, item) for item in items)))
     for table, values in answers.items():
         known = document.get(table, {})
@@ -14209,7 +14225,7 @@ def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
     """A model as agent-router's answers have it: name, role and size."""
     name, size = look_up(item, "name"), measured(look_up(item, "sizeGb")) or 0.0
     role = look_up(item, "role") or (role_of(name, size) if isinstance(name, str) else "")
-    if not isinstance(name, str) or role not in PURPOSES:
+    if not isinstance(name, str) or not isinstance(role, str) or role not in PURPOSES:
         raise ConfigError(
             f"{place}: models.items wants a name, and a role of {', '.join(PURPOSES)}"
         )
@@ -14222,12 +14238,20 @@ def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
 def ask_word(question: str, default: str, good: Callable[[str], str]) -> str:
     """An answer that `good` takes (it says what is wrong); what is left empty is the default."""
     while True:
-        say(f"\n{question}")
+        say("\n" + wrapped(question))
         told = input(f"  [{default}] > ").strip() or default
         wrong = good(told)
         if not wrong:
             return told
-        say(f"  {wrong}")
+        say(wrapped(f"  {wrong}"))
+
+
+def wrapped(text: str) -> str:
+    """The text in lines that the terminal has room for."""
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    cut: Any = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    lines = [wrap(line, width, **cut) or [""] for line in text.split("\n")]
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def ask_yes(question: str, *, default: bool) -> bool:
@@ -14237,41 +14261,74 @@ def ask_yes(question: str, *, default: bool) -> bool:
     return ask_word(question, "yes" if default else "no", good).lower().startswith("y")
 
 
+ANY_RUNNER = "look for them"
+
+
 def wrong_urls(text: str) -> str:
-    try:
-        parse_rows("", "backends", parse_names(text))
-    except (ConfigError, ValueError) as error:
-        return str(error).lstrip(": ")
+    for name in parse_names("" if text == ANY_RUNNER else text):
+        try:
+            parse_url(named_url(name)[1]["url"])
+            parse_rows("", "backends", [name])
+        except ValueError as error:
+            return str(error)
+        except ConfigError:
+            return f"not a url like http://127.0.0.1:11434, or NAME=URL: {printable(name)}"
     return ""
 
 
 def wrong_number(text: str) -> str:
-    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number, 1 or more"
+    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number from 1 to 999"
 
 
 def wrong_place(text: str) -> str:
     return "" if text in ("box", "network") else "say box or network"
 
 
-def ask_all(document: Facts, found: Found) -> str:
-    """Put what a person answers into the proposal; the key that was made, if any."""
-    known = document.get("backends", {})
-    urls = ", ".join(row["url"] for row in known.values()) or KINDS["ollama"].url
-    told = ask_word("1. Which runners? Their URLs, with commas between them.", urls, wrong_urls)
+def ask_runners(question: str, document: Facts, found: Found) -> Found:
+    """Have the runners that a person names in the proposal; what is left of what was found."""
+    known = document.pop("backends", {})
+    urls = ", ".join(row["url"] for row in known.values()) or ANY_RUNNER
+    told = ask_word(question, urls, wrong_urls)
+    if told == ANY_RUNNER:
+        return found
     named = dict(named_url(one) for one in parse_names(told))
     names = {row["url"]: (name, row) for name, row in known.items()}  # which keep what was found
     document["backends"] = dict(names.get(row["url"], (name, row)) for name, row in named.items())
-    slots = ask_word("2. How many requests at once on this box?", "1", wrong_number)
+    kept = {row["url"] for row in document["backends"].values()}
+    found = found._replace(runners=tuple(one for one in found.runners if one[1] in kept))
+    for table in MODEL_TABLES:
+        document.pop(table, None)
+    document.update(rows_of(found))
+    return found
+
+
+def ask_all(document: Facts, found: Found) -> str:
+    """Put what a person answers into the proposal; the key that was made, if any."""
+    number = count(1)
+    question = "Which runners? Their URLs, with commas between them; NAME=URL names one."
+    found = ask_runners(f"{next(number)}. {question}", document, found)
+    question = "How many requests at once on this box?"
+    slots = ask_word(f"{next(number)}. {question}", "1", wrong_number)
     document["devices"][LOCAL]["slots"] = int(slots)
-    number = plural(len(document.get("models", ())), "model")
-    question = f"3. May `auto` choose among {number}, by what each is for?"
-    if "models" in document and not ask_yes(question, default=True):
-        del document["models"], document["routes"]
-    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB of graphics memory"
-    question = f"4. Refuse models that do not fit into {memory}, but run on the CPU in part?"
+    if "models" in document:
+        rows = document["models"].items()
+        say(
+            "\n"
+            + "\n".join(
+                f"  {name}: {', '.join(row['purpose']) or 'pictures'}" for name, row in rows
+            )
+        )
+        question = "May `auto` choose among these models, by what they are good at?"
+        if not ask_yes(f"{next(number)}. {question}", default=True):
+            del document["models"], document["routes"]
+    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB"
     if router:
-        router["require_gpu"] = ask_yes(question, default=router["require_gpu"])
-    who = ask_word("5. Who may use llmq: this box, or the network with a key?", "box", wrong_place)
+        question = f"Refuse models that would run in part on the CPU? The card has {memory}."
+        router["require_gpu"] = ask_yes(
+            f"{next(number)}. {question}", default=router["require_gpu"]
+        )
+    question = "Who may use llmq: this box, or the network with a key?"
+    who = ask_word(f"{next(number)}. {question}", "box", wrong_place)
     return open_to_network(document) if who == "network" else ""
 
 
@@ -14337,25 +14394,71 @@ def render_toml(document: Facts) -> str:
 
 
 def setup_path(options: argparse.Namespace) -> str:
-    """Where the file is to be: TOML where this Python reads it, else JSON."""
-    kind = "toml" if sys.version_info >= (3, 11) else "json"
-    return os.path.expanduser(options.output or os.path.join(CONFIG_PLACES[0], f"llmq.{kind}"))
+    """Where the file is to be: where one is used already, else TOML where this Python reads it."""
+    reads_toml = sys.version_info >= (3, 11)
+    usual = os.path.join(CONFIG_PLACES[0], "llmq.toml" if reads_toml else "llmq.json")
+    used = find_file(os.environ) or ""
+    if used.endswith(".toml") and not reads_toml:
+        used = ""
+    path = os.path.expanduser(options.output or used or usual)
+    if not path.endswith(".json") and not reads_toml:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write to a file named .json")
+    return path
 
 
-def write_file(path: str, text: str) -> None:
-    """Put a file in its place as a whole, readable by its owner alone."""
+def write_file(path: str, text: str, *, anew: bool) -> None:
+    """Put a file in its place as a whole, readable by its owner alone; over another if `anew`."""
+    target = os.path.realpath(path)
+    draft = f"{target}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        draft = f"{path}.{os.getpid()}"
-        with open(
-            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-        ) as file:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(made, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        if anew:
+            os.replace(draft, target)
+        else:
+            os.link(draft, target)  # which fails where one has come meanwhile
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        there = os.path.isfile(target) and not anew
+        why = " is there already" if there else f": {error.strerror}"
+        raise ConfigError(path + why) from None
+    except ValueError as error:  # half a character
+        raise ConfigError(f"{path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+def with_flags(document: Facts, flags: Mapping[str, Any]) -> Facts:
+    """The configuration with what is said on the command line."""
+    known = {row.key: row for row in known_settings()}
+    for key, value in flags.items():
+        table, dot, name = key.partition(".")
+        if dot:
+            document.setdefault(table, {})[name] = parse_value("command line", known[key], value)
+        elif key == "backends":
+            document[key] = dict(named_url(one) for text in value for one in parse_names(text))
+    return document
+
+
+def compose(options: argparse.Namespace, path: str, *, silent: bool) -> tuple[str, str]:
+    """The text of the file, and the key that was made with it, if any."""
+    found = asyncio.run(survey(os.environ))
+    say(str(found) if silent else wrapped(str(found)), error=silent)
+    document, key, place = propose(found), "", options.answers or path
+    if options.answers:
+        document = merge_answers(document, load_document(options.answers), options.answers)
+    if not silent:
+        key = ask_all(document, found)
+    document = with_flags(document, given_flags(options))
+    settings = merge_layers([file_layer(place, resolved(place, document))])
+    server_tls(settings.server)
+    if path.endswith(".json"):
+        return json.dumps(document, indent=2) + "\n", key
+    return render_toml(document), key
 
 
 def set_up(options: argparse.Namespace) -> int:
@@ -14366,34 +14469,25 @@ def set_up(options: argparse.Namespace) -> int:
     there = os.path.exists(path) and not (options.overwrite or options.dry_run)
     if there and silent:
         raise ConfigError(f"{path} is there already: add --overwrite, or --output FILE")
+    if not silent:
+        with contextlib.suppress(ImportError):  # so that arrow keys move in a line
+            import readline  # noqa: F401
     try:
-        found = asyncio.run(survey(os.environ))
-        say(str(found), error=silent)
-        document, key = propose(found), ""
-        if options.answers:
-            document = merge_answers(document, load_document(options.answers), options.answers)
-        if not silent:
-            if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
-                return give_up()
-            key = ask_all(document, found)
-        text = (
-            json.dumps(document, indent=2) + "\n"
-            if path.endswith(".json")
-            else render_toml(document)
-        )
-        settings = merge_layers([file_layer(path, resolved(path, document))])
-        server_tls(settings.server)
+        if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
+            return give_up()
+        text, key = compose(options, path, silent=silent)
         if options.dry_run:
             say(text.rstrip())
-            return 0
-        if not silent and not ask_yes(f"Write {path}?", default=True):
+        elif not silent and not ask_yes(f"Write {path}?", default=True):
             return give_up()
     except (KeyboardInterrupt, EOFError):
         return give_up()
-    write_file(path, text)
-    say(f"wrote {path}; `llmq` uses it from now on" if path in usual_files() else f"wrote {path}")
+    if not options.dry_run:
+        write_file(path, text, anew=there or options.overwrite)
+        used = os.path.realpath(find_file(os.environ) or "") == os.path.realpath(path)
+        say(f"wrote {path}; `llmq` uses it from now on" if used else f"wrote {path}")
     if key:
-        say(f"the key for the network, shown only now: {key}")
+        say(f"the key for the network, shown only now:\n{key}", error=options.dry_run)
     return 0
 
 

