@@ -14265,14 +14265,16 @@ ANY_RUNNER = "look for them"
 
 
 def wrong_urls(text: str) -> str:
-    for name in parse_names("" if text == ANY_RUNNER else text):
-        try:
+    names = parse_names("" if text == ANY_RUNNER else text)
+    try:
+        for name in names:
             parse_url(named_url(name)[1]["url"])
-            parse_rows("", "backends", [name])
-        except ValueError as error:
-            return str(error)
-        except ConfigError:
-            return f"not a url like http://127.0.0.1:11434, or NAME=URL: {printable(name)}"
+        parse_rows("these", "backends", names)
+    except ValueError as error:
+        return str(error)
+    except ConfigError as error:
+        twice = "twice" in str(error)
+        return str(error) if twice else "wants a url like http://host:port, or NAME=URL"
     return ""
 
 

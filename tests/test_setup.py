@@ -985,7 +985,7 @@ async def dialogue(*facts: Any, **more: Any) -> AsyncIterator[Dialogue]:
 
 
 FIVE = ("Which runners", "How many", "May `auto`", "Refuse models", "Who may use")
-EVERY = (*FIVE, r"\nWrite \S+\?")
+EVERY = (*FIVE, r"\nWrite\s+\S+\?")
 
 
 @pytest.fixture
@@ -1059,7 +1059,7 @@ async def test_wrong_answers_are_asked_again_with_what_is_wrong(folder: Path) ->
                 (f"url.*{FIVE[0]}", "http://box:99999"),
                 (f"url.*{FIVE[0]}", "http://me:secret@box:1"),
                 (f"password.*{FIVE[0]}", "http://box:1, http://box:1"),
-                (f"twice.*{FIVE[0]}", "http://box:1"),
+                (f"twice.*{FIVE[0]}", ""),
             )
             await person.asks(FIVE[1])
             for wrong in ("0", "-1", "many", "1.5", "1 2", "²"):
@@ -1078,7 +1078,7 @@ async def test_wrong_answers_are_asked_again_with_what_is_wrong(folder: Path) ->
             )
             assert await person.ended() == 0
     document = json.loads((folder / "made.json").read_text(encoding="utf-8"))
-    assert [row["url"] for row in document["backends"].values()] == ["http://box:1"]
+    assert [row["url"] for row in document["backends"].values()] == [fake.url]
     assert document["devices"]["local"]["slots"] == 4
     assert not {"models", "routes"} & set(document), "`auto` may not choose"
     assert document["router"]["require_gpu"] is True
@@ -1190,7 +1190,7 @@ async def test_questions_are_numbered_without_a_gap(folder: Path) -> None:
     (folder / "bin/nvidia-smi").unlink()  # and no models: what they are about is not asked
     async with dialogue(folder) as person:
         for number in itertools.count(1):
-            await person.asks(r"(\d\. |Write )")
+            await person.asks(r"(\d\. |Write\s)")
             numbers = [int(one) for one in re.findall(r"(?m)^(\d)\. ", person.printed)]
             assert numbers == list(range(1, len(numbers) + 1)), person.printed
             if len(numbers) < number:
@@ -1206,7 +1206,7 @@ async def test_models_of_a_runner_that_was_taken_out_are_not_proposed(folder: Pa
             await person.asks(r"\d\. ")
             while "Write made.json" not in person.printed:
                 person.press("\r")
-                await person.asks(r"(\d\. |Write )")
+                await person.asks(r"(\d\. |Write\s)")
             person.press("\r")
             assert await person.ended() == 0
     document = json.loads((folder / "made.json").read_text(encoding="utf-8"))
