@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 23 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one request.
+The map.  A section uses only what stands above it; nothing above 24 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -32,53 +32,54 @@ reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one 
     10. Fleet          all of them: where there is room, and which is picked
     11. Scheduler      who goes next
     12. Forecast       when, and why not yet
-    13. Tasks          what a prompt asks for
-    14. Model choice   which model `auto` is
-    15. Cache          what was answered before
+    13. Words          by which it tells what a prompt asks for
+    14. Tasks          what a prompt asks for
+    15. Model choice   which model `auto` is
+    16. Cache          what was answered before
   C  HTTP
-    16. Messages       bytes to heads and bodies, and back
-    17. Bodies         JSON read without losing a byte of it
-    18. Dialects       what all of them share: errors, streams, questions
-    19. OpenAI         its endpoints, its errors, how its streams end
-    20. Ollama         the same for Ollama's own routes
-    21. Anthropic      the same for messages
-    22. Translation    one dialect in the words of another
-    23. Streams        how a coroutine reads a connection, and is woken
-    24. Replies        whom a call answers: an exchange, several at once, a store
-    25. Server         sockets towards the clients
-    26. Upstream       sockets towards the runners
+    17. Messages       bytes to heads and bodies, and back
+    18. Bodies         JSON read without losing a byte of it
+    19. Dialects       what all of them share: errors, streams, questions
+    20. OpenAI         its endpoints, its errors, how its streams end
+    21. Ollama         the same for Ollama's own routes
+    22. Anthropic      the same for messages
+    23. Translation    one dialect in the words of another
+    24. Streams        how a coroutine reads a connection, and is woken
+    25. Replies        whom a call answers: an exchange, several at once, a store
+    26. Server         sockets towards the clients
+    27. Upstream       sockets towards the runners
   D  The gateway
-    27. Probes         what a backend has and how it does
-    28. Cards          what graphics memory there is
-    29. Calls          one request on its way, and its answer from a backend
-    30. Records        what remains of it: log, metrics, the latest
-    31. Store          what outlives a restart: one SQLite file, one thread
-    32. Recall         what was answered before, or is being answered
-    33. Jobs           what may be answered later, kept until it is
-    34. Auto           what a choice of model is made from
-    35. Admission      from a request to a call that may wait
-    36. Gateway        the life of one request
-    37. Models         what there is, and its management
-    38. Leases         a device as a whole, for work that is no request
-    39. Runs           how jobs run: a few at a time, as calls
-    40. Batches        OpenAI's files and batches, of jobs
-    41. Changes        what is changed at run time
-    42. Background     what runs beside the requests: deadlines, heartbeats
-    43. Webhooks       whom else it tells what happens
+    28. Probes         what a backend has and how it does
+    29. Cards          what graphics memory there is
+    30. Calls          one request on its way, and its answer from a backend
+    31. Records        what remains of it: log, metrics, the latest
+    32. Store          what outlives a restart: one SQLite file, one thread
+    33. Recall         what was answered before, or is being answered
+    34. Jobs           what may be answered later, kept until it is
+    35. Auto           what a choice of model is made from
+    36. Admission      from a request to a call that may wait
+    37. Gateway        the life of one request
+    38. Models         what there is, and its management
+    39. Leases         a device as a whole, for work that is no request
+    40. Runs           how jobs run: a few at a time, as calls
+    41. Batches        OpenAI's files and batches, of jobs
+    42. Changes        what is changed at run time
+    43. Background     what runs beside the requests: deadlines, heartbeats
+    44. Webhooks       whom else it tells what happens
   E  Doors
-    44. Access         which names, pages and keys may use a route
-    45. Snapshot       what the outside sees
-    46. Job routes     what clients ask of jobs, files and batches
-    47. Handlers       what is answered at once
-    48. Routes         which path leads where
-    49. Demo           a runner that only echoes
-    50. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    51. Service        start, reload, drain, stop
-    52. Configuration  which file holds the settings, and what it refers to
-    53. Process        a process that serves, and what it tells its service manager
-    54. Setup          `llmq config init`: looks, asks, writes a file
-    55. Command line   what a person types: serve, status, top, key and the others
-    56. Web page       what a browser is shown
+    45. Access         which names, pages and keys may use a route
+    46. Snapshot       what the outside sees
+    47. Job routes     what clients ask of jobs, files and batches
+    48. Handlers       what is answered at once
+    49. Routes         which path leads where
+    50. Demo           a runner that only echoes
+    51. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    52. Service        start, reload, drain, stop
+    53. Configuration  which file holds the settings, and what it refers to
+    54. Process        a process that serves, and what it tells its service manager
+    55. Setup          `llmq config init`: looks, asks, writes a file
+    56. Command line   what a person types: serve, status, top, key and the others
+    57. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 18 turns errors into bytes.
+# `render_error` of section 19 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -522,7 +523,7 @@ Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
-TASKS = (  # that a request may be for, see section 15
+TASKS = (  # that a request may be for, see section 16
     "triage", "simple_chat", "summarize", "code_generate", "code_review", "code_fix",
     "agentic_reasoning", "large_context", "tool_use", "unknown",
 )  # fmt: skip
@@ -3569,22 +3570,877 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 13. Tasks ===================================================================================
-# What a prompt asks for: one of ten types of tasks.
+# ==== 13. Words ===================================================================================
+# The words by which section 15 tells what a prompt asks for, by kind: English, German, French,
+# Spanish, Chinese, some Italian, Portuguese, Dutch, Russian, Japanese.  Accents are taken off;
+# `stem*` is how a word begins, `two_words` a phrase; Chinese and Japanese are found anywhere.
 
-LARGE_CONTEXT = 12_000  # tokens
+CUES = {
+    "make": """
+        make propon* schlag_vor code_a code_an generi write writing implement build_a build_me
+        build_an add extend refactor rewrite optimize optimise produce scaffold develop draft
+        compose erstell* generier* implementier* programmier* erganz* erweiter* entwickl* ecris
+        ecrire ecrivez ecrit_moi redige* cree creer creez implemente* ajout* developpe* complete*
+        fais_moi escrib* implementa* anad* agrega* desarrolla* haz hazme redacta* completa_el
+        completa_la completa_este scrivi* scrivere aggiung* escrev* crie criar gere gerar adicion*
+        faca schrijf* maak maken genereer* voeg bouw напиши* написать создай* создать добав*
+        реализу* составь 写 编写 生成 实现 创建 补全 补充 添加 做一个 書いて 書き 作って 作成 実装
+        追加 making mocks put_together code_me modify adapt adjust alter enhance finish fill_in
+        prototype turn_this_into turn_this turn_these set_up schreib* mach mache macht machen
+        bastel* ander* anpass* pass_an vervollstandig* umschreib* fuge entwickeln fais faire modifi*
+        realise construis code_moi hacer hagas montame construye fai fammi fare crei realizza*
+        sviluppa* faz faz_me fazer desenvolv* schrijven toevoegen pas_aan сделай сделать дополни
+        измени* сгенери* разработ* 写一 写个 写段 编一个 做个 做一 帮我写 完善 加一个 加上 加个 改写
+        重构 开发 搭建 优化 起草 書い 作り 作れ 補完 リファクタ 書け crea_una code_up hack_together
+        whip_up give_me_a autocomplete fill stub extract_into wrap expose write_me bau* genere*
+        ajoute* crea* genera* anade* completa* programa* 写一个 增加 封装 写出 добавь* реализуй*
+        voeg_toe
+    """,
+    "port": """
+        port translat* convert* port_this port_it rewrite_this ubersetz* konvertier* portier*
+        tradui* porte traduc* traduz* convierte vertaal* перевед* перевод* перепиши 转换 转成 改写成
+        改成 移植 変換 書き換え 訳し rewrite_in turn_into_a wandle umwandeln ubertrag* pasa_a
+        transform* umsetzen in_english in_german auf_englisch auf_deutsch en_anglais en_francais
+        al_ingles en_ingles al_espanol in_inglese em_ingles in_het_engels на_английский 译成 改为
+        に直し 英訳 和訳
+    """,
+    "judge": """
+        judge 这样写 这么写 那样写 anything_you_would_change would_you_change schauen taugt
+        falhas_de fallos_de fallas_de failles_de mauvaises_pratiques sigue_las segue_as convenciones
+        conventions analise analiza_el_codigo how_good how_clean how_safe bad_about
+        wrong_with_this_design made_better be_made_better can_be_better objections objection
+        concerns red_flags gotchas pitfalls edge_cases did_i_forget smell 指出 缺点 优点 不足 写得好
+        可以改 更好的 合理吗 安全吗 正确吗 规范吗 code_review_of do_a_code_review haz_una_revision
+        fais_une_revue faire_une_revue revue_de_code revision_de 代码审查 review* rate quality
+        audit* feedback assess check look_over look_at look_through go_over going_through go_through
+        take_a_look have_a_look what_do_you_think thoughts any_issues idiomatic thread_safe safe
+        secure security vulnerab* best_practice best_practices readable efficient good_enough clean
+        prod_ready faster pruf* uberpruf* begutacht* beurteil* bewert* schau_dir schau_mal schaut
+        was_haltst was_haltet was_denkst sicherheits* besser_machen verbesser* lesbar sauber
+        effizient meinung relis relire relisez examine* verifi* evalue* penses_tu pensez_vous
+        ton_avis votre_avis lisible failles revis* evalua* que_opinas te_parece eficiente legible
+        mejorar bien_escrit* controlla* rivedi ne_pensi valuta* avali* que_acha que_voce_acha
+        beoordeel* controleer* bekijk vind_je vindt_u netjes nakijken kijk проверь* оцени* ревью
+        посмотри что_думаешь безопасн* 审查 评审 点评 看看 看一下 检查 评价 怎么样 规范 レビュー
+        査読 評価 チェック 確認して 改善点 見て looks_ok look_ok look_good looks_good cleaner brutal
+        pair_of_eyes lgtm would_you_merge would_you_approve any_problems any_bugs any_errors
+        any_mistakes any_flaws for_bugs for_errors for_problems for_mistakes for_issues for_security
+        possible_bugs potential_bugs potential_issues flaws smells nitpick* roast sanity better_way
+        weak_spots weaknesses bottleneck* maintainab* good_practice critici* inspect vet grade
+        verify double_check pythonic overkill reasonable sensible improved improvements improve
+        could_be_better sloppy hacky elegant production_ready race_conditions thread_safety
+        comments_on readability kritisier* saubere* schoner in_ordnung schwach* druberschau* druber
+        ruckmeldung qualitat* lucken auf_fehler gibt_es_fehler gut_so ok_so so_okay haltst_du
+        haltet_ihr schlecht_an eleganter idiomatisch performan* kritik critique* jette_un
+        coup_d_oeil propre bonnes_pratiques qualite des_problemes des_erreurs des_bugs amelior*
+        opini* critica* vistazo buenas_practicas calidad mejor mejora mejoras limpio limpia seguro
+        rendimiento que_tal algun_error algun_problema problemas_de parere occhiata migliora* pulito
+        sicuro leggibil* buone_pratiche olhada melhor* limpo boas_praticas acha_deste acham mening
+        kritiek veilig leesbaar verbeter* kijk_naar beter_kan beter мнение как_тебе что_скажешь
+        качеств* улучш* посмотрите чист* читаем* уязвим* замечани* 审核 评估 写得 写法 好不好 漏洞
+        安全 隐患 改进 意见 建议 可读性 性能 合理 有没有问题 有什么问题 有没有bug 哪些问题 潜在
+        有没有 可以吗 地道 指摘 脆弱 読みやす 良い書き方 意見 アドバイス どう思 安全性 問題点
+        問題ない もっと良い verdict sanity_check second_pair anything_wrong_with
+        what_would_you_change improve_anything is_this_ok is_this_good is_it_ok code_review pruef*
+        durchsehen drubersehen relecture avis verifie* juge* que_penses revisa* opina* que_te_parece
+        valora* 帮我看 把关 avalie*
+    """,
+    "fix": """
+        fix correct_it fixes fixing repair debug debugging solve correct_the correct_this
+        troubleshoot make_it_work get_it_to_work get_this_to_work to_pass it_pass them_pass
+        reparier* beheb* korrigier* zum_laufen corrige* repare* debogu* resoud* resous arregl*
+        repara* depura* solucion* resuelv* corregir corregg* aggiust* risolv* corrij* conserta*
+        resolv* los_op verhelp* исправ* почин* отлад* 修复 修一下 修正 改一下 解决 修好 调试 直して
+        直し デバッグ 解決 get_past get_around sort_out work_again track_down get_rid_of unbreak
+        where_is_the_bug make_this_work woran_liegt was_mache_ich_falsch wieder_lauft los_das
+        lose_das losen fehlersuche d_ou_vient por_que_no_me come_risolv* come_faccio_a_risolv*
+        conserte arrume oplossen maak_dit_werkend почему_не 怎么办 怎么改 哪里错 哪错了 哪里有问题
+        怎么修 改好 改对 修改 どこが間違 直す 治し 解決し correct mend patch get_this_working
+        get_it_to loesen lose hinkriegen corrig* soluciona* resuelve* depur* debogue* 修 怎么解决
+        修正して aggiusta* sistem* concert* herstel
+    """,
+    "shorten": """
+        shorten boil_down boil_this boil_it boil_that make_short make_it_short shortened eindampf*
+        缩成 缩到 太长 summar* sumar* sum_up condens* shorter tldr tl_dr recap abridge resum*
+        zusammenfass* zusammen_fassen kurze_den kurze_das kurzer_fassen fass fasse synthetis*
+        abrege* sintetiz* riassu* riepilog* samenvat* vat_dit vat_de vat_het резюм* перескажи*
+        кратко вкратце 总结 概括 摘要 归纳 概述 提炼 要約 まとめ short_version shorter_version
+        compress trim highlights abbreviat* cut_down wrap_up catch_me_up brief_me kurz_fassen
+        verkurz* kurzfass* runterbrechen raccourci* en_bref acorta* abrevia* extracto accorcia*
+        sintesi* encurt* kort_samen inkorten verkort обобщи* суммируй* сжато сократ* выдели 压缩
+        精简 缩短 缩写 浓缩 简述 一句话说 短くして 短く 要点を 短縮 boil_it_down minutes trim_down
+        kurz kuerze kurze kernaussag* auf_den_punkt protokoll resume* en_gros essentiel compte_rendu
+        acta en_pocas 一句话 итог* сократи* riassum* kort
+    """,
+    "sort": """
+        sort determina_el classif* klassif* categori* kategori* triage* label tag spam spam_or_not
+        route_this route_the assign_this sort_this sort_these sort_the is_this_spam einordn* ordne
+        zuordn* stufe etiquet* classe_ce clasif* etiket* определи_тональность классифиц* отнеси 分类
+        归类 分到 判断 归为 分類 判定 decide_whether decide_if pick_the pick_one pick_the_folder
+        choose_one choose_the assign assign_it route belongs belong goes_to which_tier phishing junk
+        scam bucket flag sort_into sort_them output_only answer_only_with answer_with_one
+        reply_with_one one_word_only reply_only escalate rank_these rate_the_urgency
+        detect_the_language detect_language language_is intent_of einstufen stufe_ein einsort*
+        sortiere_diese gehort_das gehort_diese gehort_in weise_zu zuweis* zuteil* markiere relev*
+        repartis range_ce affecte oriente attribue signale etichetta* smista* assegna* asigna*
+        ordena_estos pertenece deriva rotul* encaminhe atribua pertence indeel* deel_in sorteer*
+        labelen hoort_dit распредели* отнести пометь определи_категор* определи_язык это_спам 归到
+        归入 打标签 标注 标记 分级 判别 分派 转给哪 仕分け 振り分け ラベル 分けて 判別 prioritize
+        prioritise rank_by queue positive_or klassifizier* priorisier* sortier* classe* categoris*
+        trie* clasifica* categoriza* etiqueta* prioriza* que_departamento classifica* prioridade
+    """,
+    "think": """
+        think pianific* peser pese le_pour_et show_that zeige_dass montre_que muestra_que mostre_que
+        all_the_steps reasons what_to_do_first weighings study_plan vale_mais conclua plan_the
+        plan_a plan_an plan_our plan_my plan_out design_a design_an design_the architect_a devise
+        lay_out work_out think_through step_by_step prove proof trade_offs tradeoffs tradeoff weigh
+        pros_and_cons root_cause root_causes should_we reason investigate strategize entwirf
+        entwerf* plane schritt_fur_schritt beweis* abwag* wage vergleich* sollen_wir sollten_wir
+        elabor* concois conception planifi* etape_par_etape pas_a_pas prouve* compar* faut_il
+        devons_nous cause_racine planea paso_a_paso razona demuestra* debemos progetta*
+        passo_dopo_passo dimostra* confront* planej* projete passo_a_passo prove_que ontwerp*
+        stap_voor_stap bewijs* vergelijk* спроект* пошаг* по_шагам шаг_за_шагом докажи* сравни* 制定
+        设计 规划 一步一步 逐步 证明 比较 权衡 取舍 根本原因 设计方案 設計 計画 一歩ずつ 段階的 証明
+        比較 順を追って options speaks_against criteria in_which_order narrow_it_down narrow_down
+        hypothes* figure_out derive puzzle riddle reasoning causes systematic* milestones phases
+        rollout how_would_you_structure how_would_you_approach how_would_you_design how_should_we
+        approach_to what_would_you_choose decision step_for_step one_after_the_other versus
+        thought_process think_about_how come_up_with_a_plan erarbeite planen ursache* systematisch*
+        vor_und_nachteile pro_und_contra pro_und_kontra ratsel knobel* herleit* leite_her
+        wie_wurdest_du meilenstein* entscheidung* konzipier* demarche avantages_et plusieurs_etapes
+        raisonne* enigme demontr* tranche hierarchis* etapes causa_raiz ventajas_y pros_y_contras
+        acertijo razonando fases hoja_de_ruta esboza decidir decide_cual passaggi pro_e_contro
+        causa_radice indovinello ragiona* valutando passos pros_e_contras raciocin* stappenplan
+        voor_en_nadelen afweg* raadsel oorzaak redeneer* коренн* причин* обоснуй* взвесь
+        плюсы_и_минусы рассужда* разработай_план загадк* продумай* этап* 推理 步骤 分步 利弊 优缺点
+        优劣 根因 排查 推导 为什么会变 论证 分析原因 怎样确定 选择哪 推論 手順 原因 メリット
+        どちらを選 長所 戦略 検討 design architect trade-offs diagnose migrate migration_plan
+        propose approach entwurf architektur strategie abwaeg* schritt_fur analysier* vorgehen
+        planifie* etape_par analyse* planifica* disena* diseno estrategia analiza* sopesa* 对比 分析
+        排查思路 决策 迁移 段階 спроектир* pianifica* confronta*
+    """,
+    "explain": """
+        what_plan which_plan explain* teach define erklar* beschreib* expliqu* explica* decris
+        definis describ* spiega* leg_uit uitleg* объясни* расскажи* 解释 说明 介绍 讲解 説明
+        what_does what_do_the tell_me_about mean_by what_is_the_difference difference_between
+        whats_the_difference meaning_of eli5 was_bedeutet was_macht unterschied_zwischen was_ist
+        qu_est que_fait c_est_quoi difference_entre signifie que_significa significa que_hace
+        diferencia_entre cosa_fa cosa_significa differenza_tra o_que_faz o_que_e diferenca_entre
+        wat_doet wat_betekent verschil_tussen wat_is что_такое что_значит что_делает разниц*
+        чем_отличается поясни* 是什么 什么是 什么意思 区别 有什么用 干什么 とは 違い 意味 how_does
+        how_do_the wie_funktioniert comment_fonctionne como_funciona come_funziona hoe_werkt
+        как_работает 如何工作 怎么工作 讲一下 讲讲 原理 what_is what_are how_do why_is difference
+        between meaning means tell_me erklaer* was_sind unterschied bedeutung explique* qu'est
+        c'est_quoi definition que_es que_son diferencia 怎么理解 означает cos'e differenza diferenca
+        verschil
+    """,
+    "act": """
+        act search_the_web search_online look_up google_for web_search browse invoke run_the
+        run_a_command call_the fetch_the remind_me recherchiere* fuhre_den fuhr_den cherche_sur
+        recherche_sur execut* ejecut* busca_en llama_a esegui* cerca_su chiama_l pesquis* zoek_op
+        voer_uit выполни_команд* найди_в 搜索 上网 调用 执行 检索 実行 呼び出し ネットで
+        search_the_internet search_for use_the query_the run_ping ping curl crawl look_up_the scrape
+        use_your nutze_das nutze_die benutze_das such_im suche_im im_internet im_netz im_web googel*
+        googl* ruf_die rufe_die fuhre_aus fuhr_aus sur_internet sur_le_web utilise_l utilise_la
+        appelle_la appelle_l lance_la_commande en_internet en_la_web en_linea usa_la usa_el
+        su_internet online_il usa_lo na_internet use_a op_internet gebruik_de roep в_интернете
+        загугли погугли 网上 联网 百度 运行命令 运行一下 検索して ウェブで 呼んで function_schema
+        function_call tool_call the_schema as_arguments into_arguments json_schema_of
+        fill_the_function function_arguments argumente_fur delete_the create_a_ticket set_a_reminder
+        list_files schick loesch losch oeffne lade schalte envoie reserve rappelle* envia reserva
+        运行 重启 创建一个 検索 запусти* вызови* найди* открой* удали* cerca invia busque leg_an
+        lege_an trag_ein fill_the arguments_of parameter fonds extrae_los list_its
+    """,
+    "do": """
+        do book_a book_me buche turn_on turn_off turn_up turn_down put spiel spiele joue reproduce
+        pon_el ring_up lege_in search find send schedule set open save read fetch get list delete
+        remove move rename run call download upload cancel order show update post extract remind
+        such suche finde schick* sende offne speicher* lies losch* starte ruf rufe stell stelle trag
+        zeig zeige cherche trouve envoie* reserve* ouvre lis supprime lance appelle mets rappelle
+        extrais busca encuentra envia* reserva* abre lee borra llama pon recuerda* guarda extrae
+        trova manda* invia* apri leggi prenota ricorda* procura abra leia envie lembre zoek stuur
+        lees найди отправь* открой прочитай закажи напомни* покажи 查一下 查 发一封 发送 发给 打开
+        读取 提醒 预订 订 设置 保存 提取 調べて 送って 開いて 読んで 予約 設定 教えて start stop_the
+        put_on add_to_my ping_me notify invite mute pause subscribe erinner* stell_mir starte_den
+        offnen loesche verschieb* kopier* reservier* mail_an trage leg_einen prends note_dans
+        programme_un demarre telecharge eteins allume verifie_mon ponme anota apaga enciende
+        descarga programa_una manda_un avisa* imposta metti spegni accendi aggiungi_alla scarica
+        desligue ligue baixe marque agende adicione_a zet verzend doe_de herinner* verwijder пришли
+        поставь включи выключи забронируй* удали скачай запиши создай_файл добавь_в 关闭 关掉 开启
+        发消息 发个 发一 查查 帮我查 帮我订 订一 定个 下载 删除 设一个 设个 添加到 预约 看看明天
+        消して つけて セット 登録 追加して リマインド 予約して 送信 restart deploy kill scale paste
+        kubectl ssh ls cat grep git_status look_for
+    """,
+    "want": """
+        want 帮我 please pls plz bitte s_il_te s_il_vous svp por_favor per_favore alstublieft graag
+        пожалуйста 请 お願い como_hago como_puedo wie_mache_ich comment_faire how_would_i pasame
+        hilf_mir do_for_me need give_me show_me gimme how_do_i how_to how_can_i brauche hatte_gern
+        gib_mir zeig_mir wie_kann_ich besoin donne_moi je_veux il_me_faut montre_moi necesito quiero
+        dame muestrame ho_bisogno vorrei dammi preciso quero ik_wil nodig geef нужен нужна нужно
+        需要 给我 想要 欲しい ください i_d_like i_would_like looking_for require get_me
+        please_provide provide i_want lets_have ich_mochte mochte benotig* hatte_gerne bitte_um
+        ich_will j_aimerais j_ai_besoin il_me_faudrait voudrais souhait* me_gustaria querria
+        quisiera busco mi_serve mi_servirebbe voglio gostaria queria heb_een ik_zou_graag ik_zoek
+        хочу требуется дай 我要 我想 来一 来个 求 能不能 欲しいです 必要 下さい
+    """,
+    "code": """
+        cron cron_expression snake_game pygame 语言 编程 pseudo_code pseudocode dataframe 作业代码
+        言語 codes coding source_code regex* sql javascript typescript js ts kotlin c++ c# php
+        golang haskell bash powershell css react vue angular svelte django flask fastapi sqlalchemy
+        pandas numpy scikit dockerfile docker_compose compose_yml makefile terraform ansible vba
+        pull_request pull_requests pr prs snippet* unit_test unit_tests pytest jest one_liner
+        oneliner shell_script cron_job cronjob crontab github_action github_actions compile* codemod
+        gradle webpack linux_kernel solidity latex api_client cli_tool algorithm quellcode quelltext
+        skript* composant codigos programma functie скрипт* кода коде функци* программ* регуляр*
+        函数 脚本 程序 正则 页面 单元测试 查询语句 関数 スクリプト プログラム 正規表現 クラス
+        arduino sketch formula formulas macro macros autohotkey spreadsheet_formula google_sheets
+        excel_formula webpage web_page html_page landing_page home_assistant automation lua perl
+        matlab r_script fortran cobol assembly elixir clojure scala dart flutter swiftui julia
+        graphql dax awk jq nginx systemd cmake webhook css_file stylesheet codebase_style helm
+        kubernetes_manifest json_schema type_hints docstrings docstring integration_test mock e2e
+        selenium playwright discord_bot telegram_bot chatbot_in plugin userscript browser_extension
+        stored_procedure trigger_function sql_table migration_script patchset changeset
+        merge_request typescript_type interface_in struct recursion_code parser powershell_skript
+        makro formel formeln webseite datenbankabfrage unittest* testfall* regularen_ausdruck
+        regularer macro_excel formule script_bash page_html requete_sql expression_reguliere
+        tests_unitaires depot_git expresion_regular formula_de pagina_web pagina_html
+        prueba_unitaria pruebas_unitarias guion_de_bash espressione_regolare foglio_di_stile
+        expressao_regular planilha testes_unitarios webpagina sql_запрос макрос* формул* тест* юнит*
+        сайт* 爬虫 宏 公式 网页 小程序 接口代码 配置文件 测试用例 算法 源码 マクロ 数式 ソース
+        テストコード シェル py cpp rb tsx jsx prometheus grafana alertmanager iptables ggplot
+        matplotlib tensorflow pytorch dplyr tidyverse argparse hibernate laravel symfony rails
+        nextjs node nodejs tailwind bootstrap jquery ffmpeg git_hook pre_commit playbook
+        kubectl_command unit_file dockerfiles eslint redux graphql_schema websocket 命令行
+        コマンドライン spring junit table_schema dict hashmap mutex async await lambda decorator
+        linter kubernetes exception cargo vite metodo 方法 数据库 表结构
+    """,
+    "soft": """
+        soft function functions script scripts class classes python java ruby rust swift go query
+        queries program programs test tests build loop loops config pipeline app module package
+        library funktion funktionen klasse klassen programm abfrage methode fonction fonctions
+        classe requete programme funcion funciones clase consulta programa prueba funzione classi
+        funcao запрос* класс* 类 接口 テスト programa_en snippets bot dashboard server form button
+        page cli formular knopf seite schleife schleifen skripte script_en bouton boucle formulaire
+        site boton bucle formulario pagina pulsante ciclo botao laco pagina_de knop lus цикл* кнопк*
+        страниц* 按钮 循环 网站 表单 ボタン ループ ページ code endpoint index array thread component
+        hook ci workflow branch commit merge diff pointer method git npm pip maven yaml json xml
+        html 查询 组件 模块 编译 代码 コード код codice codigo codigo_iso
+    """,
+    "prose": """
+        prose thank_you_letter 感谢信 一封信 einen_brief ein_brief den_brief brief_an brief_fur
+        netten_brief formellen_brief een_brief letter mail poem haiku story essay speech toast joke
+        song lyrics tweet invitation cover_letter message my_resume a_resume gedicht geschichte rede
+        witz lied einladung nachricht lettre courriel poeme histoire discours blague carta correo
+        poema cuento discurso chiste lettera poesia racconto historia verhaal письмо стих* рассказ
+        邮件 信 诗 故事 作文 手紙 詩 メール 物語 text_message e_mail emails resume_for cv caption
+        slogan bio paragraph limerick sonnet rhyme recipe birthday wedding_speech apology blog_post
+        article eulogy mails aufsatz rezept geburtstag* entschuldigung absage spruch anschreiben
+        bewerbung* recette mot_de excuses dissertation remerciement receta disculpa felicitacion
+        redaccion brindis frase ricetta biglietto scuse carta_a receita redacao kaartje gedichtje
+        recept sollicitatie* поздравлен* речь рецепт сочинени* 情书 短信 祝福 道歉 演讲 文章 菜谱
+        标语 俳句 スピーチ お礼 小説 挨拶 email text translation condolence application artikel
+        absatz antwort ubersetzung paragraphe reponse traduction chanson anniversaire candidature
+        ensayo articulo mensaje respuesta traduccion cancion cumpleanos 段落 句子 消息 回复 翻译 歌
+        生日 求职信 请柬 文案 返事 翻訳 текст ответ перевод
+    """,
+    "digest": """
+        digest kurz_und worum_geht_es mas_importantes importantes_de most_important_things plot_of
+        main_message summary abstract key_points main_points takeaways gist synopsis minutes_of
+        meeting_minutes minutes_please bullet_points in_short zusammenfassung kurzfassung
+        stichpunkt* kernaussage* kernpunkte synthese points_cles points_essentiels
+        compte_rendu_court resumen sintesis ideas_principales puntos_clave sintesi punti_chiave
+        resumo pontos_principais samenvatting hoofdpunten выжимк* тезис* 要点 小结 要旨 recap_of
+        one_pager executive_summary minutes_from short_summary nutshell what_happened main_ideas
+        main_arguments most_important wesentliche wesentlichen hauptpunkte das_wichtigste
+        ergebnisprotokoll protokoll_in kerngedanken idees_principales l_essentiel lo_esencial
+        puntos_principales lo_mas_importante ideas_clave punti_principali idee_principali
+        principais_pontos pontos_chave kernpunten belangrijkste главн* основн* суть 大意 中心思想
+        主要内容 会议纪要 纪要 梗概 主旨 概要 ポイント 議事録 in_brief main_findings findings
+        en_pocas_palabras de_que_trata kurz_gesagt core_message de_quoi_parle 核心 观点 核心观点
+        di_cosa_parla do_que_trata o_чем
+    """,
+    "bin": """
+        idioma langue_de el_idioma la_lengua sprache_ist 语种 语言是 哪种语言 dringlichkeit
+        es_urgente is_it_urgent is_this_urgent ist_das_dringend c_est_urgent es_spam 标签 subject_is
+        offensive positief negatief category sentiment urgency priority which_queue which_team
+        which_department which_folder right_department right_team yes_or_no yes_no reply_only_yes
+        positive_or_negative positive_neutral how_urgent what_language_is kategorie* stimmung
+        prioritat welche_abteilung ja_oder_nein positiv_oder categorie* priorite urgence oui_ou_non
+        positif_ou quel_service categoria* sentimiento prioridad urgencia departamento si_o_no
+        positivo_o positiv* priorita urgenza reparto urgente_ou prioriteit afdeling ja_of_nee
+        тональност* категори* срочн* приоритет* 好评还是 差评 类别 优先级 情感 紧急 是否 属于
+        カテゴリ 優先度 至急 緊急 感情 tier scale_from scale_of on_a_scale how_angry how_severe
+        severity which_label which_class which_topic which_category which_inbox correct_label
+        topic_of intent is_it_spam is_this_mail emotion positive_negative spam_ham true_or_false
+        toxic_or harmless wie_dringend skala auf_einer_skala welche_kategorie welcher_kategorie
+        welches_team welche_sprache in_welcher_sprache dringend welches_postfach zustandig*
+        schweregrad quelle_langue quelle_categorie quel_departement degre_d_urgence quelle_file
+        gravite echelle que_idioma que_categoria en_que_idioma a_que_equipo grado_de_urgencia
+        nivel_de_urgencia escala sentimento gravedad que_lingua in_che_lingua quale_categoria
+        quanto_e_urgente qual_categoria qual_setor nivel_de welke_categorie welk_team welke_taal
+        hoe_dringend spoed какая_категория какому_отделу к_какому какой_язык насколько_срочно
+        какой_отдел 属于哪 哪个部门 哪一类 什么语言 紧急程度 正面 负面 垃圾邮件 情绪 重要性 どの部署
+        何語 スパム ポジティブ ネガティブ 種類 重要度 緊急度 yes_/_no spam_/_ham positive_/_negative
+        positive_/_neutral ja_/_nein si_/_no oui_/_non sim_/_nao 定级 等级 级别 fit_our
+    """,
+    "plan": """
+        plan plans roadmap strategy architecture migration strategie* architektur* fahrplan
+        arquitectura estrategia* strategia architettura arquitetura план плана стратеги* архитектур*
+        方案 计划 架构 策略 计划书 concept proposal_for action_plan schedule_for curriculum timeline
+        konzept zeitplan massnahmenplan lernplan plan_d feuille_de_route plan_de plan_para
+        cronograma piano_di un_piano plano plano_de plannen stappen architectuur дорожн* концепц*
+        路线图 计划表 流程 ロードマップ アーキテクチャ 構成 プラン
+    """,
+    "corpus": """
+        corpus kapitel* chapit* capitul* capitol* essays sources_of project_source repo code_base
+        codebase monorepo chapters manuscript documents collection contracts transcripts archive
+        novel thesis files_in_the repositor* codebasis dokumente vertrage depot roman documentos
+        coleccion documenti hoofdstukken documenten репозитор* глав документ* 代码库 仓库 章节
+        全部文档 所有文件 文档集 リポジトリ 章 文書 codebases sources source_tree manuscripts
+        base_de_code bases_de_code quellcodebasis dokumentensammlung dokumentensammlungen
+        dokumentation bucher romans tous_les_fichiers_du base_de_codigo base_de_codice codigo_fonte
+        codigo_fuente archivio archivo_completo acervo collectie архив* коллекц* кодов* 代码仓库
+        项目源码 整本书 全集 合同 档案 コードベース 全章 原稿 論文集 depositions interviews letters
+        statements archives dossier korpus sammlung whole_repo whole_repository entire_repository
+        entire_codebase whole_codebase all_files every_file whole_book all_chapters entire_book
+        complete_archive all_documents whole_collection full_history gesamte_repository ganzen_code
+        alle_dateien alle_kapitel ganze_buch alle_dokumente tout_le_depot tous_les_fichiers
+        tous_les_chapitres tout_le_livre toute_la_base todo_el_repositorio todos_los_archivos
+        todos_los_capitulos todo_el_libro toda_la_base 整个仓库 整个代码库 全部文件 所有章节
+        整个项目 全部章节 リポジトリ全体 全ファイル весь_репозиторий все_файлы все_главы
+        intero_repository tutti_i_file todo_o_repositorio ensemble_de tous_les_comptes
+        fonds_documentaire tous_les_contrats
+    """,
+    "pile": """
+        pile diaries records notes entries messages surveys responses reviews sessions papers
+        studies articles recordings tagebucher protokolle berichte rechnungen journaux rapports
+        contrats factures informes diarios actas contratos facturas relazioni contratti relatorios
+        verslagen отчет* 报告 记录 论文 日志 記録 報告書 tickets files file manual project projects
+        book books reports logs pages akten projekt handbuch buch dateien fichiers projet manuel
+        livre archivos proyecto libro progetto manuale arquivos projeto livro bestanden boek проект*
+        книг* файлов 项目 文件 手册 书 プロジェクト ファイル 本
+    """,
+    "thing": """
+        thing meetings appointments termine rendezvous citas results_to web internet url api command
+        shell terminal calendar appointment meeting alarm reminder reminders ticket event flight
+        table lights light tool folder directory inbox database arguments schema datei ordner
+        kalender termin wecker befehl fichier agenda rendez_vous rdv commande archivo carpeta
+        calendario cita comando alarma documento promemoria appuntamento arquivo bestand afspraak
+        файл* папк* календар* команд* встреч* 日历 命令 闹钟 会议 航班 机票 日程 灯 予定 カレンダー
+        コマンド timer shopping_list to_do_list todo_list playlist volume thermostat heating
+        spreadsheet csv_file log_file slack tracking_number einkaufsliste heizung licht lampe
+        liste_de_courses lumiere minuteur chauffage lista_de_la_compra temporizador luz luces
+        correo_a lista_della_spesa luce lista_de_compras boodschappenlijst lamp таймер свет
+        список_покупок 定时器 购物清单 空调 群 タイマー 電気 エアコン 買い物リスト メール送信
+    """,
+    "live": """
+        live rain snow sunny regnen regnet schneit pleuvoir pleuvra llover llovera piove chover
+        regenen дожд* 下雨 下雪 雨 bus train trains opening_hours bitcoin zloty euro_now news_about
+        公交 火车 que_tiempo weather forecast temperature stock stocks share_price trading
+        exchange_rate price news score traffic wetter kurs meteo temps_qu_il tiempo cotizacion
+        tempo_em weer погод* курс 天气 股价 汇率 气温 新闻 天気 気温 株価 ニュース time_is_it
+        what_time clock flight_status delay aktie aktien uhrzeit wie_spat borse quelle_heure
+        cours_de l_action que_hora hora_es bolsa acciones che_ore che_tempo azioni previsioni
+        que_horas cotacao tempo_vai hoe_laat aandeel который_час акци* 几点了 股票 时间 何時
+        天気予報
+    """,
+    "whole": """
+        whole entire full at_once across_all all_at_once gesamte* ganze* komplette* vollstandige*
+        samtliche* integral* entier entiere ensemble entero entera completo completa intero intera
+        inteiro inteira hele volledige весь всю всего целиком полностью целый 整个 整本 全书 全部
+        完整 全体 丸ごと totalite totalidad gesamtheit in_all totalita
+    """,
+    "all": """
+        all every each across any_two the_complete alle allen tout toute tous toutes todo toda todos
+        todas tutto tutta tutti tutte всех все 所有 すべて 全て 全
+    """,
+    "fault": """
+        fault dies_with gibt_immer eigentlich rauskommen always_returns always_prints always_gives
+        always_get toujours_0 devuelve_siempre siempre_devuelve da_siempre broke_after
+        since_the_update since_i_upgraded should_be tried_everything i_tried hort_nicht never_stops
+        not_show endlos boucle_infinie no_sale no_lo_veo dice_que_falta 总是 输出总 一直 error
+        errors bug bugs broken breaks wrong incorrect doesnt_work not_working wont stopped_working
+        hangs throws exception* traceback stack_trace segfault* segmentation infinite_loop forever
+        never_ends nothing_happens keeps_getting instead_of undefined fehler fehlermeldung*
+        abgestur* absturz* sturzt falsch falsche falsches kaputt wirft fehlschl* schlagt erreur*
+        bogue* plante plantent echoue* renvoie_des fallo falla fallan errore errori sbagli* erro
+        erros falha* quebr* fout fouten foutmelding* kapot vastloopt ошибк* падает сломал* вылетает
+        报错 错误 出错 崩溃 不对 失败 异常 有问题 跑不起来 死循环 エラー バグ 動かない 動きません
+        失敗 例外 おかしい 落ちる whats_wrong what_s_wrong what_is_wrong what_went_wrong goes_wrong
+        going_wrong doing_wrong stuck blank_page is_blank stays_blank stops_working stops_with
+        reboots no_output duplicates times_out timing_out refuses weird strange complains
+        complaining off_by_one rerenders mistake unable_to cant_get broke nothing_shows crashloop*
+        wrong_result wrong_output exits_with returns_none returns_null never_returns gives_me_an
+        problem_is isnt_working not_work keeps_failing keeps_crashing is_red ignored deadlock*
+        unexpectedly misses nan garbage_output was_ist_falsch was_stimmt geht_nicht klappt_nicht
+        falschen hangt haengt bleibt_leer leere_seite abbruch bricht_ab problem ruckelt komisch*
+        stimmt_nicht meckert bug_in bloque bloquee planter ne_marche buggue cloche rien_ne probleme
+        ca_ne mauvais mauvaise page_blanche vide_au_lieu dysfonction* roto rota esta_mal sale_mal
+        va_mal equivocado se_cuelga cuelga se_rompe no_hace no_arranca no_compila no_me fallando
+        revienta en_blanco problema non_va si_blocca blocca rotto va_in_errore trava travando errado
+        nao_roda nao_compila hapert loopt_vast doet_het_niet doet_niets verkeerd* niets
+        не_запускается не_компилируется не_так зависает неправильн* выдает_ошибку пусто_вместо 错了
+        错 出问题 没反应 不起作用 卡住 卡死 无法 打不开 空白 不能 不了 不显示 挂了 失效 乱码
+        编译不过 没有反应 結果がおかしい 落ちます 出ます 止まる 止まって 動か できません
+        表示されない エラーが 間違 うまくいかない なりません is_empty comes_out comes_back cest_vide
+        esta_vacio leer_bleibt 退出 不出来 exec_format ist_leer est_vide sale_vacio untangle
+        come_out laeuft_nicht lauft_nicht stuerzt hangt_sich bleibt_hangen hangen_bleibt falscher
+        obwohl trotzdem sturz fehlschlag* schlagt_fehl endlosschleife rot weiterhin plotzlich
+        ploetzlich nicht_mehr verschwindet doppelt ignoriert au_lieu casse cassee reste_bloque
+        tourne_en_boucle refuse vide soudain depuis_la ne_fonctionne faux fausse en_lugar
+        no_funciona no_anda se_cae colgado mal vacio vacia de_repente desde_ayer duplicado crash*
+        fail* hang hanging freez* stalls leak* flak* null nil none_type red_build ci_is_red
+        no_longer suddenly stopped stops thrown raises rejected denied timeout timed_out infinite
+        endless twice duplicate missing blank empty_page garbled truncated off_by expected
+        got_instead unexpected odd mismatch corrupt* incorrectly invalid 跑不通 结果不对 不工作
+        起不来 不生效 丢失 重复 变成 却 但是 できない не_работает ломается вместо sbagliat*
+        non_funziona invece nao_funciona werkt_niet dies died won't doesn't 两次 502 500 404 报
+        处理不了 too_late late_by one_month off zu_spat
+    """,
+    "works": """
+        works work working geht lauft funktioniert fonctionne marche funciona funcionan compila
+        compile compilar pasa passe funziona werkt работает kompiliert passes загружается runs
+        running starts start_up loads load displays respond responds responding connect connects
+        kompilieren startet klappt tut ladt reagiert stimmt charge repond tourne passent arranca
+        carga responde anda corre parte gira carica roda laadt запускается компилируется отвечает
+    """,
+    "system": """
+        system latency outage incident intermittent* throughput memory_leak downtime spikes p99
+        cluster servers latenz* ausfall* latence panne latencia caida задержк* 延迟 变慢 宕机 遅延
+        障害 response_time response_times queue_length cpu_usage memory_usage timeouts bandwidth
+        wlan wifi network_drops microservice microservices kafka datacenter antwortzeit* reseau
+        temps_de_reponse red_interna tiempo_de_respuesta rete uitval netwerk сеть отказ* 集群
+        响应时间 服务器 卡顿 吞吐 レスポンス サーバー
+    """,
+    "should": """
+        should_our should_my should_they should_the should_a should_she should_he devrait deberia_mi
+        nuestro_deberia sollte_unser soll_unser soll_meine should_i shall_we shall_i do_we_need
+        would_it_be_better soll_ich sollte_ich lohnt dois_je devrais_je devrions_nous deberia
+        deberiamos debo conviene devo dovrei dovremmo deveria devemos moet_ik moeten_we zullen_we
+        стоит_ли нам_лучше 应该 该不该 要不要 べきか
+    """,
+    "or": """
+        or oder ou o или 还是 或 それとも positive positif positiv negative negatif negativ neutral
+        neutre neutro either
+    """,
+    "pick": """
+        pick decide_which choose one_of exactly_one output print only answer reply determine decide
+        screen mark type wahle gib nur antworte entscheide choisis reponds indique elige indica di
+        scegli rispondi escolha responda kies geef_aan antwoord выбери ответь укажи 选择 回答 输出
+        选出 选一个 答え 選んで
+    """,
+    "brief": """
+        brief sentences sentence lines bullets bullet words satz satze satzen zeilen stichpunkte
+        stichpunkten stichworten phrase phrases lignes frases lineas parrafo righe frasi linhas
+        paragrafo zinnen regels предложени* строк* абзац* 句话 行以内 字以内 三点 几点 文で 行で
+        三つ 字で
+    """,
+    "now": """
+        now monday tuesday wednesday thursday friday saturday sunday montag dienstag mittwoch
+        donnerstag freitag samstag sonntag lundi mardi mercredi jeudi vendredi samedi dimanche lunes
+        martes miercoles jueves viernes domingo lunedi segunda maandag понедельник 周一 周二 周三
+        周四 周五 this_week next_week this_afternoon this_evening latest right_now rn currently
+        today tonight tomorrow gerade jetzt heute morgen aktuell maintenant actuellement aujourd
+        demain ahora hoy manana adesso oggi domani agora hoje amanha nu vandaag сейчас сегодня
+        завтра 现在 今天 明天 今晚 目前 今 今日 明日
+    """,
+    "life": """
+        life garden lawn snake film movie movies theatre theater stage play scene actor restaurant
+        hotel party wedding hall village island zoo insect school yoga dog pet kitchen house
+        dress_code zip_code code_of_conduct discount_code feature_film youtube podcast weekend
+        holiday vacation dinner ball garten schlange urlaub hochzeit insel haus wochenende jardin
+        serpent vacances mariage maison ile pelicula boda vacaciones casa serpiente giardino festa
+        tuin huis vakantie фильм* сад 电影 花园 餐厅 蛇 周末 映画 庭 grandmother grandma mother
+        father boss_said cooking tea cake bread music band wine trip_to beach mountain friend
+        friends oma opa mutter vater kuchen kochen musik reise freund* gateau grand_mere ami amis
+        voyage abuela madre padre amigo* musica viaje nonna amico* viaggio avo mae pai viagem
+        vriend* reis бабушк* мам друг* змея 妈妈 朋友 蛋糕 旅行 音乐 猫 狗 母 友達 料理 your_plan
+        dein_plan the_plan gentil_plan tu_plan
+    """,
+    "this": """
+        this error_handling fehlerbehandlung gestion_des_erreurs manejo_de_errores
+        tratamento_de_erros gestione_degli_errori foutafhandeling 错误处理 异常处理 エラー処理
+        this_abstract the_abstract this_summary the_summary diese_zusammenfassung these that below
+        following above attached here diese* folgende* unten oben hier ce cet cette ces suivant*
+        dessous este esta esto siguiente abajo questo questa seguente esse essa seguinte deze dit
+        volgende это этот эту этого следующ* 这 下面 以下 以上 この 次の これ
+    """,
+    "ask": """
+        ask what whats who when where which how can could would do_you do_i do_we do_they should
+        shall wer wann wo wie welche* kann kannst konnen konntest konnten gibt_es quel quelle quels
+        quelles qui quand comment est_ce peux peut pouvez connais que quien cuando donde cual cuales
+        como puedes puede che chi quando dove come qual quale puoi quem onde o_que voce_pode wat
+        waar hoe kun kan что кто когда где как какой какая какие можешь можно
+    """,
+    "be": """
+        be is are was were ist sind es est sono son hay hat does did has zijn sao estan will
+    """,
+    "why": """
+        why any_idea any_ideas any_clue warum wieso weshalb pourquoi por_que perche waarom почему
+        зачем 为什么 为何 为啥 なぜ どうして
+    """,
+    "my": """
+        my 你 我 your mein meine meinen dein deine mon ma mes mi mis tu mio mia meu minha mijn мой
+        моя наш* notre nuestro nuestra our unser* nostra nostro nosso ons
+    """,
+    "hi": """
+        hi hello hey thanks thank good_night good_morning hallo danke moin servus bonjour salut
+        merci hola gracias ciao grazie ola obrigad* hoi bedankt dank привет спасибо здравствуйте
+        你好 谢谢 您好 嗨 早上好 晚安 こんにちは ありがとう おはよう さようなら haha lol cheers
+        good_evening guten_morgen guten_tag guten_abend gute_nacht bonsoir buenos_dias buenas
+        bom_dia buongiorno goedemorgen доброе_утро добрый_день 再见 多谢 こんばんは bye goodbye
+    """,
+    "me": """
+        me tienes sabes i_want_to_know i_d_like_to_know tell suggest recommend name advise imagine
+        pretend help i ive you ich mir mich du dir sie sag nenn nenne empfiehl je moi vous votre dis
+        conseille yo dime ayuda recomienda* tengo io dimmi consigli* eu voce recomend* ik mij
+        подскажи я меня мне мы ты вы посоветуй 什么 怎么 如何 吗 呢 哪 谁 推荐 多少 何 どう どこ 誰
+        ですか ますか おすすめ us we bist sind_sie uns haben_sie bin habe nous suis ai soy somos he
+        siamo noi nos tenho wij ben heb нам хочу_спросить подскажите 请问 我们 咱 私 僕 です_か 教え
+        want_to_know like_to_know i_wonder wondering mochte_wissen wuste_gern wurde_gern
+    """,
+    "no": """
+        no do_not bitte_nicht need_not should_not must_not dont without never stop nor kein keine
+        keinen keiner ohne nie ne sans jamais aucun aucune sin nunca ninguna ningun non senza niente
+        nao sem geen zonder без нет 不要 别 不用 无需 不需要 勿 nothing skip statt anstatt
+        au_lieu_de en_vez invece_di
+    """,
+    "not": """
+        not nicht nichts pas rien niet не nada
+    """,
+    "nt": """
+        nt doesnt isnt cant cannot couldnt didnt arent hasnt wasnt werent
+    """,
+    "end": """
+        end but just instead rather sondern aber mais seulement sino solo pero mas apenas maar
+        alleen но только 只 而是 但 だけ
+    """,
+}
+
+
+# ==== 14. Tasks ===================================================================================
+# What a prompt asks for: one of ten types of tasks.  No model is asked, and the same prompt is
+# always the same task: what it says, by the kinds of its words, and what is pasted in it add up by
+# the table of weights below.  `tests/tune.py` made that table from the prompts in tests/prompts.
+
+LARGE_CONTEXT = 12_000  # tokens: what is longer is that, whatever it says
+READ, HEAD, TAIL = 2400, 480, 280  # characters read of a prompt; and of its prose
+ORDERS = (  # kinds of words that say what is to be done: the first of them counts once more
+    "make", "port", "judge", "fix", "shorten", "sort", "think", "explain", "act", "do", "want",
+    "digest", "bin",
+)  # fmt: skip
+DENIALS = ("no", "not", "nt")  # kinds of words after which a few do not count
+DENIED = 4
+UNDENIED = ("me", "hi", "this", "works", "fault")  # kinds that do all the same
+MARKS = {"asks": "a question", "stop": ""}  # which end that
+CODE_LINE = (
+    r"(?P<code>\s*(?:[-+@]{1,3} ?)?(?:def |class \w+[:({]|(?:const|let|var|int|void|func|fn|public"
+    r"|private|static) \w|return\b|import \w|from \S+ import|#include|#!|@\w+\s*$"
+    r"|(?:if|for|while|switch|catch) ?\(|(?:if|for|while|else|elif|try|except|with)\b[^.?!]*:$"
+    r"|[{}\])]+[;,]?\s*$|</?\w+[^>]*>|SELECT |INSERT |UPDATE |CREATE |FROM\b|WHERE\b|\$ \w"
+    r"|[\w.\"'-]+ ?[:=] ?[\[{\"'\d]))"
+)
+LOG_LINE = (
+    r"(?P<log>\W{0,3}(?:\d{4}[-/]\d\d[-/]\d\d[ T]\d|\d\d:\d\d:\d\d|[A-Z][a-z]{2} [ \d]\d \d\d:"
+    r"|(?:INFO|WARN|WARNING|ERROR|DEBUG|FATAL|TRACE)\b|Traceback|File \"|\s*at \w[\w.$]*\())"
+)
+ERROR_LINE = r"(?P<error>\w*(?:Error|Exception)\b:|error(?:\[\w+\])?:|fatal:|panic:|npm ERR)"
+PASTED = re.compile(f"{CODE_LINE}|{LOG_LINE}|{ERROR_LINE}|(?P<quote>>)")
+SIGNS = re.compile(r"[{}=<>$;()\[\]]")
+QUOTED = re.compile(
+    r'"[^"\n]{0,400}"|“[^”]{0,400}”|„[^“”]{0,400}[“”]|«[^»]{0,400}»|「[^」]{0,400}」|`[^`\n]{0,200}`'
+)
+FAILURES = (  # what programs print when they fail
+    "Error:", "rror: ", "Exception", "Traceback", "FAILED", "Segmentation", "panic:",
+    "undefined reference", "not defined", "npm ERR", "No such file", "core dumped",
+)  # fmt: skip
+CALLS = re.compile(r"(?<=[a-z_0-9])\([\w ]+[,:)]")
+WORD = re.compile(r"\w+[#+]*|[\n!?,;.:]")
+PLAIN = str.maketrans(
+    "áàâäãåçéèêëíìîïñóòôöõúùûüýё？！，；、：。",  # noqa: RUF001
+    "aaaaaaceeeeiiiinooooouuuuyе?!,,,:.",  # noqa: RUF001
+)
+CJK = (
+    "\u2e80"  # where Chinese and Japanese begin: they are not spaced, so that words are looked for
+)
+NOT_IN_CHINESE = re.compile("(?:不要|别|不用|无需|不需要|请勿)[\u4e00-\u9fff]{0,4}")
+
+
+BIAS = (-7, 14, -5, 2, -10, -5, -6, -5, 1, 22)
+WEIGHTS = {  # what speaks for and against each of TASKS, in its order
+    # what is there
+    "tools": ( -6,  -5,  -4,  -2,   1,   1,  -3,  -1,  23,  -3),
+    "nothing": ( -2,  -5,  -2,  -3,   1,   0,  -2,  -2,  -4,  19),
+    "error": ( -1,  -4,  -2,  -5,  -2,  17,  -1,  -1,  -1,  -1),
+    "listing": ( -7, -13,   4,   3,  15,  11,  -4,  -5,  -4,  -2),
+    "asks": (  4,  11,   0, -10,   8,   3,   1,  -4,  -1, -11),
+    "few": ( -2,   4,  -1,  -5,   0,   0,  -3,  -1,   0,   8),
+    "call": ( -6,  -3,  -2,  -3,   7,   6,  -1,  -1,   5,  -3),
+    "lines": (  7, -11,   7,  -2,   7,   1,  -6,  -4,  -2,   2),
+    "quoted": (  6,   1,  -2,   1,  -5,   7,  -4,  -3,   3,  -3),
+    "log": (  0,  -1,   0,   0,   0,   6,   0,   0,   0,  -3),
+    "stop": (  4,  -4,   2,  -4,  -5,   5,   6,   2,  -8,   1),
+    "long": (  0,  -3,   5,   2,  -1,   3,  -1,  -1,  -2,  -1),
+    "many": ( -1,  -5,   5,   2,   0,  -1,   3,  -1,   0,  -2),
+    "some": ( -1,   5,  -4,   1,   0,   0,   0,   2,   1,  -3),
+    "more": (  4,  -3,   0,   2,  -1,   2,   0,   1,  -1,  -3),
+    "images": (  0,   2,   0,   0,   0,   0,   0,   0,   0,   0),
+    # kinds of words
+    "corpus": ( -4,  -8,   0,  -6,  -3,  -2,  -8,  37,  -4,  -2),
+    "think": ( -4,  -5,  -4,  -4,  -3,  -4,  31,   2,  -3,  -5),
+    "digest": ( -3,  -5,  26,  -3,  -4,  -4,  -2,  -3,  -1,  -1),
+    "code": ( -4, -10,  -5,  24,   8,   5,  -6,  -2,  -4,  -4),
+    "shorten": ( -4,  -4,  24,  -5,  -3,  -4,  -1,   2,  -1,  -4),
+    "fault": (  2,   0,   1,  -5,  -3,  20,  -6,  -3,  -4,  -2),
+    "judge": (  2,  -4,  -1,  -9,  20,  -7,   1,   2,   0,  -4),
+    "hi": ( -2,  19,   0,   2,  -2,  -3,  -3,  -2,  -6,  -5),
+    "bin": ( 18,  -5,  -3,  -2,  -2,  -4,  -2,  -1,   4,  -3),
+    "or": ( 18,  -3,  -2,  -4,  -1,  -2,   2,   0,  -2,  -4),
+    "thing": ( -2,  -3,  -4,   4,  -3,  -4,   1,   0,  16,  -4),
+    "whole": ( -1,  -5,  -1,  -5,  -1,  -1,  -3,  15,   3,  -1),
+    "brief": ( -4,   6,  14,  -4,  -2,  -3,  -1,  -2,   0,  -3),
+    "plan": ( -2,  -4,   1,  -3,   0,  -1,  14,   0,  -1,  -2),
+    "act": ( -3,  -4,   1,  -3,   1,  -1,  -3,   0,  13,  -1),
+    "sort": ( 13,  -5,  -3,   3,  -2,  -4,  -3,   3,   0,  -2),
+    "works": ( -1,  -3,   0,  -4,  -3,  13,  -1,  -1,   4,  -3),
+    "pick": ( 11,  -1,  -3,  -2,  -1,  -2,   2,  -2,   1,  -4),
+    "soft": ( -1,  -4,  -5,  11,   3,   3,  -6,   1,   0,  -3),
+    "make": ( -6,   1,   3,  10,   0,  -4,   3,  -1,  -1,  -4),
+    "now": (  4,   0,   5,  -9,  -4,  -3,   0,  -3,  10,   0),
+    "this": ( 10,  -4,   9,   4,   5,  -3,  -5,  -3,  -3, -10),
+    "all": (  0,  -7,  -3,   4,  -1,  -3,   3,   9,  -4,   1),
+    "explain": ( -2,   9,   0,  -2,  -4,  -2,  -1,   6,  -2,  -3),
+    "life": ( -1,   9,   1,   1,  -3,  -6,   0,  -2,  -2,   4),
+    "live": (  4,  -6,  -3,   1,  -3,  -4,   0,  -2,   9,   3),
+    "pile": ( -2,  -6,   3,   5,  -2,   1,  -4,   9,   1,  -3),
+    "port": ( -1,   9,  -2,   3,  -2,  -2,  -2,  -1,   1,  -3),
+    "do": ( -2,  -5,  -1,   3,   1,  -1,   2,   0,   8,  -6),
+    "fix": (  0,   2,   1,  -6,  -1,   8,   0,  -1,  -1,  -2),
+    "no": (  1,  -3,   2,   3,  -1,  -1,   8,  -4,  -3,  -2),
+    "nt": (  1,   4,  -3,  -7,   3,   7,   0,  -2,  -3,  -1),
+    "prose": (  2,   7,   5,  -4,  -3,  -6,  -3,  -4,   4,   1),
+    "why": ( -1,   7,  -1,  -1,  -3,   4,  -2,  -1,  -1,  -1),
+    "ask": (  0,   6,   1,  -4,  -3,  -2,   5,   6,  -2,  -7),
+    "be": (  1,   5,   6,   0,   1,  -4,   0,  -4,  -2,  -3),
+    "want": (  3,   0,   4,   2,   6,  -3,   1,  -3,  -2,  -8),
+    "me": ( -4,   5,  -2,  -1,   3,   4,   0,   2,  -1,  -5),
+    "not": (  2,   5,  -2,  -2,  -3,   4,   2,  -1,  -1,  -3),
+    "system": (  0,  -3,   2,   0,   1,  -1,   5,  -3,  -1,  -1),
+    "my": ( -3,   4,  -1,  -3,   2,   3,   2,  -1,   0,  -3),
+    "end": (  3,  -1,   2,   1,   0,   2,   0,  -2,  -2,  -3),
+    "should": ( -1,   0,   0,   0,  -1,   0,   3,   0,   0,   0),
+    # two that mean more together
+    "tools some": ( -1,  -1,  -1,  -2,  -1,  -1,  -2,  -3,  12,   0),
+    "listing asks": ( -2,  -7,   4,  -5,  11,   4,  -1,  -1,  -1,  -1),
+    "listing fault": ( -1,  -2,   0,  -1,  -5,  11,   0,   0,   0,  -1),
+    "hi few": (  0,  10,   0,  -1,   0,   0,   0,   0,   0,  -7),
+    "prose make": ( -2,  10,   0,   1,  -1,  -3,  -2,  -1,  -1,  -2),
+    "listing judge": ( -1,  -1,   1,  -3,   9,   0,  -1,  -1,   0,  -1),
+    "soft fault": (  2,  -3,   3,  -2,  -3,   9,  -1,  -2,  -2,  -1),
+    "soft make": ( -2,  -2,  -1,   8,   0,  -2,   1,   0,  -1,  -1),
+    "listing port": (  0,  -1,  -1,   7,  -1,  -2,   0,   0,   0,  -1),
+    "quoted or": (  7,  -1,  -1,  -1,  -1,  -1,  -1,  -1,  -1,  -2),
+    "code nt": (  1,   1,  -1,  -5,  -1,   6,  -1,  -1,  -1,   0),
+    "lines or": (  6,  -1,  -1,  -1,   3,  -2,  -1,  -1,  -1,  -1),
+    "lines sort": (  6,  -2,  -2,   2,  -1,  -1,  -1,   0,  -1,  -1),
+    "asks few": (  0,   5,   0,   0,  -1,   0,   0,   0,   1,  -3),
+    "code my": ( -2,  -2,  -1,  -1,   3,   5,   1,  -1,  -1,  -1),
+    "listing fix": ( -1,  -1,  -2,  -1,   1,   5,   0,   0,   0,   0),
+    "listing my": ( -1,  -1,   1,  -2,   1,   5,  -1,  -1,   0,  -1),
+    "soft my": (  0,  -2,  -2,   1,   5,   3,   0,  -1,  -2,  -2),
+    "tools code": ( -1,   0,   0,  -3,   5,   1,   0,  -1,   0,   0),
+    "code ask": ( -1,  -4,   0,   4,   4,   2,  -2,  -2,   0,  -1),
+    "code works": (  0,  -1,   1,  -3,   0,   4,   0,   0,   0,  -1),
+    "life soft": ( -2,   1,   4,   4,   0,  -3,  -1,   0,  -1,  -1),
+    "listing make": ( -1,  -1,   2,   4,   2,  -2,  -1,   0,   0,  -1),
+    "soft judge": ( -1,   2,   0,  -1,   4,  -2,  -1,   0,   0,  -1),
+    "soft why": (  0,  -1,   0,   0,  -2,   4,   0,   0,   0,   0),
+    "code fault": (  3,  -1,   2,  -3,   2,   0,  -1,   0,  -1,   0),
+    "error listing": (  0,   0,   0,  -1,   0,   3,   0,   0,   0,   0),
+    "few nothing": ( -1,  -1,  -1,  -1,   3,   2,  -1,  -1,  -2,   3),
+    "listing why": (  0,  -1,   0,   0,  -2,   3,   0,   0,   0,   0),
+    "no make": ( -3,   0,  -1,  -1,   0,   3,   2,   0,   1,   0),
+    "soft ask": (  2,   3,   1,   3,   0,  -2,  -2,   0,  -2,  -2),
+    "soft fix": (  2,  -1,   2,  -3,   1,   3,  -1,   0,  -1,   0),
+    "tools few": (  0,  -1,   0,   0,  -1,   0,   0,   0,   3,   0),
+    "code asks": ( -2,  -2,   2,   0,   1,   2,   0,  -1,   1,   0),
+    "code not": (  1,  -1,   0,   0,  -1,   2,   0,   0,   0,   0),
+    "soft explain": (  0,   1,  -2,   2,   0,   0,  -1,   1,  -1,   0),
+    # the first of ORDERS
+    "first act": ( -2,  -3,  -1,  -3,  -1,   1,  -2,  -1,  13,   0),
+    "first shorten": ( -2,  -4,  12,  -1,  -2,  -2,  -1,   4,  -1,  -3),
+    "first think": ( -3,   0,  -1,  -3,  -1,  -3,  12,   3,  -1,  -4),
+    "first sort": ( 11,  -2,  -2,   0,  -1,  -5,  -1,   1,  -1,  -2),
+    "first judge": (  0,  -4,  -3,  -3,  10,  -3,   0,   3,   1,  -3),
+    "first make": ( -4,   2,   0,   9,   1,  -2,   5,  -1,  -2,  -7),
+    "first bin": (  8,  -4,  -1,  -1,   0,  -1,  -1,   0,   2,  -1),
+    "first digest": ( -1,  -1,   8,   0,  -1,  -2,   0,  -2,   0,  -1),
+    "first want": (  0,   1,   1,   8,   0,   0,   0,  -2,  -3,  -5),
+    "first explain": ( -2,   6,   3,  -1,  -5,   2,  -2,   1,  -1,  -2),
+    "first port": ( -1,   3,  -1,   6,  -1,  -2,  -1,  -1,   1,  -3),
+    "first do": (  0,   2,  -3,  -4,   1,   2,  -1,   2,   4,  -3),
+    "first fix": ( -2,   4,  -2,  -1,   3,  -1,   2,  -1,   0,  -2),
+}  # fmt: skip
+# Two cues that mean more together than alone.
+PAIRED = {cue: cue.split() for cue in WEIGHTS if " " in cue and not cue.startswith("first ")}
+
+
+class Vocabulary(NamedTuple):
+    """The words of CUES, as they are looked up; each gives a kind."""
+
+    words: dict[str, str]
+    stems: dict[str, str]
+    phrases: dict[str, list[tuple[list[str], str]]]  # by their first word
+    unspaced: dict[str, list[tuple[str, str]]]  # by their first character
+    lengths: list[int]  # of stems, the longest first
+
+
+@functools.lru_cache(maxsize=1)
+def vocabulary() -> Vocabulary:
+    found = Vocabulary({}, {}, {}, {}, [])
+    found.words.update({**dict.fromkeys("\n!,;.:", "stop"), "?": "asks"})
+    for kind, text in CUES.items():
+        for cue in text.split():
+            first, *rest = cue.split("_")
+            if cue >= CJK:
+                found.unspaced.setdefault(cue[0], []).append((cue, kind))
+            elif rest:
+                found.phrases.setdefault(first, []).append(([first, *rest], kind))
+            elif cue.endswith("*"):
+                found.stems[cue[:-1]] = kind
+            else:
+                found.words[cue] = kind
+    found.lengths.extend(sorted({len(stem) for stem in found.stems}, reverse=True))
+    return found
 
 
 class Verdict(NamedTuple):
+    """Which task it is, and what speaks for it."""
+
     task: str
     reason: str
 
 
+def without_pasted(text: str, seen: dict[str, str]) -> str:
+    """The lines that somebody says in a prompt, not those that are pasted; `seen` gets what is."""
+    if len(text) > READ:
+        text = f"{text[: READ * 3 // 5]}\n{text[-READ * 2 // 5 :]}"
+    if any(mark in text for mark in FAILURES):
+        seen["error"] = "an error in it"
+    parts = text.replace("’", "'").split("```")  # noqa: RUF001
+    if len(parts) > 2 and any(SIGNS.search(part) for part in parts[1::2]):
+        seen["listing"] = "code in it"
+    lines, prose = "\n".join(parts[::2]).split("\n"), []
+    for line in lines if len(lines) <= 24 else [*lines[:14], *lines[-10:]]:
+        pasted = PASTED.match(line)
+        if pasted:
+            what = pasted.lastgroup or ""
+            seen[{"code": "listing"}.get(what, what)] = "code in it"
+        elif 12 * len(SIGNS.findall(line)) > len(line) + 6:
+            seen["listing"] = "code in it"
+            start = SIGNS.split(line, 1)[0]
+            prose += [start] if start.count(" ") > 2 else []
+        else:
+            prose.append(line)
+    return "\n".join(prose).strip()
+
+
+def read_prose(text: str, seen: dict[str, str]) -> str:
+    """What somebody says in a prompt, in plain letters; `seen` gets what else there is."""
+    told = without_pasted(text, seen)
+    if "\n" in told:
+        seen["lines"] = ""
+    if len(told) > HEAD + TAIL:
+        told, seen["long"] = f"{told[:HEAD]}\n{told[-TAIL:]}", ""
+    unquoted = QUOTED.sub(" ", told)
+    if unquoted != told:
+        seen["quoted"] = ""
+    if "://" in unquoted or CALLS.search(unquoted):
+        seen["call"] = "a call in it"
+    return unquoted.lower().replace("n't", " nt").replace("tl;dr", "tldr").translate(PLAIN)
+
+
+@functools.lru_cache(maxsize=2048)
+def look_up_word(word: str) -> tuple[str, Sequence[tuple[list[str], str]]]:
+    """The kind of a word, and phrases that begin with it; most words are the same few."""
+    book = vocabulary()
+    kind, stems = book.words.get(word), book.stems
+    if kind is None:
+        kind = next((stems[word[:n]] for n in book.lengths if word[:n] in stems), "")
+    return kind, book.phrases.get(word, ())
+
+
+def read_words(prose: str, seen: dict[str, str]) -> int:
+    """Note the kinds of the words in it; how many words there are."""
+    said, mute, first = WORD.findall(prose), -1, ""
+    for at, (alone, phrases) in enumerate(map(look_up_word, said)):
+        kind = alone
+        if phrases:
+            fitting = (one for some, one in phrases if said[at : at + len(some)] == some)
+            kind = next(fitting, alone)
+        if not kind:
+            continue
+        if kind in MARKS:
+            mute = -1
+        elif kind in DENIALS:
+            mute = at + DENIED
+        elif at <= mute and kind not in UNDENIED:
+            continue
+        if kind not in seen:
+            seen[kind] = MARKS.get(kind, f'"{said[at]}"')
+        if not first and kind in ORDERS and at > mute:
+            first = seen[f"first {kind}"] = f'"{said[at]}"'
+    return len(said)
+
+
+def read_unspaced(prose: str, seen: dict[str, str]) -> None:
+    """The same of Chinese and Japanese."""
+    plain = NOT_IN_CHINESE.sub("", prose)
+    if plain != prose:
+        seen["no"] = ""
+    book = vocabulary().unspaced
+    cues = [one for sign in book.keys() & set(plain) for one in book[sign]]
+    found = [(plain.find(cue), kind) for cue, kind in cues if cue in plain]
+    for _, kind in found:
+        seen.setdefault(kind, "its words")
+    orders = [(at, kind) for at, kind in found if kind in ORDERS]
+    if orders and not any(name.startswith("first ") for name in seen):
+        seen[f"first {min(orders)[1]}"] = "its words"
+
+
+def read_cues(text: str, *, tools: bool, images: bool) -> dict[str, str]:
+    """What there is in a prompt of the rows of WEIGHTS, each with how to say so."""
+    seen: dict[str, str] = {}
+    prose = read_prose(text, seen)
+    number = read_words(prose, seen)
+    if not prose.isascii() and any(sign >= CJK for sign in prose):
+        read_unspaced(prose, seen)
+    if not any(kind in CUES for kind in seen):
+        seen["nothing"] = ""
+    size = "few" if number <= 3 else "some" if number <= 12 else "more" if number <= 40 else "many"
+    seen[size] = ""
+    seen.update({"tools": "tools at hand"} if tools else {})
+    seen.update({"images": "a picture"} if images else {})
+    seen.update(
+        {pair: "" for pair, (one, other) in PAIRED.items() if one in seen and other in seen}
+    )
+    return seen
+
+
 def classify(text: str, tokens: int = 0, *, tools: bool = False, images: bool = False) -> Verdict:
-    return Verdict("unknown", "not yet")
+    """The task of a prompt: its last message, with the size and the tools of all of it."""
+    if tokens > LARGE_CONTEXT:
+        return Verdict("large_context", f"{tokens} tokens")
+    seen = read_cues(text, tools=tools, images=images)
+    rows = [WEIGHTS[cue] for cue in seen if cue in WEIGHTS]
+    sums = [sum(column) for column in zip(BIAS, *rows)]
+    best = sums.index(max(sums))
+    told = {words: WEIGHTS[cue][best] for cue, words in seen.items() if words and cue in WEIGHTS}
+    spoke = sorted((one for one in told if told[one] > 0), key=lambda one: -told[one])[:3]
+    return Verdict(TASKS[best], ", ".join(spoke) or "nothing else in it")
 
 
-# ==== 14. Model choice ============================================================================
+# ==== 15. Model choice ============================================================================
 # Which model a request for `auto` gets.  What cannot serve it is left out, and why is remembered;
 # the rest stand in the order of the row of [routes], and what the table below says moves them up or
 # down in it.  A model that is named is never second-guessed.
@@ -3751,7 +4607,7 @@ def explain(one: Candidate) -> str:
     return ", ".join(said) or "is the first that can"
 
 
-# ==== 15. Cache ===================================================================================
+# ==== 16. Cache ===================================================================================
 # What was answered before.  Two requests have the same key where nothing could make their answers
 # differ: the route, each member of the body, what is configured for the model, and which model it
 # is.  When it is full it lets go of the answer that was asked for the longest time ago.
@@ -3853,7 +4709,7 @@ class Cache:
             self.drop(key)
 
 
-# ==== 16. Messages ================================================================================
+# ==== 17. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -4156,7 +5012,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 17. Bodies ==================================================================================
+# ==== 18. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -4543,7 +5399,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 18. Dialects ================================================================================
+# ==== 19. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -5080,7 +5936,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 19. OpenAI ==================================================================================
+# ==== 20. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -5130,7 +5986,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 20. Ollama ==================================================================================
+# ==== 21. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -5179,7 +6035,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 21. Anthropic ===============================================================================
+# ==== 22. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -5247,7 +6103,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 22. Translation =============================================================================
+# ==== 23. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -5818,7 +6674,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 23. Streams =================================================================================
+# ==== 24. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -6107,7 +6963,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 24. Replies =================================================================================
+# ==== 25. Replies =================================================================================
 # Whom a call answers: it never sees a connection.  An exchange is one request of a connection and
 # its answer; other replies are kept, are for several who asked the same, or for nobody.
 
@@ -6513,7 +7369,7 @@ Reply = Union[Exchange, Nobody, Kept, Shared]
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-# ==== 25. Server ==================================================================================
+# ==== 26. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -6881,7 +7737,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 26. Upstream ================================================================================
+# ==== 27. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -7150,7 +8006,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 27. Probes ==================================================================================
+# ==== 28. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -7488,7 +8344,7 @@ class Discovery:
             self.configure()
 
 
-# ==== 28. Cards ===================================================================================
+# ==== 29. Cards ===================================================================================
 # The graphics memory of this box, as a tool or the files of its system tell it.  It is looked at in
 # the background, and only while somebody may want to know: never for a request.
 
@@ -7643,7 +8499,7 @@ class Cards:
         return sum(sizes) / GIB
 
 
-# ==== 29. Calls ===================================================================================
+# ==== 30. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -8135,7 +8991,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 30. Records =================================================================================
+# ==== 31. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -8382,7 +9238,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 31. Store ===================================================================================
+# ==== 32. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -8556,7 +9412,7 @@ class Store:
         return free
 
 
-# ==== 32. Recall ==================================================================================
+# ==== 33. Recall ==================================================================================
 # A request that was answered before is answered from the cache, without waiting.  Of several that
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
@@ -8703,7 +9559,7 @@ class Recall:
         call.reply = run.first  # each would hold the other, and the request
 
 
-# ==== 33. Jobs ====================================================================================
+# ==== 34. Jobs ====================================================================================
 # What may be answered later: each job is a row of the store, from before its client is told 202
 # until its result has been kept long enough.  The statements that move it to another state name the
 # states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
@@ -8957,8 +9813,8 @@ class Jobs:
         return job_of_row(await self.store.find("job", sql, ident))
 
 
-# ==== 34. Auto ====================================================================================
-# What section 14 chooses from: what a request for `auto` asks, and how the models stand that could
+# ==== 35. Auto ====================================================================================
+# What section 15 chooses from: what a request for `auto` asks, and how the models stand that could
 # be meant by it.  What a model can is told by its runner, or by the settings.
 
 PREFERRED = 10  # places that a model goes up which the request prefers
@@ -9222,7 +10078,7 @@ def abilities_of(backend: Backend, key: str, policy: ModelSettings) -> dict[str,
     return {**told, **dict.fromkeys(policy.tags, True)}
 
 
-# ==== 35. Admission ===============================================================================
+# ==== 36. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -9510,7 +10366,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 36. Gateway =================================================================================
+# ==== 37. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -9822,7 +10678,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 37. Models ==================================================================================
+# ==== 38. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -10186,7 +11042,7 @@ class PlainPassthrough(Passthrough):
         return b""
 
 
-# ==== 38. Leases ==================================================================================
+# ==== 39. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
@@ -10288,7 +11144,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 39. Runs ====================================================================================
+# ==== 40. Runs ====================================================================================
 # How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
 # store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
@@ -10508,7 +11364,7 @@ class JobRunner:
             await asyncio.wait(self._tasks)
 
 
-# ==== 40. Batches =================================================================================
+# ==== 41. Batches =================================================================================
 # OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
 # answers are not stored a second time for it: the content of such an output is the state that its
 # lines have, succeeded or failed, and their answers are put together whenever it is read.
@@ -10784,7 +11640,7 @@ class Batches:
             yield line
 
 
-# ==== 41. Changes =================================================================================
+# ==== 42. Changes =================================================================================
 # What people change of clients at run time.  It is kept on the disk, then it holds, also after a
 # restart, until somebody writes another value for the same setting into the file.
 
@@ -10861,7 +11717,7 @@ class Changes:
             self.gateway.reprioritise(call, max(highest, priority))
 
 
-# ==== 42. Background ==============================================================================
+# ==== 43. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -11108,7 +11964,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 43. Webhooks ================================================================================
+# ==== 44. Webhooks ================================================================================
 # Other services are told what happens.  What there is to tell is found by looking four times a
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
@@ -11301,7 +12157,7 @@ class Webhooks:
             postman.close()
 
 
-# ==== 44. Access ==================================================================================
+# ==== 45. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
 # pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
@@ -11471,7 +12327,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 45. Snapshot ================================================================================
+# ==== 46. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -11793,7 +12649,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 46. Job routes ==============================================================================
+# ==== 47. Job routes ==============================================================================
 # What clients ask of jobs, files and batches.  They see their own: what was asked for with their
 # key, or without keys what has their name.  Everybody's are seen with the right `control`, without
 # keys from this box.
@@ -12109,7 +12965,7 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 47. Handlers ================================================================================
+# ==== 48. Handlers ================================================================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -12502,7 +13358,7 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ==== 48. Routes ==================================================================================
+# ==== 49. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -12779,7 +13635,7 @@ class Door:
         exchange.respond(204, b"", headers=granted)
 
 
-# ==== 49. Demo ====================================================================================
+# ==== 50. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -12834,7 +13690,7 @@ async def answer_demo(exchange: Exchange) -> None:
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 50. Terminal view ===========================================================================
+# ==== 51. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -13302,7 +14158,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 51. Service =================================================================================
+# ==== 52. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -13785,7 +14641,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 52. Configuration ===========================================================================
+# ==== 53. Configuration ===========================================================================
 # Where settings come from: a file, with what it refers to, the variables and the flags.
 
 
@@ -13892,7 +14748,7 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
     return None
 
 
-# ==== 53. Process =================================================================================
+# ==== 54. Process =================================================================================
 # A process that serves: what it says when it starts, and what a service manager is told.  All words
 # to people go through `say`.
 
@@ -14020,7 +14876,7 @@ def describe(backend: Backend) -> str:
     return f"{backend.url}  {words}  ({shared})"
 
 
-# ==== 54. Setup ===================================================================================
+# ==== 55. Setup ===================================================================================
 # `llmq config init`: looks at what is here, asks what it cannot see, and writes a file that `config
 # check` accepts.  What it writes is a configuration as any other; nothing else is kept of it.
 
@@ -14498,7 +15354,7 @@ def give_up() -> int:
     return 1
 
 
-# ==== 55. Command line ============================================================================
+# ==== 56. Command line ============================================================================
 # What a person types: a table of commands, and what each does.  The words of other queues are taken
 # for llmq's own, with a note.
 
@@ -15063,7 +15919,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 56. Web page ================================================================================
+# ==== 57. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 15850  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 16705  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 155,
@@ -49,7 +49,8 @@ BUDGET = {
     "Fleet": 290,
     "Scheduler": 545,
     "Forecast": 220,
-    "Tasks": 20,
+    "Words": 550,
+    "Tasks": 325,
     "Model choice": 170,
     "Cache": 105,
     "Messages": 310,

@@ -41,6 +41,7 @@ from tests.fakes import (
     run_llmq,
     running,
 )
+from tests.prompts import tasks_markdown
 from tests.real import peers
 from tests.test_base_path import CADDY_LINES, NGINX_LINES
 from tests.test_client_matrix import clients_markdown
@@ -54,6 +55,7 @@ TABLES = {
     "clients": clients_markdown,
     "metrics": metrics_markdown,
     "rows": rows_markdown,
+    "tasks": tasks_markdown,
 }
 
 
