@@ -416,7 +416,7 @@ async def test_ten_thousand_wait_in_little_memory_while_health_stays_quick() -> 
     with many_files(CROWD + 512):
         async with (
             FakeBackend() as fake,
-            Process("--port", "0", "--backend", fake.url, env=UNMEASURED) as p,
+            Process("--port", "0", "--backend", fake.url) as p,
         ):
             fake.hold()
             held = await begin(p.port, "held")
@@ -448,10 +448,6 @@ async def test_ten_thousand_wait_in_little_memory_while_health_stays_quick() -> 
 
 
 # ---- No file descriptors left ----------------------------------------------------------------
-
-
-# A process that is measured for coverage takes more memory and time than the one that users run.
-UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
 
 
 def cpu_seconds(pid: int) -> float:

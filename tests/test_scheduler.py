@@ -2181,7 +2181,7 @@ class World(Box):
         self.recount()
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_story_keeps_every_rule(seed: int) -> None:
@@ -2199,7 +2199,7 @@ def test_any_story_keeps_every_rule(seed: int) -> None:
     assert world.done["started"] > 100, "a story in which nothing happens proves nothing"
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 def test_the_stories_know_every_ending_and_every_rule() -> None:
     endings: Counter[str] = Counter()
