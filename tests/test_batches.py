@@ -404,6 +404,7 @@ async def run_many(port: int, number: int, fake: FakeBackend) -> float:
     return number / took
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(MANY_SECONDS + 20)
 @pytest.mark.usefixtures("proc")
 async def test_thousands_of_lines_take_no_memory(tmp_path: Path) -> None:

@@ -411,6 +411,7 @@ async def watch_health(port: int, seconds: list[float]) -> None:
         seconds.append(time.monotonic() - begun)
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 async def test_ten_thousand_wait_in_little_memory_while_health_stays_quick() -> None:
     with many_files(CROWD + 512):

@@ -211,6 +211,7 @@ def test_tool_calls_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) ->
     assert b'"x":"' + b"a" * 150 + b'"' in told
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["chat-stream", "chat-stream-usage", "completion-stream"])
 @pytest.mark.parametrize("runner", ["llama-server", "vllm", "ollama", "llama-cpp-python"])
 def test_recorded_stream_of_openai_is_retold_the_same_however_it_is_cut(
@@ -460,6 +461,7 @@ def calls_and_results(number: int) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "assistant", "tool_calls": calls}, *results]}
 
 
+@pytest.mark.untraced
 def test_results_are_matched_with_calls_in_time_that_grows_with_their_number() -> None:
     def asked(number: int) -> float:
         question = calls_and_results(number)
@@ -469,6 +471,7 @@ def test_results_are_matched_with_calls_in_time_that_grows_with_their_number() -
     assert asked(8_000) < 24 * asked(1_000), "8 times as many; 64 times would be quadratic"
 
 
+@pytest.mark.untraced
 def test_bits_of_a_tool_call_are_joined_in_time_that_grows_with_their_number() -> None:
     def told(number: int) -> float:
         bits = [shred(index=0, name="f", arguments="["), shred(index=0, arguments="1" * 200)]
