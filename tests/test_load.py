@@ -173,10 +173,11 @@ class Upload:
 
 
 async def uploads(q: running, dialect: Dialect, chunked: bool) -> list[Upload]:
-    """As many as fit, all of whose bytes have been received."""
+    """As many as fit, all of whose bytes have been received, when nothing arrives any more."""
     users = [f"user{number}" for number in range(FITTING)]
-    found = [await Upload(q.port, dialect, user, chunked).begin() for user in users]
     server = q.service._servers[0]
+    await eventually(lambda: not server.arriving_bytes)  # not even of who was turned away
+    found = [await Upload(q.port, dialect, user, chunked).begin() for user in users]
     await eventually(lambda: server.arriving_bytes >= FITTING * (LONG - 1))
     return found
 
