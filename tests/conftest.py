@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import importlib
 import inspect
 import os
 import signal
@@ -16,14 +17,14 @@ from typing import Any
 
 import pytest
 
-import llmq  # noqa: F401 - here, so that its import is measured
 from tests.fakes import Raw
 
 DEADLINE = 10.0  # seconds for one test; @pytest.mark.deadline(30) gives another
 GRACE = 5.0  # more, before a test that does not even stop is interrupted
 STDERR = pytest.StashKey[int]()  # the real one, for a last traceback while output is captured
 MEASURING = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE_")}
-TRACER = sys.gettrace()  # coverage's, if it measures; it has seen the import of llmq above
+if TRACER := sys.gettrace():  # coverage's; all that it is to see outside of tests is this import
+    importlib.import_module("llmq")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -461,7 +461,6 @@ def calls_and_results(number: int) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "assistant", "tool_calls": calls}, *results]}
 
 
-@pytest.mark.untraced
 def test_results_are_matched_with_calls_in_time_that_grows_with_their_number() -> None:
     def asked(number: int) -> float:
         question = calls_and_results(number)
@@ -471,7 +470,6 @@ def test_results_are_matched_with_calls_in_time_that_grows_with_their_number() -
     assert asked(8_000) < 24 * asked(1_000), "8 times as many; 64 times would be quadratic"
 
 
-@pytest.mark.untraced
 def test_bits_of_a_tool_call_are_joined_in_time_that_grows_with_their_number() -> None:
     def told(number: int) -> float:
         bits = [shred(index=0, name="f", arguments="["), shred(index=0, arguments="1" * 200)]
