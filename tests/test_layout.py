@@ -712,7 +712,8 @@ def sleeps(source: str) -> list[int]:
 
 def test_no_test_sleeps_to_see_whether_something_happened():
     files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "real").glob("*.py")]
-    slept = {path.name: sleeps(path.read_text(encoding="utf-8")) for path in files}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    slept = {name: sleeps(text) for name, text in texts.items() if "sleep" in text}
     assert not {name: lines for name, lines in slept.items() if lines}
 
 
@@ -737,13 +738,14 @@ def test_the_top_of_the_repository_is_what_the_design_names():
 
 def test_each_test_file_says_in_one_line_what_it_checks():
     for path in (ROOT / "tests").glob("*.py"):
-        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        beginning = path.read_text(encoding="utf-8").partition("\nfrom ")[0]
+        said = ast.get_docstring(ast.parse(beginning)) or ""
         assert said.split("\n\n")[0].count("\n") == 0, path.name
         assert said, path.name
 
 
 def test_no_two_tests_of_a_file_share_a_name():
     for path in (ROOT / "tests").glob("test_*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = Counter(node.name for node in tree.body if isinstance(node, FUNCTIONS))
+        found = re.findall(r"^(?:async )?def (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        names = Counter(found)
         assert not [name for name, count in names.items() if count > 1], path.name

@@ -398,6 +398,7 @@ async def test_pages_from_elsewhere_may_not_read_it() -> None:
         assert (await ask(q.port, "GET", "/metrics", headers=headers)).status == 403
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> None:
     async with FakeBackend(["m", *HOSTILE[:6]]) as fake:
@@ -428,6 +429,7 @@ async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> No
     assert len(clients) == LABEL_VALUES
 
 
+@pytest.mark.untraced
 async def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered() -> None:
     """The issue allows 50 ms; the best of some tries, for the machine may be busy."""
     gateway = llmq.Gateway(build_settings({}), "x", time.monotonic, llmq.Store(""))
