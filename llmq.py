@@ -8355,7 +8355,8 @@ NVIDIA_QUERY = (
     "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits"
 )  # fmt: skip
 SYSFS = "/sys/class/drm"
-APPLE_QUERY = ("hw.memsize", "iogpu.wired_limit_mb", "machdep.cpu.brand_string")
+# Older systems do not know the last, and end with an error there.
+APPLE_QUERY = ("hw.memsize", "machdep.cpu.brand_string", "iogpu.wired_limit_mb")
 APPLE_SHARE = ((36 * 1024, 2 / 3), (math.inf, 3 / 4))  # of memory that the GPU may have, MiB
 CARDS_SECONDS = 1.0  # between two looks at whether they are due to be looked at
 TOOL_SECONDS = 5.0  # for such a tool to answer: a hanging driver makes it hang
@@ -8389,13 +8390,15 @@ def parse_nvidia(text: str) -> list[Card]:
 def parse_apple(text: str) -> list[Card]:
     """What sysctl tells of APPLE_QUERY: memory that processor and GPU share."""
     facts = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    memory, limit = (facts.get(name, "") for name in APPLE_QUERY[:2])
+    memory, name, limit = (facts.get(name, "") for name in APPLE_QUERY)
     if not memory.isdecimal():
         raise ValueError("sysctl does not tell of memory")
+    if "Intel" in name:  # whose GPU no runner uses
+        return []
     total = int(memory) // MIB
     share = next(share for most, share in APPLE_SHARE if total <= most)
     wired = int(limit) if limit.isdecimal() else 0
-    return [Card(printable(facts.get(APPLE_QUERY[2], "Apple")), wired or int(total * share))]
+    return [Card(printable(name or "Apple"), wired or int(total * share))]
 
 
 def read_amd(root: str = SYSFS) -> list[Card]:
@@ -8416,11 +8419,15 @@ def read_amd(root: str = SYSFS) -> list[Card]:
     return cards
 
 
-async def output_of(*argv: str) -> str:
-    """What a command prints; OSError or ValueError where it fails or hangs."""
+async def output_of(*argv: str, checked: bool = True) -> str:
+    """What a command prints; OSError or ValueError where it hangs, or fails if that is checked."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,  # so that its children can be ended with it
     )
     late = ValueError(f"{argv[0]} does not answer")
     try:
@@ -8428,10 +8435,10 @@ async def output_of(*argv: str) -> str:
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
             await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=KILL_SECONDS)
     text = told.decode("utf-8", "replace")
-    if process.returncode:
+    if process.returncode and checked:
         raise ValueError(printable(text.strip().partition("\n")[0], ERROR_SHOWN) or "failed")
     return text
 
@@ -8441,7 +8448,11 @@ async def read_cards(tool: str) -> tuple[str, list[Card], str | None]:
     maker, error = "none", None
     try:
         if sys.platform == "darwin":
-            return "apple", parse_apple(await output_of("sysctl", *APPLE_QUERY)), None
+            return (
+                "apple",
+                parse_apple(await output_of("sysctl", *APPLE_QUERY, checked=False)),
+                None,
+            )
         path = shutil.which(tool)
         if path:
             maker = "nvidia"
@@ -8461,20 +8472,30 @@ class Cards:
         self.cards: list[Card] = []
         self.error: str | None = None
         self.looked = self.wanted = float("-inf")  # monotonic
+        self.flight: asyncio.Future[None] | None = None  # a look that is under way
 
     async def step(self) -> None:
-        """Look at the cards, if that is due and somebody may want to know."""
+        """Look at the cards, if that is due and somebody may want to know; all share one look."""
         now = time.monotonic()
         wanted = bool(self.settings.routes) or now - self.wanted < CARDS_WANTED
-        if wanted and now - self.looked >= self.settings.router.gpu_interval:
-            await self.look()
+        due = wanted and now - self.looked >= self.settings.router.gpu_interval
+        if due and self.flight is None:
+            self.flight = asyncio.ensure_future(self.look())
+        if self.flight is not None:
+            await asyncio.shield(self.flight)
 
     async def look(self) -> None:
-        self.looked = time.monotonic()
-        self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        try:
+            self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        finally:
+            self.looked, self.flight = time.monotonic(), None
         if error and error != self.error:
             log.warning("graphics memory: %s", error)
         self.error = error
+
+    def close(self) -> None:
+        if self.flight is not None:
+            self.flight.cancel()
 
     def want(self) -> None:
         """Somebody may want to know soon."""
@@ -13013,7 +13034,7 @@ class Api:
         trouble = None
         if dict(parse_qsl(exchange.request.query)).get("ready") == "1":
             up = any(one.usable for one in self.gateway.fleet.backends.values())
-            trouble = None if up else self.gateway.fleet.trouble() or "no runner has answered yet"
+            trouble = None if up else self.gateway.fleet.trouble() or "no runner is up yet"
         body = (trouble or "ok").encode("utf-8", "replace")
         exchange.respond(503 if trouble else 200, body, "text/plain; charset=utf-8")
 
@@ -14179,9 +14200,9 @@ class LogHandler(logging.Handler):
     """Writes to stderr or a file, as text or JSON; what nobody takes is lost, never waited for."""
 
     def __init__(self, form: str, path: str = "") -> None:
+        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         super().__init__()
         self.form = form
-        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         self.lost = 0  # lines, since the last one that was written
 
     @property
@@ -14250,8 +14271,9 @@ def set_up_log(settings: LogSettings) -> None:
     """
     try:
         handler = LogHandler(settings.format, os.path.expanduser(settings.file))
-    except OSError as error:
-        raise ConfigError(f"log.file: {settings.file}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"log.file: {printable(settings.file)}: {why}") from None
     for old in log.handlers:
         old.close()
     log.handlers[:] = [handler]
@@ -14588,6 +14610,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.gateway.monitor.close()
+        self.gateway.chooser.cards.close()
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
@@ -15393,7 +15416,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch: Any = {"action": "store_true"}
     made["serve"].add_argument("--demo", **switch, help="with a built-in model that echoes")
     made["status"].set_defaults(once=True)
-    made["mode"].add_argument("mode", choices=[mode.value for mode in Mode])
+    made["mode"].add_argument("mode", **one_word_of("mode", [mode.value for mode in Mode]))
     made["top"].add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     made["top"].add_argument(
@@ -15429,17 +15452,27 @@ def list_commands() -> str:
     )
 
 
+def one_word_of(what: str, known: Sequence[str]) -> dict[str, Any]:
+    """What argparse is told of an argument that is one of these words."""
+
+    def parse(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(misspelt(what, word, known))
+        return word
+
+    return {"type": parse, "metavar": "{" + ",".join(known) + "}"}
+
+
 def add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--device", metavar="NAME", help="(default: the only one)")
-    run.add_argument(
-        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
-    )
+    text = "its class (default: as configured)"
+    run.add_argument("--class", dest="priority", help=text, **one_word_of("class", CLASSES))
     run.add_argument("--unload", action="store_true", help="unload the device's models first")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
 
 
 def add_models(models: argparse.ArgumentParser) -> None:
-    models.add_argument("action", nargs="?", choices=("load", "unload"))
+    models.add_argument("action", nargs="?", **one_word_of("action", ("load", "unload")))
     models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
     models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
 
@@ -15454,7 +15487,8 @@ def add_kept(made: Mapping[str, argparse.ArgumentParser]) -> None:
 
 
 def add_config(config: argparse.ArgumentParser) -> None:
-    config.add_argument("what", choices=("check", "show", "init"), help="init: make a file")
+    words = one_word_of("word", ("check", "show", "init"))
+    config.add_argument("what", help="init: make a file", **words)
     group = config.add_argument_group("for init, which looks around, asks, and writes a file")
     group.add_argument("--non-interactive", action="store_true", help="ask nothing")
     text = "take what it says over what was found; JSON or TOML, and ask nothing"
@@ -15498,21 +15532,21 @@ WITHOUT_VALUE = ("--no-tui", "--wizard", "--detect")
 
 def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line in the words of other queues in llmq's own; and a note of each word."""
-    words, notes = list(arguments), []
-    ahead: list[str] = []
-    while len(words) > 2 and words[0] in ("-u", "--url") and words[2] in COMMANDS:
-        ahead, words = [*ahead, *words[:2]], words[2:]
-    command = words[0] if words else ""
-    if command in OLD_COMMANDS:
-        notes.append(f"{command} is {' '.join(OLD_COMMANDS[command])} here")
-        words[:1] = OLD_COMMANDS[command]
-    elif command not in COMMANDS and command not in ("-h", "--help", "-V", "--version"):
-        words.insert(0, "serve")
+    words, notes = command_first(arguments), []
+    if words[0] in OLD_COMMANDS:
+        notes.append(f"{words[0]} is {' '.join(OLD_COMMANDS[words[0]])} here")
+        words[:1] = OLD_COMMANDS[words[0]]
+    if words[0] == "run":  # what follows are the words of another program
+        return words, notes
     usual: Mapping[str, Names] = {"-u": ("--url",), **dict.fromkeys(WITHOUT_VALUE, ())}
     known = OLD_FLAGS if words[0] == "serve" else usual
-    told, rest = [*words[:1], *ahead], iter(words[1:])
+    if words[0] == "config":
+        known = {**known, "-c": ("--config",)}
+    told, rest = words[:1], iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
+        if word[:2] in known and word[1:2] != "-" and len(name) > 2:  # -p8080
+            name, equals, value = word[:2], "=", word[2:]
         if name not in known:
             told.append(word)
             continue
@@ -15521,6 +15555,23 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             value = value if equals else next(rest, "")
             told += [f"{flag}={value}" for flag in known[name]]
     return told, notes
+
+
+def command_first(arguments: Sequence[str]) -> list[str]:
+    """The words with the command before all else; `serve` where there is none."""
+    words, ahead = list(arguments), list[str]()
+    while len(words) > 1 and re.fullmatch("(-u|--url)(=.*)?", words[0]):
+        many = 1 if "=" in words[0] else 2
+        if not words[many:] or words[many] not in COMMANDS:
+            break
+        ahead, words = [*ahead, *words[:many]], words[many:]
+    late = [word for word in words[1:] if word == "serve" or word in OLD_COMMANDS]
+    if words and words[0].startswith("-") and late:
+        words.remove(late[0])
+        words.insert(0, late[0])
+    if not words or words[0] not in (*COMMANDS, *OLD_COMMANDS, "-h", "--help", "-V", "--version"):
+        words.insert(0, "serve")
+    return [words[0], *ahead, *words[1:]]
 
 
 def llmq_url(url: str | None) -> str:

@@ -374,7 +374,7 @@ async def test_who_asks_is_told_by_the_proxy_whatever_the_client_says(
 # ---- The ways from others --------------------------------------------------------------------
 
 OTHERS = """false class action model backend load unload models llmq top q true mode paused open
-    control json waiting config init router server url""".split()  # noqa: SIM905
+    control json waiting config init check router server unknown url""".split()  # noqa: SIM905
 
 
 def migration(name: str = "migration") -> list[tuple[str, str]]:
@@ -455,18 +455,20 @@ TABLES_OF_OTHERS = """proxy ollama ollama.hosts[] queue queue.high queue.normal 
 
 
 # Of ollama-agent-router 0.1.9: its commands and flags, what its file has, its routes.
-ROUTER = """serve -c --config init configure --wizard --detect -o --output --non-interactive --answers
-        --dry-run --overwrite models.items name role sizeGb validate-config status models gpu jobs job
-        result cancel -u --url -v --base-path server host port basePath requestBodyLimit server.https
-        enabled certPath keyPath caPath ollama baseUrl openAiCompatiblePath nativeApiBasePath
-        keepAlive requestTimeoutMs provider vramTotalMb vramSafetyReserveMb maxGpuUtilizationPct
-        requireGpuOnlyByDefault intervalMs nvidiaSmiPath router defaultMode
-        syncMaxQueueTimeMs heavyLoadQueueDepth heavyLoadGpuFreeMbThreshold defaultTaskType
-        classification store resultTtlSeconds maxAttempts cleanupIntervalMs models[] purpose tags
-        maxConcurrent exclusive priority costClass allowWhenBusy defaultContext maxContext timeoutMs
-        routes queue globalMaxConcurrent globalMaxQueued perUserMaxQueued defaultPriority
-        /v1/jobs /v1/jobs/{id}/result /v1/router/status /v1/router/models /v1/router/gpu
-        /v1/router/execute /v1/router/jobs access /v1/admin /health /metrics LOG_LEVEL
+ROUTER = """
+    serve -c --config init configure --wizard --detect -o --output --non-interactive
+    --answers --dry-run --overwrite models.items name role sizeGb validate-config status
+    models gpu jobs job result cancel -u --url -v --base-path server host port basePath
+    requestBodyLimit server.https enabled certPath keyPath caPath ollama baseUrl
+    openAiCompatiblePath nativeApiBasePath keepAlive requestTimeoutMs provider vramTotalMb
+    vramSafetyReserveMb maxGpuUtilizationPct requireGpuOnlyByDefault intervalMs
+    nvidiaSmiPath router defaultMode syncMaxQueueTimeMs heavyLoadQueueDepth
+    heavyLoadGpuFreeMbThreshold defaultTaskType classification store resultTtlSeconds
+    maxAttempts cleanupIntervalMs models[] purpose tags maxConcurrent exclusive priority
+    costClass allowWhenBusy defaultContext maxContext timeoutMs routes queue
+    globalMaxConcurrent globalMaxQueued perUserMaxQueued defaultPriority /v1/jobs
+    /v1/jobs/{id}/result /v1/router/status /v1/router/models /v1/router/gpu
+    /v1/router/execute /v1/router/jobs access /v1/admin /health /metrics LOG_LEVEL
 """.split()  # noqa: SIM905
 
 

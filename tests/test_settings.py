@@ -514,6 +514,15 @@ def test_no_two_settings_share_a_name() -> None:
 # ---- Every setting has an effect that a test sees --------------------------------------------
 
 EFFECTS = {
+    "router.degrade": "test_auto.py::test_smaller_model_of_the_row_goes_where_memory_is_too_short",
+    "router.require_gpu": "test_auto.py::test_split_model_is_refused_where_it_must_be_on_the_gpu",
+    "devices.vram_gb": "test_cards.py::test_memory_that_is_configured_counts_in_place_of_cards",
+    "devices.vram_reserve_gb": "test_cards.py::test_reserve_may_be_said_of_what_cards_tell",
+    "models.size_gb": "test_auto.py::test_size_of_the_settings_goes_over_what_a_runner_tells",
+    "models.purpose": "test_auto.py::test_purpose_says_what_a_model_is_good_at",
+    "models.tags": "test_auto.py::test_tags_say_what_a_runner_does_not",
+    "models.context": "test_auto.py::test_context_of_the_settings_goes_over_what_a_runner_tells",
+    "routes": "test_auto.py::test_task_without_a_row_goes_by_the_row_of_unknown_and_else_by_all",
     "cache.embeddings": "test_cache.py"
     "::test_reload_switches_it_off_and_frees_its_memory_and_on_again",
     "cache.chat": "test_cache.py"
