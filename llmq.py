@@ -8493,9 +8493,11 @@ class Cards:
             log.warning("graphics memory: %s", error)
         self.error = error
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """End a look that is under way, and what it runs."""
         if self.flight is not None:
             self.flight.cancel()
+            await asyncio.wait({self.flight})
 
     def want(self) -> None:
         """Somebody may want to know soon."""
@@ -14610,7 +14612,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.gateway.monitor.close()
-        self.gateway.chooser.cards.close()
+        await self.gateway.chooser.cards.close()
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
