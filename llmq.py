@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 23 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one request.
+The map.  A section uses only what stands above it; nothing above 24 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -32,44 +32,45 @@ reads a clock.  Start reading at `Gateway.serve` in section 36: the life of one 
     10. Fleet          all of them: where there is room, and which is picked
     11. Scheduler      who goes next
     12. Forecast       when, and why not yet
-    13. Tasks          what a prompt asks for
-    14. Model choice   which model `auto` is
-    15. Cache          what was answered before
+    13. Words          by which it tells what a prompt asks for
+    14. Tasks          what a prompt asks for
+    15. Model choice   which model `auto` is
+    16. Cache          what was answered before
   C  HTTP
-    16. Messages       bytes to heads and bodies, and back
-    17. Bodies         JSON read without losing a byte of it
-    18. Dialects       what all of them share: errors, streams, questions
-    19. OpenAI         its endpoints, its errors, how its streams end
-    20. Ollama         the same for Ollama's own routes
-    21. Anthropic      the same for messages
-    22. Translation    one dialect in the words of another
-    23. Streams        how a coroutine reads a connection, and is woken
-    24. Replies        whom a call answers: an exchange, several at once, a store
-    25. Server         sockets towards the clients
-    26. Upstream       sockets towards the runners
+    17. Messages       bytes to heads and bodies, and back
+    18. Bodies         JSON read without losing a byte of it
+    19. Dialects       what all of them share: errors, streams, questions
+    20. OpenAI         its endpoints, its errors, how its streams end
+    21. Ollama         the same for Ollama's own routes
+    22. Anthropic      the same for messages
+    23. Translation    one dialect in the words of another
+    24. Streams        how a coroutine reads a connection, and is woken
+    25. Replies        whom a call answers: an exchange, several at once, a store
+    26. Server         sockets towards the clients
+    27. Upstream       sockets towards the runners
   D  The gateway
-    27. Probes         what a backend has and how it does
-    28. Cards          what graphics memory there is
-    29. Calls          one request on its way, and its answer from a backend
-    30. Records        what remains of it: log, metrics, the latest
-    31. Store          what outlives a restart: one SQLite file, one thread
-    32. Recall         what was answered before, or is being answered
-    33. Jobs           what may be answered later, kept until it is
-    34. Auto           what a choice of model is made from
-    35. Admission      from a request to a call that may wait
-    36. Gateway        the life of one request
-    37. Models         what there is, and its management
-    38. Leases         a device as a whole, for work that is no request
-    39. Runs           how jobs run: a few at a time, as calls
-    40. Batches        OpenAI's files and batches, of jobs
-    41. Changes        what is changed at run time
-    42. Background     what runs beside the requests: deadlines, heartbeats
-    43. Webhooks       whom else it tells what happens
+    28. Probes         what a backend has and how it does
+    29. Cards          what graphics memory there is
+    30. Calls          one request on its way, and its answer from a backend
+    31. Records        what remains of it: log, metrics, the latest
+    32. Store          what outlives a restart: one SQLite file, one thread
+    33. Recall         what was answered before, or is being answered
+    34. Jobs           what may be answered later, kept until it is
+    35. Auto           what a choice of model is made from
+    36. Admission      from a request to a call that may wait
+    37. Gateway        the life of one request
+    38. Models         what there is, and its management
+    39. Leases         a device as a whole, for work that is no request
+    40. Runs           how jobs run: a few at a time, as calls
+    41. Batches        OpenAI's files and batches, of jobs
+    42. Changes        what is changed at run time
+    43. Background     what runs beside the requests: deadlines, heartbeats
+    44. Webhooks       whom else it tells what happens
   E  Doors
-    44. Access         which names, pages and keys may use a route
-    45. Snapshot       what the outside sees
-    46. Job routes     what clients ask of jobs, files and batches
-    47. Connect        what programs are told, so that they ask llmq
+    45. Access         which names, pages and keys may use a route
+    46. Snapshot       what the outside sees
+    47. Job routes     what clients ask of jobs, files and batches
+     N. Connect        what programs are told, so that they ask llmq
     48. Handlers       what is answered at once
     49. Routes         which path leads where
     50. Demo           a runner that only echoes
@@ -152,7 +153,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 18 turns errors into bytes.
+# `render_error` of section 19 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -524,7 +525,7 @@ Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
-TASKS = (  # that a request may be for, see section 15
+TASKS = (  # that a request may be for, see section 16
     "triage", "simple_chat", "summarize", "code_generate", "code_review", "code_fix",
     "agentic_reasoning", "large_context", "tool_use", "unknown",
 )  # fmt: skip
@@ -1223,7 +1224,8 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     if table == "rules":
         raw = {str(number): row for number, row in enumerate(raw, 1)}
     elif isinstance(raw, (list, tuple)):
-        named = [named_url(one) for item in raw for one in parse_names(str(item))]
+        items = [one for item in raw for one in parse_names(str(item)) or [str(item)]]
+        named = [named_url(one) for one in items]
         raw = dict(named)
         if len(raw) != len(named):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
@@ -3573,22 +3575,879 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 13. Tasks ===================================================================================
-# What a prompt asks for: one of ten types of tasks.
+# ==== 13. Words ===================================================================================
+# The words by which section 15 tells what a prompt asks for, by kind: English, German, French,
+# Spanish, Chinese, some Italian, Portuguese, Dutch, Russian, Japanese.  Accents are taken off;
+# `stem*` is how a word begins, `two_words` a phrase; Chinese and Japanese are found anywhere.
 
-LARGE_CONTEXT = 12_000  # tokens
+CUES = {
+    "make": """
+        make propon* schlag_vor code_a code_an generi write writing implement build_a build_me
+        build_an add extend refactor rewrite optimize optimise produce scaffold develop draft
+        compose erstell* generier* implementier* programmier* erganz* erweiter* entwickl* ecris
+        ecrire ecrivez ecrit_moi redige* cree creer creez implemente* ajout* developpe* complete*
+        fais_moi escrib* implementa* anad* agrega* desarrolla* haz hazme redacta* completa_el
+        completa_la completa_este scrivi* scrivere aggiung* escrev* crie criar gere gerar adicion*
+        faca schrijf* maak maken genereer* voeg bouw напиши* написать создай* создать добав*
+        реализу* составь 写 编写 生成 实现 创建 补全 补充 添加 做一个 書いて 書き 作って 作成 実装
+        追加 making mocks put_together code_me modify adapt adjust alter enhance finish fill_in
+        prototype turn_this_into turn_this turn_these set_up schreib* mach mache macht machen
+        bastel* ander* anpass* pass_an vervollstandig* umschreib* fuge entwickeln fais faire modifi*
+        realise construis code_moi hacer hagas montame construye fai fammi fare crei realizza*
+        sviluppa* faz faz_me fazer desenvolv* schrijven toevoegen pas_aan сделай сделать дополни
+        измени* сгенери* разработ* 写一 写个 写段 编一个 做个 做一 帮我写 完善 加一个 加上 加个 改写
+        重构 开发 搭建 优化 起草 書い 作り 作れ 補完 リファクタ 書け crea_una code_up hack_together
+        whip_up give_me_a autocomplete fill stub extract_into wrap expose write_me bau* genere*
+        ajoute* crea* genera* anade* completa* programa* 写一个 增加 封装 写出 добавь* реализуй*
+        voeg_toe
+    """,
+    "port": """
+        port translat* convert* port_this port_it rewrite_this ubersetz* konvertier* portier*
+        tradui* porte traduc* traduz* convierte vertaal* перевед* перевод* перепиши 转换 转成 改写成
+        改成 移植 変換 書き換え 訳し rewrite_in turn_into_a wandle umwandeln ubertrag* pasa_a
+        transform* umsetzen in_english in_german auf_englisch auf_deutsch en_anglais en_francais
+        al_ingles en_ingles al_espanol in_inglese em_ingles in_het_engels на_английский 译成 改为
+        に直し 英訳 和訳
+    """,
+    "judge": """
+        judge 这样写 这么写 那样写 anything_you_would_change would_you_change schauen taugt
+        falhas_de fallos_de fallas_de failles_de mauvaises_pratiques sigue_las segue_as convenciones
+        conventions analise analiza_el_codigo how_good how_clean how_safe bad_about
+        wrong_with_this_design made_better be_made_better can_be_better objections objection
+        concerns red_flags gotchas pitfalls edge_cases did_i_forget smell 指出 缺点 优点 不足 写得好
+        可以改 更好的 合理吗 安全吗 正确吗 规范吗 code_review_of do_a_code_review haz_una_revision
+        fais_une_revue faire_une_revue revue_de_code revision_de 代码审查 review* rate quality
+        audit* feedback assess check look_over look_at look_through go_over going_through go_through
+        take_a_look have_a_look what_do_you_think thoughts any_issues idiomatic thread_safe safe
+        secure security vulnerab* best_practice best_practices readable efficient good_enough clean
+        prod_ready faster pruf* uberpruf* begutacht* beurteil* bewert* schau_dir schau_mal schaut
+        was_haltst was_haltet was_denkst sicherheits* besser_machen verbesser* lesbar sauber
+        effizient meinung relis relire relisez examine* verifi* evalue* penses_tu pensez_vous
+        ton_avis votre_avis lisible failles revis* evalua* que_opinas te_parece eficiente legible
+        mejorar bien_escrit* controlla* rivedi ne_pensi valuta* avali* que_acha que_voce_acha
+        beoordeel* controleer* bekijk vind_je vindt_u netjes nakijken kijk проверь* оцени* ревью
+        посмотри что_думаешь безопасн* 审查 评审 点评 看看 看一下 检查 评价 怎么样 规范 レビュー
+        査読 評価 チェック 確認して 改善点 見て looks_ok look_ok look_good looks_good cleaner brutal
+        pair_of_eyes lgtm would_you_merge would_you_approve any_problems any_bugs any_errors
+        any_mistakes any_flaws for_bugs for_errors for_problems for_mistakes for_issues for_security
+        possible_bugs potential_bugs potential_issues flaws smells nitpick* roast sanity better_way
+        weak_spots weaknesses bottleneck* maintainab* good_practice critici* inspect vet grade
+        verify double_check pythonic overkill reasonable sensible improved improvements improve
+        could_be_better sloppy hacky elegant production_ready race_conditions thread_safety
+        comments_on readability kritisier* saubere* schoner in_ordnung schwach* druberschau* druber
+        ruckmeldung qualitat* lucken auf_fehler gibt_es_fehler gut_so ok_so so_okay haltst_du
+        haltet_ihr schlecht_an eleganter idiomatisch performan* kritik critique* jette_un
+        coup_d_oeil propre bonnes_pratiques qualite des_problemes des_erreurs des_bugs amelior*
+        opini* critica* vistazo buenas_practicas calidad mejor mejora mejoras limpio limpia seguro
+        rendimiento que_tal algun_error algun_problema problemas_de parere occhiata migliora* pulito
+        sicuro leggibil* buone_pratiche olhada melhor* limpo boas_praticas acha_deste acham mening
+        kritiek veilig leesbaar verbeter* kijk_naar beter_kan beter мнение как_тебе что_скажешь
+        качеств* улучш* посмотрите чист* читаем* уязвим* замечани* 审核 评估 写得 写法 好不好 漏洞
+        安全 隐患 改进 意见 建议 可读性 性能 合理 有没有问题 有什么问题 有没有bug 哪些问题 潜在
+        有没有 可以吗 地道 指摘 脆弱 読みやす 良い書き方 意見 アドバイス どう思 安全性 問題点
+        問題ない もっと良い verdict sanity_check second_pair anything_wrong_with
+        what_would_you_change improve_anything is_this_ok is_this_good is_it_ok code_review pruef*
+        durchsehen drubersehen relecture avis verifie* juge* que_penses revisa* opina* que_te_parece
+        valora* 帮我看 把关 avalie*
+    """,
+    "fix": """
+        fix correct_it fixes fixing repair debug debugging solve correct_the correct_this
+        troubleshoot make_it_work get_it_to_work get_this_to_work to_pass it_pass them_pass
+        reparier* beheb* korrigier* zum_laufen corrige* repare* debogu* resoud* resous arregl*
+        repara* depura* solucion* resuelv* corregir corregg* aggiust* risolv* corrij* conserta*
+        resolv* los_op verhelp* исправ* почин* отлад* 修复 修一下 修正 改一下 解决 修好 调试 直して
+        直し デバッグ 解決 get_past get_around sort_out work_again track_down get_rid_of unbreak
+        where_is_the_bug make_this_work woran_liegt was_mache_ich_falsch wieder_lauft los_das
+        lose_das losen fehlersuche d_ou_vient por_que_no_me come_risolv* come_faccio_a_risolv*
+        conserte arrume oplossen maak_dit_werkend почему_не 怎么办 怎么改 哪里错 哪错了 哪里有问题
+        怎么修 改好 改对 修改 どこが間違 直す 治し 解決し correct mend patch get_this_working
+        get_it_to loesen lose hinkriegen corrig* soluciona* resuelve* depur* debogue* 修 怎么解决
+        修正して aggiusta* sistem* concert* herstel
+    """,
+    "shorten": """
+        shorten boil_down boil_this boil_it boil_that make_short make_it_short shortened eindampf*
+        缩成 缩到 太长 summar* sumar* sum_up condens* shorter tldr tl_dr recap abridge resum*
+        zusammenfass* zusammen_fassen kurze_den kurze_das kurzer_fassen fass fasse synthetis*
+        abrege* sintetiz* riassu* riepilog* samenvat* vat_dit vat_de vat_het резюм* перескажи*
+        кратко вкратце 总结 概括 摘要 归纳 概述 提炼 要約 まとめ short_version shorter_version
+        compress trim highlights abbreviat* cut_down wrap_up catch_me_up brief_me kurz_fassen
+        verkurz* kurzfass* runterbrechen raccourci* en_bref acorta* abrevia* extracto accorcia*
+        sintesi* encurt* kort_samen inkorten verkort обобщи* суммируй* сжато сократ* выдели 压缩
+        精简 缩短 缩写 浓缩 简述 一句话说 短くして 短く 要点を 短縮 boil_it_down minutes trim_down
+        kurz kuerze kurze kernaussag* auf_den_punkt protokoll resume* en_gros essentiel compte_rendu
+        acta en_pocas 一句话 итог* сократи* riassum* kort
+    """,
+    "sort": """
+        sort determina_el classif* klassif* categori* kategori* triage* label tag spam spam_or_not
+        route_this route_the assign_this sort_this sort_these sort_the is_this_spam einordn* ordne
+        zuordn* stufe etiquet* classe_ce clasif* etiket* определи_тональность классифиц* отнеси 分类
+        归类 分到 判断 归为 分類 判定 decide_whether decide_if pick_the pick_one pick_the_folder
+        choose_one choose_the assign assign_it route belongs belong goes_to which_tier phishing junk
+        scam bucket flag sort_into sort_them output_only answer_only_with answer_with_one
+        reply_with_one one_word_only reply_only escalate rank_these rate_the_urgency
+        detect_the_language detect_language language_is intent_of einstufen stufe_ein einsort*
+        sortiere_diese gehort_das gehort_diese gehort_in weise_zu zuweis* zuteil* markiere relev*
+        repartis range_ce affecte oriente attribue signale etichetta* smista* assegna* asigna*
+        ordena_estos pertenece deriva rotul* encaminhe atribua pertence indeel* deel_in sorteer*
+        labelen hoort_dit распредели* отнести пометь определи_категор* определи_язык это_спам 归到
+        归入 打标签 标注 标记 分级 判别 分派 转给哪 仕分け 振り分け ラベル 分けて 判別 prioritize
+        prioritise rank_by queue positive_or klassifizier* priorisier* sortier* classe* categoris*
+        trie* clasifica* categoriza* etiqueta* prioriza* que_departamento classifica* prioridade
+    """,
+    "think": """
+        think pianific* peser pese le_pour_et show_that zeige_dass montre_que muestra_que mostre_que
+        all_the_steps reasons what_to_do_first weighings study_plan vale_mais conclua plan_the
+        plan_a plan_an plan_our plan_my plan_out design_a design_an design_the architect_a devise
+        lay_out work_out think_through step_by_step prove proof trade_offs tradeoffs tradeoff weigh
+        pros_and_cons root_cause root_causes should_we reason investigate strategize entwirf
+        entwerf* plane schritt_fur_schritt beweis* abwag* wage vergleich* sollen_wir sollten_wir
+        elabor* concois conception planifi* etape_par_etape pas_a_pas prouve* compar* faut_il
+        devons_nous cause_racine planea paso_a_paso razona demuestra* debemos progetta*
+        passo_dopo_passo dimostra* confront* planej* projete passo_a_passo prove_que ontwerp*
+        stap_voor_stap bewijs* vergelijk* спроект* пошаг* по_шагам шаг_за_шагом докажи* сравни* 制定
+        设计 规划 一步一步 逐步 证明 比较 权衡 取舍 根本原因 设计方案 設計 計画 一歩ずつ 段階的 証明
+        比較 順を追って options speaks_against criteria in_which_order narrow_it_down narrow_down
+        hypothes* figure_out derive puzzle riddle reasoning causes systematic* milestones phases
+        rollout how_would_you_structure how_would_you_approach how_would_you_design how_should_we
+        approach_to what_would_you_choose decision step_for_step one_after_the_other versus
+        thought_process think_about_how come_up_with_a_plan erarbeite planen ursache* systematisch*
+        vor_und_nachteile pro_und_contra pro_und_kontra ratsel knobel* herleit* leite_her
+        wie_wurdest_du meilenstein* entscheidung* konzipier* demarche avantages_et plusieurs_etapes
+        raisonne* enigme demontr* tranche hierarchis* etapes causa_raiz ventajas_y pros_y_contras
+        acertijo razonando fases hoja_de_ruta esboza decidir decide_cual passaggi pro_e_contro
+        causa_radice indovinello ragiona* valutando passos pros_e_contras raciocin* stappenplan
+        voor_en_nadelen afweg* raadsel oorzaak redeneer* коренн* причин* обоснуй* взвесь
+        плюсы_и_минусы рассужда* разработай_план загадк* продумай* этап* 推理 步骤 分步 利弊 优缺点
+        优劣 根因 排查 推导 为什么会变 论证 分析原因 怎样确定 选择哪 推論 手順 原因 メリット
+        どちらを選 長所 戦略 検討 design architect trade-offs diagnose migrate migration_plan
+        propose approach entwurf architektur strategie abwaeg* schritt_fur analysier* vorgehen
+        planifie* etape_par analyse* planifica* disena* diseno estrategia analiza* sopesa* 对比 分析
+        排查思路 决策 迁移 段階 спроектир* pianifica* confronta*
+    """,
+    "explain": """
+        what_plan which_plan explain* teach define erklar* beschreib* expliqu* explica* decris
+        definis describ* spiega* leg_uit uitleg* объясни* расскажи* 解释 说明 介绍 讲解 説明
+        what_does what_do_the tell_me_about mean_by what_is_the_difference difference_between
+        whats_the_difference meaning_of eli5 was_bedeutet was_macht unterschied_zwischen was_ist
+        qu_est que_fait c_est_quoi difference_entre signifie que_significa significa que_hace
+        diferencia_entre cosa_fa cosa_significa differenza_tra o_que_faz o_que_e diferenca_entre
+        wat_doet wat_betekent verschil_tussen wat_is что_такое что_значит что_делает разниц*
+        чем_отличается поясни* 是什么 什么是 什么意思 区别 有什么用 干什么 とは 違い 意味 how_does
+        how_do_the wie_funktioniert comment_fonctionne como_funciona come_funziona hoe_werkt
+        как_работает 如何工作 怎么工作 讲一下 讲讲 原理 what_is what_are how_do why_is difference
+        between meaning means tell_me erklaer* was_sind unterschied bedeutung explique* qu'est
+        c'est_quoi definition que_es que_son diferencia 怎么理解 означает cos'e differenza diferenca
+        verschil
+    """,
+    "act": """
+        act search_the_web search_online look_up google_for web_search browse invoke run_the
+        run_a_command call_the fetch_the remind_me recherchiere* fuhre_den fuhr_den cherche_sur
+        recherche_sur execut* ejecut* busca_en llama_a esegui* cerca_su chiama_l pesquis* zoek_op
+        voer_uit выполни_команд* найди_в 搜索 上网 调用 执行 检索 実行 呼び出し ネットで
+        search_the_internet search_for use_the query_the run_ping ping curl crawl look_up_the scrape
+        use_your nutze_das nutze_die benutze_das such_im suche_im im_internet im_netz im_web googel*
+        googl* ruf_die rufe_die fuhre_aus fuhr_aus sur_internet sur_le_web utilise_l utilise_la
+        appelle_la appelle_l lance_la_commande en_internet en_la_web en_linea usa_la usa_el
+        su_internet online_il usa_lo na_internet use_a op_internet gebruik_de roep в_интернете
+        загугли погугли 网上 联网 百度 运行命令 运行一下 検索して ウェブで 呼んで function_schema
+        function_call tool_call the_schema as_arguments into_arguments json_schema_of
+        fill_the_function function_arguments argumente_fur delete_the create_a_ticket set_a_reminder
+        list_files schick loesch losch oeffne lade schalte envoie reserve rappelle* envia reserva
+        运行 重启 创建一个 検索 запусти* вызови* найди* открой* удали* cerca invia busque leg_an
+        lege_an trag_ein fill_the arguments_of parameter fonds extrae_los list_its
+    """,
+    "do": """
+        do book_a book_me buche turn_on turn_off turn_up turn_down put spiel spiele joue reproduce
+        pon_el ring_up lege_in search find send schedule set open save read fetch get list delete
+        remove move rename run call download upload cancel order show update post extract remind
+        such suche finde schick* sende offne speicher* lies losch* starte ruf rufe stell stelle trag
+        zeig zeige cherche trouve envoie* reserve* ouvre lis supprime lance appelle mets rappelle
+        extrais busca encuentra envia* reserva* abre lee borra llama pon recuerda* guarda extrae
+        trova manda* invia* apri leggi prenota ricorda* procura abra leia envie lembre zoek stuur
+        lees найди отправь* открой прочитай закажи напомни* покажи 查一下 查 发一封 发送 发给 打开
+        读取 提醒 预订 订 设置 保存 提取 調べて 送って 開いて 読んで 予約 設定 教えて start stop_the
+        put_on add_to_my ping_me notify invite mute pause subscribe erinner* stell_mir starte_den
+        offnen loesche verschieb* kopier* reservier* mail_an trage leg_einen prends note_dans
+        programme_un demarre telecharge eteins allume verifie_mon ponme anota apaga enciende
+        descarga programa_una manda_un avisa* imposta metti spegni accendi aggiungi_alla scarica
+        desligue ligue baixe marque agende adicione_a zet verzend doe_de herinner* verwijder пришли
+        поставь включи выключи забронируй* удали скачай запиши создай_файл добавь_в 关闭 关掉 开启
+        发消息 发个 发一 查查 帮我查 帮我订 订一 定个 下载 删除 设一个 设个 添加到 预约 看看明天
+        消して つけて セット 登録 追加して リマインド 予約して 送信 restart deploy kill scale paste
+        kubectl ssh ls cat grep git_status look_for
+    """,
+    "want": """
+        want 帮我 please pls plz bitte s_il_te s_il_vous svp por_favor per_favore alstublieft graag
+        пожалуйста 请 お願い como_hago como_puedo wie_mache_ich comment_faire how_would_i pasame
+        hilf_mir do_for_me need give_me show_me gimme how_do_i how_to how_can_i brauche hatte_gern
+        gib_mir zeig_mir wie_kann_ich besoin donne_moi je_veux il_me_faut montre_moi necesito quiero
+        dame muestrame ho_bisogno vorrei dammi preciso quero ik_wil nodig geef нужен нужна нужно
+        需要 给我 想要 欲しい ください i_d_like i_would_like looking_for require get_me
+        please_provide provide i_want lets_have ich_mochte mochte benotig* hatte_gerne bitte_um
+        ich_will j_aimerais j_ai_besoin il_me_faudrait voudrais souhait* me_gustaria querria
+        quisiera busco mi_serve mi_servirebbe voglio gostaria queria heb_een ik_zou_graag ik_zoek
+        хочу требуется дай 我要 我想 来一 来个 求 能不能 欲しいです 必要 下さい
+    """,
+    "code": """
+        cron cron_expression snake_game pygame 语言 编程 pseudo_code pseudocode dataframe 作业代码
+        言語 codes coding source_code regex* sql javascript typescript js ts kotlin c++ c# php
+        golang haskell bash powershell css react vue angular svelte django flask fastapi sqlalchemy
+        pandas numpy scikit dockerfile docker_compose compose_yml makefile terraform ansible vba
+        pull_request pull_requests pr prs snippet* unit_test unit_tests pytest jest one_liner
+        oneliner shell_script cron_job cronjob crontab github_action github_actions compile* codemod
+        gradle webpack linux_kernel solidity latex api_client cli_tool algorithm quellcode quelltext
+        skript* composant codigos programma functie скрипт* кода коде функци* программ* регуляр*
+        函数 脚本 程序 正则 页面 单元测试 查询语句 関数 スクリプト プログラム 正規表現 クラス
+        arduino sketch formula formulas macro macros autohotkey spreadsheet_formula google_sheets
+        excel_formula webpage web_page html_page landing_page home_assistant automation lua perl
+        matlab r_script fortran cobol assembly elixir clojure scala dart flutter swiftui julia
+        graphql dax awk jq nginx systemd cmake webhook css_file stylesheet codebase_style helm
+        kubernetes_manifest json_schema type_hints docstrings docstring integration_test mock e2e
+        selenium playwright discord_bot telegram_bot chatbot_in plugin userscript browser_extension
+        stored_procedure trigger_function sql_table migration_script patchset changeset
+        merge_request typescript_type interface_in struct recursion_code parser powershell_skript
+        makro formel formeln webseite datenbankabfrage unittest* testfall* regularen_ausdruck
+        regularer macro_excel formule script_bash page_html requete_sql expression_reguliere
+        tests_unitaires depot_git expresion_regular formula_de pagina_web pagina_html
+        prueba_unitaria pruebas_unitarias guion_de_bash espressione_regolare foglio_di_stile
+        expressao_regular planilha testes_unitarios webpagina sql_запрос макрос* формул* тест* юнит*
+        сайт* 爬虫 宏 公式 网页 小程序 接口代码 配置文件 测试用例 算法 源码 マクロ 数式 ソース
+        テストコード シェル py cpp rb tsx jsx prometheus grafana alertmanager iptables ggplot
+        matplotlib tensorflow pytorch dplyr tidyverse argparse hibernate laravel symfony rails
+        nextjs node nodejs tailwind bootstrap jquery ffmpeg git_hook pre_commit playbook
+        kubectl_command unit_file dockerfiles eslint redux graphql_schema websocket 命令行
+        コマンドライン spring junit table_schema dict hashmap mutex async await lambda decorator
+        linter kubernetes exception cargo vite metodo 方法 数据库 表结构
+    """,
+    "soft": """
+        soft function functions script scripts class classes python java ruby rust swift go query
+        queries program programs test tests build loop loops config pipeline app module package
+        library funktion funktionen klasse klassen programm abfrage methode fonction fonctions
+        classe requete programme funcion funciones clase consulta programa prueba funzione classi
+        funcao запрос* класс* 类 接口 テスト programa_en snippets bot dashboard server form button
+        page cli formular knopf seite schleife schleifen skripte script_en bouton boucle formulaire
+        site boton bucle formulario pagina pulsante ciclo botao laco pagina_de knop lus цикл* кнопк*
+        страниц* 按钮 循环 网站 表单 ボタン ループ ページ code endpoint index array thread component
+        hook ci workflow branch commit merge diff pointer method git npm pip maven yaml json xml
+        html 查询 组件 模块 编译 代码 コード код codice codigo codigo_iso
+    """,
+    "prose": """
+        prose thank_you_letter 感谢信 一封信 einen_brief ein_brief den_brief brief_an brief_fur
+        netten_brief formellen_brief een_brief letter mail poem haiku story essay speech toast joke
+        song lyrics tweet invitation cover_letter message my_resume a_resume gedicht geschichte rede
+        witz lied einladung nachricht lettre courriel poeme histoire discours blague carta correo
+        poema cuento discurso chiste lettera poesia racconto historia verhaal письмо стих* рассказ
+        邮件 信 诗 故事 作文 手紙 詩 メール 物語 text_message e_mail emails resume_for cv caption
+        slogan bio paragraph limerick sonnet rhyme recipe birthday wedding_speech apology blog_post
+        article eulogy mails aufsatz rezept geburtstag* entschuldigung absage spruch anschreiben
+        bewerbung* recette mot_de excuses dissertation remerciement receta disculpa felicitacion
+        redaccion brindis frase ricetta biglietto scuse carta_a receita redacao kaartje gedichtje
+        recept sollicitatie* поздравлен* речь рецепт сочинени* 情书 短信 祝福 道歉 演讲 文章 菜谱
+        标语 俳句 スピーチ お礼 小説 挨拶 email text translation condolence application artikel
+        absatz antwort ubersetzung paragraphe reponse traduction chanson anniversaire candidature
+        ensayo articulo mensaje respuesta traduccion cancion cumpleanos 段落 句子 消息 回复 翻译 歌
+        生日 求职信 请柬 文案 返事 翻訳 текст ответ перевод
+    """,
+    "digest": """
+        digest kurz_und worum_geht_es mas_importantes importantes_de most_important_things plot_of
+        main_message summary abstract key_points main_points takeaways gist synopsis minutes_of
+        meeting_minutes minutes_please bullet_points in_short zusammenfassung kurzfassung
+        stichpunkt* kernaussage* kernpunkte synthese points_cles points_essentiels
+        compte_rendu_court resumen sintesis ideas_principales puntos_clave sintesi punti_chiave
+        resumo pontos_principais samenvatting hoofdpunten выжимк* тезис* 要点 小结 要旨 recap_of
+        one_pager executive_summary minutes_from short_summary nutshell what_happened main_ideas
+        main_arguments most_important wesentliche wesentlichen hauptpunkte das_wichtigste
+        ergebnisprotokoll protokoll_in kerngedanken idees_principales l_essentiel lo_esencial
+        puntos_principales lo_mas_importante ideas_clave punti_principali idee_principali
+        principais_pontos pontos_chave kernpunten belangrijkste главн* основн* суть 大意 中心思想
+        主要内容 会议纪要 纪要 梗概 主旨 概要 ポイント 議事録 in_brief main_findings findings
+        en_pocas_palabras de_que_trata kurz_gesagt core_message de_quoi_parle 核心 观点 核心观点
+        di_cosa_parla do_que_trata o_чем
+    """,
+    "bin": """
+        idioma langue_de el_idioma la_lengua sprache_ist 语种 语言是 哪种语言 dringlichkeit
+        es_urgente is_it_urgent is_this_urgent ist_das_dringend c_est_urgent es_spam 标签 subject_is
+        offensive positief negatief category sentiment urgency priority which_queue which_team
+        which_department which_folder right_department right_team yes_or_no yes_no reply_only_yes
+        positive_or_negative positive_neutral how_urgent what_language_is kategorie* stimmung
+        prioritat welche_abteilung ja_oder_nein positiv_oder categorie* priorite urgence oui_ou_non
+        positif_ou quel_service categoria* sentimiento prioridad urgencia departamento si_o_no
+        positivo_o positiv* priorita urgenza reparto urgente_ou prioriteit afdeling ja_of_nee
+        тональност* категори* срочн* приоритет* 好评还是 差评 类别 优先级 情感 紧急 是否 属于
+        カテゴリ 優先度 至急 緊急 感情 tier scale_from scale_of on_a_scale how_angry how_severe
+        severity which_label which_class which_topic which_category which_inbox correct_label
+        topic_of intent is_it_spam is_this_mail emotion positive_negative spam_ham true_or_false
+        toxic_or harmless wie_dringend skala auf_einer_skala welche_kategorie welcher_kategorie
+        welches_team welche_sprache in_welcher_sprache dringend welches_postfach zustandig*
+        schweregrad quelle_langue quelle_categorie quel_departement degre_d_urgence quelle_file
+        gravite echelle que_idioma que_categoria en_que_idioma a_que_equipo grado_de_urgencia
+        nivel_de_urgencia escala sentimento gravedad que_lingua in_che_lingua quale_categoria
+        quanto_e_urgente qual_categoria qual_setor nivel_de welke_categorie welk_team welke_taal
+        hoe_dringend spoed какая_категория какому_отделу к_какому какой_язык насколько_срочно
+        какой_отдел 属于哪 哪个部门 哪一类 什么语言 紧急程度 正面 负面 垃圾邮件 情绪 重要性 どの部署
+        何語 スパム ポジティブ ネガティブ 種類 重要度 緊急度 yes_/_no spam_/_ham positive_/_negative
+        positive_/_neutral ja_/_nein si_/_no oui_/_non sim_/_nao 定级 等级 级别 fit_our
+    """,
+    "plan": """
+        plan plans roadmap strategy architecture migration strategie* architektur* fahrplan
+        arquitectura estrategia* strategia architettura arquitetura план плана стратеги* архитектур*
+        方案 计划 架构 策略 计划书 concept proposal_for action_plan schedule_for curriculum timeline
+        konzept zeitplan massnahmenplan lernplan plan_d feuille_de_route plan_de plan_para
+        cronograma piano_di un_piano plano plano_de plannen stappen architectuur дорожн* концепц*
+        路线图 计划表 流程 ロードマップ アーキテクチャ 構成 プラン
+    """,
+    "corpus": """
+        corpus kapitel* chapit* capitul* capitol* essays sources_of project_source repo code_base
+        codebase monorepo chapters manuscript documents collection contracts transcripts archive
+        novel thesis files_in_the repositor* codebasis dokumente vertrage depot roman documentos
+        coleccion documenti hoofdstukken documenten репозитор* глав документ* 代码库 仓库 章节
+        全部文档 所有文件 文档集 リポジトリ 章 文書 codebases sources source_tree manuscripts
+        base_de_code bases_de_code quellcodebasis dokumentensammlung dokumentensammlungen
+        dokumentation bucher romans tous_les_fichiers_du base_de_codigo base_de_codice codigo_fonte
+        codigo_fuente archivio archivo_completo acervo collectie архив* коллекц* кодов* 代码仓库
+        项目源码 整本书 全集 合同 档案 コードベース 全章 原稿 論文集 depositions interviews letters
+        statements archives dossier korpus sammlung whole_repo whole_repository entire_repository
+        entire_codebase whole_codebase all_files every_file whole_book all_chapters entire_book
+        complete_archive all_documents whole_collection full_history gesamte_repository ganzen_code
+        alle_dateien alle_kapitel ganze_buch alle_dokumente tout_le_depot tous_les_fichiers
+        tous_les_chapitres tout_le_livre toute_la_base todo_el_repositorio todos_los_archivos
+        todos_los_capitulos todo_el_libro toda_la_base 整个仓库 整个代码库 全部文件 所有章节
+        整个项目 全部章节 リポジトリ全体 全ファイル весь_репозиторий все_файлы все_главы
+        intero_repository tutti_i_file todo_o_repositorio ensemble_de tous_les_comptes
+        fonds_documentaire tous_les_contrats
+    """,
+    "pile": """
+        pile diaries records notes entries messages surveys responses reviews sessions papers
+        studies articles recordings tagebucher protokolle berichte rechnungen journaux rapports
+        contrats factures informes diarios actas contratos facturas relazioni contratti relatorios
+        verslagen отчет* 报告 记录 论文 日志 記録 報告書 tickets files file manual project projects
+        book books reports logs pages akten projekt handbuch buch dateien fichiers projet manuel
+        livre archivos proyecto libro progetto manuale arquivos projeto livro bestanden boek проект*
+        книг* файлов 项目 文件 手册 书 プロジェクト ファイル 本
+    """,
+    "thing": """
+        thing meetings appointments termine rendezvous citas results_to web internet url api command
+        shell terminal calendar appointment meeting alarm reminder reminders ticket event flight
+        table lights light tool folder directory inbox database arguments schema datei ordner
+        kalender termin wecker befehl fichier agenda rendez_vous rdv commande archivo carpeta
+        calendario cita comando alarma documento promemoria appuntamento arquivo bestand afspraak
+        файл* папк* календар* команд* встреч* 日历 命令 闹钟 会议 航班 机票 日程 灯 予定 カレンダー
+        コマンド timer shopping_list to_do_list todo_list playlist volume thermostat heating
+        spreadsheet csv_file log_file slack tracking_number einkaufsliste heizung licht lampe
+        liste_de_courses lumiere minuteur chauffage lista_de_la_compra temporizador luz luces
+        correo_a lista_della_spesa luce lista_de_compras boodschappenlijst lamp таймер свет
+        список_покупок 定时器 购物清单 空调 群 タイマー 電気 エアコン 買い物リスト メール送信
+    """,
+    "live": """
+        live rain snow sunny regnen regnet schneit pleuvoir pleuvra llover llovera piove chover
+        regenen дожд* 下雨 下雪 雨 bus train trains opening_hours bitcoin zloty euro_now news_about
+        公交 火车 que_tiempo weather forecast temperature stock stocks share_price trading
+        exchange_rate price news score traffic wetter kurs meteo temps_qu_il tiempo cotizacion
+        tempo_em weer погод* курс 天气 股价 汇率 气温 新闻 天気 気温 株価 ニュース time_is_it
+        what_time clock flight_status delay aktie aktien uhrzeit wie_spat borse quelle_heure
+        cours_de l_action que_hora hora_es bolsa acciones che_ore che_tempo azioni previsioni
+        que_horas cotacao tempo_vai hoe_laat aandeel который_час акци* 几点了 股票 时间 何時
+        天気予報
+    """,
+    "whole": """
+        whole entire full at_once across_all all_at_once gesamte* ganze* komplette* vollstandige*
+        samtliche* integral* entier entiere ensemble entero entera completo completa intero intera
+        inteiro inteira hele volledige весь всю всего целиком полностью целый 整个 整本 全书 全部
+        完整 全体 丸ごと totalite totalidad gesamtheit in_all totalita
+    """,
+    "all": """
+        all every each across any_two the_complete alle allen tout toute tous toutes todo toda todos
+        todas tutto tutta tutti tutte всех все 所有 すべて 全て 全
+    """,
+    "fault": """
+        fault dies_with gibt_immer eigentlich rauskommen always_returns always_prints always_gives
+        always_get toujours_0 devuelve_siempre siempre_devuelve da_siempre broke_after
+        since_the_update since_i_upgraded should_be tried_everything i_tried hort_nicht never_stops
+        not_show endlos boucle_infinie no_sale no_lo_veo dice_que_falta 总是 输出总 一直 error
+        errors bug bugs broken breaks wrong incorrect doesnt_work not_working wont stopped_working
+        hangs throws exception* traceback stack_trace segfault* segmentation infinite_loop forever
+        never_ends nothing_happens keeps_getting instead_of undefined fehler fehlermeldung*
+        abgestur* absturz* sturzt falsch falsche falsches kaputt wirft fehlschl* schlagt erreur*
+        bogue* plante plantent echoue* renvoie_des fallo falla fallan errore errori sbagli* erro
+        erros falha* quebr* fout fouten foutmelding* kapot vastloopt ошибк* падает сломал* вылетает
+        报错 错误 出错 崩溃 不对 失败 异常 有问题 跑不起来 死循环 エラー バグ 動かない 動きません
+        失敗 例外 おかしい 落ちる whats_wrong what_s_wrong what_is_wrong what_went_wrong goes_wrong
+        going_wrong doing_wrong stuck blank_page is_blank stays_blank stops_working stops_with
+        reboots no_output duplicates times_out timing_out refuses weird strange complains
+        complaining off_by_one rerenders mistake unable_to cant_get broke nothing_shows crashloop*
+        wrong_result wrong_output exits_with returns_none returns_null never_returns gives_me_an
+        problem_is isnt_working not_work keeps_failing keeps_crashing is_red ignored deadlock*
+        unexpectedly misses nan garbage_output was_ist_falsch was_stimmt geht_nicht klappt_nicht
+        falschen hangt haengt bleibt_leer leere_seite abbruch bricht_ab problem ruckelt komisch*
+        stimmt_nicht meckert bug_in bloque bloquee planter ne_marche buggue cloche rien_ne probleme
+        ca_ne mauvais mauvaise page_blanche vide_au_lieu dysfonction* roto rota esta_mal sale_mal
+        va_mal equivocado se_cuelga cuelga se_rompe no_hace no_arranca no_compila no_me fallando
+        revienta en_blanco problema non_va si_blocca blocca rotto va_in_errore trava travando errado
+        nao_roda nao_compila hapert loopt_vast doet_het_niet doet_niets verkeerd* niets
+        не_запускается не_компилируется не_так зависает неправильн* выдает_ошибку пусто_вместо 错了
+        错 出问题 没反应 不起作用 卡住 卡死 无法 打不开 空白 不能 不了 不显示 挂了 失效 乱码
+        编译不过 没有反应 結果がおかしい 落ちます 出ます 止まる 止まって 動か できません
+        表示されない エラーが 間違 うまくいかない なりません is_empty comes_out comes_back cest_vide
+        esta_vacio leer_bleibt 退出 不出来 exec_format ist_leer est_vide sale_vacio untangle
+        come_out laeuft_nicht lauft_nicht stuerzt hangt_sich bleibt_hangen hangen_bleibt falscher
+        obwohl trotzdem sturz fehlschlag* schlagt_fehl endlosschleife rot weiterhin plotzlich
+        ploetzlich nicht_mehr verschwindet doppelt ignoriert au_lieu casse cassee reste_bloque
+        tourne_en_boucle refuse vide soudain depuis_la ne_fonctionne faux fausse en_lugar
+        no_funciona no_anda se_cae colgado mal vacio vacia de_repente desde_ayer duplicado crash*
+        fail* hang hanging freez* stalls leak* flak* null nil none_type red_build ci_is_red
+        no_longer suddenly stopped stops thrown raises rejected denied timeout timed_out infinite
+        endless twice duplicate missing blank empty_page garbled truncated off_by expected
+        got_instead unexpected odd mismatch corrupt* incorrectly invalid 跑不通 结果不对 不工作
+        起不来 不生效 丢失 重复 变成 却 但是 できない не_работает ломается вместо sbagliat*
+        non_funziona invece nao_funciona werkt_niet dies died won't doesn't 两次 502 500 404 报
+        处理不了 too_late late_by one_month off zu_spat
+    """,
+    "works": """
+        works work working geht lauft funktioniert fonctionne marche funciona funcionan compila
+        compile compilar pasa passe funziona werkt работает kompiliert passes загружается runs
+        running starts start_up loads load displays respond responds responding connect connects
+        kompilieren startet klappt tut ladt reagiert stimmt charge repond tourne passent arranca
+        carga responde anda corre parte gira carica roda laadt запускается компилируется отвечает
+    """,
+    "system": """
+        system latency outage incident intermittent* throughput memory_leak downtime spikes p99
+        cluster servers latenz* ausfall* latence panne latencia caida задержк* 延迟 变慢 宕机 遅延
+        障害 response_time response_times queue_length cpu_usage memory_usage timeouts bandwidth
+        wlan wifi network_drops microservice microservices kafka datacenter antwortzeit* reseau
+        temps_de_reponse red_interna tiempo_de_respuesta rete uitval netwerk сеть отказ* 集群
+        响应时间 服务器 卡顿 吞吐 レスポンス サーバー
+    """,
+    "should": """
+        should_our should_my should_they should_the should_a should_she should_he devrait deberia_mi
+        nuestro_deberia sollte_unser soll_unser soll_meine should_i shall_we shall_i do_we_need
+        would_it_be_better soll_ich sollte_ich lohnt dois_je devrais_je devrions_nous deberia
+        deberiamos debo conviene devo dovrei dovremmo deveria devemos moet_ik moeten_we zullen_we
+        стоит_ли нам_лучше 应该 该不该 要不要 べきか
+    """,
+    "or": """
+        or oder ou o или 还是 或 それとも positive positif positiv negative negatif negativ neutral
+        neutre neutro either
+    """,
+    "pick": """
+        pick decide_which choose one_of exactly_one output print only answer reply determine decide
+        screen mark type wahle gib nur antworte entscheide choisis reponds indique elige indica di
+        scegli rispondi escolha responda kies geef_aan antwoord выбери ответь укажи 选择 回答 输出
+        选出 选一个 答え 選んで
+    """,
+    "brief": """
+        brief sentences sentence lines bullets bullet words satz satze satzen zeilen stichpunkte
+        stichpunkten stichworten phrase phrases lignes frases lineas parrafo righe frasi linhas
+        paragrafo zinnen regels предложени* строк* абзац* 句话 行以内 字以内 三点 几点 文で 行で
+        三つ 字で
+    """,
+    "now": """
+        now monday tuesday wednesday thursday friday saturday sunday montag dienstag mittwoch
+        donnerstag freitag samstag sonntag lundi mardi mercredi jeudi vendredi samedi dimanche lunes
+        martes miercoles jueves viernes domingo lunedi segunda maandag понедельник 周一 周二 周三
+        周四 周五 this_week next_week this_afternoon this_evening latest right_now rn currently
+        today tonight tomorrow gerade jetzt heute morgen aktuell maintenant actuellement aujourd
+        demain ahora hoy manana adesso oggi domani agora hoje amanha nu vandaag сейчас сегодня
+        завтра 现在 今天 明天 今晚 目前 今 今日 明日
+    """,
+    "life": """
+        life garden lawn snake film movie movies theatre theater stage play scene actor restaurant
+        hotel party wedding hall village island zoo insect school yoga dog pet kitchen house
+        dress_code zip_code code_of_conduct discount_code feature_film youtube podcast weekend
+        holiday vacation dinner ball garten schlange urlaub hochzeit insel haus wochenende jardin
+        serpent vacances mariage maison ile pelicula boda vacaciones casa serpiente giardino festa
+        tuin huis vakantie фильм* сад 电影 花园 餐厅 蛇 周末 映画 庭 grandmother grandma mother
+        father boss_said cooking tea cake bread music band wine trip_to beach mountain friend
+        friends oma opa mutter vater kuchen kochen musik reise freund* gateau grand_mere ami amis
+        voyage abuela madre padre amigo* musica viaje nonna amico* viaggio avo mae pai viagem
+        vriend* reis бабушк* мам друг* змея 妈妈 朋友 蛋糕 旅行 音乐 猫 狗 母 友達 料理 your_plan
+        dein_plan the_plan gentil_plan tu_plan
+    """,
+    "this": """
+        this error_handling fehlerbehandlung gestion_des_erreurs manejo_de_errores
+        tratamento_de_erros gestione_degli_errori foutafhandeling 错误处理 异常处理 エラー処理
+        this_abstract the_abstract this_summary the_summary diese_zusammenfassung these that below
+        following above attached here diese* folgende* unten oben hier ce cet cette ces suivant*
+        dessous este esta esto siguiente abajo questo questa seguente esse essa seguinte deze dit
+        volgende это этот эту этого следующ* 这 下面 以下 以上 この 次の これ
+    """,
+    "ask": """
+        ask what whats who when where which how can could would do_you do_i do_we do_they should
+        shall wer wann wo wie welche* kann kannst konnen konntest konnten gibt_es quel quelle quels
+        quelles qui quand comment est_ce peux peut pouvez connais que quien cuando donde cual cuales
+        como puedes puede che chi quando dove come qual quale puoi quem onde o_que voce_pode wat
+        waar hoe kun kan что кто когда где как какой какая какие можешь можно
+    """,
+    "be": """
+        be is are was were ist sind es est sono son hay hat does did has zijn sao estan will
+    """,
+    "why": """
+        why any_idea any_ideas any_clue warum wieso weshalb pourquoi por_que perche waarom почему
+        зачем 为什么 为何 为啥 なぜ どうして
+    """,
+    "my": """
+        my 你 我 your mein meine meinen dein deine mon ma mes mi mis tu mio mia meu minha mijn мой
+        моя наш* notre nuestro nuestra our unser* nostra nostro nosso ons
+    """,
+    "hi": """
+        hi hello hey thanks thank good_night good_morning hallo danke moin servus bonjour salut
+        merci hola gracias ciao grazie ola obrigad* hoi bedankt dank привет спасибо здравствуйте
+        你好 谢谢 您好 嗨 早上好 晚安 こんにちは ありがとう おはよう さようなら haha lol cheers
+        good_evening guten_morgen guten_tag guten_abend gute_nacht bonsoir buenos_dias buenas
+        bom_dia buongiorno goedemorgen доброе_утро добрый_день 再见 多谢 こんばんは bye goodbye
+    """,
+    "me": """
+        me tienes sabes i_want_to_know i_d_like_to_know tell suggest recommend name advise imagine
+        pretend help i ive you ich mir mich du dir sie sag nenn nenne empfiehl je moi vous votre dis
+        conseille yo dime ayuda recomienda* tengo io dimmi consigli* eu voce recomend* ik mij
+        подскажи я меня мне мы ты вы посоветуй 什么 怎么 如何 吗 呢 哪 谁 推荐 多少 何 どう どこ 誰
+        ですか ますか おすすめ us we bist sind_sie uns haben_sie bin habe nous suis ai soy somos he
+        siamo noi nos tenho wij ben heb нам хочу_спросить подскажите 请问 我们 咱 私 僕 です_か 教え
+        want_to_know like_to_know i_wonder wondering mochte_wissen wuste_gern wurde_gern
+    """,
+    "no": """
+        no do_not bitte_nicht need_not should_not must_not dont without never stop nor kein keine
+        keinen keiner ohne nie ne sans jamais aucun aucune sin nunca ninguna ningun non senza niente
+        nao sem geen zonder без нет 不要 别 不用 无需 不需要 勿 nothing skip statt anstatt
+        au_lieu_de en_vez invece_di
+    """,
+    "not": """
+        not nicht nichts pas rien niet не nada
+    """,
+    "nt": """
+        nt doesnt isnt cant cannot couldnt didnt arent hasnt wasnt werent
+    """,
+    "end": """
+        end but just instead rather sondern aber mais seulement sino solo pero mas apenas maar
+        alleen но только 只 而是 但 だけ
+    """,
+}
+
+
+# ==== 14. Tasks ===================================================================================
+# What a prompt asks for: one of ten types of tasks.  No model is asked, and the same prompt is
+# always the same task: what it says, by the kinds of its words, and what is pasted in it add up by
+# the table of weights below.  `tests/tune.py` made that table from the prompts in tests/prompts.
+
+LARGE_CONTEXT = 12_000  # tokens: what is longer is that, whatever it says
+READ, HEAD, TAIL = 2400, 480, 280  # characters read of a prompt; and of its prose
+ORDERS = (  # kinds of words that say what is to be done: the first of them counts once more
+    "make", "port", "judge", "fix", "shorten", "sort", "think", "explain", "act", "do", "want",
+    "digest", "bin",
+)  # fmt: skip
+DENIALS = ("no", "not", "nt")  # kinds of words after which a few do not count
+DENIED = 4
+UNDENIED = ("me", "hi", "this", "works", "fault")  # kinds that do all the same
+MARKS = {"asks": "a question", "stop": ""}  # which end that
+CODE_LINE = (
+    r"(?P<code>\s*(?:[-+@]{1,3} ?)?(?:def |class \w+[:({]|(?:const|let|var|int|void|func|fn|public"
+    r"|private|static) \w|return\b|import \w|from \S+ import|#include|#!|@\w+\s*$"
+    r"|(?:if|for|while|switch|catch) ?\(|(?:if|for|while|else|elif|try|except|with)\b[^.?!]*:$"
+    r"|[{}\])]+[;,]?\s*$|</?\w+[^>]*>|SELECT |INSERT |UPDATE |CREATE |FROM\b|WHERE\b|\$ \w"
+    r"|[\w.\"'-]+ ?[:=] ?[\[{\"'\d]))"
+)
+LOG_LINE = (
+    r"(?P<log>\W{0,3}(?:\d{4}[-/]\d\d[-/]\d\d[ T]\d|\d\d:\d\d:\d\d|[A-Z][a-z]{2} [ \d]\d \d\d:"
+    r"|(?:INFO|WARN|WARNING|ERROR|DEBUG|FATAL|TRACE)\b|Traceback|File \"|\s*at \w[\w.$]*\())"
+)
+ERROR_LINE = r"(?P<error>\w*(?:Error|Exception)\b:|error(?:\[\w+\])?:|fatal:|panic:|npm ERR)"
+PASTED = re.compile(f"{CODE_LINE}|{LOG_LINE}|{ERROR_LINE}|(?P<quote>>)")
+SIGNS = re.compile(r"[{}=<>$;()\[\]]")
+QUOTED = re.compile(
+    r'"[^"\n]{0,400}"|“[^”]{0,400}”|„[^“”]{0,400}[“”]|«[^»]{0,400}»|「[^」]{0,400}」|`[^`\n]{0,200}`'
+)
+FAILURES = (  # what programs print when they fail
+    "Error:", "rror: ", "Exception", "Traceback", "FAILED", "Segmentation", "panic:",
+    "undefined reference", "not defined", "npm ERR", "No such file", "core dumped",
+)  # fmt: skip
+CALLS = re.compile(r"(?<=[a-z_0-9])\([\w ]+[,:)]")
+WORD = re.compile(r"\w+[#+]*|[\n!?,;.:]")
+PLAIN = str.maketrans(
+    "áàâäãåçéèêëíìîïñóòôöõúùûüýё？！，；、：。",  # noqa: RUF001
+    "aaaaaaceeeeiiiinooooouuuuyе?!,,,:.",  # noqa: RUF001
+)
+CJK = (
+    "\u2e80"  # where Chinese and Japanese begin: they are not spaced, so that words are looked for
+)
+NOT_IN_CHINESE = re.compile("(?:不要|别|不用|无需|不需要|请勿)[\u4e00-\u9fff]{0,4}")
+
+
+BIAS = (-8, 14, -3, 0, -10, -5, -5, -6, 0, 23)
+WEIGHTS = {  # what speaks for and against each of TASKS, in its order
+    # what is there
+    "tools": ( -4,  -7,  -3,  -5,   1,   3,  -2,  -1,  24,  -5),
+    "nothing": ( -2,  -5,  -2,  -2,   2,  -1,  -2,  -2,  -4,  18),
+    "error": (  0,  -4,  -2,  -4,  -3,  17,  -1,  -1,  -2,  -2),
+    "listing": ( -6, -11,  -6,   4,  16,  14,  -4,  -3,  -4,  -1),
+    "asks": (  4,  11,  -2,  -9,   9,   2,   1,  -4,  -1, -11),
+    "few": ( -2,   3,  -2,  -5,   1,   2,  -3,  -2,   0,   8),
+    "lines": (  8, -10,   7,  -3,   8,   2,  -7,  -4,  -3,   3),
+    "log": (  0,  -1,   0,   0,  -1,   7,   0,   0,   0,  -3),
+    "many": ( -2,  -2,   5,   1,   0,  -4,   7,  -2,  -1,  -2),
+    "quoted": (  7,   0,  -5,   1,  -2,   6,  -3,  -3,   4,  -3),
+    "stop": (  4,  -3,   0,  -4,  -5,   5,   7,   3,  -9,   1),
+    "call": ( -4,  -3,  -3,  -1,   5,   6,  -2,  -1,   5,  -2),
+    "more": (  5,  -4,  -1,   3,  -1,   1,  -1,   1,   1,  -2),
+    "quote": ( -1,  -1,   5,   0,  -1,   0,   0,  -1,  -1,   0),
+    "images": ( -2,   4,  -1,   0,   0,   0,   0,   0,   0,   0),
+    "long": ( -1,  -4,   4,   2,  -1,   3,   0,   0,  -1,  -1),
+    "some": ( -1,   4,  -1,   1,   0,   1,  -3,   2,   1,  -3),
+    # kinds of words
+    "corpus": ( -4,  -8,   0,  -5,  -2,  -2,  -8,  36,  -4,  -3),
+    "think": ( -4,  -6,  -3,  -4,  -4,  -3,  31,   2,  -4,  -5),
+    "digest": ( -3,  -9,  27,  -2,  -2,  -4,  -3,  -3,  -1,  -1),
+    "code": ( -5, -10,  -5,  26,   8,   4,  -6,  -5,  -5,  -3),
+    "shorten": ( -4,  -5,  24,  -5,  -2,  -3,  -1,   2,  -1,  -4),
+    "judge": (  1,  -5,   1,  -8,  21,  -8,   1,   1,   0,  -4),
+    "bin": ( 19,  -5,  -3,  -2,  -2,  -4,  -2,  -1,   2,  -3),
+    "fault": (  1,   2,   0,  -5,  -5,  18,  -5,  -3,  -1,  -3),
+    "hi": ( -1,  18,  -1,   3,  -2,  -3,  -3,  -2,  -6,  -4),
+    "or": ( 16,  -3,  -1,  -1,  -2,  -5,   2,   0,  -2,  -4),
+    "thing": (  0,  -5,  -1,   4,  -4,  -6,   2,  -1,  16,  -5),
+    "whole": ( -1,  -5,  -1,  -3,  -1,  -1,  -4,  15,   2,  -2),
+    "act": ( -3,  -5,   0,  -3,   2,  -1,  -3,   0,  14,  -1),
+    "brief": ( -4,   7,  14,  -1,  -2,  -5,  -3,  -2,  -1,  -3),
+    "soft": ( -3,  -3,  -3,  14,   2,   4,  -6,   1,   0,  -5),
+    "plan": ( -2,  -3,  -1,  -3,  -1,  -2,  13,   0,   1,  -2),
+    "sort": ( 13,  -5,  -4,   4,  -2,  -4,  -4,   3,  -1,  -2),
+    "now": (  4,   0,   2,  -7,  -7,   0,   0,  -3,  12,   0),
+    "pick": ( 11,   2,  -2,   0,  -1,  -4,   2,  -3,  -1,  -5),
+    "make": ( -5,   1,   2,  10,   0,  -3,   3,  -1,  -1,  -5),
+    "this": ( 10,  -4,   8,   5,   3,  -1,  -6,  -3,  -2, -10),
+    "all": ( -1,  -4,  -3,   6,  -1,  -5,   4,   9,  -6,   1),
+    "fix": (  0,   1,   2,  -7,  -1,   9,   0,  -2,   0,  -2),
+    "live": (  3,  -7,  -2,   2,  -3,  -3,   0,  -2,   9,   3),
+    "port": ( -1,   9,  -3,   4,  -1,  -3,  -1,  -1,   1,  -3),
+    "works": ( -1,  -5,   0,  -4,  -2,   9,   3,  -1,   3,  -2),
+    "nt": ( -1,   7,  -1,  -8,   2,   8,   0,  -2,  -3,  -1),
+    "pile": ( -4,  -5,   3,   3,   0,   0,  -5,   8,   3,  -3),
+    "prose": (  2,   8,   6,  -2,  -3,  -6,  -4,  -3,   3,  -1),
+    "why": (  0,   3,  -2,  -1,  -3,   8,  -1,  -1,  -1,  -1),
+    "do": ( -1,  -3,  -1,   3,   1,  -3,   2,   0,   7,  -5),
+    "explain": (  0,   7,   1,  -2,  -2,  -3,  -1,   5,  -1,  -3),
+    "life": (  0,   7,   0,   1,  -3,  -5,   2,  -2,  -2,   2),
+    "ask": ( -1,   6,   2,  -2,  -3,  -1,   4,   6,  -2,  -7),
+    "be": (  1,   6,   4,  -3,   2,  -2,   0,  -4,  -1,  -2),
+    "me": ( -5,   6,  -1,  -3,   3,   2,   1,   2,   1,  -5),
+    "not": (  0,   1,   0,  -1,  -3,   6,   1,  -1,   0,  -3),
+    "want": (  2,  -2,   5,   4,   6,  -2,   2,  -5,  -2,  -8),
+    "my": ( -3,   5,  -2,  -3,   4,   4,   2,  -3,  -2,  -2),
+    "no": (  1,   0,   3,   0,   1,  -1,   5,  -4,  -3,  -3),
+    "system": (  1,  -3,   1,   0,   2,  -1,   5,  -2,  -1,  -1),
+    "end": (  1,  -1,   1,   2,   2,   3,   1,  -2,  -3,  -3),
+    "should": (  0,   0,   0,   0,  -1,  -1,   3,   0,   0,   0),
+    # two that mean more together
+    "listing judge": ( -2,  -1,  -1,  -4,  11,   0,  -1,  -1,   0,  -1),
+    "listing asks": ( -1,  -5,  -1,  -4,  10,   4,  -1,  -1,  -1,  -1),
+    "prose make": ( -1,  10,  -1,   0,  -1,  -2,  -2,  -1,  -1,  -2),
+    "soft fault": (  1,  -1,   2,  -4,  -5,  10,   0,  -2,   0,  -1),
+    "tools some": (  0,   3,  -2,  -2,  -2,  -3,  -2,  -3,  10,  -1),
+    "listing fault": (  0,  -2,   0,  -1,  -5,   9,   0,   0,  -1,  -1),
+    "hi few": (  0,   8,   0,   0,   0,   0,   0,   0,   0,  -6),
+    "lines or": (  8,  -2,  -1,  -1,   2,  -2,  -1,  -1,  -1,  -1),
+    "lines sort": (  7,  -3,  -1,   4,  -1,  -2,  -1,  -1,  -1,   0),
+    "listing make": ( -1,  -1,  -1,   7,   2,  -3,  -1,   0,   0,  -1),
+    "code fault": (  6,  -1,   4,  -4,   0,  -2,  -1,   0,  -2,   0),
+    "listing port": (  0,  -1,   0,   6,  -1,  -2,   0,   0,   0,   0),
+    "soft make": (  0,  -3,  -1,   6,   2,  -3,   0,   0,  -1,  -1),
+    "tools code": (  0,  -1,   0,  -7,   6,   4,  -1,  -1,   0,   0),
+    "code nt": (  2,   5,  -2,  -6,  -1,   5,  -1,   0,  -1,   0),
+    "listing why": ( -1,  -1,   0,   0,  -2,   5,   0,   0,   0,   0),
+    "asks few": (  0,   4,   0,   0,  -1,   0,   0,   0,   0,  -2),
+    "code ask": ( -1,  -2,   0,   4,   3,   0,  -2,  -2,   0,  -1),
+    "code my": ( -2,  -1,  -1,   1,   3,   4,   0,  -1,  -1,  -2),
+    "few nothing": ( -1,  -2,  -1,  -1,   3,   2,  -1,  -1,  -2,   4),
+    "life soft": ( -2,   3,   2,   4,   0,  -3,  -2,   0,  -1,  -1),
+    "listing my": ( -1,  -1,  -1,  -2,   3,   4,   0,   0,   0,  -1),
+    "no make": ( -3,  -1,   0,  -2,  -1,   4,   2,   0,   1,   0),
+    "quoted or": (  4,  -2,  -1,   1,   1,  -1,  -1,   0,  -1,  -1),
+    "soft my": (  0,  -2,   1,   1,   4,   2,   0,  -2,  -2,  -2),
+    "error listing": (  1,   0,   0,  -1,  -2,   3,   0,   0,   0,   0),
+    "listing fix": ( -1,  -1,   0,  -1,   1,   3,   0,   0,   0,   0),
+    "soft ask": ( -1,   3,   2,   1,   2,  -1,  -2,   0,  -3,  -2),
+    "soft explain": (  3,   1,  -1,   2,   0,  -1,  -2,   0,  -1,   0),
+    "soft fix": (  2,  -1,   3,  -4,   1,   2,  -2,  -1,  -2,   0),
+    "soft judge": ( -2,  -1,   3,   2,   3,  -2,  -1,  -1,  -1,  -1),
+    "soft why": (  0,   0,   0,   0,  -1,   3,   0,   0,   0,   0),
+    "tools few": (  0,  -1,   0,   0,  -1,   2,  -1,   0,   3,  -1),
+    "code asks": ( -2,  -3,   0,   0,   1,   2,   0,  -1,   1,   0),
+    "code explain": (  0,   2,   0,   0,   0,  -1,   0,   0,   0,   0),
+    "code not": ( -1,  -1,   2,   2,  -2,   1,   0,   0,   0,   0),
+    "think code": (  0,   0,   1,  -1,  -1,   1,   2,   0,   0,   0),
+    # the first of ORDERS
+    "first think": ( -3,   0,  -2,  -3,  -1,  -3,  13,   3,  -1,  -4),
+    "first act": ( -3,  -3,  -1,  -3,  -1,   2,  -2,  -1,  12,   0),
+    "first shorten": ( -3,  -6,  12,  -1,  -1,  -2,   0,   5,  -1,  -3),
+    "first sort": ( 11,  -2,  -2,   0,  -1,  -4,  -1,   1,  -1,  -2),
+    "first bin": (  9,  -3,  -1,  -1,  -1,  -1,  -1,   0,   0,  -1),
+    "first make": ( -4,   2,   1,   9,  -1,   0,   5,  -2,  -3,  -7),
+    "first judge": ( -1,   1,  -3,  -2,   8,  -3,   0,   3,   0,  -3),
+    "first digest": ( -1,  -2,   7,   0,   0,  -1,   0,  -2,   0,  -1),
+    "first want": ( -1,   0,   2,   7,  -1,   0,   2,  -3,   0,  -6),
+    "first do": ( -2,   1,  -3,  -4,   2,   1,   0,   2,   6,  -3),
+    "first explain": (  0,   6,   3,  -2,  -2,   1,  -3,   2,  -2,  -2),
+    "first fix": ( -2,   5,  -2,  -1,   1,  -1,   2,  -1,   0,  -2),
+    "first port": ( -1,   4,  -1,   5,  -1,  -2,  -1,  -1,   1,  -3),
+}  # fmt: skip
+# Two cues that mean more together than alone.
+PAIRED = {cue: cue.split() for cue in WEIGHTS if " " in cue and not cue.startswith("first ")}
+
+
+class Vocabulary(NamedTuple):
+    """The words of CUES, as they are looked up; each gives a kind."""
+
+    words: dict[str, str]
+    stems: dict[str, str]
+    phrases: dict[str, list[tuple[list[str], str]]]  # by their first word
+    unspaced: dict[str, list[tuple[str, str]]]  # by their first character
+    lengths: list[int]  # of stems, the longest first
+
+
+@functools.lru_cache(maxsize=1)
+def vocabulary() -> Vocabulary:
+    found = Vocabulary({}, {}, {}, {}, [])
+    found.words.update({**dict.fromkeys("\n!,;.:", "stop"), "?": "asks"})
+    for kind, text in CUES.items():
+        for cue in text.split():
+            first, *rest = cue.split("_")
+            if cue >= CJK:
+                found.unspaced.setdefault(cue[0], []).append((cue, kind))
+            elif rest:
+                found.phrases.setdefault(first, []).append(([first, *rest], kind))
+            elif cue.endswith("*"):
+                found.stems[cue[:-1]] = kind
+            else:
+                found.words[cue] = kind
+    found.lengths.extend(sorted({len(stem) for stem in found.stems}, reverse=True))
+    return found
 
 
 class Verdict(NamedTuple):
+    """Which task it is, and what speaks for it."""
+
     task: str
     reason: str
 
 
+def without_pasted(text: str, seen: dict[str, str]) -> str:
+    """The lines that somebody says in a prompt, not those that are pasted; `seen` gets what is."""
+    if len(text) > READ:
+        text = f"{text[: READ * 3 // 5]}\n{text[-READ * 2 // 5 :]}"
+    if any(mark in text for mark in FAILURES):
+        seen["error"] = "an error in it"
+    parts = text.replace("’", "'").split("```")  # noqa: RUF001
+    if len(parts) > 2 and any(SIGNS.search(part) for part in parts[1::2]):
+        seen["listing"] = "code in it"
+    lines, prose = "\n".join(parts[::2]).split("\n"), []
+    for line in lines if len(lines) <= 24 else [*lines[:14], *lines[-10:]]:
+        pasted = PASTED.match(line)
+        if pasted:
+            what = pasted.lastgroup or ""
+            seen[{"code": "listing"}.get(what, what)] = "code in it"
+        elif 12 * len(SIGNS.findall(line)) > len(line) + 6:
+            seen["listing"] = "code in it"
+            start = SIGNS.split(line, 1)[0]
+            prose += [start] if start.count(" ") > 2 else []
+        else:
+            prose.append(line)
+    return "\n".join(prose).strip()
+
+
+def read_prose(text: str, seen: dict[str, str]) -> str:
+    """What somebody says in a prompt, in plain letters; `seen` gets what else there is."""
+    told = without_pasted(text, seen)
+    if "\n" in told:
+        seen["lines"] = ""
+    if len(told) > HEAD + TAIL:
+        told, seen["long"] = f"{told[:HEAD]}\n{told[-TAIL:]}", ""
+    unquoted = QUOTED.sub(" ", told)
+    if unquoted != told:
+        seen["quoted"] = ""
+    if "://" in unquoted or CALLS.search(unquoted):
+        seen["call"] = "a call in it"
+    return unquoted.lower().replace("n't", " nt").replace("tl;dr", "tldr").translate(PLAIN)
+
+
+@functools.lru_cache(maxsize=2048)
+def look_up_word(word: str) -> tuple[str, Sequence[tuple[list[str], str]]]:
+    """The kind of a word, and phrases that begin with it; most words are the same few."""
+    book = vocabulary()
+    kind, stems = book.words.get(word), book.stems
+    if kind is None:
+        kind = next((stems[word[:n]] for n in book.lengths if word[:n] in stems), "")
+    return kind, book.phrases.get(word, ())
+
+
+def read_words(prose: str, seen: dict[str, str]) -> int:
+    """Note the kinds of the words in it; how many words there are."""
+    said, mute, first = WORD.findall(prose), -1, ""
+    for at, (alone, phrases) in enumerate(map(look_up_word, said)):
+        kind = alone
+        if phrases:
+            fitting = (one for some, one in phrases if said[at : at + len(some)] == some)
+            kind = next(fitting, alone)
+        if not kind:
+            continue
+        if kind in MARKS:
+            mute = -1
+        elif kind in DENIALS:
+            mute = at + DENIED
+        elif at <= mute and kind not in UNDENIED:
+            continue
+        if kind not in seen:
+            seen[kind] = MARKS.get(kind, f'"{said[at]}"')
+        if not first and kind in ORDERS and at > mute:
+            first = seen[f"first {kind}"] = f'"{said[at]}"'
+    return len(said)
+
+
+def read_unspaced(prose: str, seen: dict[str, str]) -> None:
+    """The same of Chinese and Japanese."""
+    plain = NOT_IN_CHINESE.sub("", prose)
+    if plain != prose:
+        seen["no"] = ""
+    book = vocabulary().unspaced
+    cues = [one for sign in book.keys() & set(plain) for one in book[sign]]
+    found = [(plain.find(cue), kind) for cue, kind in cues if cue in plain]
+    for _, kind in found:
+        seen.setdefault(kind, "its words")
+    orders = [(at, kind) for at, kind in found if kind in ORDERS]
+    if orders and not any(name.startswith("first ") for name in seen):
+        seen[f"first {min(orders)[1]}"] = "its words"
+
+
+def read_cues(text: str, *, tools: bool, images: bool) -> dict[str, str]:
+    """What there is in a prompt of the rows of WEIGHTS, each with how to say so."""
+    seen: dict[str, str] = {}
+    prose = read_prose(text, seen)
+    number = read_words(prose, seen)
+    if not prose.isascii() and any(sign >= CJK for sign in prose):
+        read_unspaced(prose, seen)
+    if not any(kind in CUES for kind in seen):
+        seen["nothing"] = ""
+    size = "few" if number <= 3 else "some" if number <= 12 else "more" if number <= 40 else "many"
+    seen[size] = ""
+    seen.update({"tools": "tools at hand"} if tools else {})
+    seen.update({"images": "a picture"} if images else {})
+    seen.update(
+        {pair: "" for pair, (one, other) in PAIRED.items() if one in seen and other in seen}
+    )
+    return seen
+
+
 def classify(text: str, tokens: int = 0, *, tools: bool = False, images: bool = False) -> Verdict:
-    return Verdict("unknown", "not yet")
+    """The task of a prompt: its last message, with the size and the tools of all of it."""
+    if tokens > LARGE_CONTEXT:
+        return Verdict("large_context", f"{tokens} tokens")
+    seen = read_cues(text, tools=tools, images=images)
+    rows = [WEIGHTS[cue] for cue in seen if cue in WEIGHTS]
+    sums = [sum(column) for column in zip(BIAS, *rows)]
+    best = sums.index(max(sums))
+    told = {words: WEIGHTS[cue][best] for cue, words in seen.items() if words and cue in WEIGHTS}
+    spoke = sorted((one for one in told if told[one] > 0), key=lambda one: -told[one])[:3]
+    return Verdict(TASKS[best], ", ".join(spoke) or "nothing else in it")
 
 
-# ==== 14. Model choice ============================================================================
+# ==== 15. Model choice ============================================================================
 # Which model a request for `auto` gets.  What cannot serve it is left out, and why is remembered;
 # the rest stand in the order of the row of [routes], and what the table below says moves them up or
 # down in it.  A model that is named is never second-guessed.
@@ -3755,7 +4614,7 @@ def explain(one: Candidate) -> str:
     return ", ".join(said) or "is the first that can"
 
 
-# ==== 15. Cache ===================================================================================
+# ==== 16. Cache ===================================================================================
 # What was answered before.  Two requests have the same key where nothing could make their answers
 # differ: the route, each member of the body, what is configured for the model, and which model it
 # is.  When it is full it lets go of the answer that was asked for the longest time ago.
@@ -3857,7 +4716,7 @@ class Cache:
             self.drop(key)
 
 
-# ==== 16. Messages ================================================================================
+# ==== 17. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -4160,7 +5019,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 17. Bodies ==================================================================================
+# ==== 18. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -4547,7 +5406,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 18. Dialects ================================================================================
+# ==== 19. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -5084,7 +5943,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 19. OpenAI ==================================================================================
+# ==== 20. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -5134,7 +5993,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 20. Ollama ==================================================================================
+# ==== 21. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -5183,7 +6042,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 21. Anthropic ===============================================================================
+# ==== 22. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -5251,7 +6110,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 22. Translation =============================================================================
+# ==== 23. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -5822,7 +6681,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 23. Streams =================================================================================
+# ==== 24. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -6111,7 +6970,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 24. Replies =================================================================================
+# ==== 25. Replies =================================================================================
 # Whom a call answers: it never sees a connection.  An exchange is one request of a connection and
 # its answer; other replies are kept, are for several who asked the same, or for nobody.
 
@@ -6517,7 +7376,7 @@ Reply = Union[Exchange, Nobody, Kept, Shared]
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-# ==== 25. Server ==================================================================================
+# ==== 26. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -6885,7 +7744,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 26. Upstream ================================================================================
+# ==== 27. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -7154,7 +8013,7 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 27. Probes ==================================================================================
+# ==== 28. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
@@ -7492,7 +8351,7 @@ class Discovery:
             self.configure()
 
 
-# ==== 28. Cards ===================================================================================
+# ==== 29. Cards ===================================================================================
 # The graphics memory of this box, as a tool or the files of its system tell it.  It is looked at in
 # the background, and only while somebody may want to know: never for a request.
 
@@ -7500,10 +8359,12 @@ NVIDIA_QUERY = (
     "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits"
 )  # fmt: skip
 SYSFS = "/sys/class/drm"
-APPLE_QUERY = ("hw.memsize", "iogpu.wired_limit_mb", "machdep.cpu.brand_string")
+# Older systems do not know the last, and end with an error there.
+APPLE_QUERY = ("hw.memsize", "machdep.cpu.brand_string", "iogpu.wired_limit_mb")
 APPLE_SHARE = ((36 * 1024, 2 / 3), (math.inf, 3 / 4))  # of memory that the GPU may have, MiB
 CARDS_SECONDS = 1.0  # between two looks at whether they are due to be looked at
 TOOL_SECONDS = 5.0  # for such a tool to answer: a hanging driver makes it hang
+KILL_SECONDS = 1.0  # for one that is killed to end
 CARDS_WANTED = 300.0  # seconds that cards are looked at after somebody asked
 
 
@@ -7533,13 +8394,15 @@ def parse_nvidia(text: str) -> list[Card]:
 def parse_apple(text: str) -> list[Card]:
     """What sysctl tells of APPLE_QUERY: memory that processor and GPU share."""
     facts = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    memory, limit = (facts.get(name, "") for name in APPLE_QUERY[:2])
+    memory, name, limit = (facts.get(name, "") for name in APPLE_QUERY)
     if not memory.isdecimal():
         raise ValueError("sysctl does not tell of memory")
+    if "Intel" in name:  # whose GPU no runner uses
+        return []
     total = int(memory) // MIB
     share = next(share for most, share in APPLE_SHARE if total <= most)
     wired = int(limit) if limit.isdecimal() else 0
-    return [Card(printable(facts.get(APPLE_QUERY[2], "Apple")), wired or int(total * share))]
+    return [Card(printable(name or "Apple"), wired or int(total * share))]
 
 
 def read_amd(root: str = SYSFS) -> list[Card]:
@@ -7560,20 +8423,26 @@ def read_amd(root: str = SYSFS) -> list[Card]:
     return cards
 
 
-async def output_of(*argv: str) -> str:
-    """What a command prints; OSError or ValueError where it fails or hangs."""
+async def output_of(*argv: str, checked: bool = True) -> str:
+    """What a command prints; OSError or ValueError where it hangs, or fails if that is checked."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,  # so that its children can be ended with it
     )
     late = ValueError(f"{argv[0]} does not answer")
     try:
         told, _ = await within(TOOL_SECONDS, asyncio.ensure_future(process.communicate()), late)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+            await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=KILL_SECONDS)
     text = told.decode("utf-8", "replace")
-    if process.returncode:
+    if process.returncode and checked:
         raise ValueError(printable(text.strip().partition("\n")[0], ERROR_SHOWN) or "failed")
     return text
 
@@ -7583,7 +8452,11 @@ async def read_cards(tool: str) -> tuple[str, list[Card], str | None]:
     maker, error = "none", None
     try:
         if sys.platform == "darwin":
-            return "apple", parse_apple(await output_of("sysctl", *APPLE_QUERY)), None
+            return (
+                "apple",
+                parse_apple(await output_of("sysctl", *APPLE_QUERY, checked=False)),
+                None,
+            )
         path = shutil.which(tool)
         if path:
             maker = "nvidia"
@@ -7603,20 +8476,32 @@ class Cards:
         self.cards: list[Card] = []
         self.error: str | None = None
         self.looked = self.wanted = float("-inf")  # monotonic
+        self.flight: asyncio.Future[None] | None = None  # a look that is under way
 
     async def step(self) -> None:
-        """Look at the cards, if that is due and somebody may want to know."""
+        """Look at the cards, if that is due and somebody may want to know; all share one look."""
         now = time.monotonic()
         wanted = bool(self.settings.routes) or now - self.wanted < CARDS_WANTED
-        if wanted and now - self.looked >= self.settings.router.gpu_interval:
-            await self.look()
+        due = wanted and now - self.looked >= self.settings.router.gpu_interval
+        if due and self.flight is None:
+            self.flight = asyncio.ensure_future(self.look())
+        if self.flight is not None:
+            await asyncio.shield(self.flight)
 
     async def look(self) -> None:
-        self.looked = time.monotonic()
-        self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        try:
+            self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        finally:
+            self.looked, self.flight = time.monotonic(), None
         if error and error != self.error:
             log.warning("graphics memory: %s", error)
         self.error = error
+
+    async def close(self) -> None:
+        """End a look that is under way, and what it runs."""
+        if self.flight is not None:
+            self.flight.cancel()
+            await asyncio.wait({self.flight})
 
     def want(self) -> None:
         """Somebody may want to know soon."""
@@ -7644,7 +8529,7 @@ class Cards:
         return sum(sizes) / GIB
 
 
-# ==== 29. Calls ===================================================================================
+# ==== 30. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -8136,7 +9021,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 30. Records =================================================================================
+# ==== 31. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -8415,7 +9300,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 31. Store ===================================================================================
+# ==== 32. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -8589,7 +9474,7 @@ class Store:
         return free
 
 
-# ==== 32. Recall ==================================================================================
+# ==== 33. Recall ==================================================================================
 # A request that was answered before is answered from the cache, without waiting.  Of several that
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
@@ -8736,7 +9621,7 @@ class Recall:
         call.reply = run.first  # each would hold the other, and the request
 
 
-# ==== 33. Jobs ====================================================================================
+# ==== 34. Jobs ====================================================================================
 # What may be answered later: each job is a row of the store, from before its client is told 202
 # until its result has been kept long enough.  The statements that move it to another state name the
 # states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
@@ -8990,8 +9875,8 @@ class Jobs:
         return job_of_row(await self.store.find("job", sql, ident))
 
 
-# ==== 34. Auto ====================================================================================
-# What section 14 chooses from: what a request for `auto` asks, and how the models stand that could
+# ==== 35. Auto ====================================================================================
+# What section 15 chooses from: what a request for `auto` asks, and how the models stand that could
 # be meant by it.  What a model can is told by its runner, or by the settings.
 
 PREFERRED = 10  # places that a model goes up which the request prefers
@@ -9255,7 +10140,7 @@ def abilities_of(backend: Backend, key: str, policy: ModelSettings) -> dict[str,
     return {**told, **dict.fromkeys(policy.tags, True)}
 
 
-# ==== 35. Admission ===============================================================================
+# ==== 36. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -9543,7 +10428,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 36. Gateway =================================================================================
+# ==== 37. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -9855,7 +10740,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 37. Models ==================================================================================
+# ==== 38. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -10219,7 +11104,7 @@ class PlainPassthrough(Passthrough):
         return b""
 
 
-# ==== 38. Leases ==================================================================================
+# ==== 39. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
@@ -10321,7 +11206,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 39. Runs ====================================================================================
+# ==== 40. Runs ====================================================================================
 # How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
 # store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
@@ -10541,7 +11426,7 @@ class JobRunner:
             await asyncio.wait(self._tasks)
 
 
-# ==== 40. Batches =================================================================================
+# ==== 41. Batches =================================================================================
 # OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
 # answers are not stored a second time for it: the content of such an output is the state that its
 # lines have, succeeded or failed, and their answers are put together whenever it is read.
@@ -10817,7 +11702,7 @@ class Batches:
             yield line
 
 
-# ==== 41. Changes =================================================================================
+# ==== 42. Changes =================================================================================
 # What people change of clients at run time.  It is kept on the disk, then it holds, also after a
 # restart, until somebody writes another value for the same setting into the file.
 
@@ -10894,7 +11779,7 @@ class Changes:
             self.gateway.reprioritise(call, max(highest, priority))
 
 
-# ==== 42. Background ==============================================================================
+# ==== 43. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -11148,7 +12033,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 43. Webhooks ================================================================================
+# ==== 44. Webhooks ================================================================================
 # Other services are told what happens.  What there is to tell is found by looking four times a
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
@@ -11341,7 +12226,7 @@ class Webhooks:
             postman.close()
 
 
-# ==== 44. Access ==================================================================================
+# ==== 45. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
 # pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
@@ -11511,7 +12396,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 45. Snapshot ================================================================================
+# ==== 46. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -11846,7 +12731,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 46. Job routes ==============================================================================
+# ==== 47. Job routes ==============================================================================
 # What clients ask of jobs, files and batches.  They see their own: what was asked for with their
 # key, or without keys what has their name.  Everybody's are seen with the right `control`, without
 # keys from this box.
@@ -12162,115 +13047,7 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 47. Connect =================================================================================
-# What a program is told so that it asks llmq: one table, for `llmq connect`, the page and the
-# README.  BASE stands for llmq's address, KEY for a key of one's own, MODEL for a model.
-
-NO_KEY = "none"  # some programs insist on one
-
-
-class Recipe(NamedTuple):
-    """How one program is connected."""
-
-    name: str
-    where: str  # what the text goes into
-    text: str
-
-
-SHELL = "a shell"
-RECIPES = (
-    Recipe("Ollama", SHELL, "export OLLAMA_HOST=BASE OLLAMA_API_KEY=KEY"),
-    Recipe("OpenAI", SHELL, "export OPENAI_BASE_URL=BASE/v1 OPENAI_API_KEY=KEY"),
-    Recipe("Anthropic", SHELL, "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_API_KEY=KEY"),
-    Recipe(
-        "curl", SHELL,
-        "curl BASE/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        "  -H 'Authorization: Bearer KEY' \\\n"
-        '  -d \'{"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}\'',
-    ),
-    Recipe(
-        "Python", "a program",
-        "from openai import OpenAI\n"
-        'client = OpenAI(base_url="BASE/v1", api_key="KEY")\n'
-        'messages = [{"role": "user", "content": "hello"}]\n'
-        'answer = client.chat.completions.create(model="MODEL", messages=messages)\n'
-        "print(answer.choices[0].message.content)",
-    ),
-    Recipe(
-        "JavaScript", "a program",
-        "const answer = await fetch('BASE/v1/chat/completions', {method: 'POST',\n"
-        "  headers: {'Content-Type': 'application/json', Authorization: 'Bearer KEY'},\n"
-        "  body: JSON.stringify({model: 'MODEL', messages: [{role: 'user', content: 'hi'}]})});\n"
-        "console.log((await answer.json()).choices[0].message.content);",
-    ),
-    Recipe(
-        "Claude Code", SHELL,
-        "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_AUTH_TOKEN=KEY\nclaude --model MODEL",
-    ),
-    Recipe(
-        "Codex", "~/.codex/config.toml; and LLMQ_KEY=KEY in its environment",
-        'model = "MODEL"\nmodel_provider = "llmq"\n\n[model_providers.llmq]\nname = "llmq"\n'
-        'base_url = "BASE/v1"\nenv_key = "LLMQ_KEY"\nwire_api = "responses"',
-    ),
-    Recipe(
-        "aider", SHELL,
-        "export OPENAI_API_BASE=BASE/v1 OPENAI_API_KEY=KEY\naider --model openai/MODEL",
-    ),
-    Recipe(
-        "opencode", "opencode.json",
-        '{"provider": {"llmq": {"npm": "@ai-sdk/openai-compatible",\n'
-        '  "options": {"baseURL": "BASE/v1", "apiKey": "KEY"}, "models": {"MODEL": {}}}}}',
-    ),
-    Recipe(
-        "Continue", "~/.continue/config.yaml, under models:",
-        "- name: MODEL\n  provider: openai\n  model: MODEL\n  apiBase: BASE/v1\n  apiKey: KEY",
-    ),
-    Recipe(
-        "Cline", "its settings",
-        "API Provider: OpenAI Compatible\nBase URL: BASE/v1\nAPI Key: KEY\nModel ID: MODEL",
-    ),
-    Recipe(
-        "Open WebUI", "its environment",
-        "OLLAMA_BASE_URL=BASE\nENABLE_FORWARD_USER_INFO_HEADERS=true",
-    ),
-    Recipe(
-        "Zed", "settings.json; and LLMQ_API_KEY=KEY in its environment",
-        '{"language_models": {"openai_compatible": {"llmq": {"api_url": "BASE/v1",\n'
-        '  "available_models": [{"name": "MODEL", "max_tokens": 32768}]}}}}',
-    ),
-    Recipe("n8n", "a credential of the type OpenAI", "Base URL: BASE/v1\nAPI Key: KEY"),
-    Recipe(
-        "LangChain", "a program",
-        "from langchain_openai import ChatOpenAI\n"
-        'chat = ChatOpenAI(base_url="BASE/v1", api_key="KEY", model="MODEL")',
-    ),
-)  # fmt: skip
-
-
-RECIPES_JSON = json.dumps(RECIPES).replace("</", "<\\/")  # as a script may hold it
-
-
-def fill_in(text: str, base: str, key: str = NO_KEY, model: str = "MODEL") -> str:
-    """The text of a recipe for one llmq; without a key its line for that is left out of curl's."""
-    if key == NO_KEY:
-        text = text.replace("  -H 'Authorization: Bearer KEY' \\\n", "")
-        text = text.replace(", Authorization: 'Bearer KEY'", "").replace(" OLLAMA_API_KEY=KEY", "")
-    filled = {"BASE": base, "KEY": key, "MODEL": model}
-    return re.sub(r"\b(BASE|KEY|MODEL)\b", lambda found: filled[found[0]], text)
-
-
-def find_recipes(name: str) -> list[Recipe]:
-    """The recipe of a program, or all; ConfigError with the nearest where there is none."""
-    plain = {re.sub(r"\W", "", one.name.lower()): one for one in RECIPES}
-    wanted = re.sub(r"\W", "", name.lower())
-    if not wanted:
-        return list(RECIPES)
-    if wanted not in plain:
-        raise ConfigError(misspelt("program", name.lower(), [one.name.lower() for one in RECIPES]))
-    return [plain[wanted]]
-
-
-# ==== 48. Handlers ================================================================================
+# ==== 48. Connect ====================# ==== 48. Handlers =========================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -12315,7 +13092,7 @@ class Api:
         trouble = None
         if dict(parse_qsl(exchange.request.query)).get("ready") == "1":
             up = any(one.usable for one in self.gateway.fleet.backends.values())
-            trouble = None if up else self.gateway.fleet.trouble() or "no runner has answered yet"
+            trouble = None if up else self.gateway.fleet.trouble() or "no runner is up yet"
         body = (trouble or "ok").encode("utf-8", "replace")
         exchange.respond(503 if trouble else 200, body, "text/plain; charset=utf-8")
 
@@ -12333,8 +13110,8 @@ class Api:
         nonce = secrets.token_urlsafe(16)
         headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
         page = PAGE.replace("NONCE", nonce).replace("BASEPATH", self.settings.server.base_path)
-        page = page.replace("RECIPES", RECIPES_JSON).replace(
-            "KEYED", json.dumps(bool(self.settings.keys))
+        page = page.replace("RECIPES_HERE", RECIPES_JSON).replace(
+            "KEYED_HERE", json.dumps(bool(self.settings.keys))
         )
         exchange.respond(200, page.encode(), "text/html; charset=utf-8", headers)
 
@@ -13618,9 +14395,9 @@ class LogHandler(logging.Handler):
     """Writes to stderr or a file, as text or JSON; what nobody takes is lost, never waited for."""
 
     def __init__(self, form: str, path: str = "") -> None:
+        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         super().__init__()
         self.form = form
-        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         self.lost = 0  # lines, since the last one that was written
 
     @property
@@ -13689,8 +14466,9 @@ def set_up_log(settings: LogSettings) -> None:
     """
     try:
         handler = LogHandler(settings.format, os.path.expanduser(settings.file))
-    except OSError as error:
-        raise ConfigError(f"log.file: {settings.file}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"log.file: {printable(settings.file)}: {why}") from None
     for old in log.handlers:
         old.close()
     log.handlers[:] = [handler]
@@ -14054,6 +14832,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.gateway.monitor.close()
+        await self.gateway.chooser.cards.close()
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
@@ -14405,7 +15184,8 @@ class Found(NamedTuple):
             told = {str(row.get("name")): measured(row.get("size")) or 0 for row in report.tags}
             for name in report.models:
                 sizes.setdefault(name, round(told.get(name, 0) / GIB, 1))
-        return {name: size for name, size in sizes.items() if not EMBEDDING.search(name)}
+        named = {name: size for name, size in sizes.items() if FREE_NAME.fullmatch(name)}
+        return {name: size for name, size in named.items() if not EMBEDDING.search(name)}
 
     @property
     def video_memory(self) -> float:
@@ -14427,15 +15207,20 @@ class Found(NamedTuple):
         return "\n".join(lines)
 
 
+PORTS = {"http": 80, "https": 443, "": 11434}  # where OLLAMA_HOST names none, by its scheme
+PLACE = re.compile(r"(\[[^\]]*\]|[^:/]*|[^/]*:[^/]*:[^/]*?)(?::([0-9]+))?(?:/.*)?")
+
+
 def place_of_ollama(host: str) -> str:
     """The URL that OLLAMA_HOST means, as Ollama's own command reads it; empty: none."""
-    try:
-        parts = urlsplit(parse_url(host))
-    except ValueError:
+    scheme, _, rest = host.strip().strip("\"'").rpartition("://")
+    found = PLACE.fullmatch(rest)
+    if not host.strip() or not found:
         return ""
-    everywhere = parts.hostname in ("0.0.0.0", "::")  # noqa: S104 - where it listens: to be asked
-    name = "127.0.0.1" if everywhere else parts.hostname or ""
-    return base_url(name, parts.port or urlsplit(KINDS["ollama"].url).port or 0, parts.scheme)
+    name, port = found[1].strip("[]"), found[2] or PORTS.get(scheme, PORTS[""])
+    if name in ("", "0.0.0.0", "::", "localhost"):  # noqa: S104 - where it listens: to be asked
+        name = "127.0.0.1"
+    return base_url(name, int(port), scheme or "http")
 
 
 async def look_at(url: str, kind: str) -> tuple[str, str, Report] | None:
@@ -14493,18 +15278,25 @@ def rows_for(roles: Mapping[str, tuple[str, float]]) -> Facts:
 def propose(found: Found) -> Facts:
     """A configuration for what was found."""
     document: Facts = {"server": {"port": ServerSettings().port}}
-    if found.runners:
-        urls = {kind: {"url": url, "kind": kind} for kind, url, _ in found.runners}
-        document["backends"] = urls
+    for kind, url, _ in found.runners:
+        rows = document.setdefault("backends", {})
+        rows[kind if kind not in rows else named_url(url)[0]] = {"url": url, "kind": kind}
     document["devices"] = {LOCAL: {"slots": 1}}
     if found.cards:
         total = found.video_memory
         reserve = 1.0 if total < 8 else 1.5 if total <= 24 else 2.0
         document["devices"][LOCAL]["vram_reserve_gb"] = reserve
-        fits_all = all(size + reserve <= total for size in found.models.values())
+        fits_all = all(0 < size <= total - reserve for size in found.models.values())
         document["router"] = {"require_gpu": found.maker == "nvidia" and fits_all}
-    roles = {name: (role_of(name, size), size) for name, size in found.models.items()}
-    return {**document, **rows_for(roles)}
+    return {**document, **rows_of(found)}
+
+
+def rows_of(found: Found) -> Facts:
+    """The tables [models] and [routes] for what the runners have."""
+    return rows_for({name: (role_of(name, size), size) for name, size in found.models.items()})
+
+
+MODEL_TABLES = ("models", "routes")
 
 
 def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
@@ -14513,12 +15305,12 @@ def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
         raise ConfigError(f"{place}: wants tables as a configuration file has them")
     answers = dict(answers)
     told = answers.get("models")
-    items = told.get("items") if isinstance(told, dict) else None
-    if isinstance(items, list):
+    if isinstance(told, dict) and {"items", "mode"} & told.keys():  # agent-router's
         del answers["models"]
-        document = {
-            name: table for name, table in document.items() if name not in ("models", "routes")
-        }
+        items = told.get("items")
+        if not isinstance(items, list):
+            raise ConfigError(f"{place}: models.items wants a list")
+        document = {name: document[name] for name in document if name not in MODEL_TABLES}
         document.update(rows_for(dict(read_item(place, item) for item in items)))
     for table, values in answers.items():
         known = document.get(table, {})
@@ -14540,7 +15332,7 @@ def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
     """A model as agent-router's answers have it: name, role and size."""
     name, size = look_up(item, "name"), measured(look_up(item, "sizeGb")) or 0.0
     role = look_up(item, "role") or (role_of(name, size) if isinstance(name, str) else "")
-    if not isinstance(name, str) or role not in PURPOSES:
+    if not isinstance(name, str) or not isinstance(role, str) or role not in PURPOSES:
         raise ConfigError(
             f"{place}: models.items wants a name, and a role of {', '.join(PURPOSES)}"
         )
@@ -14553,12 +15345,20 @@ def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
 def ask_word(question: str, default: str, good: Callable[[str], str]) -> str:
     """An answer that `good` takes (it says what is wrong); what is left empty is the default."""
     while True:
-        say(f"\n{question}")
+        say("\n" + wrapped(question))
         told = input(f"  [{default}] > ").strip() or default
         wrong = good(told)
         if not wrong:
             return told
-        say(f"  {wrong}")
+        say(wrapped(f"  {wrong}"))
+
+
+def wrapped(text: str) -> str:
+    """The text in lines that the terminal has room for."""
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    cut: Any = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    lines = [wrap(line, width, **cut) or [""] for line in text.split("\n")]
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def ask_yes(question: str, *, default: bool) -> bool:
@@ -14568,41 +15368,76 @@ def ask_yes(question: str, *, default: bool) -> bool:
     return ask_word(question, "yes" if default else "no", good).lower().startswith("y")
 
 
+ANY_RUNNER = "look for them"
+
+
 def wrong_urls(text: str) -> str:
+    names = parse_names("" if text == ANY_RUNNER else text)
     try:
-        parse_rows("", "backends", parse_names(text))
-    except (ConfigError, ValueError) as error:
-        return str(error).lstrip(": ")
+        for name in names:
+            parse_url(named_url(name)[1]["url"])
+        parse_rows("these", "backends", names)
+    except ValueError as error:
+        return str(error)
+    except ConfigError as error:
+        twice = "twice" in str(error)
+        return str(error) if twice else "wants a url like http://host:port, or NAME=URL"
     return ""
 
 
 def wrong_number(text: str) -> str:
-    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number, 1 or more"
+    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number from 1 to 999"
 
 
 def wrong_place(text: str) -> str:
     return "" if text in ("box", "network") else "say box or network"
 
 
-def ask_all(document: Facts, found: Found) -> str:
-    """Put what a person answers into the proposal; the key that was made, if any."""
-    known = document.get("backends", {})
-    urls = ", ".join(row["url"] for row in known.values()) or KINDS["ollama"].url
-    told = ask_word("1. Which runners? Their URLs, with commas between them.", urls, wrong_urls)
+def ask_runners(question: str, document: Facts, found: Found) -> Found:
+    """Have the runners that a person names in the proposal; what is left of what was found."""
+    known = document.pop("backends", {})
+    urls = ", ".join(row["url"] for row in known.values()) or ANY_RUNNER
+    told = ask_word(question, urls, wrong_urls)
+    if told == ANY_RUNNER:
+        return found
     named = dict(named_url(one) for one in parse_names(told))
     names = {row["url"]: (name, row) for name, row in known.items()}  # which keep what was found
     document["backends"] = dict(names.get(row["url"], (name, row)) for name, row in named.items())
-    slots = ask_word("2. How many requests at once on this box?", "1", wrong_number)
+    kept = {row["url"] for row in document["backends"].values()}
+    found = found._replace(runners=tuple(one for one in found.runners if one[1] in kept))
+    for table in MODEL_TABLES:
+        document.pop(table, None)
+    document.update(rows_of(found))
+    return found
+
+
+def ask_all(document: Facts, found: Found) -> str:
+    """Put what a person answers into the proposal; the key that was made, if any."""
+    number = count(1)
+    question = "Which runners? Their URLs, with commas between them; NAME=URL names one."
+    found = ask_runners(f"{next(number)}. {question}", document, found)
+    question = "How many requests at once on this box?"
+    slots = ask_word(f"{next(number)}. {question}", "1", wrong_number)
     document["devices"][LOCAL]["slots"] = int(slots)
-    number = plural(len(document.get("models", ())), "model")
-    question = f"3. May `auto` choose among {number}, by what each is for?"
-    if "models" in document and not ask_yes(question, default=True):
-        del document["models"], document["routes"]
-    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB of graphics memory"
-    question = f"4. Refuse models that do not fit into {memory}, but run on the CPU in part?"
+    if "models" in document:
+        rows = document["models"].items()
+        say(
+            "\n"
+            + "\n".join(
+                f"  {name}: {', '.join(row['purpose']) or 'pictures'}" for name, row in rows
+            )
+        )
+        question = "May `auto` choose among these models, by what they are good at?"
+        if not ask_yes(f"{next(number)}. {question}", default=True):
+            del document["models"], document["routes"]
+    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB"
     if router:
-        router["require_gpu"] = ask_yes(question, default=router["require_gpu"])
-    who = ask_word("5. Who may use llmq: this box, or the network with a key?", "box", wrong_place)
+        question = f"Refuse models that would run in part on the CPU? The card has {memory}."
+        router["require_gpu"] = ask_yes(
+            f"{next(number)}. {question}", default=router["require_gpu"]
+        )
+    question = "Who may use llmq: this box, or the network with a key?"
+    who = ask_word(f"{next(number)}. {question}", "box", wrong_place)
     return open_to_network(document) if who == "network" else ""
 
 
@@ -14668,25 +15503,71 @@ def render_toml(document: Facts) -> str:
 
 
 def setup_path(options: argparse.Namespace) -> str:
-    """Where the file is to be: TOML where this Python reads it, else JSON."""
-    kind = "toml" if sys.version_info >= (3, 11) else "json"
-    return os.path.expanduser(options.output or os.path.join(CONFIG_PLACES[0], f"llmq.{kind}"))
+    """Where the file is to be: where one is used already, else TOML where this Python reads it."""
+    reads_toml = sys.version_info >= (3, 11)
+    usual = os.path.join(CONFIG_PLACES[0], "llmq.toml" if reads_toml else "llmq.json")
+    used = find_file(os.environ) or ""
+    if used.endswith(".toml") and not reads_toml:
+        used = ""
+    path = os.path.expanduser(options.output or used or usual)
+    if not path.endswith(".json") and not reads_toml:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write to a file named .json")
+    return path
 
 
-def write_file(path: str, text: str) -> None:
-    """Put a file in its place as a whole, readable by its owner alone."""
+def write_file(path: str, text: str, *, anew: bool) -> None:
+    """Put a file in its place as a whole, readable by its owner alone; over another if `anew`."""
+    target = os.path.realpath(path)
+    draft = f"{target}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        draft = f"{path}.{os.getpid()}"
-        with open(
-            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-        ) as file:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(made, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        if anew:
+            os.replace(draft, target)
+        else:
+            os.link(draft, target)  # which fails where one has come meanwhile
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        there = os.path.isfile(target) and not anew
+        why = " is there already" if there else f": {error.strerror}"
+        raise ConfigError(path + why) from None
+    except ValueError as error:  # half a character
+        raise ConfigError(f"{path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+def with_flags(document: Facts, flags: Mapping[str, Any]) -> Facts:
+    """The configuration with what is said on the command line."""
+    known = {row.key: row for row in known_settings()}
+    for key, value in flags.items():
+        table, dot, name = key.partition(".")
+        if dot:
+            document.setdefault(table, {})[name] = parse_value("command line", known[key], value)
+        elif key == "backends":
+            document[key] = dict(named_url(one) for text in value for one in parse_names(text))
+    return document
+
+
+def compose(options: argparse.Namespace, path: str, *, silent: bool) -> tuple[str, str]:
+    """The text of the file, and the key that was made with it, if any."""
+    found = asyncio.run(survey(os.environ))
+    say(str(found) if silent else wrapped(str(found)), error=silent)
+    document, key, place = propose(found), "", options.answers or path
+    if options.answers:
+        document = merge_answers(document, load_document(options.answers), options.answers)
+    if not silent:
+        key = ask_all(document, found)
+    document = with_flags(document, given_flags(options))
+    settings = merge_layers([file_layer(place, resolved(place, document))])
+    server_tls(settings.server)
+    if path.endswith(".json"):
+        return json.dumps(document, indent=2) + "\n", key
+    return render_toml(document), key
 
 
 def set_up(options: argparse.Namespace) -> int:
@@ -14697,34 +15578,25 @@ def set_up(options: argparse.Namespace) -> int:
     there = os.path.exists(path) and not (options.overwrite or options.dry_run)
     if there and silent:
         raise ConfigError(f"{path} is there already: add --overwrite, or --output FILE")
+    if not silent:
+        with contextlib.suppress(ImportError):  # so that arrow keys move in a line
+            import readline  # noqa: F401
     try:
-        found = asyncio.run(survey(os.environ))
-        say(str(found), error=silent)
-        document, key = propose(found), ""
-        if options.answers:
-            document = merge_answers(document, load_document(options.answers), options.answers)
-        if not silent:
-            if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
-                return give_up()
-            key = ask_all(document, found)
-        text = (
-            json.dumps(document, indent=2) + "\n"
-            if path.endswith(".json")
-            else render_toml(document)
-        )
-        settings = merge_layers([file_layer(path, resolved(path, document))])
-        server_tls(settings.server)
+        if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
+            return give_up()
+        text, key = compose(options, path, silent=silent)
         if options.dry_run:
             say(text.rstrip())
-            return 0
-        if not silent and not ask_yes(f"Write {path}?", default=True):
+        elif not silent and not ask_yes(f"Write {path}?", default=True):
             return give_up()
     except (KeyboardInterrupt, EOFError):
         return give_up()
-    write_file(path, text)
-    say(f"wrote {path}; `llmq` uses it from now on" if path in usual_files() else f"wrote {path}")
+    if not options.dry_run:
+        write_file(path, text, anew=there or options.overwrite)
+        used = os.path.realpath(find_file(os.environ) or "") == os.path.realpath(path)
+        say(f"wrote {path}; `llmq` uses it from now on" if used else f"wrote {path}")
     if key:
-        say(f"the key for the network, shown only now: {key}")
+        say(f"the key for the network, shown only now:\n{key}", error=options.dry_run)
     return 0
 
 
@@ -14773,7 +15645,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "of what they do (default: 1)"
     made["serve"].add_argument("--seed", type=int, default=1, metavar="N", help=text)
     made["status"].set_defaults(once=True)
-    made["mode"].add_argument("mode", choices=[mode.value for mode in Mode])
+    made["mode"].add_argument("mode", **one_word_of("mode", [mode.value for mode in Mode]))
     made["top"].add_argument("--once", **switch, help="print it once, as where it is piped")
     text = "between looks (default: 1s)"
     made["top"].add_argument(
@@ -14811,17 +15683,27 @@ def list_commands() -> str:
     )
 
 
+def one_word_of(what: str, known: Sequence[str]) -> dict[str, Any]:
+    """What argparse is told of an argument that is one of these words."""
+
+    def parse(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(misspelt(what, word, known))
+        return word
+
+    return {"type": parse, "metavar": "{" + ",".join(known) + "}"}
+
+
 def add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--device", metavar="NAME", help="(default: the only one)")
-    run.add_argument(
-        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
-    )
+    text = "its class (default: as configured)"
+    run.add_argument("--class", dest="priority", help=text, **one_word_of("class", CLASSES))
     run.add_argument("--unload", action="store_true", help="unload the device's models first")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
 
 
 def add_models(models: argparse.ArgumentParser) -> None:
-    models.add_argument("action", nargs="?", choices=("load", "unload"))
+    models.add_argument("action", nargs="?", **one_word_of("action", ("load", "unload")))
     models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
     models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
 
@@ -14836,7 +15718,8 @@ def add_kept(made: Mapping[str, argparse.ArgumentParser]) -> None:
 
 
 def add_config(config: argparse.ArgumentParser) -> None:
-    config.add_argument("what", choices=("check", "show", "init"), help="init: make a file")
+    words = one_word_of("word", ("check", "show", "init"))
+    config.add_argument("what", help="init: make a file", **words)
     group = config.add_argument_group("for init, which looks around, asks, and writes a file")
     group.add_argument("--non-interactive", action="store_true", help="ask nothing")
     text = "take what it says over what was found; JSON or TOML, and ask nothing"
@@ -14880,24 +15763,21 @@ WITHOUT_VALUE = ("--no-tui", "--wizard", "--detect")
 
 def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command line in the words of other queues in llmq's own; and a note of each word."""
-    words, notes = list(arguments), []
-    ahead: list[str] = []
-    while len(words) > 2 and words[0] in ("-u", "--url") and words[2] in COMMANDS:
-        ahead, words = [*ahead, *words[:2]], words[2:]
-    command = words[0] if words else ""
-    if command == "help":
-        words = [*words[1:2], "--help"]
-        command = words[0]
-    if command in OLD_COMMANDS:
-        notes.append(f"{command} is {' '.join(OLD_COMMANDS[command])} here")
-        words[:1] = OLD_COMMANDS[command]
-    elif command not in COMMANDS and command not in ("-h", "--help", "-V", "--version"):
-        words.insert(0, "serve")
+    words, notes = command_first(arguments), []
+    if words[0] in OLD_COMMANDS:
+        notes.append(f"{words[0]} is {' '.join(OLD_COMMANDS[words[0]])} here")
+        words[:1] = OLD_COMMANDS[words[0]]
+    if words[0] == "run":  # what follows are the words of another program
+        return words, notes
     usual: Mapping[str, Names] = {"-u": ("--url",), **dict.fromkeys(WITHOUT_VALUE, ())}
     known = OLD_FLAGS if words[0] == "serve" else usual
-    told, rest = [*words[:1], *ahead], iter(words[1:])
+    if words[0] == "config":
+        known = {**known, "-c": ("--config",)}
+    told, rest = words[:1], iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
+        if word[:2] in known and word[1:2] != "-" and len(name) > 2:  # -p8080
+            name, equals, value = word[:2], "=", word[2:]
         if name not in known:
             told.append(word)
             continue
@@ -14906,6 +15786,25 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             value = value if equals else next(rest, "")
             told += [f"{flag}={value}" for flag in known[name]]
     return told, notes
+
+
+def command_first(arguments: Sequence[str]) -> list[str]:
+    """The words with the command before all else; `serve` where there is none."""
+    words, ahead = list(arguments), list[str]()
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    while len(words) > 1 and re.fullmatch("(-u|--url)(=.*)?", words[0]):
+        many = 1 if "=" in words[0] else 2
+        if not words[many:] or words[many] not in COMMANDS:
+            break
+        ahead, words = [*ahead, *words[:many]], words[many:]
+    late = [word for word in words[1:] if word == "serve" or word in OLD_COMMANDS]
+    if words and words[0].startswith("-") and late:
+        words.remove(late[0])
+        words.insert(0, late[0])
+    if not words or words[0] not in (*COMMANDS, *OLD_COMMANDS, "-h", "--help", "-V", "--version"):
+        words.insert(0, "serve")
+    return [words[0], *ahead, *words[1:]]
 
 
 def llmq_url(url: str | None) -> str:
@@ -15459,7 +16358,9 @@ th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 dialog { width: min(430px, 92vw); margin: auto; padding: 20px 22px; border-radius: 14px;
   border: 1px solid var(--line); background: var(--card); color: var(--ink) }
 footer.wide { flex-wrap: wrap; padding-block: 16px 24px } dialog::backdrop { background: #0008 }
-dialog p, dialog table { margin: 8px 0 16px } dialog td { border: 0; padding: 4px 0 !important }
+dialog p, dialog table { margin: 8px 0 16px } #connect { width: min(760px, 94vw) }
+pre { padding: 10px 12px; margin-bottom: 16px; border-radius: 8px; background: var(--fill); overflow: auto;
+  font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace } select { font: inherit; height: 30px } dialog td { border: 0; padding: 4px 0 !important }
 kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border-radius: 5px }
 #toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg);
   pointer-events: none }
@@ -15508,7 +16409,8 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
 <header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path
   d="M4 5h8M4 8h8M4 11h4"/></svg>llmq</h1><p class="line" id="state"></p>
   <div class="line push" id="modes" role="radiogroup" aria-label="Mode"></div>
-  <div class="line"><button id="theme">Theme</button><button id="help">Keys</button></div></header>
+  <div class="line"><button id="connecting">Connect</button>
+  <button id="theme">Theme</button><button id="help">Keys</button></div></header>
 <section class="wide" id="notes" aria-label="Notices" aria-live="polite"></section>
 <main class="wide"><dl class="card" id="figures"></dl>
   <figure class="card" id="rate"><figcaption class="line">Requests per minute<b class="push"></b>
@@ -15536,7 +16438,10 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
     <table role="table"></table><div class="empty"></div></section></main>
 <footer class="wide line"><span id="about"></span><span class="push">Clients use</span>
   <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
-</footer><div id="toasts" role="status"></div>
+</footer>
+<dialog id="connect" aria-label="Connect a client"><h2>Connect a client</h2><p></p><pre></pre><form
+  class="line" method="dialog"><button type="button" id="take">Copy</button><button class="push">Close
+  </button></form></dialog><div id="toasts" role="status"></div>
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
   class="push">Leave it</button><button class="danger" value="go" autofocus></button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
@@ -15545,7 +16450,7 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
 <script nonce="NONCE">
 'use strict';
 const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelector(what);
-const BASE = 'BASEPATH';  // before every route
+const BASE = 'BASEPATH', KEYED = KEYED_HERE, RECIPES = RECIPES_HERE;  // BASE goes before every route
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
 const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
@@ -15554,7 +16459,7 @@ let found = [];  // by the filter, of those that wait beyond what the snapshot s
 const opened = new Set();  // backends whose models are shown
 const LISTS = {usage: {path: '/llmq/usage?days=7'}, jobs: {path: '/v1/jobs?all=1'}};  // by section
 const CLOCK = new Intl.DateTimeFormat([], {dateStyle: 'short', timeStyle: 'medium'});
-let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
+let past = [], day;  // [when, ended so far, oldest wait], as far as this page saw it; llmq's history
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
 const h = (tag, className = '', kids = '', props) => ({tag, kids, props: {...props, className}});
@@ -15646,6 +16551,16 @@ const drain = ({name, state}) => change('POST', `backends/${encodeURIComponent(n
   {draining: state !== 'draining'}, told => `${told.name} is ${told.state}`);
 const load = (action, model, backend) => change('POST', 'models', {action, model, backend},
   () => `Asked for: ${action} ${model} on ${backend}`);
+function connect(at = 0) {  // what a program is told, with this page's own address
+  const models = snap?.backends.flatMap(one => one.models) ?? [], [, where, text] = RECIPES[at];
+  const model = models.find(name => /^[\w.:@/+-]+$/.test(name) && !/embed/i.test(name)) ?? 'MODEL';
+  const told = {BASE: location.origin + BASE, KEY: KEYED ? 'YOUR-KEY' : 'none', MODEL: model};
+  render(q('connect', 'p'), [h('label', 'line', [h('span', '', 'Program'), h('select', '',
+    RECIPES.map(([name], i) => h('option', '', name, {value: i, selected: i === at})),
+    {onchange: event => connect(+event.target.value)})]), h('small', '', `It goes into ${where}.`)]);
+  render(q('connect', 'pre'), text.replace(/\b(BASE|KEY|MODEL)\b/g, word => told[word]));
+  if (!$('connect').open) $('connect').showModal();
+}
 async function copy(code) {
   try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
@@ -15654,6 +16569,7 @@ async function copy(code) {
 function draw() {
   if (!snap) return;
   const {queue, mode, recent, trouble, draining, config_error: wrong} = snap;
+  const down = snap.backends.filter(one => one.state === 'down').map(one => one.name);
   const ready = snap.backends.some(one => one.state === 'up'), notes = [  // the first names it all
     [draining, 'amber', 'stopping', 'llmq was told to stop: what runs may finish, nothing new is let ' +
       'in.' + (live ? '' : ' It is asked again each second.')],
@@ -15663,7 +16579,8 @@ function draw() {
     [mode === 'paused', 'amber', mode, 'Paused: nothing starts, what waits is safe.', 'Resume'],
     [mode === 'priority', 'amber', 'priority only', 'Only high starts; the rest is safe.', 'Open'],
     [!ready, 'amber', 'backend starts'], [queue.running, 'blue', 'working'], [true, 'green', 'idle'],
-    [wrong, 'red', '', `The configuration was not read again: ${wrong}`]].filter(one => one[0]);
+    [!trouble && down.length, 'amber', '', `${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} ` +
+      'down: what only they have waits.'], [wrong, 'red', '', `The configuration was not read again: ${wrong}`]].filter(one => one[0]);
   const [, tone, word] = notes[0], {waiting} = queue;
   document.title = `${waiting ? `(${waiting}) ` : ''}llmq — ${word}`;
   document.body.className = live ? '' : 'lost';
@@ -15681,16 +16598,19 @@ function draw() {
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
-function drawFigures({queue, devices, requests_total: {done = 0, client_left: left, ...failed}}) {
+function drawFigures({queue, devices, requests, requests_total: {done = 0, client_left: gone = 0,
+  cancelled = 0, ...failed}}) {
+  const rate = sum(requests.map(one => one.tokens_per_s ?? 0)), left = gone + cancelled;
   const {waiting, running, by_class: {high, low}} = queue, list = counts => Object.entries(counts)
     .filter(one => one[1]).sort((a, b) => b[1] - a[1]).map(([word, n]) => `${num(n)} ${word}`)
     .join(', ').replaceAll('_', ' ');
   render($('figures'), [
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
-    ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
+    ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}` + (rate ?
+      `, ${num(Math.round(rate))} tokens/s` : '')],
     ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
       `room for ${num(queue.full_at - waiting)}`], ['Done', num(done),
-      left ? `${plural(left, 'client')} left early` : 'since the start'],
+      left ? `${num(left)} left or cancelled` : 'since the start'],
     ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
   ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
     h('dd', 'clip', title, {title})])));
@@ -15921,7 +16841,7 @@ const KEYS = {
   p: ['pause, resume', () => setMode(snap.mode === 'paused' ? 'open' : 'paused')],
   m: ['next mode', () => setMode(next(MODES, snap.mode))], '/': ['filter', () => $('filter').focus()],
   r: ['all recent requests, or the last 10', () => { whole = !whole; draw(); }],
-  t: ['theme', () => theme(next(THEMES, shade))], '?': ['these keys', () => $('map').showModal()],
+  c: ['connect a client', () => connect()], t: ['theme', () => theme(next(THEMES, shade))], '?': ['these keys', () => $('map').showModal()],
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
@@ -15937,7 +16857,7 @@ document.onvisibilitychange = () => document.hidden ? leave() : listen();
 render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', '', [h('td', '',
   names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
-  all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
+  all: () => cancelAll(snap.queue), copy: () => copy($('base')), take: () => copy(q('connect', 'pre')), connecting: () => connect()})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}${BASE}/v1`);
 for (const id in LISTS) $(id).ontoggle = () => { draw(), look(); };
 $('single').onchange = event => shortcuts(event.target.checked);

@@ -785,6 +785,20 @@ async def test_backends_are_drained_and_their_models_loaded(browser: Browser) ->
         ]
 
 
+async def test_models_that_are_split_over_cpu_and_gpu_are_marked(browser: Browser) -> None:
+    rows = [{"name": "half", "size": 8, "size_vram": 6}, {"name": "whole", "size": 8}]
+    rows[1]["size_vram"] = 8
+    async with FakeBackend(["half", "whole"], "ollama") as fake:
+        fake.probe_answers["/api/ps"] = 200, {"models": rows}
+        async with running(f"box={fake.url}") as q, opened(browser, q) as page:
+            await page.until(
+                "document.querySelector('#devices').innerText.includes('half · 75 % on GPU')"
+            )
+            text = await page.js("document.querySelector('#devices').innerText")
+            assert "whole" in text
+            assert text.count("on GPU") == 1
+
+
 async def test_fingers_find_every_button(browser: Browser) -> None:
     async with queue_of("alice", "bob") as q, opened(browser, q) as page:
         await page.call("Emulation.setTouchEmulationEnabled", enabled=True)
