@@ -70,17 +70,17 @@ reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one 
     45. Access         which names, pages and keys may use a route
     46. Snapshot       what the outside sees
     47. Job routes     what clients ask of jobs, files and batches
-     N. Connect        what programs are told, so that they ask llmq
-    48. Handlers       what is answered at once
-    49. Routes         which path leads where
-    50. Demo           a runner that only echoes
-    51. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    52. Service        start, reload, drain, stop
-    53. Configuration  which file holds the settings, and what it refers to
-    54. Process        a process that serves, and what it tells its service manager
-    55. Setup          `llmq config init`: looks, asks, writes a file
-    56. Command line   what a person types: serve, status, top, key and the others
-    57. Web page       what a browser is shown
+    48. Connect        what programs are told, so that they ask llmq
+    49. Handlers       what is answered at once
+    50. Routes         which path leads where
+    51. Demo           a runner that only echoes
+    52. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    53. Service        start, reload, drain, stop
+    54. Configuration  which file holds the settings, and what it refers to
+    55. Process        a process that serves, and what it tells its service manager
+    56. Setup          `llmq config init`: looks, asks, writes a file
+    57. Command line   what a person types: serve, status, top, key and the others
+    58. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -13047,7 +13047,115 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 48. Connect ====================# ==== 48. Handlers =========================================
+# ==== 48. Connect =================================================================================
+# What a program is told so that it asks llmq: one table, for `llmq connect`, the page and the
+# README.  BASE stands for llmq's address, KEY for a key of one's own, MODEL for a model.
+
+NO_KEY = "none"  # some programs insist on one
+
+
+class Recipe(NamedTuple):
+    """How one program is connected."""
+
+    name: str
+    where: str  # what the text goes into
+    text: str
+
+
+SHELL = "a shell"
+RECIPES = (
+    Recipe("Ollama", SHELL, "export OLLAMA_HOST=BASE OLLAMA_API_KEY=KEY"),
+    Recipe("OpenAI", SHELL, "export OPENAI_BASE_URL=BASE/v1 OPENAI_API_KEY=KEY"),
+    Recipe("Anthropic", SHELL, "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_API_KEY=KEY"),
+    Recipe(
+        "curl", SHELL,
+        "curl BASE/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        "  -H 'Authorization: Bearer KEY' \\\n"
+        '  -d \'{"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}\'',
+    ),
+    Recipe(
+        "Python", "a program",
+        "from openai import OpenAI\n"
+        'client = OpenAI(base_url="BASE/v1", api_key="KEY")\n'
+        'messages = [{"role": "user", "content": "hello"}]\n'
+        'answer = client.chat.completions.create(model="MODEL", messages=messages)\n'
+        "print(answer.choices[0].message.content)",
+    ),
+    Recipe(
+        "JavaScript", "a program",
+        "const answer = await fetch('BASE/v1/chat/completions', {method: 'POST',\n"
+        "  headers: {'Content-Type': 'application/json', Authorization: 'Bearer KEY'},\n"
+        "  body: JSON.stringify({model: 'MODEL', messages: [{role: 'user', content: 'hi'}]})});\n"
+        "console.log((await answer.json()).choices[0].message.content);",
+    ),
+    Recipe(
+        "Claude Code", SHELL,
+        "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_AUTH_TOKEN=KEY\nclaude --model MODEL",
+    ),
+    Recipe(
+        "Codex", "~/.codex/config.toml; and LLMQ_KEY=KEY in its environment",
+        'model = "MODEL"\nmodel_provider = "llmq"\n\n[model_providers.llmq]\nname = "llmq"\n'
+        'base_url = "BASE/v1"\nenv_key = "LLMQ_KEY"\nwire_api = "responses"',
+    ),
+    Recipe(
+        "aider", SHELL,
+        "export OPENAI_API_BASE=BASE/v1 OPENAI_API_KEY=KEY\naider --model openai/MODEL",
+    ),
+    Recipe(
+        "opencode", "opencode.json",
+        '{"provider": {"llmq": {"npm": "@ai-sdk/openai-compatible",\n'
+        '  "options": {"baseURL": "BASE/v1", "apiKey": "KEY"}, "models": {"MODEL": {}}}}}',
+    ),
+    Recipe(
+        "Continue", "~/.continue/config.yaml, under models:",
+        "- name: MODEL\n  provider: openai\n  model: MODEL\n  apiBase: BASE/v1\n  apiKey: KEY",
+    ),
+    Recipe(
+        "Cline", "its settings",
+        "API Provider: OpenAI Compatible\nBase URL: BASE/v1\nAPI Key: KEY\nModel ID: MODEL",
+    ),
+    Recipe(
+        "Open WebUI", "its environment",
+        "OLLAMA_BASE_URL=BASE\nENABLE_FORWARD_USER_INFO_HEADERS=true",
+    ),
+    Recipe(
+        "Zed", "settings.json; and LLMQ_API_KEY=KEY in its environment",
+        '{"language_models": {"openai_compatible": {"llmq": {"api_url": "BASE/v1",\n'
+        '  "available_models": [{"name": "MODEL", "max_tokens": 32768}]}}}}',
+    ),
+    Recipe("n8n", "a credential of the type OpenAI", "Base URL: BASE/v1\nAPI Key: KEY"),
+    Recipe(
+        "LangChain", "a program",
+        "from langchain_openai import ChatOpenAI\n"
+        'chat = ChatOpenAI(base_url="BASE/v1", api_key="KEY", model="MODEL")',
+    ),
+)  # fmt: skip
+
+
+RECIPES_JSON = json.dumps(RECIPES).replace("</", "<\\/")  # as a script may hold it
+
+
+def fill_in(text: str, base: str, key: str = NO_KEY, model: str = "MODEL") -> str:
+    """The text of a recipe for one llmq; without a key its line for that is left out of curl's."""
+    if key == NO_KEY:
+        text = text.replace("  -H 'Authorization: Bearer KEY' \\\n", "")
+        text = text.replace(", Authorization: 'Bearer KEY'", "").replace(" OLLAMA_API_KEY=KEY", "")
+    filled = {"BASE": base, "KEY": key, "MODEL": model}
+    return re.sub(r"\b(BASE|KEY|MODEL)\b", lambda found: filled[found[0]], text)
+
+
+def find_recipes(name: str) -> list[Recipe]:
+    """The recipe of a program, or all; ConfigError with the nearest where there is none."""
+    plain = {re.sub(r"\W", "", one.name.lower()): one for one in RECIPES}
+    wanted = re.sub(r"\W", "", name.lower())
+    if not wanted:
+        return list(RECIPES)
+    if wanted not in plain:
+        raise ConfigError(misspelt("program", name.lower(), [one.name.lower() for one in RECIPES]))
+    return [plain[wanted]]
+
+
+# ==== 49. Handlers ================================================================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -13447,7 +13555,7 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ==== 49. Routes ==================================================================================
+# ==== 50. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -13726,7 +13834,7 @@ class Door:
         exchange.respond(204, b"", headers=granted)
 
 
-# ==== 50. Demo ====================================================================================
+# ==== 51. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
@@ -13909,7 +14017,7 @@ async def ask_busily(client: BusyClient, url: str, random: Random) -> None:
             await within(min(seconds, BUSY_PATIENCE), asking, late)
 
 
-# ==== 51. Terminal view ===========================================================================
+# ==== 52. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -14377,7 +14485,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 52. Service =================================================================================
+# ==== 53. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -14889,7 +14997,7 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 53. Configuration ===========================================================================
+# ==== 54. Configuration ===========================================================================
 # Where settings come from: a file, with what it refers to, the variables and the flags.
 
 
@@ -14996,7 +15104,7 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
     return None
 
 
-# ==== 54. Process =================================================================================
+# ==== 55. Process =================================================================================
 # A process that serves: what it says when it starts, and what a service manager is told.  All words
 # to people go through `say`.
 
@@ -15127,7 +15235,7 @@ def describe(backend: Backend) -> str:
     return f"{backend.url}  {words}  ({shared})"
 
 
-# ==== 55. Setup ===================================================================================
+# ==== 56. Setup ===================================================================================
 # `llmq config init`: looks at what is here, asks what it cannot see, and writes a file that `config
 # check` accepts.  What it writes is a configuration as any other; nothing else is kept of it.
 
@@ -15605,7 +15713,7 @@ def give_up() -> int:
     return 1
 
 
-# ==== 56. Command line ============================================================================
+# ==== 57. Command line ============================================================================
 # What a person types: a table of commands, and what each does.  The words of other queues are taken
 # for llmq's own, with a note.
 
@@ -16275,7 +16383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 57. Web page ================================================================================
+# ==== 58. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
