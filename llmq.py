@@ -4620,7 +4620,7 @@ def explain(one: Candidate) -> str:
 # is.  When it is full it lets go of the answer that was asked for the longest time ago.
 
 ENTRY_BYTES = 350  # of memory that an answer takes besides its own
-UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
+UNTELLING = ("priority", "keep_alive")  # members that change no answer
 MOST_OF_CACHE = 8  # one answer takes at most an eighth of the bytes that all may have
 
 

@@ -35,6 +35,32 @@ from tests.fakes import Answer, FakeBackend, FakeRequest, Raw, ask, eventually, 
 from tests.test_keys import EVIL, bearer, keys
 
 GIB = 2**30
+CLASSIFY = llmq.classify
+
+
+@pytest.fixture(autouse=True)
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prompt asks for is a matter of test_tasks; here nothing tells it, but `taskType`."""
+    verdict = llmq.Verdict("unknown", "nobody looked")
+    monkeypatch.setattr(llmq, "classify", lambda *_, **__: verdict)
+
+
+async def test_what_a_prompt_asks_for_is_told_from_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "classify", CLASSIFY)
+    rows = {"code_review": ["b"], "summarize": ["c"], "unknown": ["a"]}
+    said = {"review this function:\n```\ndef f(x): return x\n```": "b",
+            "summarize this article in three sentences": "c"}  # fmt: skip
+    async with Runner(("a", "b", "c")) as runner, running(runner.url, routes=rows) as q:
+        for text, model in said.items():
+            for path in (CHAT.path, NATIVE_CHAT.path, MESSAGES.path):
+                body = {"model": "auto", "max_tokens": 9, "stream": False,
+                        "messages": [{"role": "user", "content": text}]}  # fmt: skip
+                answer = await ask(q.port, "POST", path, json=body)
+                assert answer.headers["x-llmq-model"] == model, answer.body
+
+
 CHATTING = tuple(one for one in STREAMING)
 EMBEDDING = (EMBEDDINGS, EMBED, BY_PATH["/api/embeddings"])
 AUTO_DIALECTS = (*CHATTING, *EMBEDDING)

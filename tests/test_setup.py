@@ -465,7 +465,7 @@ def same(one: Any, other: Any) -> bool:
     return texts[0] == texts[1]
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 def test_any_document_is_read_back_from_toml_as_it_was() -> None:
     loads = toml_reader()
     seeded = random.Random(1414)
