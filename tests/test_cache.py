@@ -179,7 +179,7 @@ def test_keys_differ_with_all_that_is_told_besides() -> None:
 
 
 async def test_an_answer_that_tells_how_it_came_about_is_not_kept() -> None:
-    async with counting() as (runner, q):
+    async with counting() as (_, q):
         body = b'{"model":"m","input":"hi","router":{"any":"thing"}}'
         answers = [await asked(q, body, EMBED) for _ in range(2)]
         assert ["x-cache" in one.headers for one in answers] == [False, False]
