@@ -79,8 +79,9 @@ reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one 
     54. Configuration  which file holds the settings, and what it refers to
     55. Process        a process that serves, and what it tells its service manager
     56. Setup          `llmq config init`: looks, asks, writes a file
-    57. Command line   what a person types: serve, status, top, key and the others
-    58. Web page       what a browser is shown
+    57. Asking         how commands ask a running llmq
+    58. Command line   what a person types: serve, status, top, key and the others
+    59. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import select
@@ -140,7 +142,6 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
 from itertools import accumulate, combinations, count, groupby
 from operator import attrgetter
-from random import Random
 from textwrap import wrap
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
@@ -9243,7 +9244,7 @@ class History:
     def __init__(self) -> None:
         # By class how many waited at most, how many started; and the tokens of what ended.
         self.minutes: deque[tuple[int, ...]] = deque(maxlen=MINUTES)
-        self.minute = 0  # that is under way, since 1970
+        self.minute = -MINUTES - 1  # that is under way, since 1970; before the first, long ago
         self.waited = [0] * len(Priority)
         self.before = [0] * (len(Priority) + 1)  # started, by class, and tokens when it began
 
@@ -13945,18 +13946,18 @@ BUSY_CLIENTS = (
 )
 
 
-def chance(*seed: object) -> Random:
+def chance(*seed: object) -> random.Random:
     """What is left to chance, and is the same each time for one seed."""
-    return Random(" ".join(map(str, seed)))  # noqa: S311 - nothing is kept secret by it
+    return random.Random(" ".join(map(str, seed)))  # noqa: S311 - nothing is kept secret by it
 
 
 class BusyBox:
     """A simulated Ollama, which loads one model at a time and takes its time for it."""
 
-    def __init__(self, models: Sequence[DemoModel], random: Random) -> None:
+    def __init__(self, models: Sequence[DemoModel], dice: random.Random) -> None:
         self.models = {model.name: model for model in models}
         self.loaded = ""
-        self.random = random
+        self.dice = dice
 
     async def answer(self, exchange: Exchange) -> None:
         path, rows = exchange.request.path, [self.row(one) for one in self.models.values()]
@@ -13997,24 +13998,41 @@ class BusyBox:
         if exchange.request.path == OLLAMA_GENERATE:  # no more than a load
             exchange.respond(200, render_json({"model": model.name, "done": True}))
             return
-        many = max(1, round(question.get("max_tokens", 50) * self.random.uniform(0.6, 1.4)))
+        many = max(1, round(question.get("max_tokens", 50) * self.dice.uniform(0.6, 1.4)))
         await answer_words(exchange, question, model.name, ["word "] * many, "stop", 1 / model.rate)
 
 
-async def ask_busily(client: BusyClient, url: str, random: Random) -> None:
+async def ask_busily(client: BusyClient, url: str, dice: random.Random) -> None:
     """Ask llmq what this one asks, for ever."""
     llmq = Backend("llmq", BackendSettings(url=url), Device("", 1))
     lines = f"X-User-ID: {client.name}\r\n".encode()
     while True:
-        await asyncio.sleep(random.expovariate(1 / client.pause))
+        await asyncio.sleep(dice.expovariate(1 / client.pause))
         asked = {"model": client.model, "priority": client.priority, "stream": True}
         message = {"role": "user", "content": "something to think about"}
         body = render_json({**asked, "max_tokens": client.tokens, "messages": [message]})
-        seconds = random.uniform(2, 8) if random.random() < client.leaves else NEVER
+        seconds = dice.uniform(2, 8) if dice.random() < client.leaves else NEVER
         late = BackendTimeout("it was not waited for")
         with contextlib.suppress(LlmqError, OSError):
             asking = asyncio.ensure_future(fetch(llmq, CHAT, body, lines))
             await within(min(seconds, BUSY_PATIENCE), asking, late)
+
+
+def demo_runners(seed: int | None) -> dict[str, tuple[Handler, str]]:
+    """The simulated runners by name, and their kinds: with a seed a home's, else an echo."""
+    if seed is None:
+        return {"demo": (answer_demo, "openai")}
+    boxes = BUSY_BOXES.items()
+    return {name: (BusyBox(models, chance(seed, name)).answer, "ollama") for name, models in boxes}
+
+
+def start_busy_clients(seed: int, url: str) -> list[asyncio.Future[None]]:
+    """Let those ask who use the simulated home."""
+    return [
+        asyncio.ensure_future(ask_busily(one, url, chance(seed, one.name, number)))
+        for one in BUSY_CLIENTS
+        for number in range(one.at_once)
+    ]
 
 
 # ==== 52. Terminal view ===========================================================================
@@ -14668,6 +14686,25 @@ def port_service(number: str, row: PortSettings) -> Backend:
     return Backend(f"port {number}", settings, Device("", 1))
 
 
+def own_names(settings: Settings, is_public: bool) -> frozenset[str]:
+    """What clients may call this box, see `is_own_host`."""
+    host = socket.gethostname().lower()
+    allowed = map(str.lower, settings.server.allowed_hosts)
+    ports = any(row.public for row in settings.ports.values())
+    public = "*" if is_public or ports else ()
+    return frozenset((host, host + ".local", "*.internal", *allowed, *public))
+
+
+def tell_what_runs(gateway: Gateway) -> None:
+    """Say what stopping waits for."""
+    running = list(gateway.scheduler.running.values())
+    names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
+    what = f"{plural(len(running), 'running request')} ({names})"
+    limit = gateway.settings.server.drain_timeout
+    if running:
+        log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
+
+
 @dataclass(eq=False)
 class Service:
     settings: Settings
@@ -14696,28 +14733,20 @@ class Service:
         self.keeper = Keeper(self.gateway, self.batches)
         self.webhooks = Webhooks(self.gateway)
         jobs = JobRoutes(self.gateway, self.runner, self.batches)
-        names, reload = self.own_names(), self.reload
+        names, reload = own_names(self.settings, self.is_public), self.reload
         self.api = Api(self.gateway, names, reload, self.changes, jobs, self.keeper)
         self.door = Door(self.api)
         self._servers: list[HttpServer] = []
         self._ports: dict[str, tuple[PortSettings, HttpServer]] = {}  # by number
         self._moving: asyncio.Future[None] | None = None  # opens and closes them
         self._tasks: list[asyncio.Task[None]] = []
-        self._clients: list[asyncio.Task[None]] = []  # of the simulated home
+        self._clients: list[asyncio.Future[None]] = []  # of the simulated home
         self.tls: Any = None  # what each connection begins with, and what it goes on with
         self.newest_tls: Any = None
 
     def renew_tls(self, connection: Any, _name: str | None, _context: Any) -> None:
         """Let a new connection have what the files hold since the last reload."""
         connection.context = self.newest_tls
-
-    def own_names(self) -> frozenset[str]:
-        """What clients may call this box, see `is_own_host`."""
-        host = socket.gethostname().lower()
-        allowed = map(str.lower, self.settings.server.allowed_hosts)
-        ports = any(row.public for row in self.settings.ports.values())
-        public = "*" if self.is_public or ports else ()
-        return frozenset((host, host + ".local", "*.internal", *allowed, *public))
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
@@ -14767,31 +14796,17 @@ class Service:
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
         if self.seed is not None:
-            self.start_clients()
+            url = base_url("127.0.0.1", self.port) + self.settings.server.base_path
+            self._clients = start_busy_clients(self.seed, url)
 
     async def start_demo(self) -> None:
         """Have simulated runners in place of any other."""
-        handlers: dict[str, tuple[Handler, str]] = {"demo": (answer_demo, "openai")}
-        if self.seed is not None:
-            handlers = {
-                name: (BusyBox(models, chance(self.seed, name)).answer, "ollama")
-                for name, models in BUSY_BOXES.items()
-            }
         self.settings.backends = {}
-        for name, (handler, kind) in handlers.items():
+        for name, (handler, kind) in demo_runners(self.seed).items():
             runner = HttpServer(handler, Settings(), 64)
             self._servers.append(runner)
             url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
             self.settings.backends[name] = BackendSettings(url=url, kind=kind, device=name)
-
-    def start_clients(self) -> None:
-        """Let those ask who use the simulated home."""
-        url = base_url("127.0.0.1", self.port) + self.settings.server.base_path
-        self._clients = [
-            asyncio.ensure_future(ask_busily(one, url, chance(self.seed, one.name, number)))
-            for one in BUSY_CLIENTS
-            for number in range(one.at_once)
-        ]
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -14872,7 +14887,7 @@ class Service:
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
-        self.api.names = self.own_names()
+        self.api.names = own_names(self.settings, self.is_public)
         self.gateway.accounts.configure(self.settings)
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
@@ -14930,7 +14945,7 @@ class Service:
             await asyncio.wait({self._moving})  # or a port would open behind us
         self.gateway.drain()
         self.api.stream.tell()
-        self.tell_what_runs()
+        tell_what_runs(self.gateway)
         for server in (self._servers[0], *(server for _, server in self._ports.values())):
             server.quiesce()
         await self.until(self.idle, self.settings.server.drain_timeout)
@@ -14961,14 +14976,6 @@ class Service:
         self.webhooks.step()
         await self.until(lambda: self.webhooks.is_idle, LINGER_SECONDS)
         self.webhooks.close()
-
-    def tell_what_runs(self) -> None:
-        running = list(self.gateway.scheduler.running.values())
-        names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
-        what = f"{plural(len(running), 'running request')} ({names})"
-        limit = self.settings.server.drain_timeout
-        if running:
-            log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -15713,13 +15720,109 @@ def give_up() -> int:
     return 1
 
 
-# ==== 57. Command line ============================================================================
+# ==== 57. Asking ==================================================================================
+# How commands ask a running llmq: where it is, with which key, and what it answers.
+
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
+
+
+def llmq_url(url: str | None) -> str:
+    if url:
+        return url.rstrip("/")
+    server = read_settings({}, os.environ)[0].server
+    scheme = "https" if server.tls_cert else "http"
+    everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be asked
+    host = everywhere.get(server.host, server.host)
+    return base_url(host, server.port, scheme) + server.base_path
+
+
+def own_key(path: str | None) -> str:
+    """The key that commands send: from --key-file or LLMQ_KEY, as command lines are seen by all."""
+    key = secret_of("--key-file", path) if path else os.environ.get("LLMQ_KEY", "")
+    try:
+        return parse_key(key)
+    except ValueError as error:
+        raise ConfigError(f"{'--key-file' if path else 'LLMQ_KEY'}: {error}") from None
+
+
+def trusted_tls(url: str) -> Any:
+    """How whoever answers over TLS is checked: on this box by the certificate in its settings."""
+    import ssl
+
+    context, server = ssl.create_default_context(), read_settings({}, os.environ)[0].server
+    if is_loopback(urlsplit(url).hostname or "") and server.tls_cert:
+        context.check_hostname = False  # it is made for the name that others call this box
+        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0x80000)
+        context.load_verify_locations(server.tls_cert)
+    return context
+
+
+def ask_llmq(
+    url: str,
+    order: Order,
+    seconds: float | None = ANSWER_SECONDS,
+    *,
+    key: str = "",
+    raw: bool = False,
+) -> Any:
+    """What a running llmq answers; StartError in plain words when there is none.
+
+    It is an object; `raw` is the status and the body, whatever that is.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
+
+    method, path, change = order
+    data = None if change is None else render_json(change)
+    headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
+        tls = [HTTPSHandler(context=trusted_tls(url))] if url.startswith("https:") else []
+        with build_opener(ProxyHandler({}), *tls).open(request, timeout=seconds) as answer:
+            body = read_bounded(answer, MOST_KEPT + KIB if raw else MOST_ANSWERED)
+        facts = {} if raw else json.loads(body)
+        if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
+            raise ValueError("what answers is no llmq")
+    except HTTPError as error:
+        if "X-LLMQ-Id" in error.headers:
+            with contextlib.suppress(*ODD_JSON, OSError, HTTPException):
+                raise StartError(json.loads(read_bounded(error))["error"]["message"]) from None
+        raise StartError(f"{url} answers {error.code}: is that llmq?") from None
+    except (*ODD_JSON, OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        why = getattr(reason, "strerror", None) or reason
+        cure = "`llmq` starts one on this box, --url names another"
+        raise StartError(f"no llmq answers at {url}: {why}; {cure}") from None
+    return (answer.status, bytes(body)) if raw else facts
+
+
+def read_bounded(answer: Any, most: int = MOST_ANSWERED) -> bytearray:
+    """The body of an answer; ValueError or TimeoutError where it has no end."""
+    until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
+    while more := answer.read1(64 * KIB):
+        data += more
+        if len(data) > most:
+            raise ValueError("the answer is too long")
+        if time.monotonic() > until:
+            raise TimeoutError("the answer does not end")
+    return data
+
+
+def asked(options: argparse.Namespace) -> tuple[str, Callable[..., Any]]:
+    """Where the llmq is that a command asks, and what asks it."""
+    url = llmq_url(options.url)
+    return url, functools.partial(ask_llmq, url, key=own_key(options.key_file))
+
+
+# ==== 58. Command line ============================================================================
 # What a person types: a table of commands, and what each does.  The words of other queues are taken
 # for llmq's own, with a note.
 
 LEASE_SECONDS = 60.0  # that a command has the device for without a word
-ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
-MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -15913,97 +16016,6 @@ def command_first(arguments: Sequence[str]) -> list[str]:
     if not words or words[0] not in (*COMMANDS, *OLD_COMMANDS, "-h", "--help", "-V", "--version"):
         words.insert(0, "serve")
     return [words[0], *ahead, *words[1:]]
-
-
-def llmq_url(url: str | None) -> str:
-    if url:
-        return url.rstrip("/")
-    server = read_settings({}, os.environ)[0].server
-    scheme = "https" if server.tls_cert else "http"
-    everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - to be asked
-    host = everywhere.get(server.host, server.host)
-    return base_url(host, server.port, scheme) + server.base_path
-
-
-def own_key(path: str | None) -> str:
-    """The key that commands send: from --key-file or LLMQ_KEY, as command lines are seen by all."""
-    key = secret_of("--key-file", path) if path else os.environ.get("LLMQ_KEY", "")
-    try:
-        return parse_key(key)
-    except ValueError as error:
-        raise ConfigError(f"{'--key-file' if path else 'LLMQ_KEY'}: {error}") from None
-
-
-def trusted_tls(url: str) -> Any:
-    """How whoever answers over TLS is checked: on this box by the certificate in its settings."""
-    import ssl
-
-    context, server = ssl.create_default_context(), read_settings({}, os.environ)[0].server
-    if is_loopback(urlsplit(url).hostname or "") and server.tls_cert:
-        context.check_hostname = False  # it is made for the name that others call this box
-        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0x80000)
-        context.load_verify_locations(server.tls_cert)
-    return context
-
-
-def ask_llmq(
-    url: str,
-    order: Order,
-    seconds: float | None = ANSWER_SECONDS,
-    *,
-    key: str = "",
-    raw: bool = False,
-) -> Any:
-    """What a running llmq answers; StartError in plain words when there is none.
-
-    It is an object; `raw` is the status and the body, whatever that is.
-    """
-    from http.client import HTTPException
-    from urllib.error import HTTPError
-    from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
-
-    method, path, change = order
-    data = None if change is None else render_json(change)
-    headers = {"Content-Type": "application/json", "User-Agent": f"llmq/{__version__}"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    try:
-        request = Request(url + path, data, headers, method=method)  # noqa: S310 - the user's own
-        tls = [HTTPSHandler(context=trusted_tls(url))] if url.startswith("https:") else []
-        with build_opener(ProxyHandler({}), *tls).open(request, timeout=seconds) as answer:
-            body = read_bounded(answer, MOST_KEPT + KIB if raw else MOST_ANSWERED)
-        facts = {} if raw else json.loads(body)
-        if not isinstance(facts, dict) or "X-LLMQ-Id" not in answer.headers:
-            raise ValueError("what answers is no llmq")
-    except HTTPError as error:
-        if "X-LLMQ-Id" in error.headers:
-            with contextlib.suppress(*ODD_JSON, OSError, HTTPException):
-                raise StartError(json.loads(read_bounded(error))["error"]["message"]) from None
-        raise StartError(f"{url} answers {error.code}: is that llmq?") from None
-    except (*ODD_JSON, OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        why = getattr(reason, "strerror", None) or reason
-        cure = "`llmq` starts one on this box, --url names another"
-        raise StartError(f"no llmq answers at {url}: {why}; {cure}") from None
-    return (answer.status, bytes(body)) if raw else facts
-
-
-def read_bounded(answer: Any, most: int = MOST_ANSWERED) -> bytearray:
-    """The body of an answer; ValueError or TimeoutError where it has no end."""
-    until, data = time.monotonic() + ANSWER_SECONDS, bytearray()
-    while more := answer.read1(64 * KIB):
-        data += more
-        if len(data) > most:
-            raise ValueError("the answer is too long")
-        if time.monotonic() > until:
-            raise TimeoutError("the answer does not end")
-    return data
-
-
-def asked(options: argparse.Namespace) -> tuple[str, Callable[..., Any]]:
-    """Where the llmq is that a command asks, and what asks it."""
-    url = llmq_url(options.url)
-    return url, functools.partial(ask_llmq, url, key=own_key(options.key_file))
 
 
 def cmd_key(options: argparse.Namespace) -> None:
@@ -16383,7 +16395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 58. Web page ================================================================================
+# ==== 59. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.

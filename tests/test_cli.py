@@ -133,8 +133,8 @@ def test_odd_arguments_end_with_2_and_the_usage(
         (
             ("xyzzy",),
             "COMMAND",
-            "unknown command xyzzy; known: cancel, config, gpu, job, jobs, key, mode, models, "
-            "result, run, serve, status, top, usage",
+            "unknown command xyzzy; known: cancel, completion, config, connect, gpu, job, jobs, "
+            "key, mode, models, result, run, serve, status, top, usage",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
@@ -385,6 +385,7 @@ AS_JSON: dict[str, tuple[str, Held]] = {
         "models",
         lambda told: [word for row in told for word in (row["model"], row["backend"])],
     ),
+    "connect": ("connect curl", lambda told: [told[0]["text"].splitlines()[0]]),
     "models load": ("models load m", lambda told: [f"load {told['model']}: {told['backend']}"]),
     "gpu": ("gpu", lambda told: list(told["devices"])),
     "jobs": (

@@ -33,7 +33,7 @@ FUNCTION_LINES_MEDIAN = 12
 NESTING = 4
 CLASS_LINES = 300
 SECTION_LINES = 600  # past it, the map is drawn again
-FILE_LINES = 16760  # outgrown: the design says 8,500, and never above 9,500
+FILE_LINES = 17250  # outgrown: the design says 8,500, and never above 9,500
 # How far each section may grow before somebody asks why; the sum is FILE_LINES at most.
 BUDGET = {
     "front page": 155,
@@ -67,7 +67,7 @@ BUDGET = {
     "Probes": 345,
     "Cards": 180,
     "Calls": 495,
-    "Records": 250,
+    "Records": 285,
     "Store": 180,
     "Recall": 155,
     "Jobs": 260,
@@ -79,21 +79,23 @@ BUDGET = {
     "Runs": 225,
     "Batches": 280,
     "Changes": 80,
-    "Background": 250,
+    "Background": 260,
     "Webhooks": 195,
     "Access": 170,
-    "Snapshot": 325,
+    "Snapshot": 340,
     "Job routes": 320,
-    "Handlers": 395,
+    "Connect": 115,
+    "Handlers": 405,
     "Routes": 280,
-    "Demo": 55,
+    "Demo": 205,
     "Terminal view": 475,
-    "Service": 490,
+    "Service": 515,
     "Configuration": 110,
     "Process": 135,
     "Setup": 480,
+    "Asking": 105,
     "Command line": 600,
-    "Web page": 575,
+    "Web page": 600,
 }
 TOP_LEVEL = {"llmq.py", "tray", "tests", "README.md", "pyproject.toml", "install.sh", "LICENSE"}
 
