@@ -13133,16 +13133,30 @@ RECIPES = (
 )  # fmt: skip
 
 
-RECIPES_JSON = json.dumps(RECIPES).replace("</", "<\\/")  # as a script may hold it
+KEY_PARTS = (  # of the texts above, which nobody needs where no key is needed
+    "  -H 'Authorization: Bearer KEY' \\\n", ", Authorization: 'Bearer KEY'", " OLLAMA_API_KEY=KEY",
+)  # fmt: skip
+
+
+def without_key(text: str) -> str:
+    """The text of a recipe for an llmq that needs no key."""
+    for part in KEY_PARTS:
+        text = text.replace(part, "")
+    return text.replace("KEY=KEY", f"KEY={NO_KEY}")
 
 
 def fill_in(text: str, base: str, key: str = NO_KEY, model: str = "MODEL") -> str:
-    """The text of a recipe for one llmq; without a key its line for that is left out of curl's."""
-    if key == NO_KEY:
-        text = text.replace("  -H 'Authorization: Bearer KEY' \\\n", "")
-        text = text.replace(", Authorization: 'Bearer KEY'", "").replace(" OLLAMA_API_KEY=KEY", "")
+    """The text of a recipe for one llmq."""
     filled = {"BASE": base, "KEY": key, "MODEL": model}
+    text = without_key(text) if key == NO_KEY else text
     return re.sub(r"\b(BASE|KEY|MODEL)\b", lambda found: filled[found[0]], text)
+
+
+@functools.lru_cache(maxsize=2)
+def recipes_json(*, keyed: bool) -> str:
+    """All recipes as the page's script holds them, which no text in them can end."""
+    rows = RECIPES if keyed else [one._replace(text=without_key(one.text)) for one in RECIPES]
+    return json.dumps(rows).replace("</", "<\\/")
 
 
 def find_recipes(name: str) -> list[Recipe]:
@@ -13219,9 +13233,9 @@ class Api:
         nonce = secrets.token_urlsafe(16)
         headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
         page = PAGE.replace("NONCE", nonce).replace("BASEPATH", self.settings.server.base_path)
-        page = page.replace("RECIPES_HERE", RECIPES_JSON).replace(
-            "KEYED_HERE", json.dumps(bool(self.settings.keys))
-        )
+        keyed = bool(self.settings.keys)
+        page = page.replace("RECIPES_HERE", recipes_json(keyed=keyed))
+        page = page.replace("KEYED_HERE", json.dumps(keyed))
         exchange.respond(200, page.encode(), "text/html; charset=utf-8", headers)
 
     async def get_version(self, _exchange: Exchange, _: str) -> Facts:
@@ -16726,8 +16740,8 @@ function drawFigures({queue, devices, requests, requests_total: {done = 0, clien
     .join(', ').replaceAll('_', ' ');
   render($('figures'), [
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
-    ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}` + (rate ?
-      `, ${num(Math.round(rate))} tokens/s` : '')],
+    ['Running', num(running), rate ? `${num(Math.round(rate))} tokens/s` :
+      `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
     ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
       `room for ${num(queue.full_at - waiting)}`], ['Done', num(done),
       left ? `${num(left)} left or cancelled` : 'since the start'],

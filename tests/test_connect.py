@@ -76,8 +76,11 @@ def test_without_a_running_llmq_it_is_told_all_the_same() -> None:
 
 
 def test_what_the_page_has_cannot_end_its_script() -> None:
-    assert "</" not in llmq.RECIPES_JSON
-    assert json.loads(llmq.RECIPES_JSON) == [list(one) for one in llmq.RECIPES]
+    for keyed in (True, False):
+        told = llmq.recipes_json(keyed=keyed)
+        assert "</" not in told
+        assert [row[0] for row in json.loads(told)] == [one.name for one in llmq.RECIPES]
+        assert ("Bearer KEY" in told) is keyed
 
 
 # ---- completion and help
