@@ -15,8 +15,8 @@ success, a client that left costs nothing, a runner is never asked for more than
     python3 llmq.py --demo      the same with a built-in model: nothing else is needed to try it
     python3 llmq.py --help      everything else
 
-The map.  A section uses only what stands above it; nothing above 21 awaits, opens a socket or
-reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one request.
+The map.  A section uses only what stands above it; nothing above 24 awaits, opens a socket or
+reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one request.
 
   A  Words
      1. Errors         what a client is told instead of an answer
@@ -32,47 +32,56 @@ reads a clock.  Start reading at `Gateway.serve` in section 32: the life of one 
     10. Fleet          all of them: where there is room, and which is picked
     11. Scheduler      who goes next
     12. Forecast       when, and why not yet
-    13. Cache          what was answered before
+    13. Words          by which it tells what a prompt asks for
+    14. Tasks          what a prompt asks for
+    15. Model choice   which model `auto` is
+    16. Cache          what was answered before
   C  HTTP
-    14. Messages       bytes to heads and bodies, and back
-    15. Bodies         JSON read without losing a byte of it
-    16. Dialects       what all of them share: errors, streams, questions
-    17. OpenAI         its endpoints, its errors, how its streams end
-    18. Ollama         the same for Ollama's own routes
-    19. Anthropic      the same for messages
-    20. Translation    one dialect in the words of another
-    21. Streams        how a coroutine reads a connection, and is woken
-    22. Replies        whom a call answers: an exchange, several at once, a store
-    23. Server         sockets towards the clients
-    24. Upstream       sockets towards the runners
+    17. Messages       bytes to heads and bodies, and back
+    18. Bodies         JSON read without losing a byte of it
+    19. Dialects       what all of them share: errors, streams, questions
+    20. OpenAI         its endpoints, its errors, how its streams end
+    21. Ollama         the same for Ollama's own routes
+    22. Anthropic      the same for messages
+    23. Translation    one dialect in the words of another
+    24. Streams        how a coroutine reads a connection, and is woken
+    25. Replies        whom a call answers: an exchange, several at once, a store
+    26. Server         sockets towards the clients
+    27. Upstream       sockets towards the runners
   D  The gateway
-    25. Probes         what a backend has and how it does
-    26. Calls          one request on its way, and its answer from a backend
-    27. Records        what remains of it: log, metrics, the latest
-    28. Store          what outlives a restart: one SQLite file, one thread
-    29. Recall         what was answered before, or is being answered
-    30. Jobs           what may be answered later, kept until it is
-    31. Admission      from a request to a call that may wait
-    32. Gateway        the life of one request
-    33. Models         what there is, and its management
-    34. Leases         a device as a whole, for work that is no request
-    35. Runs           how jobs run: a few at a time, as calls
-    36. Batches        OpenAI's files and batches, of jobs
-    37. Changes        what is changed at run time
-    38. Background     what runs beside the requests: deadlines, heartbeats
-    39. Webhooks       whom else it tells what happens
+    28. Probes         what a backend has and how it does
+    29. Cards          what graphics memory there is
+    30. Calls          one request on its way, and its answer from a backend
+    31. Records        what remains of it: log, metrics, the latest
+    32. Store          what outlives a restart: one SQLite file, one thread
+    33. Recall         what was answered before, or is being answered
+    34. Jobs           what may be answered later, kept until it is
+    35. Auto           what a choice of model is made from
+    36. Admission      from a request to a call that may wait
+    37. Gateway        the life of one request
+    38. Models         what there is, and its management
+    39. Leases         a device as a whole, for work that is no request
+    40. Runs           how jobs run: a few at a time, as calls
+    41. Batches        OpenAI's files and batches, of jobs
+    42. Changes        what is changed at run time
+    43. Background     what runs beside the requests: deadlines, heartbeats
+    44. Webhooks       whom else it tells what happens
   E  Doors
-    40. Access         which names, pages and keys may use a route
-    41. Snapshot       what the outside sees
-    42. Job routes     what clients ask of jobs, files and batches
-    43. Handlers       what is answered at once
-    44. Routes         which path leads where
-    45. Demo           a runner that only echoes
-    46. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
-    47. Service        start, reload, drain, stop
-    48. Configuration  which file holds the settings, and what it refers to
-    49. Command line   what a person types: serve, status, top, key and the others
-    50. Web page       what a browser is shown
+    45. Access         which names, pages and keys may use a route
+    46. Snapshot       what the outside sees
+    47. Job routes     what clients ask of jobs, files and batches
+    48. Connect        what programs are told, so that they ask llmq
+    49. Handlers       what is answered at once
+    50. Routes         which path leads where
+    51. Demo           a runner that only echoes
+    52. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
+    53. Service        start, reload, drain, stop
+    54. Configuration  which file holds the settings, and what it refers to
+    55. Process        a process that serves, and what it tells its service manager
+    56. Setup          `llmq config init`: looks, asks, writes a file
+    57. Asking         how commands ask a running llmq
+    58. Command line   what a person types: serve, status, top, key and the others
+    59. Web page       what a browser is shown
 """
 
 from __future__ import annotations
@@ -93,6 +102,7 @@ import enum
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import hmac
@@ -103,6 +113,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import select
@@ -129,7 +140,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from http import HTTPStatus
-from itertools import accumulate, combinations, count
+from itertools import accumulate, combinations, count, groupby
 from operator import attrgetter
 from textwrap import wrap
 from typing import Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar, Union, cast
@@ -143,7 +154,7 @@ log = logging.getLogger("llmq")
 # ==== 1. Errors ===================================================================================
 # What a client is told instead of an answer: each code is one row of a table.  A class of its own
 # has only what somebody catches by its type.  Foreign exceptions are translated where they are met;
-# `render_error` of section 16 turns errors into bytes.
+# `render_error` of section 19 turns errors into bytes.
 
 
 class ErrorRow(NamedTuple):
@@ -171,6 +182,7 @@ ERRORS = {
     "queue_full": ErrorRow(429),
     "rate_limited": ErrorRow(429, 60),
     "headers_too_large": ErrorRow(431),
+    "no_model": ErrorRow(503, should_retry=False),  # `auto`, and none can serve it
     "cancelled": ErrorRow(499, should_retry=False),
     "client_left": ErrorRow(499),  # nginx's number for it; only the log says so
     "internal_error": ErrorRow(500),
@@ -287,7 +299,7 @@ class StartError(Exception):
 # ==== 2. Tools ====================================================================================
 # Small pure helpers that several sections share.
 
-KIB, MIB = 1024, 1024 * 1024
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
 DAY = 86400.0  # seconds
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s|m|h|d)?")
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -504,6 +516,7 @@ KeyHash = str  # of one
 Rate = str  # so many in a time: 60/m
 Tokens = str  # a number of them, or "fit"
 KeepAlive = str  # seconds, or a time as Ollama writes it; below 0: for ever
+Tasks = Names  # types of tasks, of TASKS
 Url = str  # a base URL without query, credentials, /v1 or slash at its end
 OptionalUrl = str  # the same, or empty
 HookUrl = str  # a whole one, which may have a secret in it
@@ -513,6 +526,10 @@ Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
+TASKS = (  # that a request may be for, see section 16
+    "triage", "simple_chat", "summarize", "code_generate", "code_review", "code_fix",
+    "agentic_reasoning", "large_context", "tool_use", "unknown",
+)  # fmt: skip
 SHORT = 0.01  # seconds; no deadline makes sense below
 
 
@@ -603,6 +620,7 @@ class UpstreamSettings:
 class LogSettings:
     format: str = setting("text", "of the log: text or json", choices=("text", "json"))
     level: str = setting("info", "least severity logged", choices=LEVELS)
+    file: File = setting("", "where it goes, opened anew on reload; empty: stderr")
 
 
 @dataclass(frozen=True)
@@ -623,11 +641,21 @@ class JobsSettings:
 
 
 @dataclass(frozen=True)
+class RouterSettings:
+    degrade: bool = setting(False, "auto: a smaller model where memory or time is too short")
+    require_gpu: bool = setting(False, "refuse models that are split over CPU and GPU")
+    gpu_interval: Duration = setting(10.0, "between two looks at graphics memory", minimum=SHORT)
+    nvidia_smi: File = setting("nvidia-smi", "the command that tells of NVIDIA's cards")
+
+
+@dataclass(frozen=True)
 class DeviceSettings:
     """[devices.NAME]: what backends on one host share, one GPU usually."""
 
     slots: int = setting(1, "requests at once", minimum=1)
     reserve_high: int = setting(0, "of these, slots that only class high or the overdue may take")
+    vram_gb: float = setting(0.0, "its graphics memory in GiB; 0: as its cards tell, on this box")
+    vram_reserve_gb: float = setting(1.0, "of it, what no model is to take")
 
 
 @dataclass(frozen=True)
@@ -698,6 +726,10 @@ class ModelSettings:
     strip: Names = setting((), "members cut out of its requests")
     max_output: int = setting(0, "most tokens of an answer, asked for or not; 0: any number")
     overflow: str = setting("pass", "of prompts beyond the context", choices=("pass", "refuse"))
+    size_gb: float = setting(0.0, "graphics memory that it takes, in GiB; 0: as its runner tells")
+    purpose: Tasks = setting((), "types of tasks that it is good at, see [routes]")
+    tags: Names = setting((), "what it can, where its runner does not tell: vision, tools")
+    context: int = setting(0, "the longest prompt that auto gives it, in tokens; 0: as told")
 
 
 @dataclass(frozen=True)
@@ -763,6 +795,7 @@ class Settings:
     ips: IpSettings = field(default_factory=IpSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     jobs: JobsSettings = field(default_factory=JobsSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
     devices: dict[str, DeviceSettings] = field(default_factory=dict)
     backends: dict[str, BackendSettings] = field(default_factory=dict)  # none: looked for
     clients: dict[str, ClientSettings] = field(default_factory=dict)
@@ -772,6 +805,7 @@ class Settings:
     rules: dict[str, RuleSettings] = field(default_factory=dict)  # by number, the first first
     webhooks: dict[str, WebhookSettings] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # pattern with * -> model
+    routes: dict[str, Names] = field(default_factory=dict)  # type of task -> models, best first
 
     def slots_of(self, device: str) -> int:
         return self.devices[device].slots if device in self.devices else self.queue.slots
@@ -813,7 +847,7 @@ ROW_TABLES: dict[str, Any] = {
     "rules": RuleSettings,
     "webhooks": WebhookSettings,
 }
-OWN_TABLES = (*ROW_TABLES, "aliases")  # whose keys are the user's
+OWN_TABLES = (*ROW_TABLES, "aliases", "routes")  # whose keys are the user's
 TABLES: dict[str, Any] = {
     table.name: table.default_factory for table in fields(Settings) if table.name not in OWN_TABLES
 }
@@ -847,7 +881,7 @@ class Setting(NamedTuple):
     @property
     def flag(self) -> str:
         table, _, name = self.key.partition(".")
-        if table in ("log", "cache", "jobs"):
+        if table in ("log", "cache", "jobs", "router"):
             name = f"{table}_{name}"
         elif table == "ips":
             name += "_ips"
@@ -916,6 +950,14 @@ def parse_names(raw: Any) -> Names:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise ValueError("wants a list of texts")
     return tuple(item.strip() for item in items if item.strip())
+
+
+def parse_tasks(raw: Any) -> Tasks:
+    names = parse_names(raw)
+    odd = [name for name in names if name not in TASKS]
+    if odd:
+        raise ValueError(misspelt("type of task", odd[0], TASKS))
+    return names
 
 
 def parse_addresses(raw: Any) -> Addresses:
@@ -1019,6 +1061,7 @@ TYPES = {
     "bool": SettingType(parse_bool, {"action": "store_true"}, lambda on: "on" if on else "off"),
     "Names": SettingType(parse_names, {"metavar": "NAME", "action": "append"}, ", ".join),
     "Addresses": SettingType(parse_addresses, {"metavar": "IP", "action": "append"}, ", ".join),
+    "Tasks": SettingType(parse_tasks, {"metavar": "TYPE", "action": "append"}, ", ".join),
     "Sent": SettingType(parse_sent, {"metavar": "TABLE"}, json.dumps),
     "str": SettingType(parse_text, {"metavar": "TEXT"}),
     "File": SettingType(parse_text, {"metavar": "FILE"}),
@@ -1080,6 +1123,29 @@ def file_layer(path: str, document: Any) -> Layer:
     return path, flat
 
 
+OLD_VARIABLES = {  # of other queues, and the settings that they are here
+    "OLLAMA_URLS": ("backends",),
+    "BACKEND_URLS": ("backends",),
+    "TIMEOUT": ("upstream.first_byte_timeout", "upstream.idle_timeout"),
+}
+
+
+def old_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
+    """The values of variables that other queues have, and a note of each."""
+    layers: list[Layer] = []
+    notes = []
+    for name, keys in OLD_VARIABLES.items():
+        text = environ.get(name, "")
+        if text and name == "TIMEOUT" and not re.fullmatch(r"[1-9][0-9]{0,6}", text):
+            notes.append(f"TIMEOUT={printable(text)} ignored: wants seconds, a whole number")
+        elif text:
+            own = "LLMQ_BACKENDS" if keys == ("backends",) else " and ".join(keys)
+            notes.append(f"{name} is taken for {own}")
+            value: Any = parse_names(text) if keys == ("backends",) else text
+            layers.append((f"variable {name}", dict.fromkeys(keys, value)))
+    return layers, notes
+
+
 def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[str]]:
     """The values that variables set, llmq's own names above the foreign ones; and what to tell."""
     own = {row.variable: row.key for row in known_settings()}
@@ -1087,8 +1153,7 @@ def environment_layers(environ: Mapping[str, str]) -> tuple[list[Layer], list[st
     for name in environ:
         if name.startswith("LLMQ_") and name.split("_")[1].lower() in TABLES and name not in own:
             raise ConfigError(f"environment: {misspelt('variable', name, own)}")
-    layers: list[Layer] = []
-    notes = []
+    layers, notes = old_layers(environ)
     variables = {**foreign, "OLLAMA_URL": "backends", **own, "LLMQ_BACKENDS": "backends"}
     for name, key in variables.items():
         text = environ.get(name, "")
@@ -1115,6 +1180,8 @@ def merge_layers(layers: Iterable[Layer]) -> Settings:
             table, _, name = key.partition(".")
             if key == "aliases":
                 found[key] = parse_aliases(source, raw)
+            elif key == "routes":
+                found[key] = parse_routes(source, raw)
             elif key in ROW_TABLES:
                 found[key] = parse_rows(source, key, raw)
             elif key in rows:
@@ -1158,7 +1225,8 @@ def parse_rows(source: str, table: str, raw: Any) -> dict[str, Any]:
     if table == "rules":
         raw = {str(number): row for number, row in enumerate(raw, 1)}
     elif isinstance(raw, (list, tuple)):
-        named = [named_url(str(item)) for item in raw]
+        items = [one for item in raw for one in parse_names(str(item)) or [str(item)]]
+        named = [named_url(one) for one in items]
         raw = dict(named)
         if len(raw) != len(named):
             raise ConfigError(f"{source}: {table}: a name or url stands there twice")
@@ -1230,6 +1298,19 @@ def parse_aliases(source: str, raw: Any) -> dict[str, str]:
     return dict(raw)
 
 
+def parse_routes(source: str, raw: Any) -> dict[str, Names]:
+    """[routes]: for a type of task the models that are to be asked, the best first."""
+    routes: dict[str, Names] = {}
+    for task, models in raw.items():
+        if task not in TASKS:
+            raise ConfigError(f"{source}: routes: {misspelt('type of task', task, TASKS)}")
+        try:
+            routes[task] = parse_names(models)
+        except ValueError as error:
+            raise ConfigError(f"{source}: routes.{task}: {error}") from None
+    return routes
+
+
 def named_url(item: str) -> tuple[str, dict[str, str]]:
     """`gpu=http://box:8000` or a bare URL, which is named after its host and port."""
     name, mark, url = item.partition("=")
@@ -1259,7 +1340,7 @@ class Metric(NamedTuple):
     help: str
 
 
-REQUEST = ("route", "model", "client", "status", "outcome")
+REQUEST = ("route", "model", "client", "status", "outcome", "backend", "cache")
 WHO = ("model", "client")
 METRICS = (
     Metric("llmq_requests_total", "counter", REQUEST, "requests that have ended, however they did"),
@@ -1892,6 +1973,10 @@ class Backend:
         self.passed: dict[int, tuple[Any, float]] = {}
         self.stayed = Average()  # seconds for which it passed over one that then made it load
         self.remote: frozenset[str] = frozenset()  # model keys that it only passes on to others
+        self.gpu_shares: dict[str, int] = {}  # per cent of a loaded model in graphics memory
+        self._entries: dict[str, Facts] | None = None  # by model key, once somebody asks
+        self._sizes: dict[str, float] | None = None  # likewise, in GiB
+        self.shown: dict[str, tuple[str, dict[str, bool]]] = {}  # by model key: version, abilities
         self.at_work: dict[str, int] = {}  # model key -> requests that run
         self.contexts = Contexts()
         # By (route, model key, or "" for any): its words where it said that it has no such route,
@@ -1952,6 +2037,23 @@ class Backend:
     def version(self, key: str) -> str:
         """Of a model here: its digest, else the generation of all of them."""
         return self.digests.get(key) or f"{self.name}/{self.generation}"
+
+    def entry(self, key: str) -> Facts:
+        """What its list of models tells of one."""
+        if self._entries is None:
+            entries = self.report.entries if self.report else ()
+            self._entries = {model_key(str(one["id"])): one for one in entries}
+        return self._entries.get(key, {})
+
+    def size(self, key: str) -> float:
+        """GiB of a model as it tells: loaded, else on its disk; 0: not known."""
+        if self._sizes is None:
+            rows = (*self.report.tags, *self.report.running) if self.report else ()
+            sizes = [(model_key(str(one.get("name"))), one.get("size")) for one in rows]
+            self._sizes = {
+                name: size / GIB for name, size in sizes if type(size) is int and size > 0
+            }
+        return self._sizes.get(key, 0.0)
 
     def name_for(self, asked: str) -> str:
         """What to call the model here: as the client does, where this backend takes that."""
@@ -2075,6 +2177,10 @@ class Backend:
         fresh = report.began >= self.changed  # else it is looked at once more
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
+        self.gpu_shares, self._entries, self._sizes = read_shares(report.running), None, None
+        self.shown = {
+            key: one for key, one in self.shown.items() if one[1]
+        }  # others are asked anew
         if report.began >= self.switched:
             self.loaded = frozenset(map(model_key, report.loaded))
             self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
@@ -2151,6 +2257,43 @@ def is_sound(row: dict[str, Any]) -> bool:
     return not isinstance(created, (int, float)) or 0 <= created < 1e10
 
 
+def read_shares(rows: Iterable[Facts]) -> dict[str, int]:
+    """Per cent in graphics memory by model key, as rows of Ollama's /api/ps tell."""
+    found = {}
+    for row in rows:
+        size, there = row.get("size"), row.get("size_vram")
+        if type(size) is int and type(there) is int and 0 <= there <= size and size:
+            found[model_key(str(row.get("name")))] = 100 * there // size
+    return found
+
+
+def read_abilities(entry: Facts) -> dict[str, bool]:
+    """What a runner tells that a model can, and cannot; what it does not tell is left out."""
+    told, kind = entry.get("capabilities"), entry.get("type")
+    words = {one for one in told if isinstance(one, str)} if isinstance(told, list) else set()
+    found = {"tools": bool(words & {"tools", "tool_use"})} if words else {}
+    if words and kind is None:
+        found["vision"] = "vision" in words
+    if words & {"completion", "embedding"}:
+        found["embedding"] = "completion" not in words
+    if kind in ("llm", "vlm", "embeddings"):  # LM Studio's
+        found.update(vision=kind == "vlm", embedding=kind == "embeddings")
+    architecture = entry.get("architecture")
+    seen = architecture.get("input_modalities") if isinstance(architecture, dict) else None
+    if isinstance(seen, list):
+        found["vision"] = "image" in seen
+    return found
+
+
+def length_of(entry: Facts) -> int:
+    """The longest context that a list of models tells of one; 0: it does not."""
+    meta = entry.get("meta")
+    trained = meta.get("n_ctx_train") if isinstance(meta, dict) else None
+    names = ("loaded_context_length", "max_model_len", "max_context_length")
+    told = (*map(entry.get, names), trained)
+    return next((one for one in told if type(one) is int and one > 0), 0)
+
+
 def read_contexts(rows: Iterable[dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, int]:
     """Tokens of context by model key, where a row of Ollama's tells them."""
     found = {}
@@ -2200,7 +2343,8 @@ class Ticket:
 
     __slots__ = (
         "aged", "arrived", "attempts", "backend", "charged", "client", "deadline", "foreign", "id",
-        "number", "patient", "priority", "session", "size", "started", "state", "took", "want",
+        "longest", "number", "patient", "priority", "session", "size", "started", "state", "took",
+        "want",
     )  # fmt: skip
 
     def __init__(
@@ -2220,6 +2364,7 @@ class Ticket:
         self.foreign = foreign  # it came from a web page elsewhere
         self.session = ""  # the conversation that it belongs to, if it says so
         self.patient = False  # nobody waits for it: it is a job
+        self.longest: float | None = None  # seconds that it wants to wait at most
         self.number = 0  # order of arrival
         self.arrived = self.started = 0.0  # monotonic
         self.aged = 0.0  # what its group's clock said when it came, less what it had waited before
@@ -2746,8 +2891,10 @@ class Backlog:
         client.waiting += 1
         client.account.waiting += 1
         client.queued_bytes += ticket.size
-        longest = self.limits.waits[priority]
-        if longest:
+        longest = self.limits.waits[priority] or math.inf
+        if ticket.longest is not None:
+            longest = min(longest, ticket.longest)
+        if longest < math.inf:
             ticket.deadline = ticket.arrived + longest
             heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
             if len(self._deadlines) > 2 * len(self.waiting) + 64:  # most are of tickets long gone
@@ -2865,7 +3012,16 @@ class Backlog:
 
     def predicted_wait(self, ticket: Ticket) -> int:
         """Whole seconds until this one would start, came it now: 1 to 60, for Retry-After."""
-        able = self.fleet.serving(ticket.want)
+        seconds = self.ahead_of(self.fleet.serving(ticket.want), ticket.priority)[1]
+        return max(1, min(60, round(seconds or self.service.value or 1.0)))
+
+    def ahead_of(
+        self, able: Sequence[Backend], priority: Priority = Priority.NORMAL
+    ) -> tuple[float, float]:
+        """What goes before a request of this class at these backends.
+
+        That is how many wait for each slot, and the seconds until it would start, came it now.
+        """
         devices = {backend.device for backend in able}
         usual = self.service.value or 1.0
 
@@ -2876,12 +3032,13 @@ class Backlog:
         runs = [
             one for one in self.running.values() if one.backend and one.backend.device in devices
         ]
-        ahead = sum(takes(one.want.model) for one in runs)
+        ahead, waiting = sum(takes(one.want.model) for one in runs), 0
         for group in self.groups():
-            if group.priority <= ticket.priority and any(one.has(group.want.model) for one in able):
+            if group.priority <= priority and any(one.has(group.want.model) for one in able):
                 ahead += group.size * takes(group.want.model)
-        seconds = ahead / (sum(device.slots for device in devices) or 1)
-        return max(1, min(60, round(seconds or usual)))
+                waiting += group.size
+        slots = sum(device.slots for device in devices) or 1
+        return waiting / slots, ahead / slots
 
 
 class Scheduler(Backlog):
@@ -2892,6 +3049,7 @@ class Scheduler(Backlog):
         self.mode = Mode.OPEN
         self._numbers = count()
         self._boost_due = dict.fromkeys(Priority, True)  # the last start was of another
+        self.started = [0] * len(Priority)  # by class, ever
         self._unaged = 0  # starts since one went to an overdue request
         self._judged: float | None = None  # when the clocks of the groups were last moved
         self._overdue: list[Group] = []  # that had overdue requests then
@@ -2970,7 +3128,9 @@ class Scheduler(Backlog):
         while self._deadlines and self._deadlines[0][0] <= now:
             when, _, ticket = heapq.heappop(self._deadlines)
             if ticket.deadline == when:  # else it has left or moved to another class since
-                message = f"waited {now - ticket.arrived:.1f} s, the limit of its class"
+                own = ticket.longest is not None and ticket.longest <= now - ticket.arrived
+                limit = "as long as it wants to" if own else "the limit of its class"
+                message = f"waited {now - ticket.arrived:.1f} s, {limit}"
                 ended.append((ticket, LlmqError(message, "wait_timeout")))
                 self.cancel(ticket)
         return ended + self._judge(now)
@@ -3155,6 +3315,7 @@ class Scheduler(Backlog):
         client.account.running += 1
         self.fleet.starts(ticket, backend, now)
         self.running[ticket.id] = ticket
+        self.started[priority] += 1
         self._unaged += 1
         self._boost_due[priority] = True
 
@@ -3415,13 +3576,1052 @@ def who_runs(scheduler: Scheduler, device: Device) -> str:
     return "nobody"
 
 
-# ==== 13. Cache ===================================================================================
+# ==== 13. Words ===================================================================================
+# The words by which section 15 tells what a prompt asks for, by kind: English, German, French,
+# Spanish, Chinese, some Italian, Portuguese, Dutch, Russian, Japanese.  Accents are taken off;
+# `stem*` is how a word begins, `two_words` a phrase; Chinese and Japanese are found anywhere.
+
+CUES = {
+    "make": """
+        make propon* schlag_vor code_a code_an generi write writing implement build_a build_me
+        build_an add extend refactor rewrite optimize optimise produce scaffold develop draft
+        compose erstell* generier* implementier* programmier* erganz* erweiter* entwickl* ecris
+        ecrire ecrivez ecrit_moi redige* cree creer creez implemente* ajout* developpe* complete*
+        fais_moi escrib* implementa* anad* agrega* desarrolla* haz hazme redacta* completa_el
+        completa_la completa_este scrivi* scrivere aggiung* escrev* crie criar gere gerar adicion*
+        faca schrijf* maak maken genereer* voeg bouw напиши* написать создай* создать добав*
+        реализу* составь 写 编写 生成 实现 创建 补全 补充 添加 做一个 書いて 書き 作って 作成 実装
+        追加 making mocks put_together code_me modify adapt adjust alter enhance finish fill_in
+        prototype turn_this_into turn_this turn_these set_up schreib* mach mache macht machen
+        bastel* ander* anpass* pass_an vervollstandig* umschreib* fuge entwickeln fais faire modifi*
+        realise construis code_moi hacer hagas montame construye fai fammi fare crei realizza*
+        sviluppa* faz faz_me fazer desenvolv* schrijven toevoegen pas_aan сделай сделать дополни
+        измени* сгенери* разработ* 写一 写个 写段 编一个 做个 做一 帮我写 完善 加一个 加上 加个 改写
+        重构 开发 搭建 优化 起草 書い 作り 作れ 補完 リファクタ 書け crea_una code_up hack_together
+        whip_up give_me_a autocomplete fill stub extract_into wrap expose write_me bau* genere*
+        ajoute* crea* genera* anade* completa* programa* 写一个 增加 封装 写出 добавь* реализуй*
+        voeg_toe
+    """,
+    "port": """
+        port translat* convert* port_this port_it rewrite_this ubersetz* konvertier* portier*
+        tradui* porte traduc* traduz* convierte vertaal* перевед* перевод* перепиши 转换 转成 改写成
+        改成 移植 変換 書き換え 訳し rewrite_in turn_into_a wandle umwandeln ubertrag* pasa_a
+        transform* umsetzen in_english in_german auf_englisch auf_deutsch en_anglais en_francais
+        al_ingles en_ingles al_espanol in_inglese em_ingles in_het_engels на_английский 译成 改为
+        に直し 英訳 和訳
+    """,
+    "judge": """
+        judge 这样写 这么写 那样写 anything_you_would_change would_you_change schauen taugt
+        falhas_de fallos_de fallas_de failles_de mauvaises_pratiques sigue_las segue_as convenciones
+        conventions analise analiza_el_codigo how_good how_clean how_safe bad_about
+        wrong_with_this_design made_better be_made_better can_be_better objections objection
+        concerns red_flags gotchas pitfalls edge_cases did_i_forget smell 指出 缺点 优点 不足 写得好
+        可以改 更好的 合理吗 安全吗 正确吗 规范吗 code_review_of do_a_code_review haz_una_revision
+        fais_une_revue faire_une_revue revue_de_code revision_de 代码审查 review* rate quality
+        audit* feedback assess check look_over look_at look_through go_over going_through go_through
+        take_a_look have_a_look what_do_you_think thoughts any_issues idiomatic thread_safe safe
+        secure security vulnerab* best_practice best_practices readable efficient good_enough clean
+        prod_ready faster pruf* uberpruf* begutacht* beurteil* bewert* schau_dir schau_mal schaut
+        was_haltst was_haltet was_denkst sicherheits* besser_machen verbesser* lesbar sauber
+        effizient meinung relis relire relisez examine* verifi* evalue* penses_tu pensez_vous
+        ton_avis votre_avis lisible failles revis* evalua* que_opinas te_parece eficiente legible
+        mejorar bien_escrit* controlla* rivedi ne_pensi valuta* avali* que_acha que_voce_acha
+        beoordeel* controleer* bekijk vind_je vindt_u netjes nakijken kijk проверь* оцени* ревью
+        посмотри что_думаешь безопасн* 审查 评审 点评 看看 看一下 检查 评价 怎么样 规范 レビュー
+        査読 評価 チェック 確認して 改善点 見て looks_ok look_ok look_good looks_good cleaner brutal
+        pair_of_eyes lgtm would_you_merge would_you_approve any_problems any_bugs any_errors
+        any_mistakes any_flaws for_bugs for_errors for_problems for_mistakes for_issues for_security
+        possible_bugs potential_bugs potential_issues flaws smells nitpick* roast sanity better_way
+        weak_spots weaknesses bottleneck* maintainab* good_practice critici* inspect vet grade
+        verify double_check pythonic overkill reasonable sensible improved improvements improve
+        could_be_better sloppy hacky elegant production_ready race_conditions thread_safety
+        comments_on readability kritisier* saubere* schoner in_ordnung schwach* druberschau* druber
+        ruckmeldung qualitat* lucken auf_fehler gibt_es_fehler gut_so ok_so so_okay haltst_du
+        haltet_ihr schlecht_an eleganter idiomatisch performan* kritik critique* jette_un
+        coup_d_oeil propre bonnes_pratiques qualite des_problemes des_erreurs des_bugs amelior*
+        opini* critica* vistazo buenas_practicas calidad mejor mejora mejoras limpio limpia seguro
+        rendimiento que_tal algun_error algun_problema problemas_de parere occhiata migliora* pulito
+        sicuro leggibil* buone_pratiche olhada melhor* limpo boas_praticas acha_deste acham mening
+        kritiek veilig leesbaar verbeter* kijk_naar beter_kan beter мнение как_тебе что_скажешь
+        качеств* улучш* посмотрите чист* читаем* уязвим* замечани* 审核 评估 写得 写法 好不好 漏洞
+        安全 隐患 改进 意见 建议 可读性 性能 合理 有没有问题 有什么问题 有没有bug 哪些问题 潜在
+        有没有 可以吗 地道 指摘 脆弱 読みやす 良い書き方 意見 アドバイス どう思 安全性 問題点
+        問題ない もっと良い verdict sanity_check second_pair anything_wrong_with
+        what_would_you_change improve_anything is_this_ok is_this_good is_it_ok code_review pruef*
+        durchsehen drubersehen relecture avis verifie* juge* que_penses revisa* opina* que_te_parece
+        valora* 帮我看 把关 avalie*
+    """,
+    "fix": """
+        fix correct_it fixes fixing repair debug debugging solve correct_the correct_this
+        troubleshoot make_it_work get_it_to_work get_this_to_work to_pass it_pass them_pass
+        reparier* beheb* korrigier* zum_laufen corrige* repare* debogu* resoud* resous arregl*
+        repara* depura* solucion* resuelv* corregir corregg* aggiust* risolv* corrij* conserta*
+        resolv* los_op verhelp* исправ* почин* отлад* 修复 修一下 修正 改一下 解决 修好 调试 直して
+        直し デバッグ 解決 get_past get_around sort_out work_again track_down get_rid_of unbreak
+        where_is_the_bug make_this_work woran_liegt was_mache_ich_falsch wieder_lauft los_das
+        lose_das losen fehlersuche d_ou_vient por_que_no_me come_risolv* come_faccio_a_risolv*
+        conserte arrume oplossen maak_dit_werkend почему_не 怎么办 怎么改 哪里错 哪错了 哪里有问题
+        怎么修 改好 改对 修改 どこが間違 直す 治し 解決し correct mend patch get_this_working
+        get_it_to loesen lose hinkriegen corrig* soluciona* resuelve* depur* debogue* 修 怎么解决
+        修正して aggiusta* sistem* concert* herstel
+    """,
+    "shorten": """
+        shorten boil_down boil_this boil_it boil_that make_short make_it_short shortened eindampf*
+        缩成 缩到 太长 summar* sumar* sum_up condens* shorter tldr tl_dr recap abridge resum*
+        zusammenfass* zusammen_fassen kurze_den kurze_das kurzer_fassen fass fasse synthetis*
+        abrege* sintetiz* riassu* riepilog* samenvat* vat_dit vat_de vat_het резюм* перескажи*
+        кратко вкратце 总结 概括 摘要 归纳 概述 提炼 要約 まとめ short_version shorter_version
+        compress trim highlights abbreviat* cut_down wrap_up catch_me_up brief_me kurz_fassen
+        verkurz* kurzfass* runterbrechen raccourci* en_bref acorta* abrevia* extracto accorcia*
+        sintesi* encurt* kort_samen inkorten verkort обобщи* суммируй* сжато сократ* выдели 压缩
+        精简 缩短 缩写 浓缩 简述 一句话说 短くして 短く 要点を 短縮 boil_it_down minutes trim_down
+        kurz kuerze kurze kernaussag* auf_den_punkt protokoll resume* en_gros essentiel compte_rendu
+        acta en_pocas 一句话 итог* сократи* riassum* kort
+    """,
+    "sort": """
+        sort determina_el classif* klassif* categori* kategori* triage* label tag spam spam_or_not
+        route_this route_the assign_this sort_this sort_these sort_the is_this_spam einordn* ordne
+        zuordn* stufe etiquet* classe_ce clasif* etiket* определи_тональность классифиц* отнеси 分类
+        归类 分到 判断 归为 分類 判定 decide_whether decide_if pick_the pick_one pick_the_folder
+        choose_one choose_the assign assign_it route belongs belong goes_to which_tier phishing junk
+        scam bucket flag sort_into sort_them output_only answer_only_with answer_with_one
+        reply_with_one one_word_only reply_only escalate rank_these rate_the_urgency
+        detect_the_language detect_language language_is intent_of einstufen stufe_ein einsort*
+        sortiere_diese gehort_das gehort_diese gehort_in weise_zu zuweis* zuteil* markiere relev*
+        repartis range_ce affecte oriente attribue signale etichetta* smista* assegna* asigna*
+        ordena_estos pertenece deriva rotul* encaminhe atribua pertence indeel* deel_in sorteer*
+        labelen hoort_dit распредели* отнести пометь определи_категор* определи_язык это_спам 归到
+        归入 打标签 标注 标记 分级 判别 分派 转给哪 仕分け 振り分け ラベル 分けて 判別 prioritize
+        prioritise rank_by queue positive_or klassifizier* priorisier* sortier* classe* categoris*
+        trie* clasifica* categoriza* etiqueta* prioriza* que_departamento classifica* prioridade
+    """,
+    "think": """
+        think pianific* peser pese le_pour_et show_that zeige_dass montre_que muestra_que mostre_que
+        all_the_steps reasons what_to_do_first weighings study_plan vale_mais conclua plan_the
+        plan_a plan_an plan_our plan_my plan_out design_a design_an design_the architect_a devise
+        lay_out work_out think_through step_by_step prove proof trade_offs tradeoffs tradeoff weigh
+        pros_and_cons root_cause root_causes should_we reason investigate strategize entwirf
+        entwerf* plane schritt_fur_schritt beweis* abwag* wage vergleich* sollen_wir sollten_wir
+        elabor* concois conception planifi* etape_par_etape pas_a_pas prouve* compar* faut_il
+        devons_nous cause_racine planea paso_a_paso razona demuestra* debemos progetta*
+        passo_dopo_passo dimostra* confront* planej* projete passo_a_passo prove_que ontwerp*
+        stap_voor_stap bewijs* vergelijk* спроект* пошаг* по_шагам шаг_за_шагом докажи* сравни* 制定
+        设计 规划 一步一步 逐步 证明 比较 权衡 取舍 根本原因 设计方案 設計 計画 一歩ずつ 段階的 証明
+        比較 順を追って options speaks_against criteria in_which_order narrow_it_down narrow_down
+        hypothes* figure_out derive puzzle riddle reasoning causes systematic* milestones phases
+        rollout how_would_you_structure how_would_you_approach how_would_you_design how_should_we
+        approach_to what_would_you_choose decision step_for_step one_after_the_other versus
+        thought_process think_about_how come_up_with_a_plan erarbeite planen ursache* systematisch*
+        vor_und_nachteile pro_und_contra pro_und_kontra ratsel knobel* herleit* leite_her
+        wie_wurdest_du meilenstein* entscheidung* konzipier* demarche avantages_et plusieurs_etapes
+        raisonne* enigme demontr* tranche hierarchis* etapes causa_raiz ventajas_y pros_y_contras
+        acertijo razonando fases hoja_de_ruta esboza decidir decide_cual passaggi pro_e_contro
+        causa_radice indovinello ragiona* valutando passos pros_e_contras raciocin* stappenplan
+        voor_en_nadelen afweg* raadsel oorzaak redeneer* коренн* причин* обоснуй* взвесь
+        плюсы_и_минусы рассужда* разработай_план загадк* продумай* этап* 推理 步骤 分步 利弊 优缺点
+        优劣 根因 排查 推导 为什么会变 论证 分析原因 怎样确定 选择哪 推論 手順 原因 メリット
+        どちらを選 長所 戦略 検討 design architect trade-offs diagnose migrate migration_plan
+        propose approach entwurf architektur strategie abwaeg* schritt_fur analysier* vorgehen
+        planifie* etape_par analyse* planifica* disena* diseno estrategia analiza* sopesa* 对比 分析
+        排查思路 决策 迁移 段階 спроектир* pianifica* confronta*
+    """,
+    "explain": """
+        what_plan which_plan explain* teach define erklar* beschreib* expliqu* explica* decris
+        definis describ* spiega* leg_uit uitleg* объясни* расскажи* 解释 说明 介绍 讲解 説明
+        what_does what_do_the tell_me_about mean_by what_is_the_difference difference_between
+        whats_the_difference meaning_of eli5 was_bedeutet was_macht unterschied_zwischen was_ist
+        qu_est que_fait c_est_quoi difference_entre signifie que_significa significa que_hace
+        diferencia_entre cosa_fa cosa_significa differenza_tra o_que_faz o_que_e diferenca_entre
+        wat_doet wat_betekent verschil_tussen wat_is что_такое что_значит что_делает разниц*
+        чем_отличается поясни* 是什么 什么是 什么意思 区别 有什么用 干什么 とは 違い 意味 how_does
+        how_do_the wie_funktioniert comment_fonctionne como_funciona come_funziona hoe_werkt
+        как_работает 如何工作 怎么工作 讲一下 讲讲 原理 what_is what_are how_do why_is difference
+        between meaning means tell_me erklaer* was_sind unterschied bedeutung explique* qu'est
+        c'est_quoi definition que_es que_son diferencia 怎么理解 означает cos'e differenza diferenca
+        verschil
+    """,
+    "act": """
+        act search_the_web search_online look_up google_for web_search browse invoke run_the
+        run_a_command call_the fetch_the remind_me recherchiere* fuhre_den fuhr_den cherche_sur
+        recherche_sur execut* ejecut* busca_en llama_a esegui* cerca_su chiama_l pesquis* zoek_op
+        voer_uit выполни_команд* найди_в 搜索 上网 调用 执行 检索 実行 呼び出し ネットで
+        search_the_internet search_for use_the query_the run_ping ping curl crawl look_up_the scrape
+        use_your nutze_das nutze_die benutze_das such_im suche_im im_internet im_netz im_web googel*
+        googl* ruf_die rufe_die fuhre_aus fuhr_aus sur_internet sur_le_web utilise_l utilise_la
+        appelle_la appelle_l lance_la_commande en_internet en_la_web en_linea usa_la usa_el
+        su_internet online_il usa_lo na_internet use_a op_internet gebruik_de roep в_интернете
+        загугли погугли 网上 联网 百度 运行命令 运行一下 検索して ウェブで 呼んで function_schema
+        function_call tool_call the_schema as_arguments into_arguments json_schema_of
+        fill_the_function function_arguments argumente_fur delete_the create_a_ticket set_a_reminder
+        list_files schick loesch losch oeffne lade schalte envoie reserve rappelle* envia reserva
+        运行 重启 创建一个 検索 запусти* вызови* найди* открой* удали* cerca invia busque leg_an
+        lege_an trag_ein fill_the arguments_of parameter fonds extrae_los list_its
+    """,
+    "do": """
+        do book_a book_me buche turn_on turn_off turn_up turn_down put spiel spiele joue reproduce
+        pon_el ring_up lege_in search find send schedule set open save read fetch get list delete
+        remove move rename run call download upload cancel order show update post extract remind
+        such suche finde schick* sende offne speicher* lies losch* starte ruf rufe stell stelle trag
+        zeig zeige cherche trouve envoie* reserve* ouvre lis supprime lance appelle mets rappelle
+        extrais busca encuentra envia* reserva* abre lee borra llama pon recuerda* guarda extrae
+        trova manda* invia* apri leggi prenota ricorda* procura abra leia envie lembre zoek stuur
+        lees найди отправь* открой прочитай закажи напомни* покажи 查一下 查 发一封 发送 发给 打开
+        读取 提醒 预订 订 设置 保存 提取 調べて 送って 開いて 読んで 予約 設定 教えて start stop_the
+        put_on add_to_my ping_me notify invite mute pause subscribe erinner* stell_mir starte_den
+        offnen loesche verschieb* kopier* reservier* mail_an trage leg_einen prends note_dans
+        programme_un demarre telecharge eteins allume verifie_mon ponme anota apaga enciende
+        descarga programa_una manda_un avisa* imposta metti spegni accendi aggiungi_alla scarica
+        desligue ligue baixe marque agende adicione_a zet verzend doe_de herinner* verwijder пришли
+        поставь включи выключи забронируй* удали скачай запиши создай_файл добавь_в 关闭 关掉 开启
+        发消息 发个 发一 查查 帮我查 帮我订 订一 定个 下载 删除 设一个 设个 添加到 预约 看看明天
+        消して つけて セット 登録 追加して リマインド 予約して 送信 restart deploy kill scale paste
+        kubectl ssh ls cat grep git_status look_for
+    """,
+    "want": """
+        want 帮我 please pls plz bitte s_il_te s_il_vous svp por_favor per_favore alstublieft graag
+        пожалуйста 请 お願い como_hago como_puedo wie_mache_ich comment_faire how_would_i pasame
+        hilf_mir do_for_me need give_me show_me gimme how_do_i how_to how_can_i brauche hatte_gern
+        gib_mir zeig_mir wie_kann_ich besoin donne_moi je_veux il_me_faut montre_moi necesito quiero
+        dame muestrame ho_bisogno vorrei dammi preciso quero ik_wil nodig geef нужен нужна нужно
+        需要 给我 想要 欲しい ください i_d_like i_would_like looking_for require get_me
+        please_provide provide i_want lets_have ich_mochte mochte benotig* hatte_gerne bitte_um
+        ich_will j_aimerais j_ai_besoin il_me_faudrait voudrais souhait* me_gustaria querria
+        quisiera busco mi_serve mi_servirebbe voglio gostaria queria heb_een ik_zou_graag ik_zoek
+        хочу требуется дай 我要 我想 来一 来个 求 能不能 欲しいです 必要 下さい
+    """,
+    "code": """
+        cron cron_expression snake_game pygame 语言 编程 pseudo_code pseudocode dataframe 作业代码
+        言語 codes coding source_code regex* sql javascript typescript js ts kotlin c++ c# php
+        golang haskell bash powershell css react vue angular svelte django flask fastapi sqlalchemy
+        pandas numpy scikit dockerfile docker_compose compose_yml makefile terraform ansible vba
+        pull_request pull_requests pr prs snippet* unit_test unit_tests pytest jest one_liner
+        oneliner shell_script cron_job cronjob crontab github_action github_actions compile* codemod
+        gradle webpack linux_kernel solidity latex api_client cli_tool algorithm quellcode quelltext
+        skript* composant codigos programma functie скрипт* кода коде функци* программ* регуляр*
+        函数 脚本 程序 正则 页面 单元测试 查询语句 関数 スクリプト プログラム 正規表現 クラス
+        arduino sketch formula formulas macro macros autohotkey spreadsheet_formula google_sheets
+        excel_formula webpage web_page html_page landing_page home_assistant automation lua perl
+        matlab r_script fortran cobol assembly elixir clojure scala dart flutter swiftui julia
+        graphql dax awk jq nginx systemd cmake webhook css_file stylesheet codebase_style helm
+        kubernetes_manifest json_schema type_hints docstrings docstring integration_test mock e2e
+        selenium playwright discord_bot telegram_bot chatbot_in plugin userscript browser_extension
+        stored_procedure trigger_function sql_table migration_script patchset changeset
+        merge_request typescript_type interface_in struct recursion_code parser powershell_skript
+        makro formel formeln webseite datenbankabfrage unittest* testfall* regularen_ausdruck
+        regularer macro_excel formule script_bash page_html requete_sql expression_reguliere
+        tests_unitaires depot_git expresion_regular formula_de pagina_web pagina_html
+        prueba_unitaria pruebas_unitarias guion_de_bash espressione_regolare foglio_di_stile
+        expressao_regular planilha testes_unitarios webpagina sql_запрос макрос* формул* тест* юнит*
+        сайт* 爬虫 宏 公式 网页 小程序 接口代码 配置文件 测试用例 算法 源码 マクロ 数式 ソース
+        テストコード シェル py cpp rb tsx jsx prometheus grafana alertmanager iptables ggplot
+        matplotlib tensorflow pytorch dplyr tidyverse argparse hibernate laravel symfony rails
+        nextjs node nodejs tailwind bootstrap jquery ffmpeg git_hook pre_commit playbook
+        kubectl_command unit_file dockerfiles eslint redux graphql_schema websocket 命令行
+        コマンドライン spring junit table_schema dict hashmap mutex async await lambda decorator
+        linter kubernetes exception cargo vite metodo 方法 数据库 表结构
+    """,
+    "soft": """
+        soft function functions script scripts class classes python java ruby rust swift go query
+        queries program programs test tests build loop loops config pipeline app module package
+        library funktion funktionen klasse klassen programm abfrage methode fonction fonctions
+        classe requete programme funcion funciones clase consulta programa prueba funzione classi
+        funcao запрос* класс* 类 接口 テスト programa_en snippets bot dashboard server form button
+        page cli formular knopf seite schleife schleifen skripte script_en bouton boucle formulaire
+        site boton bucle formulario pagina pulsante ciclo botao laco pagina_de knop lus цикл* кнопк*
+        страниц* 按钮 循环 网站 表单 ボタン ループ ページ code endpoint index array thread component
+        hook ci workflow branch commit merge diff pointer method git npm pip maven yaml json xml
+        html 查询 组件 模块 编译 代码 コード код codice codigo codigo_iso
+    """,
+    "prose": """
+        prose thank_you_letter 感谢信 一封信 einen_brief ein_brief den_brief brief_an brief_fur
+        netten_brief formellen_brief een_brief letter mail poem haiku story essay speech toast joke
+        song lyrics tweet invitation cover_letter message my_resume a_resume gedicht geschichte rede
+        witz lied einladung nachricht lettre courriel poeme histoire discours blague carta correo
+        poema cuento discurso chiste lettera poesia racconto historia verhaal письмо стих* рассказ
+        邮件 信 诗 故事 作文 手紙 詩 メール 物語 text_message e_mail emails resume_for cv caption
+        slogan bio paragraph limerick sonnet rhyme recipe birthday wedding_speech apology blog_post
+        article eulogy mails aufsatz rezept geburtstag* entschuldigung absage spruch anschreiben
+        bewerbung* recette mot_de excuses dissertation remerciement receta disculpa felicitacion
+        redaccion brindis frase ricetta biglietto scuse carta_a receita redacao kaartje gedichtje
+        recept sollicitatie* поздравлен* речь рецепт сочинени* 情书 短信 祝福 道歉 演讲 文章 菜谱
+        标语 俳句 スピーチ お礼 小説 挨拶 email text translation condolence application artikel
+        absatz antwort ubersetzung paragraphe reponse traduction chanson anniversaire candidature
+        ensayo articulo mensaje respuesta traduccion cancion cumpleanos 段落 句子 消息 回复 翻译 歌
+        生日 求职信 请柬 文案 返事 翻訳 текст ответ перевод
+    """,
+    "digest": """
+        digest kurz_und worum_geht_es mas_importantes importantes_de most_important_things plot_of
+        main_message summary abstract key_points main_points takeaways gist synopsis minutes_of
+        meeting_minutes minutes_please bullet_points in_short zusammenfassung kurzfassung
+        stichpunkt* kernaussage* kernpunkte synthese points_cles points_essentiels
+        compte_rendu_court resumen sintesis ideas_principales puntos_clave sintesi punti_chiave
+        resumo pontos_principais samenvatting hoofdpunten выжимк* тезис* 要点 小结 要旨 recap_of
+        one_pager executive_summary minutes_from short_summary nutshell what_happened main_ideas
+        main_arguments most_important wesentliche wesentlichen hauptpunkte das_wichtigste
+        ergebnisprotokoll protokoll_in kerngedanken idees_principales l_essentiel lo_esencial
+        puntos_principales lo_mas_importante ideas_clave punti_principali idee_principali
+        principais_pontos pontos_chave kernpunten belangrijkste главн* основн* суть 大意 中心思想
+        主要内容 会议纪要 纪要 梗概 主旨 概要 ポイント 議事録 in_brief main_findings findings
+        en_pocas_palabras de_que_trata kurz_gesagt core_message de_quoi_parle 核心 观点 核心观点
+        di_cosa_parla do_que_trata o_чем
+    """,
+    "bin": """
+        idioma langue_de el_idioma la_lengua sprache_ist 语种 语言是 哪种语言 dringlichkeit
+        es_urgente is_it_urgent is_this_urgent ist_das_dringend c_est_urgent es_spam 标签 subject_is
+        offensive positief negatief category sentiment urgency priority which_queue which_team
+        which_department which_folder right_department right_team yes_or_no yes_no reply_only_yes
+        positive_or_negative positive_neutral how_urgent what_language_is kategorie* stimmung
+        prioritat welche_abteilung ja_oder_nein positiv_oder categorie* priorite urgence oui_ou_non
+        positif_ou quel_service categoria* sentimiento prioridad urgencia departamento si_o_no
+        positivo_o positiv* priorita urgenza reparto urgente_ou prioriteit afdeling ja_of_nee
+        тональност* категори* срочн* приоритет* 好评还是 差评 类别 优先级 情感 紧急 是否 属于
+        カテゴリ 優先度 至急 緊急 感情 tier scale_from scale_of on_a_scale how_angry how_severe
+        severity which_label which_class which_topic which_category which_inbox correct_label
+        topic_of intent is_it_spam is_this_mail emotion positive_negative spam_ham true_or_false
+        toxic_or harmless wie_dringend skala auf_einer_skala welche_kategorie welcher_kategorie
+        welches_team welche_sprache in_welcher_sprache dringend welches_postfach zustandig*
+        schweregrad quelle_langue quelle_categorie quel_departement degre_d_urgence quelle_file
+        gravite echelle que_idioma que_categoria en_que_idioma a_que_equipo grado_de_urgencia
+        nivel_de_urgencia escala sentimento gravedad que_lingua in_che_lingua quale_categoria
+        quanto_e_urgente qual_categoria qual_setor nivel_de welke_categorie welk_team welke_taal
+        hoe_dringend spoed какая_категория какому_отделу к_какому какой_язык насколько_срочно
+        какой_отдел 属于哪 哪个部门 哪一类 什么语言 紧急程度 正面 负面 垃圾邮件 情绪 重要性 どの部署
+        何語 スパム ポジティブ ネガティブ 種類 重要度 緊急度 yes_/_no spam_/_ham positive_/_negative
+        positive_/_neutral ja_/_nein si_/_no oui_/_non sim_/_nao 定级 等级 级别 fit_our
+    """,
+    "plan": """
+        plan plans roadmap strategy architecture migration strategie* architektur* fahrplan
+        arquitectura estrategia* strategia architettura arquitetura план плана стратеги* архитектур*
+        方案 计划 架构 策略 计划书 concept proposal_for action_plan schedule_for curriculum timeline
+        konzept zeitplan massnahmenplan lernplan plan_d feuille_de_route plan_de plan_para
+        cronograma piano_di un_piano plano plano_de plannen stappen architectuur дорожн* концепц*
+        路线图 计划表 流程 ロードマップ アーキテクチャ 構成 プラン
+    """,
+    "corpus": """
+        corpus kapitel* chapit* capitul* capitol* essays sources_of project_source repo code_base
+        codebase monorepo chapters manuscript documents collection contracts transcripts archive
+        novel thesis files_in_the repositor* codebasis dokumente vertrage depot roman documentos
+        coleccion documenti hoofdstukken documenten репозитор* глав документ* 代码库 仓库 章节
+        全部文档 所有文件 文档集 リポジトリ 章 文書 codebases sources source_tree manuscripts
+        base_de_code bases_de_code quellcodebasis dokumentensammlung dokumentensammlungen
+        dokumentation bucher romans tous_les_fichiers_du base_de_codigo base_de_codice codigo_fonte
+        codigo_fuente archivio archivo_completo acervo collectie архив* коллекц* кодов* 代码仓库
+        项目源码 整本书 全集 合同 档案 コードベース 全章 原稿 論文集 depositions interviews letters
+        statements archives dossier korpus sammlung whole_repo whole_repository entire_repository
+        entire_codebase whole_codebase all_files every_file whole_book all_chapters entire_book
+        complete_archive all_documents whole_collection full_history gesamte_repository ganzen_code
+        alle_dateien alle_kapitel ganze_buch alle_dokumente tout_le_depot tous_les_fichiers
+        tous_les_chapitres tout_le_livre toute_la_base todo_el_repositorio todos_los_archivos
+        todos_los_capitulos todo_el_libro toda_la_base 整个仓库 整个代码库 全部文件 所有章节
+        整个项目 全部章节 リポジトリ全体 全ファイル весь_репозиторий все_файлы все_главы
+        intero_repository tutti_i_file todo_o_repositorio ensemble_de tous_les_comptes
+        fonds_documentaire tous_les_contrats
+    """,
+    "pile": """
+        pile diaries records notes entries messages surveys responses reviews sessions papers
+        studies articles recordings tagebucher protokolle berichte rechnungen journaux rapports
+        contrats factures informes diarios actas contratos facturas relazioni contratti relatorios
+        verslagen отчет* 报告 记录 论文 日志 記録 報告書 tickets files file manual project projects
+        book books reports logs pages akten projekt handbuch buch dateien fichiers projet manuel
+        livre archivos proyecto libro progetto manuale arquivos projeto livro bestanden boek проект*
+        книг* файлов 项目 文件 手册 书 プロジェクト ファイル 本
+    """,
+    "thing": """
+        thing meetings appointments termine rendezvous citas results_to web internet url api command
+        shell terminal calendar appointment meeting alarm reminder reminders ticket event flight
+        table lights light tool folder directory inbox database arguments schema datei ordner
+        kalender termin wecker befehl fichier agenda rendez_vous rdv commande archivo carpeta
+        calendario cita comando alarma documento promemoria appuntamento arquivo bestand afspraak
+        файл* папк* календар* команд* встреч* 日历 命令 闹钟 会议 航班 机票 日程 灯 予定 カレンダー
+        コマンド timer shopping_list to_do_list todo_list playlist volume thermostat heating
+        spreadsheet csv_file log_file slack tracking_number einkaufsliste heizung licht lampe
+        liste_de_courses lumiere minuteur chauffage lista_de_la_compra temporizador luz luces
+        correo_a lista_della_spesa luce lista_de_compras boodschappenlijst lamp таймер свет
+        список_покупок 定时器 购物清单 空调 群 タイマー 電気 エアコン 買い物リスト メール送信
+    """,
+    "live": """
+        live rain snow sunny regnen regnet schneit pleuvoir pleuvra llover llovera piove chover
+        regenen дожд* 下雨 下雪 雨 bus train trains opening_hours bitcoin zloty euro_now news_about
+        公交 火车 que_tiempo weather forecast temperature stock stocks share_price trading
+        exchange_rate price news score traffic wetter kurs meteo temps_qu_il tiempo cotizacion
+        tempo_em weer погод* курс 天气 股价 汇率 气温 新闻 天気 気温 株価 ニュース time_is_it
+        what_time clock flight_status delay aktie aktien uhrzeit wie_spat borse quelle_heure
+        cours_de l_action que_hora hora_es bolsa acciones che_ore che_tempo azioni previsioni
+        que_horas cotacao tempo_vai hoe_laat aandeel который_час акци* 几点了 股票 时间 何時
+        天気予報
+    """,
+    "whole": """
+        whole entire full at_once across_all all_at_once gesamte* ganze* komplette* vollstandige*
+        samtliche* integral* entier entiere ensemble entero entera completo completa intero intera
+        inteiro inteira hele volledige весь всю всего целиком полностью целый 整个 整本 全书 全部
+        完整 全体 丸ごと totalite totalidad gesamtheit in_all totalita
+    """,
+    "all": """
+        all every each across any_two the_complete alle allen tout toute tous toutes todo toda todos
+        todas tutto tutta tutti tutte всех все 所有 すべて 全て 全
+    """,
+    "fault": """
+        fault dies_with gibt_immer eigentlich rauskommen always_returns always_prints always_gives
+        always_get toujours_0 devuelve_siempre siempre_devuelve da_siempre broke_after
+        since_the_update since_i_upgraded should_be tried_everything i_tried hort_nicht never_stops
+        not_show endlos boucle_infinie no_sale no_lo_veo dice_que_falta 总是 输出总 一直 error
+        errors bug bugs broken breaks wrong incorrect doesnt_work not_working wont stopped_working
+        hangs throws exception* traceback stack_trace segfault* segmentation infinite_loop forever
+        never_ends nothing_happens keeps_getting instead_of undefined fehler fehlermeldung*
+        abgestur* absturz* sturzt falsch falsche falsches kaputt wirft fehlschl* schlagt erreur*
+        bogue* plante plantent echoue* renvoie_des fallo falla fallan errore errori sbagli* erro
+        erros falha* quebr* fout fouten foutmelding* kapot vastloopt ошибк* падает сломал* вылетает
+        报错 错误 出错 崩溃 不对 失败 异常 有问题 跑不起来 死循环 エラー バグ 動かない 動きません
+        失敗 例外 おかしい 落ちる whats_wrong what_s_wrong what_is_wrong what_went_wrong goes_wrong
+        going_wrong doing_wrong stuck blank_page is_blank stays_blank stops_working stops_with
+        reboots no_output duplicates times_out timing_out refuses weird strange complains
+        complaining off_by_one rerenders mistake unable_to cant_get broke nothing_shows crashloop*
+        wrong_result wrong_output exits_with returns_none returns_null never_returns gives_me_an
+        problem_is isnt_working not_work keeps_failing keeps_crashing is_red ignored deadlock*
+        unexpectedly misses nan garbage_output was_ist_falsch was_stimmt geht_nicht klappt_nicht
+        falschen hangt haengt bleibt_leer leere_seite abbruch bricht_ab problem ruckelt komisch*
+        stimmt_nicht meckert bug_in bloque bloquee planter ne_marche buggue cloche rien_ne probleme
+        ca_ne mauvais mauvaise page_blanche vide_au_lieu dysfonction* roto rota esta_mal sale_mal
+        va_mal equivocado se_cuelga cuelga se_rompe no_hace no_arranca no_compila no_me fallando
+        revienta en_blanco problema non_va si_blocca blocca rotto va_in_errore trava travando errado
+        nao_roda nao_compila hapert loopt_vast doet_het_niet doet_niets verkeerd* niets
+        не_запускается не_компилируется не_так зависает неправильн* выдает_ошибку пусто_вместо 错了
+        错 出问题 没反应 不起作用 卡住 卡死 无法 打不开 空白 不能 不了 不显示 挂了 失效 乱码
+        编译不过 没有反应 結果がおかしい 落ちます 出ます 止まる 止まって 動か できません
+        表示されない エラーが 間違 うまくいかない なりません is_empty comes_out comes_back cest_vide
+        esta_vacio leer_bleibt 退出 不出来 exec_format ist_leer est_vide sale_vacio untangle
+        come_out laeuft_nicht lauft_nicht stuerzt hangt_sich bleibt_hangen hangen_bleibt falscher
+        obwohl trotzdem sturz fehlschlag* schlagt_fehl endlosschleife rot weiterhin plotzlich
+        ploetzlich nicht_mehr verschwindet doppelt ignoriert au_lieu casse cassee reste_bloque
+        tourne_en_boucle refuse vide soudain depuis_la ne_fonctionne faux fausse en_lugar
+        no_funciona no_anda se_cae colgado mal vacio vacia de_repente desde_ayer duplicado crash*
+        fail* hang hanging freez* stalls leak* flak* null nil none_type red_build ci_is_red
+        no_longer suddenly stopped stops thrown raises rejected denied timeout timed_out infinite
+        endless twice duplicate missing blank empty_page garbled truncated off_by expected
+        got_instead unexpected odd mismatch corrupt* incorrectly invalid 跑不通 结果不对 不工作
+        起不来 不生效 丢失 重复 变成 却 但是 できない не_работает ломается вместо sbagliat*
+        non_funziona invece nao_funciona werkt_niet dies died won't doesn't 两次 502 500 404 报
+        处理不了 too_late late_by one_month off zu_spat
+    """,
+    "works": """
+        works work working geht lauft funktioniert fonctionne marche funciona funcionan compila
+        compile compilar pasa passe funziona werkt работает kompiliert passes загружается runs
+        running starts start_up loads load displays respond responds responding connect connects
+        kompilieren startet klappt tut ladt reagiert stimmt charge repond tourne passent arranca
+        carga responde anda corre parte gira carica roda laadt запускается компилируется отвечает
+    """,
+    "system": """
+        system latency outage incident intermittent* throughput memory_leak downtime spikes p99
+        cluster servers latenz* ausfall* latence panne latencia caida задержк* 延迟 变慢 宕机 遅延
+        障害 response_time response_times queue_length cpu_usage memory_usage timeouts bandwidth
+        wlan wifi network_drops microservice microservices kafka datacenter antwortzeit* reseau
+        temps_de_reponse red_interna tiempo_de_respuesta rete uitval netwerk сеть отказ* 集群
+        响应时间 服务器 卡顿 吞吐 レスポンス サーバー
+    """,
+    "should": """
+        should_our should_my should_they should_the should_a should_she should_he devrait deberia_mi
+        nuestro_deberia sollte_unser soll_unser soll_meine should_i shall_we shall_i do_we_need
+        would_it_be_better soll_ich sollte_ich lohnt dois_je devrais_je devrions_nous deberia
+        deberiamos debo conviene devo dovrei dovremmo deveria devemos moet_ik moeten_we zullen_we
+        стоит_ли нам_лучше 应该 该不该 要不要 べきか
+    """,
+    "or": """
+        or oder ou o или 还是 或 それとも positive positif positiv negative negatif negativ neutral
+        neutre neutro either
+    """,
+    "pick": """
+        pick decide_which choose one_of exactly_one output print only answer reply determine decide
+        screen mark type wahle gib nur antworte entscheide choisis reponds indique elige indica di
+        scegli rispondi escolha responda kies geef_aan antwoord выбери ответь укажи 选择 回答 输出
+        选出 选一个 答え 選んで
+    """,
+    "brief": """
+        brief sentences sentence lines bullets bullet words satz satze satzen zeilen stichpunkte
+        stichpunkten stichworten phrase phrases lignes frases lineas parrafo righe frasi linhas
+        paragrafo zinnen regels предложени* строк* абзац* 句话 行以内 字以内 三点 几点 文で 行で
+        三つ 字で
+    """,
+    "now": """
+        now monday tuesday wednesday thursday friday saturday sunday montag dienstag mittwoch
+        donnerstag freitag samstag sonntag lundi mardi mercredi jeudi vendredi samedi dimanche lunes
+        martes miercoles jueves viernes domingo lunedi segunda maandag понедельник 周一 周二 周三
+        周四 周五 this_week next_week this_afternoon this_evening latest right_now rn currently
+        today tonight tomorrow gerade jetzt heute morgen aktuell maintenant actuellement aujourd
+        demain ahora hoy manana adesso oggi domani agora hoje amanha nu vandaag сейчас сегодня
+        завтра 现在 今天 明天 今晚 目前 今 今日 明日
+    """,
+    "life": """
+        life garden lawn snake film movie movies theatre theater stage play scene actor restaurant
+        hotel party wedding hall village island zoo insect school yoga dog pet kitchen house
+        dress_code zip_code code_of_conduct discount_code feature_film youtube podcast weekend
+        holiday vacation dinner ball garten schlange urlaub hochzeit insel haus wochenende jardin
+        serpent vacances mariage maison ile pelicula boda vacaciones casa serpiente giardino festa
+        tuin huis vakantie фильм* сад 电影 花园 餐厅 蛇 周末 映画 庭 grandmother grandma mother
+        father boss_said cooking tea cake bread music band wine trip_to beach mountain friend
+        friends oma opa mutter vater kuchen kochen musik reise freund* gateau grand_mere ami amis
+        voyage abuela madre padre amigo* musica viaje nonna amico* viaggio avo mae pai viagem
+        vriend* reis бабушк* мам друг* змея 妈妈 朋友 蛋糕 旅行 音乐 猫 狗 母 友達 料理 your_plan
+        dein_plan the_plan gentil_plan tu_plan
+    """,
+    "this": """
+        this error_handling fehlerbehandlung gestion_des_erreurs manejo_de_errores
+        tratamento_de_erros gestione_degli_errori foutafhandeling 错误处理 异常处理 エラー処理
+        this_abstract the_abstract this_summary the_summary diese_zusammenfassung these that below
+        following above attached here diese* folgende* unten oben hier ce cet cette ces suivant*
+        dessous este esta esto siguiente abajo questo questa seguente esse essa seguinte deze dit
+        volgende это этот эту этого следующ* 这 下面 以下 以上 この 次の これ
+    """,
+    "ask": """
+        ask what whats who when where which how can could would do_you do_i do_we do_they should
+        shall wer wann wo wie welche* kann kannst konnen konntest konnten gibt_es quel quelle quels
+        quelles qui quand comment est_ce peux peut pouvez connais que quien cuando donde cual cuales
+        como puedes puede che chi quando dove come qual quale puoi quem onde o_que voce_pode wat
+        waar hoe kun kan что кто когда где как какой какая какие можешь можно
+    """,
+    "be": """
+        be is are was were ist sind es est sono son hay hat does did has zijn sao estan will
+    """,
+    "why": """
+        why any_idea any_ideas any_clue warum wieso weshalb pourquoi por_que perche waarom почему
+        зачем 为什么 为何 为啥 なぜ どうして
+    """,
+    "my": """
+        my 你 我 your mein meine meinen dein deine mon ma mes mi mis tu mio mia meu minha mijn мой
+        моя наш* notre nuestro nuestra our unser* nostra nostro nosso ons
+    """,
+    "hi": """
+        hi hello hey thanks thank good_night good_morning hallo danke moin servus bonjour salut
+        merci hola gracias ciao grazie ola obrigad* hoi bedankt dank привет спасибо здравствуйте
+        你好 谢谢 您好 嗨 早上好 晚安 こんにちは ありがとう おはよう さようなら haha lol cheers
+        good_evening guten_morgen guten_tag guten_abend gute_nacht bonsoir buenos_dias buenas
+        bom_dia buongiorno goedemorgen доброе_утро добрый_день 再见 多谢 こんばんは bye goodbye
+    """,
+    "me": """
+        me tienes sabes i_want_to_know i_d_like_to_know tell suggest recommend name advise imagine
+        pretend help i ive you ich mir mich du dir sie sag nenn nenne empfiehl je moi vous votre dis
+        conseille yo dime ayuda recomienda* tengo io dimmi consigli* eu voce recomend* ik mij
+        подскажи я меня мне мы ты вы посоветуй 什么 怎么 如何 吗 呢 哪 谁 推荐 多少 何 どう どこ 誰
+        ですか ますか おすすめ us we bist sind_sie uns haben_sie bin habe nous suis ai soy somos he
+        siamo noi nos tenho wij ben heb нам хочу_спросить подскажите 请问 我们 咱 私 僕 です_か 教え
+        want_to_know like_to_know i_wonder wondering mochte_wissen wuste_gern wurde_gern
+    """,
+    "no": """
+        no do_not bitte_nicht need_not should_not must_not dont without never stop nor kein keine
+        keinen keiner ohne nie ne sans jamais aucun aucune sin nunca ninguna ningun non senza niente
+        nao sem geen zonder без нет 不要 别 不用 无需 不需要 勿 nothing skip statt anstatt
+        au_lieu_de en_vez invece_di
+    """,
+    "not": """
+        not nicht nichts pas rien niet не nada
+    """,
+    "nt": """
+        nt doesnt isnt cant cannot couldnt didnt arent hasnt wasnt werent
+    """,
+    "end": """
+        end but just instead rather sondern aber mais seulement sino solo pero mas apenas maar
+        alleen но только 只 而是 但 だけ
+    """,
+}
+
+
+# ==== 14. Tasks ===================================================================================
+# What a prompt asks for: one of ten types of tasks.  No model is asked, and the same prompt is
+# always the same task: what it says, by the kinds of its words, and what is pasted in it add up by
+# the table of weights below.  `tests/tune.py` made that table from the prompts in tests/prompts.
+
+LARGE_CONTEXT = 12_000  # tokens: what is longer is that, whatever it says
+READ, HEAD, TAIL = 2400, 480, 280  # characters read of a prompt; and of its prose
+ORDERS = (  # kinds of words that say what is to be done: the first of them counts once more
+    "make", "port", "judge", "fix", "shorten", "sort", "think", "explain", "act", "do", "want",
+    "digest", "bin",
+)  # fmt: skip
+DENIALS = ("no", "not", "nt")  # kinds of words after which a few do not count
+DENIED = 4
+UNDENIED = ("me", "hi", "this", "works", "fault")  # kinds that do all the same
+MARKS = {"asks": "a question", "stop": ""}  # which end that
+CODE_LINE = (
+    r"(?P<code>\s*(?:[-+@]{1,3} ?)?(?:def |class \w+[:({]|(?:const|let|var|int|void|func|fn|public"
+    r"|private|static) \w|return\b|import \w|from \S+ import|#include|#!|@\w+\s*$"
+    r"|(?:if|for|while|switch|catch) ?\(|(?:if|for|while|else|elif|try|except|with)\b[^.?!]*:$"
+    r"|[{}\])]+[;,]?\s*$|</?\w+[^>]*>|SELECT |INSERT |UPDATE |CREATE |FROM\b|WHERE\b|\$ \w"
+    r"|[\w.\"'-]+ ?[:=] ?[\[{\"'\d]))"
+)
+LOG_LINE = (
+    r"(?P<log>\W{0,3}(?:\d{4}[-/]\d\d[-/]\d\d[ T]\d|\d\d:\d\d:\d\d|[A-Z][a-z]{2} [ \d]\d \d\d:"
+    r"|(?:INFO|WARN|WARNING|ERROR|DEBUG|FATAL|TRACE)\b|Traceback|File \"|\s*at \w[\w.$]*\())"
+)
+ERROR_LINE = r"(?P<error>\w*(?:Error|Exception)\b:|error(?:\[\w+\])?:|fatal:|panic:|npm ERR)"
+PASTED = re.compile(f"{CODE_LINE}|{LOG_LINE}|{ERROR_LINE}|(?P<quote>>)")
+SIGNS = re.compile(r"[{}=<>$;()\[\]]")
+QUOTED = re.compile(
+    r'"[^"\n]{0,400}"|“[^”]{0,400}”|„[^“”]{0,400}[“”]|«[^»]{0,400}»|「[^」]{0,400}」|`[^`\n]{0,200}`'
+)
+FAILURES = (  # what programs print when they fail
+    "Error:", "rror: ", "Exception", "Traceback", "FAILED", "Segmentation", "panic:",
+    "undefined reference", "not defined", "npm ERR", "No such file", "core dumped",
+)  # fmt: skip
+CALLS = re.compile(r"(?<=[a-z_0-9])\([\w ]+[,:)]")
+WORD = re.compile(r"\w+[#+]*|[\n!?,;.:]")
+PLAIN = str.maketrans(
+    "áàâäãåçéèêëíìîïñóòôöõúùûüýё？！，；、：。",  # noqa: RUF001
+    "aaaaaaceeeeiiiinooooouuuuyе?!,,,:.",  # noqa: RUF001
+)
+CJK = (
+    "\u2e80"  # where Chinese and Japanese begin: they are not spaced, so that words are looked for
+)
+NOT_IN_CHINESE = re.compile("(?:不要|别|不用|无需|不需要|请勿)[\u4e00-\u9fff]{0,4}")
+
+
+BIAS = (-8, 14, -3, 0, -10, -5, -5, -6, 0, 23)
+WEIGHTS = {  # what speaks for and against each of TASKS, in its order
+    # what is there
+    "tools": ( -4,  -7,  -3,  -5,   1,   3,  -2,  -1,  24,  -5),
+    "nothing": ( -2,  -5,  -2,  -2,   2,  -1,  -2,  -2,  -4,  18),
+    "error": (  0,  -4,  -2,  -4,  -3,  17,  -1,  -1,  -2,  -2),
+    "listing": ( -6, -11,  -6,   4,  16,  14,  -4,  -3,  -4,  -1),
+    "asks": (  4,  11,  -2,  -9,   9,   2,   1,  -4,  -1, -11),
+    "few": ( -2,   3,  -2,  -5,   1,   2,  -3,  -2,   0,   8),
+    "lines": (  8, -10,   7,  -3,   8,   2,  -7,  -4,  -3,   3),
+    "log": (  0,  -1,   0,   0,  -1,   7,   0,   0,   0,  -3),
+    "many": ( -2,  -2,   5,   1,   0,  -4,   7,  -2,  -1,  -2),
+    "quoted": (  7,   0,  -5,   1,  -2,   6,  -3,  -3,   4,  -3),
+    "stop": (  4,  -3,   0,  -4,  -5,   5,   7,   3,  -9,   1),
+    "call": ( -4,  -3,  -3,  -1,   5,   6,  -2,  -1,   5,  -2),
+    "more": (  5,  -4,  -1,   3,  -1,   1,  -1,   1,   1,  -2),
+    "quote": ( -1,  -1,   5,   0,  -1,   0,   0,  -1,  -1,   0),
+    "images": ( -2,   4,  -1,   0,   0,   0,   0,   0,   0,   0),
+    "long": ( -1,  -4,   4,   2,  -1,   3,   0,   0,  -1,  -1),
+    "some": ( -1,   4,  -1,   1,   0,   1,  -3,   2,   1,  -3),
+    # kinds of words
+    "corpus": ( -4,  -8,   0,  -5,  -2,  -2,  -8,  36,  -4,  -3),
+    "think": ( -4,  -6,  -3,  -4,  -4,  -3,  31,   2,  -4,  -5),
+    "digest": ( -3,  -9,  27,  -2,  -2,  -4,  -3,  -3,  -1,  -1),
+    "code": ( -5, -10,  -5,  26,   8,   4,  -6,  -5,  -5,  -3),
+    "shorten": ( -4,  -5,  24,  -5,  -2,  -3,  -1,   2,  -1,  -4),
+    "judge": (  1,  -5,   1,  -8,  21,  -8,   1,   1,   0,  -4),
+    "bin": ( 19,  -5,  -3,  -2,  -2,  -4,  -2,  -1,   2,  -3),
+    "fault": (  1,   2,   0,  -5,  -5,  18,  -5,  -3,  -1,  -3),
+    "hi": ( -1,  18,  -1,   3,  -2,  -3,  -3,  -2,  -6,  -4),
+    "or": ( 16,  -3,  -1,  -1,  -2,  -5,   2,   0,  -2,  -4),
+    "thing": (  0,  -5,  -1,   4,  -4,  -6,   2,  -1,  16,  -5),
+    "whole": ( -1,  -5,  -1,  -3,  -1,  -1,  -4,  15,   2,  -2),
+    "act": ( -3,  -5,   0,  -3,   2,  -1,  -3,   0,  14,  -1),
+    "brief": ( -4,   7,  14,  -1,  -2,  -5,  -3,  -2,  -1,  -3),
+    "soft": ( -3,  -3,  -3,  14,   2,   4,  -6,   1,   0,  -5),
+    "plan": ( -2,  -3,  -1,  -3,  -1,  -2,  13,   0,   1,  -2),
+    "sort": ( 13,  -5,  -4,   4,  -2,  -4,  -4,   3,  -1,  -2),
+    "now": (  4,   0,   2,  -7,  -7,   0,   0,  -3,  12,   0),
+    "pick": ( 11,   2,  -2,   0,  -1,  -4,   2,  -3,  -1,  -5),
+    "make": ( -5,   1,   2,  10,   0,  -3,   3,  -1,  -1,  -5),
+    "this": ( 10,  -4,   8,   5,   3,  -1,  -6,  -3,  -2, -10),
+    "all": ( -1,  -4,  -3,   6,  -1,  -5,   4,   9,  -6,   1),
+    "fix": (  0,   1,   2,  -7,  -1,   9,   0,  -2,   0,  -2),
+    "live": (  3,  -7,  -2,   2,  -3,  -3,   0,  -2,   9,   3),
+    "port": ( -1,   9,  -3,   4,  -1,  -3,  -1,  -1,   1,  -3),
+    "works": ( -1,  -5,   0,  -4,  -2,   9,   3,  -1,   3,  -2),
+    "nt": ( -1,   7,  -1,  -8,   2,   8,   0,  -2,  -3,  -1),
+    "pile": ( -4,  -5,   3,   3,   0,   0,  -5,   8,   3,  -3),
+    "prose": (  2,   8,   6,  -2,  -3,  -6,  -4,  -3,   3,  -1),
+    "why": (  0,   3,  -2,  -1,  -3,   8,  -1,  -1,  -1,  -1),
+    "do": ( -1,  -3,  -1,   3,   1,  -3,   2,   0,   7,  -5),
+    "explain": (  0,   7,   1,  -2,  -2,  -3,  -1,   5,  -1,  -3),
+    "life": (  0,   7,   0,   1,  -3,  -5,   2,  -2,  -2,   2),
+    "ask": ( -1,   6,   2,  -2,  -3,  -1,   4,   6,  -2,  -7),
+    "be": (  1,   6,   4,  -3,   2,  -2,   0,  -4,  -1,  -2),
+    "me": ( -5,   6,  -1,  -3,   3,   2,   1,   2,   1,  -5),
+    "not": (  0,   1,   0,  -1,  -3,   6,   1,  -1,   0,  -3),
+    "want": (  2,  -2,   5,   4,   6,  -2,   2,  -5,  -2,  -8),
+    "my": ( -3,   5,  -2,  -3,   4,   4,   2,  -3,  -2,  -2),
+    "no": (  1,   0,   3,   0,   1,  -1,   5,  -4,  -3,  -3),
+    "system": (  1,  -3,   1,   0,   2,  -1,   5,  -2,  -1,  -1),
+    "end": (  1,  -1,   1,   2,   2,   3,   1,  -2,  -3,  -3),
+    "should": (  0,   0,   0,   0,  -1,  -1,   3,   0,   0,   0),
+    # two that mean more together
+    "listing judge": ( -2,  -1,  -1,  -4,  11,   0,  -1,  -1,   0,  -1),
+    "listing asks": ( -1,  -5,  -1,  -4,  10,   4,  -1,  -1,  -1,  -1),
+    "prose make": ( -1,  10,  -1,   0,  -1,  -2,  -2,  -1,  -1,  -2),
+    "soft fault": (  1,  -1,   2,  -4,  -5,  10,   0,  -2,   0,  -1),
+    "tools some": (  0,   3,  -2,  -2,  -2,  -3,  -2,  -3,  10,  -1),
+    "listing fault": (  0,  -2,   0,  -1,  -5,   9,   0,   0,  -1,  -1),
+    "hi few": (  0,   8,   0,   0,   0,   0,   0,   0,   0,  -6),
+    "lines or": (  8,  -2,  -1,  -1,   2,  -2,  -1,  -1,  -1,  -1),
+    "lines sort": (  7,  -3,  -1,   4,  -1,  -2,  -1,  -1,  -1,   0),
+    "listing make": ( -1,  -1,  -1,   7,   2,  -3,  -1,   0,   0,  -1),
+    "code fault": (  6,  -1,   4,  -4,   0,  -2,  -1,   0,  -2,   0),
+    "listing port": (  0,  -1,   0,   6,  -1,  -2,   0,   0,   0,   0),
+    "soft make": (  0,  -3,  -1,   6,   2,  -3,   0,   0,  -1,  -1),
+    "tools code": (  0,  -1,   0,  -7,   6,   4,  -1,  -1,   0,   0),
+    "code nt": (  2,   5,  -2,  -6,  -1,   5,  -1,   0,  -1,   0),
+    "listing why": ( -1,  -1,   0,   0,  -2,   5,   0,   0,   0,   0),
+    "asks few": (  0,   4,   0,   0,  -1,   0,   0,   0,   0,  -2),
+    "code ask": ( -1,  -2,   0,   4,   3,   0,  -2,  -2,   0,  -1),
+    "code my": ( -2,  -1,  -1,   1,   3,   4,   0,  -1,  -1,  -2),
+    "few nothing": ( -1,  -2,  -1,  -1,   3,   2,  -1,  -1,  -2,   4),
+    "life soft": ( -2,   3,   2,   4,   0,  -3,  -2,   0,  -1,  -1),
+    "listing my": ( -1,  -1,  -1,  -2,   3,   4,   0,   0,   0,  -1),
+    "no make": ( -3,  -1,   0,  -2,  -1,   4,   2,   0,   1,   0),
+    "quoted or": (  4,  -2,  -1,   1,   1,  -1,  -1,   0,  -1,  -1),
+    "soft my": (  0,  -2,   1,   1,   4,   2,   0,  -2,  -2,  -2),
+    "error listing": (  1,   0,   0,  -1,  -2,   3,   0,   0,   0,   0),
+    "listing fix": ( -1,  -1,   0,  -1,   1,   3,   0,   0,   0,   0),
+    "soft ask": ( -1,   3,   2,   1,   2,  -1,  -2,   0,  -3,  -2),
+    "soft explain": (  3,   1,  -1,   2,   0,  -1,  -2,   0,  -1,   0),
+    "soft fix": (  2,  -1,   3,  -4,   1,   2,  -2,  -1,  -2,   0),
+    "soft judge": ( -2,  -1,   3,   2,   3,  -2,  -1,  -1,  -1,  -1),
+    "soft why": (  0,   0,   0,   0,  -1,   3,   0,   0,   0,   0),
+    "tools few": (  0,  -1,   0,   0,  -1,   2,  -1,   0,   3,  -1),
+    "code asks": ( -2,  -3,   0,   0,   1,   2,   0,  -1,   1,   0),
+    "code explain": (  0,   2,   0,   0,   0,  -1,   0,   0,   0,   0),
+    "code not": ( -1,  -1,   2,   2,  -2,   1,   0,   0,   0,   0),
+    "think code": (  0,   0,   1,  -1,  -1,   1,   2,   0,   0,   0),
+    # the first of ORDERS
+    "first think": ( -3,   0,  -2,  -3,  -1,  -3,  13,   3,  -1,  -4),
+    "first act": ( -3,  -3,  -1,  -3,  -1,   2,  -2,  -1,  12,   0),
+    "first shorten": ( -3,  -6,  12,  -1,  -1,  -2,   0,   5,  -1,  -3),
+    "first sort": ( 11,  -2,  -2,   0,  -1,  -4,  -1,   1,  -1,  -2),
+    "first bin": (  9,  -3,  -1,  -1,  -1,  -1,  -1,   0,   0,  -1),
+    "first make": ( -4,   2,   1,   9,  -1,   0,   5,  -2,  -3,  -7),
+    "first judge": ( -1,   1,  -3,  -2,   8,  -3,   0,   3,   0,  -3),
+    "first digest": ( -1,  -2,   7,   0,   0,  -1,   0,  -2,   0,  -1),
+    "first want": ( -1,   0,   2,   7,  -1,   0,   2,  -3,   0,  -6),
+    "first do": ( -2,   1,  -3,  -4,   2,   1,   0,   2,   6,  -3),
+    "first explain": (  0,   6,   3,  -2,  -2,   1,  -3,   2,  -2,  -2),
+    "first fix": ( -2,   5,  -2,  -1,   1,  -1,   2,  -1,   0,  -2),
+    "first port": ( -1,   4,  -1,   5,  -1,  -2,  -1,  -1,   1,  -3),
+}  # fmt: skip
+# Two cues that mean more together than alone.
+PAIRED = {cue: cue.split() for cue in WEIGHTS if " " in cue and not cue.startswith("first ")}
+
+
+class Vocabulary(NamedTuple):
+    """The words of CUES, as they are looked up; each gives a kind."""
+
+    words: dict[str, str]
+    stems: dict[str, str]
+    phrases: dict[str, list[tuple[list[str], str]]]  # by their first word
+    unspaced: dict[str, list[tuple[str, str]]]  # by their first character
+    lengths: list[int]  # of stems, the longest first
+
+
+@functools.lru_cache(maxsize=1)
+def vocabulary() -> Vocabulary:
+    found = Vocabulary({}, {}, {}, {}, [])
+    found.words.update({**dict.fromkeys("\n!,;.:", "stop"), "?": "asks"})
+    for kind, text in CUES.items():
+        for cue in text.split():
+            first, *rest = cue.split("_")
+            if cue >= CJK:
+                found.unspaced.setdefault(cue[0], []).append((cue, kind))
+            elif rest:
+                found.phrases.setdefault(first, []).append(([first, *rest], kind))
+            elif cue.endswith("*"):
+                found.stems[cue[:-1]] = kind
+            else:
+                found.words[cue] = kind
+    found.lengths.extend(sorted({len(stem) for stem in found.stems}, reverse=True))
+    return found
+
+
+class Verdict(NamedTuple):
+    """Which task it is, and what speaks for it."""
+
+    task: str
+    reason: str
+
+
+def without_pasted(text: str, seen: dict[str, str]) -> str:
+    """The lines that somebody says in a prompt, not those that are pasted; `seen` gets what is."""
+    if len(text) > READ:
+        text = f"{text[: READ * 3 // 5]}\n{text[-READ * 2 // 5 :]}"
+    if any(mark in text for mark in FAILURES):
+        seen["error"] = "an error in it"
+    parts = text.replace("’", "'").split("```")  # noqa: RUF001
+    if len(parts) > 2 and any(SIGNS.search(part) for part in parts[1::2]):
+        seen["listing"] = "code in it"
+    lines, prose = "\n".join(parts[::2]).split("\n"), []
+    for line in lines if len(lines) <= 24 else [*lines[:14], *lines[-10:]]:
+        pasted = PASTED.match(line)
+        if pasted:
+            what = pasted.lastgroup or ""
+            seen[{"code": "listing"}.get(what, what)] = "code in it"
+        elif 12 * len(SIGNS.findall(line)) > len(line) + 6:
+            seen["listing"] = "code in it"
+            start = SIGNS.split(line, 1)[0]
+            prose += [start] if start.count(" ") > 2 else []
+        else:
+            prose.append(line)
+    return "\n".join(prose).strip()
+
+
+def read_prose(text: str, seen: dict[str, str]) -> str:
+    """What somebody says in a prompt, in plain letters; `seen` gets what else there is."""
+    told = without_pasted(text, seen)
+    if "\n" in told:
+        seen["lines"] = ""
+    if len(told) > HEAD + TAIL:
+        told, seen["long"] = f"{told[:HEAD]}\n{told[-TAIL:]}", ""
+    unquoted = QUOTED.sub(" ", told)
+    if unquoted != told:
+        seen["quoted"] = ""
+    if "://" in unquoted or CALLS.search(unquoted):
+        seen["call"] = "a call in it"
+    return unquoted.lower().replace("n't", " nt").replace("tl;dr", "tldr").translate(PLAIN)
+
+
+@functools.lru_cache(maxsize=2048)
+def look_up_word(word: str) -> tuple[str, Sequence[tuple[list[str], str]]]:
+    """The kind of a word, and phrases that begin with it; most words are the same few."""
+    book = vocabulary()
+    kind, stems = book.words.get(word), book.stems
+    if kind is None:
+        kind = next((stems[word[:n]] for n in book.lengths if word[:n] in stems), "")
+    return kind, book.phrases.get(word, ())
+
+
+def read_words(prose: str, seen: dict[str, str]) -> int:
+    """Note the kinds of the words in it; how many words there are."""
+    said, mute, first = WORD.findall(prose), -1, ""
+    for at, (alone, phrases) in enumerate(map(look_up_word, said)):
+        kind = alone
+        if phrases:
+            fitting = (one for some, one in phrases if said[at : at + len(some)] == some)
+            kind = next(fitting, alone)
+        if not kind:
+            continue
+        if kind in MARKS:
+            mute = -1
+        elif kind in DENIALS:
+            mute = at + DENIED
+        elif at <= mute and kind not in UNDENIED:
+            continue
+        if kind not in seen:
+            seen[kind] = MARKS.get(kind, f'"{said[at]}"')
+        if not first and kind in ORDERS and at > mute:
+            first = seen[f"first {kind}"] = f'"{said[at]}"'
+    return len(said)
+
+
+def read_unspaced(prose: str, seen: dict[str, str]) -> None:
+    """The same of Chinese and Japanese."""
+    plain = NOT_IN_CHINESE.sub("", prose)
+    if plain != prose:
+        seen["no"] = ""
+    book = vocabulary().unspaced
+    cues = [one for sign in book.keys() & set(plain) for one in book[sign]]
+    found = [(plain.find(cue), kind) for cue, kind in cues if cue in plain]
+    for _, kind in found:
+        seen.setdefault(kind, "its words")
+    orders = [(at, kind) for at, kind in found if kind in ORDERS]
+    if orders and not any(name.startswith("first ") for name in seen):
+        seen[f"first {min(orders)[1]}"] = "its words"
+
+
+def read_cues(text: str, *, tools: bool, images: bool) -> dict[str, str]:
+    """What there is in a prompt of the rows of WEIGHTS, each with how to say so."""
+    seen: dict[str, str] = {}
+    prose = read_prose(text, seen)
+    number = read_words(prose, seen)
+    if not prose.isascii() and any(sign >= CJK for sign in prose):
+        read_unspaced(prose, seen)
+    if not any(kind in CUES for kind in seen):
+        seen["nothing"] = ""
+    size = "few" if number <= 3 else "some" if number <= 12 else "more" if number <= 40 else "many"
+    seen[size] = ""
+    seen.update({"tools": "tools at hand"} if tools else {})
+    seen.update({"images": "a picture"} if images else {})
+    seen.update(
+        {pair: "" for pair, (one, other) in PAIRED.items() if one in seen and other in seen}
+    )
+    return seen
+
+
+def classify(text: str, tokens: int = 0, *, tools: bool = False, images: bool = False) -> Verdict:
+    """The task of a prompt: its last message, with the size and the tools of all of it."""
+    if tokens > LARGE_CONTEXT:
+        return Verdict("large_context", f"{tokens} tokens")
+    seen = read_cues(text, tools=tools, images=images)
+    rows = [WEIGHTS[cue] for cue in seen if cue in WEIGHTS]
+    sums = [sum(column) for column in zip(BIAS, *rows)]
+    best = sums.index(max(sums))
+    told = {words: WEIGHTS[cue][best] for cue, words in seen.items() if words and cue in WEIGHTS}
+    spoke = sorted((one for one in told if told[one] > 0), key=lambda one: -told[one])[:3]
+    return Verdict(TASKS[best], ", ".join(spoke) or "nothing else in it")
+
+
+# ==== 15. Model choice ============================================================================
+# Which model a request for `auto` gets.  What cannot serve it is left out, and why is remembered;
+# the rest stand in the order of the row of [routes], and what the table below says moves them up or
+# down in it.  A model that is named is never second-guessed.
+
+AUTO = "auto"
+PLACES = {  # by how many places of its row what holds for a model moves it; below 0: up
+    "loaded": -1.5,  # it passes the one before it
+    "purpose": -0.5,  # its `purpose` says so: it goes before another of the same place
+    "no room": 1.0,  # others have to make room for it in graphics memory
+    "waiting": 0.25,  # for each request that waits for a slot there, up to
+    "most waiting": 3.0,
+    "taken": 3.0,  # it wants a device for itself that is in use, or another has it so
+    "unsure": 100.0,  # nothing tells whether it can see pictures, or use tools
+    "down": 1000.0,
+}
+ROUTER_MODES = ("async", "sync", AUTO)
+ESTIMATED = {  # how much work a type of task is, as routers tell it; the others are light
+    "large_context": "heavy", "agentic_reasoning": "heavy", "code_generate": "medium",
+    "code_review": "medium", "code_fix": "medium", "tool_use": "medium",
+}  # fmt: skip
+REASON_SHOWN = 300  # characters
+
+
+class Wish(NamedTuple):
+    """What the member `router` of a request asks for; times are seconds."""
+
+    told: bool = False  # there is one
+    mode: str = AUTO
+    allow_async: bool = False
+    task: str = ""  # empty: the prompt tells
+    priority: Priority | None = None
+    preferred: Names = ()
+    forbidden: Names = ()
+    max_queue: float | None = None
+    max_run: float = 0.0  # 0: any
+    gpu_only: bool | None = None  # None: as configured
+
+
+NO_WISH = Wish()
+
+
+class VideoMemory(NamedTuple):
+    """Graphics memory of a device, in GiB."""
+
+    total: float
+    free: float
+    reserve: float  # that no model is to take
+
+    def fits(self, size: float) -> bool:
+        """Whether a model of this size can be loaded beside what is there."""
+        return size + self.reserve <= self.free
+
+    def holds(self, size: float) -> bool:
+        """Whether one of this size can be loaded at all, alone."""
+        return size + self.reserve <= self.total
+
+
+class Candidate(NamedTuple):
+    """A model that could be meant, as it stands now."""
+
+    name: str
+    key: str
+    place: int = 0  # in its row, counted from 0
+    in_row: bool = True  # it is of the row itself, not merely good at such tasks
+    size: float = 0.0  # GiB; 0: not known
+    memory: VideoMemory | None = None  # where it has the most room; None: not known
+    loaded: bool = False
+    purpose: bool = False
+    waiting: float = 0.0  # requests that wait for a slot there
+    wait: float = 0.0  # seconds until one would start
+    taken: bool = False
+    unsure: bool = False
+    down: bool = False
+    backend: str = ""  # the only one that can serve the request with it, of several that have it
+    cannot: str = ""  # why it cannot serve the request at all
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it is loaded, or fits beside what is; what is not known does not keep it."""
+        return self.loaded or not self.size or self.memory is None or self.memory.fits(self.size)
+
+    @property
+    def standing(self) -> float:
+        """Its place in the row after all that moves it; the least is chosen."""
+        moves = {
+            "loaded": self.loaded,
+            "purpose": self.purpose,
+            "no room": not self.has_room,
+            "taken": self.taken,
+            "unsure": self.unsure,
+            "down": self.down,
+        }
+        moved = sum(PLACES[name] for name, holds in moves.items() if holds)
+        return self.place + moved + min(PLACES["waiting"] * self.waiting, PLACES["most waiting"])
+
+
+class Choice(NamedTuple):
+    """Which model it is, and why."""
+
+    model: str = ""
+    task: str = ""
+    fallbacks: Names = ()  # those that would be next
+    reason: str = "named"
+    auto: bool = False  # it was left to llmq
+    backend: str = ""  # the only one where it can serve the request; empty: wherever it is
+
+
+NO_CHOICE = Choice()  # the request names a model, or none
+
+
+def choose(
+    candidates: Sequence[Candidate], task: str, why: str, longest: float | None, *, degrade: bool
+) -> Choice | None:
+    """The candidate that stands best, None where none can; `longest` is how long it may wait.
+
+    With `degrade` a smaller one of the row goes before one that memory or that time is too short
+    for: without it these never decide alone.
+    """
+    good = [one for one in candidates if not one.cannot]
+    able = sorted(good, key=lambda one: (one.standing, one.place, one.name))
+    if not able:
+        return None
+    best = first = able[0]
+    if degrade and is_too_much(first, longest):
+        smaller = [
+            one
+            for one in able
+            if one.in_row
+            and 0 < one.size < first.size
+            and not is_too_much(one, longest)
+            and (one.down, one.unsure) <= (first.down, first.unsure)
+        ]
+        best = next(iter(smaller), first)
+    words = [f"{task}: {why}", f"{best.name} {explain(best)}"]
+    if best is not first:
+        words.append(f"in place of {first.name}, which {is_too_much(first, longest)}")
+    words += [f"not {one.name}: {one.cannot}" for one in candidates if one.cannot][:3]
+    others = tuple(one.name for one in able if one is not best)
+    reason = "; ".join(words)[:REASON_SHOWN]
+    return Choice(best.name, task, others, reason, auto=True, backend=best.backend)
+
+
+def is_too_much(one: Candidate, longest: float | None) -> str:
+    """What memory or time is too short for a model, in words; empty: nothing."""
+    if not one.has_room and one.memory is not None:
+        return f"needs {one.size:.1f} GiB of {max(0.0, one.memory.free):.1f} free"
+    if longest is not None and one.wait > longest:
+        return f"would wait {one.wait:.0f} s"
+    return ""
+
+
+def explain(one: Candidate) -> str:
+    """What speaks for a candidate and against it, in words."""
+    told = {
+        "is loaded": one.loaded,
+        "is good at it": one.purpose,
+        "has to be loaded where others are": not one.has_room,
+        "waits for its device": one.taken,
+        "may not be able to": one.unsure,
+        "is down": one.down,
+    }
+    said = [words for words, holds in told.items() if holds]
+    said += [f"has {one.waiting:.0f} waiting"] if one.waiting >= 1 else []
+    return ", ".join(said) or "is the first that can"
+
+
+# ==== 16. Cache ===================================================================================
 # What was answered before.  Two requests have the same key where nothing could make their answers
 # differ: the route, each member of the body, what is configured for the model, and which model it
 # is.  When it is full it lets go of the answer that was asked for the longest time ago.
 
 ENTRY_BYTES = 350  # of memory that an answer takes besides its own
-UNTELLING = ("priority", "router", "keep_alive")  # members that change no answer
+UNTELLING = ("priority", "keep_alive")  # members that change no answer
 MOST_OF_CACHE = 8  # one answer takes at most an eighth of the bytes that all may have
 
 
@@ -3517,7 +4717,7 @@ class Cache:
             self.drop(key)
 
 
-# ==== 14. Messages ================================================================================
+# ==== 17. Messages ================================================================================
 # HTTP/1.1 as RFC 9110 and 9112 have it, bytes in, values out.  Strict where leniency has been a
 # hole: what a lenient peer and we would read differently is refused, never repaired.  The three
 # body decoders share one manner: feed(bytes) -> payload, `done`, `surplus`.
@@ -3820,7 +5020,7 @@ def render_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-# ==== 15. Bodies ==================================================================================
+# ==== 18. Bodies ==================================================================================
 # JSON objects as clients wrote them.  A request is passed on byte for byte: one scan finds what its
 # top-level members are and where they stand, one pass puts in and cuts out what must change: the
 # model's name, a shared context, llmq's own fields.
@@ -4207,7 +5407,7 @@ def parse_context(value: Any, param: str) -> int:
     return max(0, tokens)
 
 
-# ==== 16. Dialects ================================================================================
+# ==== 19. Dialects ================================================================================
 # What the dialects have in common.  An answer is watched, not parsed: its end, an error and the
 # usage are looked for, the rest passes.
 
@@ -4569,6 +5769,7 @@ WHOLE = Shape("a whole number", lambda value: whole_number(value) is not None)
 NUMBER, SWITCH = one_of("a number", int, float), one_of("true or false", bool)
 TEXT, LIST, OBJECT = one_of("a text", str), one_of("a list", list), one_of("an object", dict)
 WRITTEN = one_of("an object, or its text", dict, str)
+NAMED = Shape("a list of texts", are_texts)
 MEMBERS = shapes(
     (*WHOLE, "max_tokens max_completion_tokens seed top_logprobs dimensions num_predict num_keep"),
     (*WHOLE, "top_k repeat_last_n"),
@@ -4591,7 +5792,7 @@ MEMBERS = shapes(
 MESSAGE_MEMBERS = shapes(
     (*TEXT, "role content name tool_call_id tool_name reasoning thinking"),
     (*LIST.of(id=TEXT, type=TEXT, function=OBJECT.of(name=TEXT, arguments=WRITTEN)), "tool_calls"),
-    ("a list of texts", are_texts, "images"),
+    (*NAMED, "images"),
 )
 
 
@@ -4618,6 +5819,43 @@ def check_inside(value: Any, members: Mapping[str, Shape], at: str) -> None:
         if not isinstance(each, dict):
             raise BadRequest(f"{place} is an object", param=place)
         taken(each, members, at=place + ".")
+
+
+MILLISECONDS = one_of("a number of milliseconds", int, float)
+ROUTER_MEMBERS = shapes(
+    ("one of " + ", ".join(ROUTER_MODES), ROUTER_MODES.__contains__, "mode"),
+    ("one of " + ", ".join((AUTO, *TASKS)), (AUTO, *TASKS).__contains__, "taskType"),
+    (*SWITCH, "allowAsync requireGpuOnly"),
+    (*NAMED, "preferredModels forbiddenModels"),
+    (*MILLISECONDS, "maxQueueTimeMs maxExecutionTimeMs"),
+)
+
+
+def read_wish(values: Mapping[str, Any]) -> Wish:
+    """What the member `router` asks for, or BadRequest; what else is in it means nothing."""
+    router = values.get("router")
+    if router is None:
+        return NO_WISH
+    if not isinstance(router, dict):
+        raise BadRequest("router is an object", param="router")
+    told = taken(router, ROUTER_MEMBERS, at="router.")
+    task, longest, most = map(told.get, ("taskType", "maxQueueTimeMs", "maxExecutionTimeMs"))
+    try:
+        priority = parse_priority(router.get("priority"))
+    except BadRequest as error:
+        raise BadRequest(f"router.{error.message}", param="router.priority") from None
+    return Wish(
+        told=True,
+        mode=told.get("mode", AUTO),
+        allow_async=told.get("allowAsync", False),
+        task="" if task in (None, AUTO) else task,
+        priority=priority,
+        preferred=tuple(told.get("preferredModels", ())),
+        forbidden=tuple(told.get("forbiddenModels", ())),
+        max_queue=None if longest is None else min(max(0, longest), MOST_TOKENS) / 1000,
+        max_run=min(max(0, most or 0), MOST_TOKENS) / 1000,
+        gpu_only=told.get("requireGpuOnly"),
+    )
 
 
 class Endpoint(NamedTuple):
@@ -4706,7 +5944,7 @@ def read_form(body: bytes, content_type: str, priority_header: str | None) -> Fo
     return FormQuestion(model, stream, asked_priority({}, priority_header), body, NO_EDITS)
 
 
-# ==== 17. OpenAI ==================================================================================
+# ==== 20. OpenAI ==================================================================================
 # Chat, completions, embeddings and reranking; the newer responses, whose streams have named events.
 
 
@@ -4756,7 +5994,7 @@ OPENAI_ENDPOINTS = (
 )
 
 
-# ==== 18. Ollama ==================================================================================
+# ==== 21. Ollama ==================================================================================
 # Streams of JSON lines, on unless the request says otherwise; `"done":true` in the last.
 
 
@@ -4805,7 +6043,7 @@ OLLAMA_ENDPOINTS = (
 )
 
 
-# ==== 19. Anthropic ===============================================================================
+# ==== 22. Anthropic ===============================================================================
 # Messages, as Claude's programs speak them.
 
 
@@ -4873,7 +6111,7 @@ def dialect_of(path: str, headers: Headers) -> Dialect:
     return ANTHROPIC if path.startswith(MESSAGES) or "anthropic-version" in headers else OPENAI
 
 
-# ==== 20. Translation =============================================================================
+# ==== 23. Translation =============================================================================
 # Between OpenAI and Ollama, where a backend lacks the dialect or a shared context needs the other
 # one.  The result equals, field by field, what Ollama's own /v1 gives (its `openai.go`), ids and
 # times aside; what that drops is dropped.  A request that would lose its meaning is refused.
@@ -5444,7 +6682,7 @@ TO_OPENAI = (ChatToOpenAi, GenerateToOpenAi, EmbedToOpenAi, EmbeddingsToOpenAi)
 TRANSLATORS = {kind.routes: kind for kind in (*TO_OLLAMA, *TO_OPENAI)}
 
 
-# ==== 21. Streams =================================================================================
+# ==== 24. Streams =================================================================================
 # The first section that awaits: TCP streams, as both sides use them.  One coroutine reads and one
 # writes a stream.  Whoever wants to end a wait gives the stream an error (`interrupt`), so that it
 # surfaces where the wait is.  (`wait_for` around a read swallows cancels on some Pythons.)
@@ -5733,7 +6971,7 @@ async def within(seconds: float, task: asyncio.Future[T], late: Exception) -> T:
         del task, late  # an error that leaves here holds this frame, and may be one of them
 
 
-# ==== 22. Replies =================================================================================
+# ==== 25. Replies =================================================================================
 # Whom a call answers: it never sees a connection.  An exchange is one request of a connection and
 # its answer; other replies are kept, are for several who asked the same, or for nobody.
 
@@ -6139,7 +7377,7 @@ Reply = Union[Exchange, Nobody, Kept, Shared]
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-# ==== 23. Server ==================================================================================
+# ==== 26. Server ==================================================================================
 # The clients' side.  A connection serves one request after the other, an exchange is one of them
 # and its answer.  Deadlines are numbers on the connection that the reaper compares with the clock
 # four times a second: a timer per request costs more and says no more.
@@ -6507,7 +7745,7 @@ class HttpServer:
                 task.cancel()
 
 
-# ==== 24. Upstream ================================================================================
+# ==== 27. Upstream ================================================================================
 # The runners' side: connections to backends, one request at a time on each, kept for the next while
 # they are known to be clean.  What breaks is translated here, where it is met.  Every request to a
 # runner, llmq's own included, is rendered in one place.
@@ -6776,11 +8014,12 @@ class Pool:
         self.reap(float("inf"))
 
 
-# ==== 25. Probes ==================================================================================
+# ==== 28. Probes ==================================================================================
 # What a backend has and how it does, found by asking: from time to time, at once after trouble, and
 # when a request names a model that nobody has.
 
 REFRESH_SECONDS = 1.0  # between two looks that requests for unknown models cause
+LOCAL = "local"  # the device of this box's backends that name none
 BESIDE = 8  # questions to a runner at once that no slot counts
 
 
@@ -6813,8 +8052,11 @@ async def inspect(backend: Backend, instance: str) -> Report:
         details = {str(row.get("id")): row for row in sound_rows(look_up(shown, "data"))}
         entries = tuple({**details.get(str(entry["id"]), {}), **entry} for entry in entries)
     if kind == "llamacpp" and len(entries) == 1:  # in router mode that would tell of the router
-        told = read_props(await fetch_json(backend, "/props"))
+        props = await fetch_json(backend, "/props")
+        told, slot = read_props(props), look_up(props, "default_generation_settings", "n_ctx")
         entries = ({"capabilities": told, **entries[0]},) if told else entries
+        if type(slot) is int and slot > 0:  # of the context that it was trained for
+            entries = ({**entries[0], "max_model_len": slot},)
     if not KINDS[kind].native:
         return Report(kind, entries, models, loaded, latency, began=began)
     tags = sound_rows(look_up(await fetch_json(backend, "/api/tags"), "models"))
@@ -6831,7 +8073,8 @@ def read_props(props: Any) -> list[str]:
         "vision": look_up(props, "modalities", "vision"),
         "thinking": look_up(caps, "supports_preserve_reasoning") or thinks,
     }
-    return [word for word, can in told.items() if can is True]
+    known = ["completion"] if {type(told["tools"]), type(told["vision"])} & {bool} else []
+    return known + [word for word, can in told.items() if can is True]
 
 
 async def identify_kind(backend: Backend) -> str:
@@ -7003,6 +8246,24 @@ class Monitor:
             raise BackendError("the backend's answer is not a JSON object")
         return facts
 
+    async def learn(self, backend: Backend, model: str) -> None:
+        """Ask an Ollama once what a model can, and the longest context that it can have."""
+        key, version = model_key(model), backend.version(model_key(model))
+        before = backend.shown.get(key, ("",))[0]
+        if before == version:
+            return
+        body, facts = render_json({"model": backend.name_for(model)}), {}
+        with contextlib.suppress(LlmqError):
+            facts = await self.ask(backend.limits.probe_timeout, backend, "/api/show", body)
+        info = facts.get("model_info")
+        told = info.items() if isinstance(info, dict) else ()
+        lengths = [one for name, one in told if name.endswith(".context_length")]
+        longest = max([0, *(one for one in lengths if type(one) is int)])
+        if before or not backend.contexts.max.get(key):  # else its list has told
+            backend.contexts.max[key] = longest
+        if key in backend.shown or len(backend.shown) < MODELS_LIMIT:
+            backend.shown[key] = version, read_abilities(facts)
+
     def record_outcome(self, backend: Backend, failure: LlmqError | None, now: float) -> None:
         """What a request's end says about the health of its backend."""
         if failure is None:
@@ -7048,7 +8309,7 @@ def is_this_box(host: str) -> bool:
 def device_name(settings: BackendSettings) -> str:
     """Backends on one host share one device, all names of this box are one host."""
     host = urlsplit(settings.url).hostname or ""
-    return settings.device or ("local" if is_this_box(host) else host)
+    return settings.device or (LOCAL if is_this_box(host) else host)
 
 
 class Discovery:
@@ -7091,7 +8352,185 @@ class Discovery:
             self.configure()
 
 
-# ==== 26. Calls ===================================================================================
+# ==== 29. Cards ===================================================================================
+# The graphics memory of this box, as a tool or the files of its system tell it.  It is looked at in
+# the background, and only while somebody may want to know: never for a request.
+
+NVIDIA_QUERY = (
+    "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits"
+)  # fmt: skip
+SYSFS = "/sys/class/drm"
+# Older systems do not know the last, and end with an error there.
+APPLE_QUERY = ("hw.memsize", "machdep.cpu.brand_string", "iogpu.wired_limit_mb")
+APPLE_SHARE = ((36 * 1024, 2 / 3), (math.inf, 3 / 4))  # of memory that the GPU may have, MiB
+CARDS_SECONDS = 1.0  # between two looks at whether they are due to be looked at
+TOOL_SECONDS = 5.0  # for such a tool to answer: a hanging driver makes it hang
+KILL_SECONDS = 1.0  # for one that is killed to end
+CARDS_WANTED = 300.0  # seconds that cards are looked at after somebody asked
+
+
+class Card(NamedTuple):
+    """A graphics card; memory in MiB."""
+
+    name: str
+    total: int
+    used: int | None = None  # None: not told
+    busy: int | None = None  # per cent
+
+
+def parse_nvidia(text: str) -> list[Card]:
+    """What nvidia-smi answers to NVIDIA_QUERY, a line for each card; ValueError for other words."""
+    cards = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) != 4:
+            raise ValueError(printable(line, ERROR_SHOWN))
+        name, *told = cells
+        total, used, busy = [int(cell) if cell.isdecimal() else None for cell in told]
+        if total:  # one that shares the box's memory does not tell it
+            cards.append(Card(printable(name), total, used, busy))
+    return cards
+
+
+def parse_apple(text: str) -> list[Card]:
+    """What sysctl tells of APPLE_QUERY: memory that processor and GPU share."""
+    facts = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    memory, name, limit = (facts.get(name, "") for name in APPLE_QUERY)
+    if not memory.isdecimal():
+        raise ValueError("sysctl does not tell of memory")
+    if "Intel" in name:  # whose GPU no runner uses
+        return []
+    total = int(memory) // MIB
+    share = next(share for most, share in APPLE_SHARE if total <= most)
+    wired = int(limit) if limit.isdecimal() else 0
+    return [Card(printable(name or "Apple"), wired or int(total * share))]
+
+
+def read_amd(root: str = SYSFS) -> list[Card]:
+    """The cards whose driver tells of their memory in files, as amdgpu does."""
+    cards = []
+    for path in sorted(glob.glob(os.path.join(root, "card[0-9]*", "device"))):
+
+        def number(name: str, path: str = path) -> int | None:
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(path, name)) as file:
+                return int(file.read(64))
+            return None
+
+        total, used = number("mem_info_vram_total"), number("mem_info_vram_used")
+        if total:
+            name = f"AMD {os.path.basename(os.path.dirname(path))}"
+            held = None if used is None else used // MIB
+            cards.append(Card(name, total // MIB, held, number("gpu_busy_percent")))
+    return cards
+
+
+async def output_of(*argv: str, checked: bool = True) -> str:
+    """What a command prints; OSError or ValueError where it hangs, or fails if that is checked."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,  # so that its children can be ended with it
+    )
+    late = ValueError(f"{argv[0]} does not answer")
+    try:
+        told, _ = await within(TOOL_SECONDS, asyncio.ensure_future(process.communicate()), late)
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+            await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=KILL_SECONDS)
+    text = told.decode("utf-8", "replace")
+    if process.returncode and checked:
+        raise ValueError(printable(text.strip().partition("\n")[0], ERROR_SHOWN) or "failed")
+    return text
+
+
+async def read_cards(tool: str) -> tuple[str, list[Card], str | None]:
+    """Who makes the cards of this box, what they tell, and what went wrong in asking."""
+    maker, error = "none", None
+    try:
+        if sys.platform == "darwin":
+            return (
+                "apple",
+                parse_apple(await output_of("sysctl", *APPLE_QUERY, checked=False)),
+                None,
+            )
+        path = shutil.which(tool)
+        if path:
+            maker = "nvidia"
+            return maker, parse_nvidia(await output_of(path, *NVIDIA_QUERY)), None
+    except (OSError, ValueError) as failure:
+        error = str(failure)
+    cards = read_amd()
+    return ("amd", cards, None) if cards else (maker, [], error)
+
+
+class Cards:
+    """What is known of graphics memory: what cards tell, what is configured, what is loaded."""
+
+    def __init__(self, settings: Settings, fleet: Fleet) -> None:
+        self.settings, self.fleet = settings, fleet
+        self.maker = "none"
+        self.cards: list[Card] = []
+        self.error: str | None = None
+        self.looked = self.wanted = float("-inf")  # monotonic
+        self.flight: asyncio.Future[None] | None = None  # a look that is under way
+
+    async def step(self) -> None:
+        """Look at the cards, if that is due and somebody may want to know; all share one look."""
+        now = time.monotonic()
+        wanted = bool(self.settings.routes) or now - self.wanted < CARDS_WANTED
+        due = wanted and now - self.looked >= self.settings.router.gpu_interval
+        if due and self.flight is None:
+            self.flight = asyncio.ensure_future(self.look())
+        if self.flight is not None:
+            await asyncio.shield(self.flight)
+
+    async def look(self) -> None:
+        try:
+            self.maker, self.cards, error = await read_cards(self.settings.router.nvidia_smi)
+        finally:
+            self.looked, self.flight = time.monotonic(), None
+        if error and error != self.error:
+            log.warning("graphics memory: %s", error)
+        self.error = error
+
+    async def close(self) -> None:
+        """End a look that is under way, and what it runs."""
+        if self.flight is not None:
+            self.flight.cancel()
+            await asyncio.wait({self.flight})
+
+    def want(self) -> None:
+        """Somebody may want to know soon."""
+        self.wanted = time.monotonic()
+
+    def memory_of(self, device: str) -> VideoMemory | None:
+        """The graphics memory of a device, None where nothing tells it."""
+        row = self.settings.devices.get(device, DeviceSettings())
+        cards = self.cards if device == LOCAL and not row.vram_gb else []
+        total = row.vram_gb or sum(card.total for card in cards) / KIB
+        if not total:
+            return None
+        used = [card.used for card in cards if card.used is not None]
+        if cards and len(used) == len(cards):
+            free = total - sum(used) / KIB
+        else:
+            free = total - self.loaded_at(device)
+        return VideoMemory(total, free, row.vram_reserve_gb)
+
+    def loaded_at(self, device: str) -> float:
+        """GiB that the models loaded there take, as far as their runners tell."""
+        here = [one for one in self.fleet.backends.values() if one.device.name == device]
+        rows = [row for one in here if one.report for row in one.report.running]
+        sizes = [measured(row.get("size_vram")) or 0 for row in rows]
+        return sum(sizes) / GIB
+
+
+# ==== 30. Calls ===================================================================================
 # A call is one request on its way: who asked, what for, and how far it has come.  What happens at
 # the backend that it was given to is told here, from the bytes sent there to the end of its answer.
 
@@ -7214,6 +8653,58 @@ def as_keep_alive(text: str) -> int | str | None:
     return int(text) if text.lstrip("-").isdecimal() else text or None
 
 
+def reason_of(model: str, asked: str, reason: str) -> str:
+    """Why it is that model, in words."""
+    if reason == NO_CHOICE.reason and asked != model:
+        return f"alias {asked}" if asked else "the default"
+    return reason
+
+
+@functools.lru_cache(maxsize=256)
+def model_fields(model: str, asked: str, reason: str) -> Fields:
+    """What an answer says of its model, and of why it is that one; in ASCII, as fields are."""
+    reason = reason_of(model, asked, reason)
+    rows = [("X-LLMQ-Model", model), ("X-LLMQ-Reason", reason)] if model else []
+    return tuple(
+        (name, printable(text, 1000).encode("ascii", "replace").decode()) for name, text in rows
+    )
+
+
+def show_choice(call: Call) -> Facts:
+    """The member `router` of an answer, as agent-router's users know it."""
+    ticket, choice = call.ticket, call.choice
+    return {
+        "mode": "sync",
+        "taskType": choice.task,
+        "selectedModel": call.model,
+        "fallbackModels": choice.fallbacks,
+        "queueTimeMs": round(1000 * (ticket.started - ticket.arrived)),
+        "executionTimeMs": round(1000 * (time.monotonic() - ticket.started)),
+        "decisionReason": reason_of(call.model, call.question.model, choice.reason),
+    }
+
+
+def why_late(call: Call, now: float) -> LlmqError | None:
+    """What ends a call that runs: its backend sent nothing for too long, or it ran too long."""
+    backend = call.ticket.backend
+    if now >= call.deadline and backend is not None:
+        limits = backend.limits
+        limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
+        return BackendTimeout(f"the backend sent nothing for {limit:g} s")
+    if call.wish.max_run and now - call.ticket.started >= call.wish.max_run:
+        return LlmqError("it ran for as long as it may", "backend_timeout")
+    return None
+
+
+def with_router(body: bytes, call: Call) -> bytes:
+    """A whole answer with the member `router`, where it is an object; all else as it was."""
+    whole = body.strip()
+    if whole[:1] != b"{" or call.question.stream:
+        return body
+    told, inside = b'"router":' + render_json(show_choice(call)), whole[:-1].rstrip()
+    return inside + (b"" if inside == b"{" else b",") + told + b"}"
+
+
 class Call:
     """One request on its way, and the Reply that it answers."""
 
@@ -7228,6 +8719,8 @@ class Call:
     asked: tuple[Headers, bytes] = (NO_HEADERS, b"")  # fields and body, to be asked anew then
     answer_key = b""  # of its answer in the cache; empty: it is not kept
     recalled = ""  # what the cache did for it: hit, joined or miss
+    wish = NO_WISH  # what its member `router` asks for
+    choice = NO_CHOICE  # of its model
     # At the backend at hand:
     route_asked: str | None = None
     translator: Translator | None = None  # if that is not the route of the client
@@ -7277,15 +8770,15 @@ class Call:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """What an answer says of the way it took."""
-        account = self.caller.account
+        account, ticket = self.caller.account, self.ticket
+        told = [*model_fields(self.model, self.question.model, self.choice.reason)]
         if not self.admitted:
-            return account.class_line
-        ticket, told = self.ticket, []
+            return told + account.class_line
         if ticket.backend is not None:
             waited = str(round(1000 * (ticket.started - ticket.arrived)))
-            told = [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
+            told += [("X-LLMQ-Backend", ticket.backend.name), ("X-LLMQ-Wait-Ms", waited)]
         if account is not NO_ACCOUNT:
-            told.append(("X-LLMQ-Class", ticket.priority.word))
+            told += [("X-LLMQ-Class", ticket.priority.word)]
         return told
 
     # ---- what is sent
@@ -7316,7 +8809,7 @@ class Call:
             self.context = context
         self.translator = self.echo = None
         if route == self.endpoint.path:
-            if question.model not in ("", name) and not self.blind:
+            if question.model not in ("", name) and not (self.blind or self.choice.auto):
                 self.told, self.echo = name, model_echo(name, question.model)
             target = route + (f"?{self.query}" if self.query else "")
             body = functools.partial(question.body_for, name, context)
@@ -7341,6 +8834,7 @@ class Call:
         """The body for another route."""
         translator = TRANSLATORS[self.endpoint.path, route]
         asked = json.loads(with_policy(self.question.body, self.endpoint.path, self.policy))
+        asked.update({"model": self.model} if self.choice.auto else {})
         self.translator = translator(asked, name, context, time.time)
         self.translator.runner = runner
         return self.translator.body()
@@ -7461,16 +8955,6 @@ class Call:
         self.deadline = now + limits.idle_timeout
         self.heartbeat_at = now + self.patience if self.watch and self.patience else NEVER
 
-    def has_other_route(self, fleet: Fleet, error: Untranslatable, now: float) -> bool:
-        """Remember which route it was not; whether another, or another backend, is left."""
-        ticket, route = self.ticket, self.route_asked
-        if isinstance(error, RouteUnsupported) and route is not None and ticket.backend is not None:
-            ticket.backend.route_unsupported(route, ticket.model, error, now)
-        elif route is not None:  # what it asks cannot be translated
-            left = tuple(one for one in ticket.want.routes if one != route)
-            ticket.want = ticket.want._replace(routes=left)
-        return bool(ticket.want.routes) and bool(fleet.serving(ticket.want))
-
     # ---- how it ends
 
     async def deliver(self) -> None:
@@ -7494,6 +8978,8 @@ class Call:
             body = echo_whole(body, self.told, self.question.model)
         elif self.echo is not None:  # in the first part of a very long one
             body = self.echo(body[:PARSED_ANSWER]) + body[PARSED_ANSWER:]
+        if self.wish.told and not self.job:
+            body = with_router(body, self)
         if not reply.started:
             reply.respond(200, body, kind, [*self.answer_headers, *self.headers])
         elif self.question.stream:
@@ -7516,6 +9002,17 @@ class Call:
             reply.respond(error.status, body, headers=error_headers(error) + self.headers)
 
 
+def has_other_route(call: Call, fleet: Fleet, error: Untranslatable, now: float) -> bool:
+    """Remember which route it was not; whether another, or another backend, is left."""
+    ticket, route = call.ticket, call.route_asked
+    if isinstance(error, RouteUnsupported) and route is not None and ticket.backend is not None:
+        ticket.backend.route_unsupported(route, ticket.model, error, now)
+    elif route is not None:  # what it asks cannot be translated
+        left = tuple(one for one in ticket.want.routes if one != route)
+        ticket.want = ticket.want._replace(routes=left)
+    return bool(ticket.want.routes) and bool(fleet.serving(ticket.want))
+
+
 def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     headers = []
     if error.retry_after is not None:
@@ -7525,7 +9022,7 @@ def error_headers(error: LlmqError) -> list[tuple[str, str]]:
     return headers
 
 
-# ==== 27. Records =================================================================================
+# ==== 31. Records =================================================================================
 # What remains of a request when it has ended: a line in the log, its part of the metrics, a row for
 # those who watch; never a word of a prompt or an answer.
 
@@ -7651,11 +9148,13 @@ def count_records(metrics: Metrics, records: Iterable[Record]) -> None:
     """What records add to the metrics; those that are alike are counted together."""
     alike: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        kind = (record.route, record.model, record.client, record.status, record.outcome)
-        alike.setdefault((*kind, record.priority), []).append(record)
-    for (route, model, client, status, outcome, priority), group in alike.items():
+        who = (record.route, record.model, record.client, record.status, record.outcome)
+        where = (record.backend, record.cache)
+        alike.setdefault((record.priority, *who, *where), []).append(record)
+    for (priority, *kind), group in alike.items():
         add, number = metrics.add, len(group)
-        add("llmq_requests_total", route, model, client, str(status), outcome, amount=number)
+        _, model, client, _, outcome, *_ = kind
+        add("llmq_requests_total", *map(str, kind), amount=number)
         if priority == "-" and client != "-":  # an order, which neither waited nor told anything
             continue
         if outcome in CANCELS:
@@ -7736,6 +9235,35 @@ class Lines(NamedTuple):
         return "\n".join(str(record) for _, record in self.rows)
 
 
+MINUTES = 24 * 60  # of history
+
+
+class History:
+    """What happened in each of the last day's minutes, so that plots are full at once."""
+
+    def __init__(self) -> None:
+        # By class how many waited at most, how many started; and the tokens of what ended.
+        self.minutes: deque[tuple[int, ...]] = deque(maxlen=MINUTES)
+        self.minute = -MINUTES - 1  # that is under way, since 1970; before the first, long ago
+        self.waited = [0] * len(Priority)
+        self.before = [0] * (len(Priority) + 1)  # started, by class, and tokens when it began
+
+    def note(self, now: float, waiting: Sequence[int], counts: Sequence[int]) -> None:
+        """What waits now, and what has started and was told in all; to be called each second."""
+        minute = int(now // 60)
+        if not 0 <= minute - self.minute <= MINUTES:  # it begins, or the clock was set
+            self.minutes.clear()
+            self.minute, self.before = minute, list(counts)
+        while self.minute < minute:
+            self.minutes.append(self.latest(counts))
+            self.minute, self.before, self.waited = self.minute + 1, list(counts), list(waiting)
+        self.waited = list(map(max, self.waited, waiting))
+
+    def latest(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """The minute that is under way."""
+        return (*self.waited, *[now - then for now, then in zip(counts, self.before)])
+
+
 class Journal:
     """Keeps the records: the latest to be shown, all in the metrics, each in the log."""
 
@@ -7743,6 +9271,8 @@ class Journal:
         self.metrics = metrics
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.outcomes: Counter[str] = Counter()
+        self.history = History()
+        self.tokens = 0  # of all answers
         self.events: deque[Facts] = deque(maxlen=EVENTS_KEPT)  # that webhooks are told
         self.used: Usage = {}  # since it was last written to the state file
         self.days: Usage = {}  # of all clients and models together, by the day alone
@@ -7762,6 +9292,7 @@ class Journal:
         """Count and write the latest: together, as each by itself is a tenth of what it costs."""
         if self._lines:
             lines, self._lines = self._lines, []
+            self.tokens += sum(record.tokens or 0 for _, record in lines)
             count_records(self.metrics, [record for _, record in lines])
             used = usage_of(lines)
             merge_usage(self.used, used)
@@ -7770,7 +9301,7 @@ class Journal:
             log.info(Lines(lines))
 
 
-# ==== 28. Store ===================================================================================
+# ==== 32. Store ===================================================================================
 # What outlives a restart: one SQLite file, opened once there is something to keep.  One thread has
 # it, so that the event loop never waits for a disk, and one llmq at a time.
 
@@ -7944,7 +9475,7 @@ class Store:
         return free
 
 
-# ==== 29. Recall ==================================================================================
+# ==== 33. Recall ==================================================================================
 # A request that was answered before is answered from the cache, without waiting.  Of several that
 # ask the same at one time the first one runs, and the others have joined its run.  Only whole and
 # good answers are kept.
@@ -7979,6 +9510,8 @@ class Recall:
         chats = chats and is_settled(values, call.policy, options=call.endpoint.options)
         wanted = chats or (limits.embeddings and EMBEDDINGS in call.endpoint.routes)
         if not wanted or question.skipped or question.done_reason or not values:
+            return False
+        if call.wish.told:  # its answer tells how it came about
             return False
         if call.caller.foreign:  # or a web page could find out what others have asked
             return False
@@ -8089,7 +9622,7 @@ class Recall:
         call.reply = run.first  # each would hold the other, and the request
 
 
-# ==== 30. Jobs ====================================================================================
+# ==== 34. Jobs ====================================================================================
 # What may be answered later: each job is a row of the store, from before its client is told 202
 # until its result has been kept long enough.  The statements that move it to another state name the
 # states that it may come from, so that it ends once.  Jobs of one class and client are a lane: they
@@ -8101,7 +9634,6 @@ QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED = (
 )  # fmt: skip
 OPEN_JOB = f"state IN ('{QUEUED}', '{RUNNING}')"
 JOB_HEADERS = (*RELAYED_REQUEST, *sorted(SESSION_HEADERS), "x-llmq-backend")
-ROUTER_MODES = ("async", "sync", "auto")
 JobLane = tuple[int, str]  # class and client
 
 
@@ -8198,20 +9730,12 @@ def job_of_row(row: Sequence[Any]) -> Job:
     return Job(**{"body": b"", **dict(zip(SHOWN_JOB.split(", "), row))})
 
 
-def read_later(headers: Headers, values: Mapping[str, Any]) -> str:
+def read_later(headers: Headers, wish: Wish) -> str:
     """When a request allows to be answered later: ALWAYS, while it is BUSY here, or never ("")."""
-    router = values.get("router")
-    if router is not None and not isinstance(router, dict):
-        raise BadRequest("router is an object", param="router")
-    mode, allowed = (router or {}).get("mode"), (router or {}).get("allowAsync")
-    if mode is not None and mode not in ROUTER_MODES:
-        raise BadRequest("router.mode is one of " + ", ".join(ROUTER_MODES), param="router.mode")
-    if allowed is not None and not isinstance(allowed, bool):
-        raise BadRequest("router.allowAsync is true or false", param="router.allowAsync")
     asked = words_of(headers, "prefer")
-    if mode == "async" or (mode != "sync" and "respond-async" in asked):
+    if wish.mode == "async" or (wish.mode != "sync" and "respond-async" in asked):
         return ALWAYS
-    return BUSY if allowed and mode != "sync" else ""
+    return BUSY if wish.allow_async and wish.mode != "sync" else ""
 
 
 ADD_JOB = insert_into("jobs", Job._fields)
@@ -8255,8 +9779,13 @@ class Jobs:
         place = f"{'' if on_port else self.settings.server.base_path}/v1/jobs/{job.id}"
         told = {"message": f"ask GET {place} how it is, and {place}/result what came of it"}
         facts = {"id": job.id, "object": "router.job", "status": QUEUED, **told}
-        router = {"mode": "async", "position": self.queued}
+        choice = call.choice
+        router: Facts = {"mode": "async", "position": self.queued}
+        if choice is not NO_CHOICE:
+            router.update(taskType=choice.task, preferredModel=call.model)
+            router["estimatedClass"] = ESTIMATED.get(choice.task, "light")
         lines = [("Location", place), ("Preference-Applied", "respond-async")]
+        lines += model_fields(call.model, call.question.model, choice.reason)
         lines.append(("X-LLMQ-Class", Priority(job.priority).word))
         log.info("%s of %s is kept: %s", job.id, job.client, call.route)
         exchange.respond(202, render_json({**facts, "router": router}), headers=lines)
@@ -8347,7 +9876,272 @@ class Jobs:
         return job_of_row(await self.store.find("job", sql, ident))
 
 
-# ==== 31. Admission ===============================================================================
+# ==== 35. Auto ====================================================================================
+# What section 15 chooses from: what a request for `auto` asks, and how the models stand that could
+# be meant by it.  What a model can is told by its runner, or by the settings.
+
+PREFERRED = 10  # places that a model goes up which the request prefers
+EMBED = "embedding"  # what a model is for that makes no text, in Ollama's words
+LACKING = {
+    "vision": "cannot see pictures", "tools": "cannot use tools", EMBED: "is not for embeddings",
+}  # fmt: skip
+SPLIT = "is, or would be, split over CPU and GPU"
+IMAGES = ("image_url", "input_image", "image")  # types of the parts that are pictures
+TEXT_PARTS = ("text", "input_text")
+AUTO_ROUTES = (*CHATS, RESPONSES)  # and those of embeddings
+
+
+class Prompt(NamedTuple):
+    """What a request says of its task."""
+
+    text: str  # the last thing that its user says
+    tokens: int = 0  # of all of it, estimated
+    tools: bool = False
+    images: bool = False
+
+
+def read_prompt(values: Mapping[str, Any]) -> Prompt:
+    """The prompt in the members of a request, in whichever dialect."""
+    messages = values.get("messages", values.get("input"))
+    rows = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    asked = [row for row in rows if row.get("role", "user") == "user"]
+    texts = [text for row in asked for text in (read_text(row.get("content")),) if text]
+    plain = [values.get("prompt"), messages]
+    texts += [one for one in plain if isinstance(one, str)]
+    parts = [part for row in rows for part in parts_of(row.get("content"))]
+    seen = any(part.get("type") in IMAGES for part in parts)
+    pictures = [row.get("images") for row in (*rows, values)]
+    return Prompt(
+        text=texts[-1] if texts else "",
+        tokens=estimate_tokens({**values, "messages": messages}),
+        tools=bool(values.get("tools") or values.get("functions")),
+        images=seen or any(isinstance(one, list) and one for one in pictures),
+    )
+
+
+def parts_of(content: Any) -> list[Facts]:
+    """The parts that a message is made of, those of a tool's result too; none of a text."""
+    parts = [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
+    inner = [one.get("content") for one in parts if one.get("type") == "tool_result"]
+    held = [part for one in inner if isinstance(one, list) for part in one]
+    return parts + [part for part in held if isinstance(part, dict)]
+
+
+def read_text(content: Any) -> str:
+    """The texts of a message."""
+    if isinstance(content, str):
+        return content
+    told = [one.get("text") for one in parts_of(content) if one.get("type") in TEXT_PARTS]
+    return "\n".join(text for text in told if isinstance(text, str))
+
+
+def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
+    """The model that a name stands for: the alias that equals it, else the first that fits."""
+    for pattern in sorted(aliases, key=lambda one: one != asked):
+        if fits(pattern, asked):
+            return aliases[pattern]
+    return None
+
+
+class Brief(NamedTuple):
+    """What a model is chosen for."""
+
+    call: Call
+    priority: Priority
+    pinned: str  # the only backend that may serve it; empty: any
+    prompt: Prompt
+    task: str
+    why: str  # it is that task
+    needs: dict[str, bool]  # abilities that the model must have, or must not
+    row: frozenset[str] = frozenset()  # keys of the models of the row itself
+
+
+class Chooser:
+    """Chooses models for requests that leave it to llmq."""
+
+    def __init__(self, settings: Settings, monitor: Monitor, scheduler: Scheduler) -> None:
+        self.settings, self.monitor, self.scheduler = settings, monitor, scheduler
+        self.fleet = monitor.fleet
+        self.cards = Cards(settings, monitor.fleet)
+
+    async def choose(
+        self, call: Call, values: Mapping[str, Any], pinned: str, priority: Priority
+    ) -> Choice:
+        """The model that serves the call best; `no_model` says why none can."""
+        if call.endpoint.path not in AUTO_ROUTES and EMBEDDINGS not in call.endpoint.routes:
+            raise BadRequest(f"name a model: {AUTO} chooses none for {call.route}", param="model")
+        self.cards.want()
+        trouble = self.fleet.trouble()
+        if trouble and not any(one.models for one in self.fleet.backends.values()):
+            raise LlmqError(trouble, "backend_down")
+        prompt, (task, why) = await self.read(call, values)
+        needs = {EMBED: EMBEDDINGS in call.endpoint.routes}
+        needs.update({"vision": True} if prompt.images else {})
+        needs.update({"tools": True} if prompt.tools else {})
+        brief = Brief(call, priority, pinned, prompt, task, why, needs)
+        names, row = self.row(brief)
+        await asyncio.gather(*map(self.learn, names))
+        brief = brief._replace(row=row)
+        rows = [self.stand(brief, place, name) for place, name in enumerate(names)]
+        choice = choose(rows, task, why, call.wish.max_queue, degrade=self.settings.router.degrade)
+        if choice is None:
+            words = "; ".join(f"{one.name}: {one.cannot}" for one in rows) or "there is none"
+            raise LlmqError(f"no model can serve this ({task}): {words}", "no_model")
+        return choice
+
+    async def read(self, call: Call, values: Mapping[str, Any]) -> tuple[Prompt, Verdict]:
+        """What the call asks for; beside the event loop where that takes its time."""
+
+        def look() -> tuple[Prompt, Verdict]:
+            if EMBEDDINGS in call.endpoint.routes:
+                return Prompt(""), Verdict("unknown", "embeddings")
+            prompt = read_prompt(values)
+            if call.question.skipped:
+                prompt = prompt._replace(tokens=len(call.question.body) // 4)
+            if call.wish.task:
+                return prompt, Verdict(call.wish.task, "as the request says")
+            text, tokens, tools, images = prompt
+            return prompt, classify(text, tokens, tools=tools, images=images)
+
+        return await beside(look, heavy=is_heavy(call.question.body))
+
+    def row(self, brief: Brief) -> tuple[list[str], frozenset[str]]:
+        """The names of the models that may be meant, the best first; and which are of the row.
+
+        To embed it is whatever can: rows are of tasks.
+        """
+        routes, wish, embeds = self.settings.routes, brief.call.wish, brief.needs[EMBED]
+        row = () if embeds else routes.get(brief.task) or routes.get("unknown") or ()
+        having = [(one, key) for one in self.fleet.backends.values() for key in one.models]
+        good = [
+            one.models[key][0]
+            for one, key in having
+            if brief.task in self.fleet.policy(key).purpose
+        ]
+        # What a runner sends on to somebody else's computer is only meant where a row says so.
+        every = [one.models[key][0] for one, key in having if key not in one.remote]
+        wanted = [self.meant(name) for name in (*wish.preferred, *row)]
+        found: dict[str, str] = {}  # by key
+        for name in (*wanted, *good, *(() if row or good else every)):
+            found.setdefault(model_key(name), name)
+        may_use = brief.call.caller.account.may_use
+        return [found[key] for key in found if may_use(key)], frozenset(map(model_key, wanted))
+
+    def meant(self, name: str) -> str:
+        """The model that a name of a row means, which may be an alias."""
+        return name if self.fleet.lists(name) else find_alias(self.settings.aliases, name) or name
+
+    async def learn(self, name: str) -> None:
+        """Have each Ollama asked what the model can, where that is not known."""
+        key = model_key(name)
+        for backend in list(self.fleet.backends.values()):
+            if backend.traits.native and backend.usable and key in backend.models:
+                await self.monitor.learn(backend, name)
+
+    def stand(self, brief: Brief, place: int, name: str) -> Candidate:
+        """How a model stands, by its place among those that may be meant."""
+        key = model_key(name)
+        policy, preferred = self.fleet.policy(key), map(self.meant, brief.call.wish.preferred)
+        serving, able, cannot = self.able(brief, key)
+        up = [one for one in able if one.usable] or able
+        devices = [one.device for one in up]
+        known = [one for one in (self.cards.memory_of(at.name) for at in devices) if one]
+        ahead = [self.scheduler.ahead_of([one], brief.priority) for one in up]
+        waiting, wait = min(ahead, key=lambda one: one[1], default=(0.0, 0.0))
+        told = [abilities_of(one, key, policy) for one in able]
+        return Candidate(
+            name=name,
+            key=key,
+            place=place - PREFERRED * (key in map(model_key, preferred)),
+            in_row=not brief.row or key in brief.row,
+            size=self.size_of(key, up),
+            memory=max(known, key=lambda one: one.free, default=None),
+            loaded=any(one.is_loaded(key) for one in up),
+            purpose=brief.task in policy.purpose,
+            waiting=waiting,
+            wait=wait,
+            taken=all(one.held or (policy.exclusive and one.busy) for one in devices),
+            unsure=not any(brief.needs.items() <= one.items() for one in told),
+            down=not any(one.usable for one in up),
+            backend="" if len(able) == len(serving) else up[0].name if up else "",
+            cannot=cannot,
+        )
+
+    def able(self, brief: Brief, key: str) -> tuple[list[Backend], list[Backend], str]:
+        """The backends that have a model, those that can serve the request, and why none can."""
+        only, pinned = self.fleet.policy(key).backends, brief.pinned
+        if key in map(model_key, map(self.meant, brief.call.wish.forbidden)):
+            return [], [], "forbidden by the request"
+        if only and pinned and pinned not in only:
+            return [], [], f"is asked of {', '.join(only)} only"
+        serving = self.fleet.serving(Want(key, brief.call.endpoint.routes, backend=pinned))
+        if not serving:
+            lists = any(key in one.models for one in self.fleet.backends.values())
+            return [], [], "has no backend for this" if lists else "no backend has it"
+        lacks = [self.lack(brief, key, one) for one in serving]
+        able = [one for one, lack in zip(serving, lacks) if not lack]
+        return serving, able, "" if able else lacks[0]
+
+    def lack(self, brief: Brief, key: str, backend: Backend) -> str:
+        """What keeps a model from serving the request at a backend, in words; empty: nothing."""
+        told = abilities_of(backend, key, self.fleet.policy(key))
+        for word, needed in brief.needs.items():
+            if told.get(word, needed) is not needed:
+                return LACKING[word] if needed else "is for embeddings"
+        context = self.context_of(key, backend)
+        if context and brief.prompt.tokens > context:
+            return f"{brief.prompt.tokens} tokens do not fit into {context}"
+        return SPLIT if self.off_gpu(backend, key, brief.call.wish) else ""
+
+    def context_of(self, key: str, backend: Backend) -> int:
+        """The longest prompt that the model takes there, as configured or told; 0: not known."""
+        told = backend.contexts.max.get(key, 0) or length_of(backend.entry(key))
+        return self.fleet.policy(key).context or told
+
+    def size_of(self, key: str, able: Sequence[Backend]) -> float:
+        """GiB of a model, as configured or told; 0: not known."""
+        told = max((one.size(key) for one in able), default=0.0)
+        return self.fleet.policy(key).size_gb or told
+
+    def off_gpu(self, backend: Backend, key: str, wish: Wish) -> bool:
+        """Whether the model must be on the GPU, and is or would be on the CPU in part there."""
+        only = self.settings.router.require_gpu if wish.gpu_only is None else wish.gpu_only
+        if not only:
+            return False
+        share = backend.gpu_shares.get(key)
+        if share is not None:
+            return share < 100
+        memory, size = self.cards.memory_of(backend.device.name), self.size_of(key, [backend])
+        return memory is not None and size > 0 and not memory.holds(size)
+
+    def place_on_gpu(self, call: Call, want: Want) -> Want:
+        """What the call wants, at a backend that has its model on the GPU, if it must be there."""
+        if not (self.settings.router.require_gpu or call.wish.gpu_only):
+            return want
+        able = [one for one in self.fleet.serving(want) if one.usable]
+        good = [one for one in able if not self.off_gpu(one, want.model, call.wish)]
+        if able and not good:
+            raise LlmqError(f"{call.model} {SPLIT}", "no_model")
+        return want._replace(backend=good[0].name) if good != able else want
+
+    def is_busy(self, call: Call) -> bool:
+        """Whether the call would have to wait; longer than it wants to, where it says so."""
+        ticket, longest = call.ticket, call.wish.max_queue
+        if self.scheduler.place_now(ticket) is not None:
+            return False
+        ahead = self.scheduler.ahead_of(self.fleet.serving(ticket.want), ticket.priority)
+        return longest is None or ahead[1] > longest
+
+
+def abilities_of(backend: Backend, key: str, policy: ModelSettings) -> dict[str, bool]:
+    """What a model can there, and what it cannot; what is not known is left out."""
+    told = read_abilities(backend.entry(key))
+    told.update(backend.shown.get(key, ("", {}))[1])
+    told.setdefault(EMBED, bool(EMBEDDING.search(key)))
+    return {**told, **dict.fromkeys(policy.tags, True)}
+
+
+# ==== 36. Admission ===============================================================================
 # From a request to a call that may wait: what it asks, of which model, whether any backend could
 # make something of it.  What is wrong with it is told now, not when its turn comes.
 
@@ -8372,14 +10166,6 @@ def read_session(headers: Headers, values: Mapping[str, Any]) -> str:
     return told[:NAME_LENGTH] if isinstance(told, str) else ""
 
 
-def find_alias(aliases: Mapping[str, str], asked: str) -> str | None:
-    """The model that a name stands for: the alias that equals it, else the first that fits."""
-    for pattern in sorted(aliases, key=lambda one: one != asked):
-        if fits(pattern, asked):
-            return aliases[pattern]
-    return None
-
-
 def usual_class(client: Client, policy: ModelSettings, by_rule: str = "") -> Priority:
     """The class of requests that name none: by a rule > the client's > its key's > the model's."""
     words = (by_rule, client.settings.class_, client.account.settings.class_, policy.class_)
@@ -8393,14 +10179,15 @@ class Admission:
     """Reads requests and gives them tickets."""
 
     def __init__(
-        self, settings: Settings, monitor: Monitor, clients: Clients, recall: Recall
+        self, settings: Settings, clients: Clients, recall: Recall, chooser: Chooser
     ) -> None:
         self.settings = settings
-        self.monitor = monitor
-        self.fleet = monitor.fleet
+        self.chooser = chooser
+        self.monitor = chooser.monitor
+        self.fleet = chooser.fleet
         self.clients = clients
         self.recall = recall
-        via = f"Via: 1.1 llmq-{monitor.instance}\r\nAccept-Encoding: identity\r\n"
+        via = f"Via: 1.1 llmq-{self.monitor.instance}\r\nAccept-Encoding: identity\r\n"
         self.via_lines = via.encode()
 
     async def admit(self, call: Call) -> None:
@@ -8410,17 +10197,19 @@ class Admission:
         check_way(request, self.monitor.instance)
         body = await call.reply.read_body(self.settings.server.max_body)
         values = await self.read(call, request, body)
-        call.model = await self.resolve_model(call.question.model)
+        pinned = request.headers.get("x-llmq-backend", "")
+        await self.find_model(call, values, pinned, request.headers)
         policy = self.fleet.policy(model_key(call.model))
         if policy is not NO_POLICY and values and call.question.done_reason != "unload":
             call.policy = policy
-        if call.question.context or policy.num_ctx == "fit":
-            await self.find_context(call, values, policy)
-        pinned = request.headers.get("x-llmq-backend", "")
+        fit = policy.num_ctx == "fit" or (call.choice.auto and not policy.num_ctx)
+        if call.question.context or fit:
+            await self.find_context(call, values, fit=fit)
         if pinned:
             self.check_pin(pinned, call.model)
         routes = () if call.blind else call.endpoint.routes
-        want = Want(model_key(call.model), routes, backend=pinned)
+        want = Want(model_key(call.model), routes, backend=pinned or call.choice.backend)
+        want = self.chooser.place_on_gpu(call, want)
         client = self.client_of(call)
         priority = self.class_of(call, client, policy, request.headers)
         call.lines = common_lines(self.via_lines, tuple(map(request.headers.get, RELAYED_REQUEST)))
@@ -8431,32 +10220,60 @@ class Admission:
         call.ticket = Ticket(call.id, client, want, priority, size, caller.foreign)
         call.ticket.session = read_session(request.headers, values)
         call.ticket.patient = bool(call.job)
+        call.ticket.longest = None if call.job else call.wish.max_queue
         if not (call.question.done_reason or call.blind):
             await self.check_supported(call, values)
         if self.clients.is_blocked(caller):  # since it came
             raise LlmqError(BLOCKED, "forbidden")
         if not (call.job or call.blind):
-            if "router" in values or "prefer" in request.headers:
-                self.look_for_later(call, request, values)
-            if not call.later and self.recall.is_wanted(call, values, request.headers):
-                await self.recall.find_key(call, values, request.headers)
+            await self.look_for_shortcut(call, request, values)
         request.body, request.headers = b"", NO_HEADERS  # what waits keeps little memory
         call.request = None
 
-    def look_for_later(self, call: Call, request: Request, values: Mapping[str, Any]) -> None:
+    async def find_model(
+        self, call: Call, values: Mapping[str, Any], pinned: str, headers: Headers
+    ) -> None:
+        """The model that is named, or that serves the call best where that is left to llmq."""
+        asked = call.question.model or self.settings.upstream.model
+        if pinned and pinned not in self.fleet.backends:
+            raise BadRequest(f"there is no backend {printable(pinned)}")
+        if asked == AUTO:
+            await self.monitor.catch_up()
+        if asked == AUTO and not (self.fleet.lists(AUTO) or AUTO in self.settings.aliases):
+            client = self.clients.asking(call.caller)
+            priority = self.class_of(call, client, NO_POLICY, headers)
+            call.choice = await self.chooser.choose(call, values, pinned, priority)
+            call.model = call.choice.model
+            return
+        call.model = await self.resolve_model(call.question.model)
+        if call.wish.told:
+            forbidden = map(self.chooser.meant, call.wish.forbidden)
+            if model_key(call.model) in map(model_key, forbidden):
+                raise BadRequest("the model that it names is one of router.forbiddenModels")
+            _, (task, _) = await self.chooser.read(call, values)
+            call.choice = Choice(call.model, task)
+
+    async def look_for_shortcut(
+        self, call: Call, request: Request, values: Mapping[str, Any]
+    ) -> None:
+        """Whether the call may be answered later, or from the cache."""
+        if call.wish.told or "prefer" in request.headers:
+            self.look_for_later(call, request)
+        if not call.later and self.recall.is_wanted(call, values, request.headers):
+            await self.recall.find_key(call, values, request.headers)
+
+    def look_for_later(self, call: Call, request: Request) -> None:
         """Whether the call may be answered later, and what is then asked anew."""
-        call.later = read_later(request.headers, values)
+        call.later = read_later(request.headers, call.wish)
         if call.caller.foreign:
             call.later = ""
         told = {name: request.headers[name] for name in JOB_HEADERS if name in request.headers}
         call.asked = {**told, **call.more}, request.body
 
-    async def find_context(
-        self, call: Call, values: Mapping[str, Any], policy: ModelSettings
-    ) -> None:
+    async def find_context(self, call: Call, values: Mapping[str, Any], *, fit: bool) -> None:
         """The context that the call is to have: as asked for, or as its prompt needs."""
         context = call.question.context
-        if policy.num_ctx == "fit" and call.endpoint.limits and not call.caller.foreign:
+        if fit and call.endpoint.limits and not call.caller.foreign:
             look = functools.partial(fitting, values, call.endpoint)
             context = max(context, await beside(look, heavy=is_heavy(call.question.body)))
         if context:
@@ -8479,13 +10296,15 @@ class Admission:
             foreign = call.caller.foreign
             read = functools.partial(read_question, body, call.endpoint, header, foreign=foreign)
             call.question, values = await beside(read, heavy=is_heavy(body))
+        if "router" in values:
+            call.wish = read_wish(values)
+            if call.question.priority is None:
+                call.question = call.question._replace(priority=call.wish.priority)
         return values
 
     def check_pin(self, pinned: str, model: str) -> None:
-        """Refuse a pin to a backend that is not there, or is not to serve the model."""
+        """Refuse a pin to a backend that has not the model, or is not to serve it."""
         only = self.fleet.policy(model_key(model)).backends
-        if pinned not in self.fleet.backends:
-            raise BadRequest(f"there is no backend {printable(pinned)}")
         if not self.fleet.named(pinned).may_have(model_key(model)):
             raise model_not_found(f"{model} at {pinned}")
         if only and pinned not in only:
@@ -8530,7 +10349,7 @@ class Admission:
             path = call.endpoint.path
             facts = await self.monitor.ask(limit, backend, path, body, lines, call.reply)
             self.monitor.probe_now(backend)
-        call.reply.respond(200, render_json({**facts, "model": named}))
+        call.reply.respond(200, render_json({**facts, "model": named}), headers=call.headers)
         return True
 
     async def resolve_model(self, asked: str) -> str:
@@ -8566,15 +10385,7 @@ class Admission:
         """What the model itself can have there, asked for once; 0: not known."""
         key, longest = model_key(model), backend.contexts.max
         if key not in longest and backend.usable:
-            body = render_json({"model": backend.name_for(model)})
-            limit = backend.limits.probe_timeout
-            facts: Facts = {}
-            with contextlib.suppress(LlmqError):
-                facts = await self.monitor.ask(limit, backend, "/api/show", body)
-            info = facts.get("model_info")
-            told = info.items() if isinstance(info, dict) else ()
-            lengths = [one for name, one in told if name.endswith(".context_length")]
-            longest[key] = max([0, *(one for one in lengths if type(one) is int)])
+            await self.monitor.learn(backend, model)
         return longest.get(key, 0)
 
     async def check_supported(self, call: Call, values: Mapping[str, Any]) -> None:
@@ -8618,7 +10429,7 @@ def model_not_found(asked: str) -> LlmqError:
     return LlmqError(f"model {printable(asked)!r} not found", "model_not_found", param="model")
 
 
-# ==== 32. Gateway =================================================================================
+# ==== 37. Gateway =================================================================================
 # The story.  `Gateway.serve` is one request from its arrival to its one answer; its steps are the
 # methods below it, in that order.  Two rules hold everything together: whoever wants to end a call
 # early calls `Gateway.stop` with the reason, or the scheduler expires its ticket; and a slot is
@@ -8652,7 +10463,8 @@ class Gateway:
         self.discovery = Discovery(self.monitor, self.added)
         self.recall = Recall(settings, self.scheduler, self.metrics, instance)
         self.jobs = Jobs(settings, store)
-        self.admission = Admission(settings, self.monitor, self.clients, self.recall)
+        self.chooser = Chooser(settings, self.monitor, self.scheduler)
+        self.admission = Admission(settings, self.clients, self.recall, self.chooser)
         self.pool = Pool()
         self.calls: dict[str, Call] = {}  # waiting and running
         self.changes = 0  # counts up with everything that a snapshot shows
@@ -8693,7 +10505,7 @@ class Gateway:
         """Answer what need not run now: what is kept for later, or known, or only loads a model."""
         if call.question.done_reason:
             return await self.admission.answer_load(call)
-        busy = call.later == BUSY and self.scheduler.place_now(call.ticket) is None
+        busy = call.later == BUSY and self.chooser.is_busy(call)
         if busy or call.later == ALWAYS:
             await self.jobs.accept(call)
             return True
@@ -8831,7 +10643,7 @@ class Gateway:
     def may_retry(self, call: Call, failure: LlmqError) -> bool:
         """Whether the call may wait for another attempt, or for another route."""
         if isinstance(failure, Untranslatable):
-            again = call.has_other_route(self.fleet, failure, self.now())
+            again = has_other_route(call, self.fleet, failure, self.now())
         else:
             again = failure.retryable
             again = again and call.ticket.attempts < self.settings.queue.max_attempts
@@ -8890,16 +10702,14 @@ class Gateway:
 
     def reap(self, now: float) -> None:
         """End what has waited too long, for a slot or for a backend's next byte."""
-        for ticket, error in self.scheduler.expire(now):
-            self.end_wait(self.calls[ticket.id], error)
+        for ticket, why in self.scheduler.expire(now):
+            self.end_wait(self.calls[ticket.id], why)
         for ticket in list(self.scheduler.running.values()):
             call = self.calls[ticket.id]
             if now >= call.deadline and ticket.want.device:
                 self.end_lease(call)
-            elif now >= call.deadline and ticket.backend is not None:
-                limits = ticket.backend.limits
-                limit = limits.idle_timeout if call.first_byte else limits.first_byte_timeout
-                self.stop(call, BackendTimeout(f"the backend sent nothing for {limit:g} s"))
+            elif error := why_late(call, now):
+                self.stop(call, error)
         for backend in self.fleet.backends.values():
             backend.forget_unsupported(now)
         self.pool.reap(now)
@@ -8931,7 +10741,7 @@ class Gateway:
             self.stop(self.calls[ticket.id], LlmqError("llmq is shutting down", "shutting_down"))
 
 
-# ==== 33. Models ==================================================================================
+# ==== 38. Models ==================================================================================
 # What the outside may ask about models, never queued: lists merged from what the probes keep fresh,
 # and the management of Ollama's, which streams straight through, bodies of gigabytes included.
 
@@ -9006,10 +10816,9 @@ def bare_show(fleet: Fleet, model: str) -> Facts:
         seen = look_up(entry, "architecture", "input_modalities")
         sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
         capabilities += ["vision"] if sees else []
-        for place in (("max_model_len",), ("max_context_length",), ("meta", "n_ctx_train")):
-            length = look_up(entry, *place)
-            if type(length) is int and length > 0:
-                info = {"general.architecture": "unknown", "unknown.context_length": length}
+        length = length_of(entry)
+        if length:
+            info = {"general.architecture": "unknown", "unknown.context_length": length}
     return {**facts, "model_info": info, "capabilities": list(dict.fromkeys(capabilities))}
 
 
@@ -9144,6 +10953,9 @@ async def count_tokens(gateway: Gateway, exchange: Exchange) -> Facts:
     read = functools.partial(read_question, body, COUNT_ENDPOINT)
     question, values = await beside(read, heavy=is_heavy(body))
     monitor = gateway.monitor
+    estimate = len(body) // 4 if question.skipped else estimate_tokens(values)
+    if question.model == AUTO and not gateway.fleet.lists(AUTO):  # which it will be, nobody knows
+        return {"input_tokens": estimate}
     model = await gateway.admission.resolve_model(question.model)
     check_model(exchange.caller, model)
     key = model_key(model)
@@ -9156,7 +10968,7 @@ async def count_tokens(gateway: Gateway, exchange: Exchange) -> Facts:
                 counted = await monitor.ask(limit, backend, COUNT_TOKENS, body, lines, exchange)
                 if isinstance(counted.get("input_tokens"), int):
                     return counted
-    return {"input_tokens": len(body) // 4 if question.skipped else estimate_tokens(values)}
+    return {"input_tokens": estimate}
 
 
 @dataclass
@@ -9293,7 +11105,7 @@ class PlainPassthrough(Passthrough):
         return b""
 
 
-# ==== 34. Leases ==================================================================================
+# ==== 39. Leases ==================================================================================
 # A device as a whole, for work that is no request: image generation, training.  It waits its turn
 # like a request, and holds until it is ended or nobody renews it.
 
@@ -9395,7 +11207,7 @@ async def empty_device(gateway: Gateway, device: str, caller: Caller, ident: str
             raise call.error
 
 
-# ==== 35. Runs ====================================================================================
+# ==== 40. Runs ====================================================================================
 # How jobs run.  The scheduler has the oldest few of each lane to choose from; all others are in the
 # store alone, where they cost no memory.  A job is a call like any other, whose reply is kept.
 
@@ -9615,7 +11427,7 @@ class JobRunner:
             await asyncio.wait(self._tasks)
 
 
-# ==== 36. Batches =================================================================================
+# ==== 41. Batches =================================================================================
 # OpenAI's files and batches: the lines of a file are jobs, what comes of them is a file again.  The
 # answers are not stored a second time for it: the content of such an output is the state that its
 # lines have, succeeded or failed, and their answers are put together whenever it is read.
@@ -9891,7 +11703,7 @@ class Batches:
             yield line
 
 
-# ==== 37. Changes =================================================================================
+# ==== 42. Changes =================================================================================
 # What people change of clients at run time.  It is kept on the disk, then it holds, also after a
 # restart, until somebody writes another value for the same setting into the file.
 
@@ -9968,7 +11780,7 @@ class Changes:
             self.gateway.reprioritise(call, max(highest, priority))
 
 
-# ==== 38. Background ==============================================================================
+# ==== 43. Background ==============================================================================
 # What runs beside the requests: loops around one step each.  What goes wrong in a step is logged,
 # and the next one comes all the same.
 
@@ -10151,6 +11963,13 @@ def reap(gateway: Gateway, servers: Sequence[HttpServer]) -> None:
         server.reap(now)
     gateway.reap(now)
     send_heartbeats(gateway, now)
+    waiting = [gateway.scheduler.waiting_in(priority) for priority in Priority]
+    gateway.journal.history.note(time.time(), waiting, total_counts(gateway))
+
+
+def total_counts(gateway: Gateway) -> list[int]:
+    """Requests that have started, by class, and tokens of answers, since the start."""
+    return [*gateway.scheduler.started, gateway.journal.tokens]
 
 
 def glibc(function: str, *arguments: int) -> None:
@@ -10215,7 +12034,7 @@ def send_heartbeat(gateway: Gateway, call: Call, now: float) -> None:
     reply.send(dialect.heartbeat(expected.position, expected.eta) if stream else b" ")
 
 
-# ==== 39. Webhooks ================================================================================
+# ==== 44. Webhooks ================================================================================
 # Other services are told what happens.  What there is to tell is found by looking four times a
 # second, so that no request waits for it; each service has a thread and a short queue of its own.
 
@@ -10408,14 +12227,14 @@ class Webhooks:
             postman.close()
 
 
-# ==== 40. Access ==================================================================================
+# ==== 45. Access ==================================================================================
 # Who may use a route: Host names against DNS rebinding, keys and their rights, origins against
 # pages from elsewhere.  Who asks is found once, before anything else is read of a request.
 
 EXPOSED = (
     "Access-Control-Expose-Headers",
-    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Wait-Ms, "
-    "X-Cache, Location, Retry-After",
+    "X-Request-Id, request-id, X-LLMQ-Id, X-LLMQ-Backend, X-LLMQ-Class, X-LLMQ-Model, "
+    "X-LLMQ-Reason, X-LLMQ-Wait-Ms, X-Cache, Location, Retry-After",
 )
 
 
@@ -10578,7 +12397,7 @@ def check_origin(exchange: Exchange, access: Access) -> None:
         raise LlmqError("this route is for this box only", "forbidden")
 
 
-# ==== 41. Snapshot ================================================================================
+# ==== 46. Snapshot ================================================================================
 # What the outside may see: names, numbers and states, never a word of a prompt or an answer; once
 # as a whole, and as a stream that is rendered once for all who watch.
 
@@ -10612,7 +12431,7 @@ def snapshot(gateway: Gateway, word: str = "") -> Facts:
         },
         "requests": [show_call(gateway, gateway.calls[ticket.id], now) for ticket in tickets],
         "requests_total": dict(gateway.journal.outcomes),
-        "devices": [members(device, "name", "slots", "busy") for device in fleet.devices.values()],
+        "devices": [show_device(gateway, device) for device in fleet.devices.values()],
         "backends": [show_backend(backend) for backend in fleet.backends.values()],
         "clients": show_clients(gateway, now),
         "blocked": [name for name, row in known if row.blocked],
@@ -10702,6 +12521,11 @@ def count_classes(tickets: Iterable[Ticket]) -> dict[str, int]:
     return {priority.word: found[priority] for priority in Priority}
 
 
+def show_device(gateway: Gateway, device: Device) -> Facts:
+    memory = show_memory(gateway.chooser.cards.memory_of(device.name))
+    return {**members(device, "name", "slots", "busy"), "vram": memory}
+
+
 def show_backend(backend: Backend) -> Facts:
     report, error = backend.report, backend.error
     shared = (*backend.contexts.requested, *backend.contexts.loaded)
@@ -10720,8 +12544,96 @@ def show_backend(backend: Backend) -> Facts:
         "slots": backend.most,
         "models": [name for names in backend.models.values() for name in names],
         "loaded": list(report.loaded) if report else [],
+        "gpu_pct": {  # of what is loaded, where it is split over CPU and GPU
+            backend.models.get(key, [key])[0]: share
+            for key, share in backend.gpu_shares.items()
+            if share < 100
+        },
         "context": {name: tokens for name, tokens in contexts.items() if tokens},
         "latency_ms": round(1000 * report.latency, 1) if report else None,
+    }
+
+
+def show_memory(memory: VideoMemory | None) -> Facts | None:
+    """Graphics memory of a device, in GiB."""
+    if memory is None:
+        return None
+    return {f"{name}_gb": round(value, 2) for name, value in memory._asdict().items()}
+
+
+def show_gpu(gateway: Gateway) -> Facts:
+    """The cards of this box, and the graphics memory of each device."""
+    cards, fleet = gateway.chooser.cards, gateway.fleet
+    rows = [
+        {
+            "name": card.name,
+            "vramTotalMb": card.total,
+            "vramUsedMb": card.used,
+            "vramFreeMb": None if card.used is None else card.total - card.used,
+            "utilizationPct": card.busy,
+        }
+        for card in cards.cards
+    ]
+    age = gateway.now() - cards.looked
+    return {
+        "provider": cards.maker,
+        "available": bool(rows),
+        "gpus": rows,
+        "age_s": round(age, 1) if age < math.inf else None,
+        "error": cards.error,
+        "devices": {name: show_memory(cards.memory_of(name)) for name in fleet.devices},
+    }
+
+
+def show_models(gateway: Gateway) -> Facts:
+    """Each model once, with all that speaks for it where llmq is to choose."""
+    fleet, chooser, rows = gateway.fleet, gateway.chooser, []
+    for key in dict.fromkeys(key for one in fleet.backends.values() for key in one.models):
+        having = [one for one in fleet.backends.values() if key in one.models]
+        policy = fleet.policy(key)
+        can = {
+            name for one in having for name, can in abilities_of(one, key, NO_POLICY).items() if can
+        }
+        shares = [one.gpu_shares[key] for one in having if key in one.gpu_shares]
+        rows.append(
+            {
+                "name": having[0].models[key][0],
+                "backends": [one.name for one in having],
+                "loaded": any(one.is_loaded(key) for one in having),
+                "gpuPct": min(shares, default=None),
+                "sizeGb": round(chooser.size_of(key, having), 2) or None,
+                "context": max(chooser.context_of(key, one) for one in having) or None,
+                "capabilities": sorted(can),
+                **members(policy, "purpose", "tags", "exclusive"),
+                "maxConcurrent": policy.max_concurrent,
+            }
+        )
+    return {"models": rows}
+
+
+def show_router(gateway: Gateway) -> Facts:
+    """Routes, what is loaded, and for each model what waits and runs."""
+    fleet, scheduler, settings = gateway.fleet, gateway.scheduler, gateway.settings
+    up = any(one.usable for one in fleet.backends.values())
+    queues: dict[str, Counter[str]] = {}
+    for tickets in (scheduler.waiting, scheduler.running):
+        for ticket in tickets.values():
+            queues.setdefault(printable(ticket.model), Counter())[ticket.state.word] += 1
+    models = show_models(gateway)["models"]
+    troubled = gateway.config_error or gateway.chooser.cards.error
+    return {
+        "status": "unavailable" if not up else "degraded" if troubled else "ok",
+        "mode": scheduler.mode.value,
+        "routes": settings.routes,
+        "degrade": settings.router.degrade,
+        "requireGpu": settings.router.require_gpu,
+        "loadedModels": [row["name"] for row in models if row["loaded"]],
+        "queues": [
+            {"model": name, "queued": row["waiting"], "running": row["running"]}
+            for name, row in queues.items()
+        ],
+        "jobs": {"queued": gateway.jobs.queued},
+        "gpu": show_gpu(gateway),
     }
 
 
@@ -10761,6 +12673,19 @@ def show_gauges(gateway: Gateway) -> None:
         with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
         show("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def show_history(gateway: Gateway) -> Facts:
+    """The last day by minutes, the one under way last."""
+    history, words = gateway.journal.history, [one.word for one in Priority]
+    rows = [*history.minutes, history.latest(total_counts(gateway))]
+    columns = list(zip(*rows))
+    return {
+        "minute": history.minute,  # since 1970, of the last
+        "waiting": dict(zip(words, columns)),
+        "started": dict(zip(words, columns[len(words) :])),
+        "tokens": columns[-1],
+    }
 
 
 class SnapshotStream:
@@ -10807,7 +12732,7 @@ class SnapshotStream:
         await asyncio.wait({self._wake}, timeout=timeout)
 
 
-# ==== 42. Job routes ==============================================================================
+# ==== 47. Job routes ==============================================================================
 # What clients ask of jobs, files and batches.  They see their own: what was asked for with their
 # key, or without keys what has their name.  Everybody's are seen with the right `control`, without
 # keys from this box.
@@ -11123,7 +13048,129 @@ class JobRoutes:
         return await self.show_batch(await self.batches.find(ident))
 
 
-# ==== 43. Handlers ================================================================================
+# ==== 48. Connect =================================================================================
+# What a program is told so that it asks llmq: one table, for `llmq connect`, the page and the
+# README.  BASE stands for llmq's address, KEY for a key of one's own, MODEL for a model.
+
+NO_KEY = "none"  # some programs insist on one
+
+
+class Recipe(NamedTuple):
+    """How one program is connected."""
+
+    name: str
+    where: str  # what the text goes into
+    text: str
+
+
+SHELL = "a shell"
+RECIPES = (
+    Recipe("Ollama", SHELL, "export OLLAMA_HOST=BASE OLLAMA_API_KEY=KEY"),
+    Recipe("OpenAI", SHELL, "export OPENAI_BASE_URL=BASE/v1 OPENAI_API_KEY=KEY"),
+    Recipe("Anthropic", SHELL, "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_API_KEY=KEY"),
+    Recipe(
+        "curl", SHELL,
+        "curl BASE/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        "  -H 'Authorization: Bearer KEY' \\\n"
+        '  -d \'{"model": "MODEL", "messages": [{"role": "user", "content": "hello"}]}\'',
+    ),
+    Recipe(
+        "Python", "a program",
+        "from openai import OpenAI\n"
+        'client = OpenAI(base_url="BASE/v1", api_key="KEY")\n'
+        'messages = [{"role": "user", "content": "hello"}]\n'
+        'answer = client.chat.completions.create(model="MODEL", messages=messages)\n'
+        "print(answer.choices[0].message.content)",
+    ),
+    Recipe(
+        "JavaScript", "a program",
+        "const answer = await fetch('BASE/v1/chat/completions', {method: 'POST',\n"
+        "  headers: {'Content-Type': 'application/json', Authorization: 'Bearer KEY'},\n"
+        "  body: JSON.stringify({model: 'MODEL', messages: [{role: 'user', content: 'hi'}]})});\n"
+        "console.log((await answer.json()).choices[0].message.content);",
+    ),
+    Recipe(
+        "Claude Code", SHELL,
+        "export ANTHROPIC_BASE_URL=BASE ANTHROPIC_AUTH_TOKEN=KEY\nclaude --model MODEL",
+    ),
+    Recipe(
+        "Codex", "~/.codex/config.toml; and LLMQ_KEY=KEY in its environment",
+        'model = "MODEL"\nmodel_provider = "llmq"\n\n[model_providers.llmq]\nname = "llmq"\n'
+        'base_url = "BASE/v1"\nenv_key = "LLMQ_KEY"\nwire_api = "responses"',
+    ),
+    Recipe(
+        "aider", SHELL,
+        "export OPENAI_API_BASE=BASE/v1 OPENAI_API_KEY=KEY\naider --model openai/MODEL",
+    ),
+    Recipe(
+        "opencode", "opencode.json",
+        '{"provider": {"llmq": {"npm": "@ai-sdk/openai-compatible",\n'
+        '  "options": {"baseURL": "BASE/v1", "apiKey": "KEY"}, "models": {"MODEL": {}}}}}',
+    ),
+    Recipe(
+        "Continue", "~/.continue/config.yaml, under models:",
+        "- name: MODEL\n  provider: openai\n  model: MODEL\n  apiBase: BASE/v1\n  apiKey: KEY",
+    ),
+    Recipe(
+        "Cline", "its settings",
+        "API Provider: OpenAI Compatible\nBase URL: BASE/v1\nAPI Key: KEY\nModel ID: MODEL",
+    ),
+    Recipe(
+        "Open WebUI", "its environment",
+        "OLLAMA_BASE_URL=BASE\nENABLE_FORWARD_USER_INFO_HEADERS=true",
+    ),
+    Recipe(
+        "Zed", "settings.json; and LLMQ_API_KEY=KEY in its environment",
+        '{"language_models": {"openai_compatible": {"llmq": {"api_url": "BASE/v1",\n'
+        '  "available_models": [{"name": "MODEL", "max_tokens": 32768}]}}}}',
+    ),
+    Recipe("n8n", "a credential of the type OpenAI", "Base URL: BASE/v1\nAPI Key: KEY"),
+    Recipe(
+        "LangChain", "a program",
+        "from langchain_openai import ChatOpenAI\n"
+        'chat = ChatOpenAI(base_url="BASE/v1", api_key="KEY", model="MODEL")',
+    ),
+)  # fmt: skip
+
+
+KEY_PARTS = (  # of the texts above, which nobody needs where no key is needed
+    "  -H 'Authorization: Bearer KEY' \\\n", ", Authorization: 'Bearer KEY'", " OLLAMA_API_KEY=KEY",
+)  # fmt: skip
+
+
+def without_key(text: str) -> str:
+    """The text of a recipe for an llmq that needs no key."""
+    for part in KEY_PARTS:
+        text = text.replace(part, "")
+    return text.replace("KEY=KEY", f"KEY={NO_KEY}")
+
+
+def fill_in(text: str, base: str, key: str = NO_KEY, model: str = "MODEL") -> str:
+    """The text of a recipe for one llmq."""
+    filled = {"BASE": base, "KEY": key, "MODEL": model}
+    text = without_key(text) if key == NO_KEY else text
+    return re.sub(r"\b(BASE|KEY|MODEL)\b", lambda found: filled[found[0]], text)
+
+
+@functools.lru_cache(maxsize=2)
+def recipes_json(*, keyed: bool) -> str:
+    """All recipes as the page's script holds them, which no text in them can end."""
+    rows = RECIPES if keyed else [one._replace(text=without_key(one.text)) for one in RECIPES]
+    return json.dumps(rows).replace("</", "<\\/")
+
+
+def find_recipes(name: str) -> list[Recipe]:
+    """The recipe of a program, or all; ConfigError with the nearest where there is none."""
+    plain = {re.sub(r"\W", "", one.name.lower()): one for one in RECIPES}
+    wanted = re.sub(r"\W", "", name.lower())
+    if not wanted:
+        return list(RECIPES)
+    if wanted not in plain:
+        raise ConfigError(misspelt("program", name.lower(), [one.name.lower() for one in RECIPES]))
+    return [plain[wanted]]
+
+
+# ==== 49. Handlers ================================================================================
 # What stands behind the routes that do not wait in the queue.  What is checked before a handler
 # runs is a matter of the next section.
 
@@ -11134,6 +13181,7 @@ PAGE_POLICY = (
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 PAGE_HEADERS = (("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"))
+AUTO_ENTRY = {"id": AUTO, "object": "model", "created": 0, "owned_by": "llmq"}
 OLLAMA_VERSION = "0.30.0"  # told where no Ollama is: some clients choose features by it
 
 
@@ -11163,7 +13211,13 @@ class Api:
     # members of the body, and return the JSON to answer, if any
 
     async def get_health(self, exchange: Exchange, _: str) -> None:
-        exchange.respond(200, b"ok", "text/plain")
+        """Whether llmq serves; with `ready=1` whether any runner does, too."""
+        trouble = None
+        if dict(parse_qsl(exchange.request.query)).get("ready") == "1":
+            up = any(one.usable for one in self.gateway.fleet.backends.values())
+            trouble = None if up else self.gateway.fleet.trouble() or "no runner is up yet"
+        body = (trouble or "ok").encode("utf-8", "replace")
+        exchange.respond(503 if trouble else 200, body, "text/plain; charset=utf-8")
 
     async def get_root(self, exchange: Exchange, _: str) -> None:
         """What clients of Ollama look for, to a browser the page."""
@@ -11179,6 +13233,9 @@ class Api:
         nonce = secrets.token_urlsafe(16)
         headers = [("Content-Security-Policy", PAGE_POLICY.replace("NONCE", nonce)), *PAGE_HEADERS]
         page = PAGE.replace("NONCE", nonce).replace("BASEPATH", self.settings.server.base_path)
+        keyed = bool(self.settings.keys)
+        page = page.replace("RECIPES_HERE", recipes_json(keyed=keyed))
+        page = page.replace("KEYED_HERE", json.dumps(keyed))
         exchange.respond(200, page.encode(), "text/html; charset=utf-8", headers)
 
     async def get_version(self, _exchange: Exchange, _: str) -> Facts:
@@ -11200,6 +13257,8 @@ class Api:
     async def get_models(self, exchange: Exchange, _: str) -> Facts:
         await self.gateway.monitor.catch_up()
         entries = usable_rows(merge_rows(self.gateway.fleet), exchange.caller)
+        if self.settings.routes and not self.gateway.fleet.lists(AUTO):  # so that it can be picked
+            entries.append(AUTO_ENTRY)
         if "anthropic-version" in exchange.request.headers:
             return anthropic_list(entries)
         return {"object": "list", "data": entries}
@@ -11209,6 +13268,8 @@ class Api:
 
         def look() -> Facts:
             entries = merge_rows(self.gateway.fleet)
+            if self.settings.routes:
+                entries.setdefault(AUTO, AUTO_ENTRY)
             entry = entries.get(model_key(name)) or entries.get(model_key(alias or name))
             if entry is None or not exchange.caller.account.may_use(model_key(alias or name)):
                 raise model_not_found(name)
@@ -11360,6 +13421,20 @@ async def post_ip(api: Api, _exchange: Exchange, _: str, values: Facts) -> Facts
     return {"ip": address, "blocked": api.gateway.clients.of("ip:" + address).blocked}
 
 
+async def get_history(api: Api, _exchange: Exchange, _: str) -> Facts:
+    return show_history(api.gateway)
+
+
+async def get_router(api: Api, exchange: Exchange, _: str) -> Facts:
+    """What is shown of the choice of models; the cards are looked at where that is due."""
+    gateway = api.gateway
+    gateway.chooser.cards.want()
+    await gateway.monitor.catch_up()
+    await gateway.chooser.cards.step()
+    show = {"status": show_router, "models": show_models, "gpu": show_gpu}
+    return show[exchange.request.path.rpartition("/")[2]](gateway)
+
+
 async def read_control(exchange: Exchange) -> Facts:
     """The JSON object that changes something; DELETE may come without."""
     if exchange.request.method == "DELETE" and not exchange.length:
@@ -11495,7 +13570,7 @@ async def post_backend(api: Api, _exchange: Exchange, name: str, values: Facts) 
     return show_backend(backend)
 
 
-# ==== 44. Routes ==================================================================================
+# ==== 50. Routes ==================================================================================
 # A table of rows.  404, 405, `Allow`, preflights and the README's table come from it.  Before a
 # row's handler runs, one place has checked Host, Origin and method: there is no path around it.
 
@@ -11515,7 +13590,7 @@ class Route(NamedTuple):
     @property
     def is_own(self) -> bool:
         """Whether it shows or steers llmq itself: then the right `control` is enough for it."""
-        return self.path.startswith(("/llmq", "/v1/jobs"))
+        return self.path.startswith(("/llmq", "/v1/jobs", "/v1/router"))
 
 
 def row(access: Access, right: str, what: str, summary: str, *handlers: RouteHandler) -> Route:
@@ -11567,7 +13642,8 @@ ROUTES = (
     managed("POST /api/me", "the account that the first Ollama is signed in with", Api.manage),
     managed("POST /api/signout", "ends that", Api.manage),
     public("GET /api/status", "what the first Ollama says of its cloud", Api.manage),
-    free("GET HEAD /health", "`ok` while serving", Api.get_health),
+    free("GET HEAD /health", "`ok` while serving; `?ready=1`: 503 while no runner is up",
+         Api.get_health),
     free("GET HEAD /",
          "`Ollama is running`, as its clients expect; to a browser the page", Api.get_root),
     row(Access.OPEN, "control", "GET HEAD /llmq", "the page", Api.get_page),
@@ -11594,6 +13670,13 @@ ROUTES = (
         of(JobRoutes.list_batches), of(JobRoutes.post_batch)),
     own("GET HEAD /v1/batches/{id}", "one batch", of(JobRoutes.get_batch)),
     own("POST /v1/batches/{id}/cancel", "end it", of(JobRoutes.cancel_batch)),
+    owned("GET HEAD /v1/router/status", "what `auto` goes by: routes, queues, what is loaded",
+          get_router),
+    owned("GET HEAD /v1/router/models", "the models: sizes, purposes, what they can, how loaded",
+          get_router),
+    owned("GET HEAD /v1/router/gpu", "graphics cards and the memory of each device", get_router),
+    owned("GET HEAD /llmq/history",
+          "the last day by minutes: waiting and started by class, tokens", get_history),
     owned("GET HEAD /llmq/usage", "what was used, by day, client and model; `?days=30`", get_usage),
     row(Access.OWNER, "models", "POST /llmq/models",
         '`{"action":"load","model":NAME}`, `"unload"`; `"reset_context"`: forget the shared one',
@@ -11766,13 +13849,14 @@ class Door:
         exchange.respond(204, b"", headers=granted)
 
 
-# ==== 45. Demo ====================================================================================
+# ==== 51. Demo ====================================================================================
 # A runner that only echoes, for `--demo`: llmq's own HTTP server on a second port, spoken to like
 # any other backend, so that what is tried with it is the real thing.
 
 DEMO_MODEL = "echo"
 DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
+BUSY_PATIENCE = 600.0  # seconds that a simulated client waits
 
 
 def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -11790,16 +13874,32 @@ async def answer_demo(exchange: Exchange) -> None:
     """Answer with the last message, word by word."""
     request = exchange.request
     if request.path == "/v1/models":
-        entry = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "llmq"}
-        return exchange.respond(200, render_json({"object": "list", "data": [entry]}))
-    if request.path != CHAT or request.method != "POST":
+        exchange.respond(200, render_json({"object": "list", "data": [demo_entry(DEMO_MODEL)]}))
+    elif request.path != CHAT or request.method != "POST":
         error = LlmqError("the demo has no such route", "not_found")
-        return exchange.respond(404, OPENAI.render_error(error))
-    question = json.loads(await exchange.read_body(64 * MIB))
-    words, reason = demo_words(question)
-    usage = {"prompt_tokens": 0, "completion_tokens": len(words), "total_tokens": len(words)}
+        exchange.respond(404, OPENAI.render_error(error))
+    else:
+        question = json.loads(await exchange.read_body(64 * MIB))
+        await answer_words(exchange, question, DEMO_MODEL, *demo_words(question), DEMO_WORD_SECONDS)
+
+
+def demo_entry(name: str) -> Facts:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llmq"}
+
+
+async def answer_words(
+    exchange: Exchange,
+    question: Mapping[str, Any],
+    model: str,
+    words: list[str],
+    reason: str,
+    seconds: float,
+) -> None:
+    """Answer a chat with these words, in a stream one after each so many seconds."""
+    asked, told = estimate_tokens(question), len(words)
+    usage = {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told}
     ident = f"chatcmpl-demo-{next(DEMO_NUMBERS)}"
-    common = {"id": ident, "created": int(time.time()), "model": DEMO_MODEL}
+    common = {"id": ident, "created": int(time.time()), "model": model}
 
     def event(delta: dict[str, str], reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -11814,14 +13914,142 @@ async def answer_demo(exchange: Exchange) -> None:
     exchange.start(200, "text/event-stream")
     exchange.send(event({"role": "assistant", "content": ""}))
     for word in words:
-        await asyncio.sleep(DEMO_WORD_SECONDS)
+        await asyncio.sleep(seconds)
         if exchange.gone:
             return None
         exchange.send(event({"content": word}))
     return exchange.finish(event({}, reason, usage=usage) + b"data: [DONE]\n\n")
 
 
-# ==== 46. Terminal view ===========================================================================
+# ---- with --busy: two boxes of a home, and who uses them
+
+
+class DemoModel(NamedTuple):
+    """A model on a simulated box."""
+
+    name: str
+    size: float  # GiB
+    load: float  # seconds
+    rate: float  # tokens per second
+
+
+BUSY_BOXES = {
+    "tower": (DemoModel("qwen3:32b", 20, 5, 24), DemoModel("qwen3:8b", 5, 2, 60)),
+    "laptop": (DemoModel("qwen3:8b", 5, 3, 20), DemoModel("gemma3:4b", 3, 2, 30)),
+}
+
+
+class BusyClient(NamedTuple):
+    """Somebody who asks again and again."""
+
+    name: str
+    model: str
+    priority: str
+    tokens: int  # of an answer, about
+    pause: float  # seconds after an answer, about
+    at_once: int = 1
+    leaves: float = 0.0  # of its requests, so many it gives up
+
+
+BUSY_CLIENTS = (
+    BusyClient("alice", "qwen3:8b", "high", 40, 8),
+    BusyClient("coding-agent", "qwen3:32b", "normal", 120, 4),
+    BusyClient("bob", "gemma3:4b", "normal", 60, 6, leaves=0.2),
+    BusyClient("paperless", "qwen3:8b", "low", 80, 2, at_once=2),
+    BusyClient("nightly-report", "qwen3:32b", "low", 150, 30, at_once=4),
+)
+
+
+def chance(*seed: object) -> random.Random:
+    """What is left to chance, and is the same each time for one seed."""
+    return random.Random(" ".join(map(str, seed)))  # noqa: S311 - nothing is kept secret by it
+
+
+class BusyBox:
+    """A simulated Ollama, which loads one model at a time and takes its time for it."""
+
+    def __init__(self, models: Sequence[DemoModel], dice: random.Random) -> None:
+        self.models = {model.name: model for model in models}
+        self.loaded = ""
+        self.dice = dice
+
+    async def answer(self, exchange: Exchange) -> None:
+        path, rows = exchange.request.path, [self.row(one) for one in self.models.values()]
+        told: dict[str, Facts] = {
+            "/api/version": {"version": OLLAMA_VERSION},
+            "/v1/models": {"object": "list", "data": [demo_entry(name) for name in self.models]},
+            "/api/tags": {"models": rows},
+            "/api/ps": {"models": [row for row in rows if row["name"] == self.loaded]},
+            "/api/show": {"capabilities": ["completion", "tools"]},
+        }
+        if path not in (CHAT, OLLAMA_GENERATE):
+            exchange.respond(200 if path in told else 404, render_json(told.get(path, {})))
+            return
+        question = json.loads(await exchange.read_body(64 * MIB))
+        model = self.models.get(question.get("model"))
+        if model is None:
+            error = LlmqError("there is no such model", "model_not_found")
+            exchange.respond(404, OPENAI.render_error(error))
+        elif question.get("keep_alive") == 0:
+            self.loaded = ""
+            exchange.respond(200, render_json({"model": model.name, "done": True}))
+        else:
+            await self.load(model)
+            await self.chat(exchange, question, model)
+
+    def row(self, model: DemoModel) -> Facts:
+        size = int(model.size * GIB)
+        facts = {"name": model.name, "model": model.name, "size": size, "size_vram": size}
+        return {**facts, "digest": hashlib.sha256(model.name.encode()).hexdigest(), "details": {}}
+
+    async def load(self, model: DemoModel) -> None:
+        if self.loaded != model.name:
+            self.loaded = ""
+            await asyncio.sleep(model.load)
+            self.loaded = model.name
+
+    async def chat(self, exchange: Exchange, question: Facts, model: DemoModel) -> None:
+        if exchange.request.path == OLLAMA_GENERATE:  # no more than a load
+            exchange.respond(200, render_json({"model": model.name, "done": True}))
+            return
+        many = max(1, round(question.get("max_tokens", 50) * self.dice.uniform(0.6, 1.4)))
+        await answer_words(exchange, question, model.name, ["word "] * many, "stop", 1 / model.rate)
+
+
+async def ask_busily(client: BusyClient, url: str, dice: random.Random) -> None:
+    """Ask llmq what this one asks, for ever."""
+    llmq = Backend("llmq", BackendSettings(url=url), Device("", 1))
+    lines = f"X-User-ID: {client.name}\r\n".encode()
+    while True:
+        await asyncio.sleep(dice.expovariate(1 / client.pause))
+        asked = {"model": client.model, "priority": client.priority, "stream": True}
+        message = {"role": "user", "content": "something to think about"}
+        body = render_json({**asked, "max_tokens": client.tokens, "messages": [message]})
+        seconds = dice.uniform(2, 8) if dice.random() < client.leaves else NEVER
+        late = BackendTimeout("it was not waited for")
+        with contextlib.suppress(LlmqError, OSError):
+            asking = asyncio.ensure_future(fetch(llmq, CHAT, body, lines))
+            await within(min(seconds, BUSY_PATIENCE), asking, late)
+
+
+def demo_runners(seed: int | None) -> dict[str, tuple[Handler, str]]:
+    """The simulated runners by name, and their kinds: with a seed a home's, else an echo."""
+    if seed is None:
+        return {"demo": (answer_demo, "openai")}
+    boxes = BUSY_BOXES.items()
+    return {name: (BusyBox(models, chance(seed, name)).answer, "ollama") for name, models in boxes}
+
+
+def start_busy_clients(seed: int, url: str) -> list[asyncio.Future[None]]:
+    """Let those ask who use the simulated home."""
+    return [
+        asyncio.ensure_future(ask_busily(one, url, chance(seed, one.name, number)))
+        for one in BUSY_CLIENTS
+        for number in range(one.at_once)
+    ]
+
+
+# ==== 52. Terminal view ===========================================================================
 # `llmq top`: a client like any other, which asks for the snapshot and sends the orders that keys
 # stand for.  `View` is pure: snapshot and keys in, lines and orders out.  A thread asks, so that a
 # slow llmq holds up no key.  Plain ANSI; consoles without termios get the picture once, as text.
@@ -11883,7 +14111,9 @@ KEY_HELP = """
 # Titles, and cells: to the right if negative, 0: as it needs of what the others leave.
 BACKENDS = {"BACKEND": 0, "STATE": 8, "BUSY": 16, "DEVICE": 0, "PING": -6, " LOADED, URL": 0}
 QUEUE = {"#": -4, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "WAITED": -7, "ETA": -10, " WHERE, WHY": 0}
-MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 6, " CONTEXT": 0}
+MODELS = {"MODEL": 0, "BACKEND": 0, "LOADED": 8, " CONTEXT": 0}
+CARDS = {"CARD": 0, "MEMORY": -12, "USED": -12, "FREE": -12, " BUSY": 0}
+MEMORIES = {"DEVICE": 0, "MEMORY": -12, "FREE": -12, " RESERVE": 0}
 JOBS = {"JOB": 0, "STATUS": 9, "CLASS": 6, "CLIENT": 0, "MODEL": 0, "AGE": -7, " ERROR": 0}
 USAGE_TABLE = {"DAY": 10, "CLIENT": 0, "MODEL": 0, "REQUESTS": -8, "HITS": -6, "TOKENS IN": -12,
                "OUT": -10, " SECONDS": 0}  # fmt: skip
@@ -11931,7 +14161,9 @@ def backend_row(backend: Row) -> Told:
     meter = "|" * min(8, -(-8 * busy // max(1, backend["slots"])))
     shares = [f"[{meter:8}] {busy}/{backend['slots']}", backend["device"]]
     ping = "-" if latency is None else f"{latency:.0f}ms"
-    words = backend["error"] or ", ".join(backend["loaded"])
+    split = backend.get("gpu_pct") or {}  # an older llmq does not tell
+    shown = [f"{one} ({split[one]}% on GPU)" if one in split else one for one in backend["loaded"]]
+    words = backend["error"] or ", ".join(shown)
     last = f" {words}  {backend['url']}" if words else f" {backend['url']}"
     return state, [backend["name"], state, *shares, ping, last]
 
@@ -12285,7 +14517,7 @@ def run_top(ask: Ask, url: str, interval: float) -> None:
                 orders.put([*some, STATUS])
 
 
-# ==== 47. Service =================================================================================
+# ==== 53. Service =================================================================================
 # From settings to a running llmq and back: what is wired to what, listening, reload and drain.
 
 STOP_SECONDS = 0.02  # between two looks at what still runs while stopping
@@ -12300,15 +14532,26 @@ CONFIG_PLACES = ("~/.config/llmq", "/etc/llmq")
 
 
 class LogHandler(logging.Handler):
-    """Writes to stderr, as text or JSON; what nobody takes is lost, counted, never waited for."""
+    """Writes to stderr or a file, as text or JSON; what nobody takes is lost, never waited for."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, path: str = "") -> None:
+        self.file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - see close
         super().__init__()
         self.form = form
         self.lost = 0  # lines, since the last one that was written
 
+    @property
+    def stream(self) -> Any:
+        """Where the lines go; None where llmq was started without an stderr."""
+        return self.file or sys.stderr
+
+    def close(self) -> None:
+        super().close()
+        if self.file is not None:
+            self.file.close()
+
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stderr is None:  # it was started without one
+        if self.stream is None:
             return
         rows: Sequence[tuple[float, str | Record]]
         if isinstance(record.msg, Lines):
@@ -12333,13 +14576,13 @@ class LogHandler(logging.Handler):
                 return
             end = at + LOG_PIECE
             end = text.rfind("\n", at, end) + 1 or end  # whole lines, where they are that short
-            sys.stderr.write(text[at:end])
+            self.stream.write(text[at:end])
             at = end
-        sys.stderr.flush()
+        self.stream.flush()
 
     def has_room(self, seconds: float) -> bool:
         try:
-            return bool(select.select([], [sys.stderr], [], seconds)[1])
+            return bool(select.select([], [self.stream], [], seconds)[1])
         except (OSError, ValueError):  # no file of the system, or one that cannot be asked
             return True
 
@@ -12357,7 +14600,18 @@ def stamp(second: int) -> str:
 
 
 def set_up_log(settings: LogSettings) -> None:
-    log.handlers[:] = [LogHandler(settings.format)]
+    """Have the log as it is to be; its file is opened anew, as whoever rotates it wants.
+
+    ConfigError where that cannot be opened; then the log stays as it was.
+    """
+    try:
+        handler = LogHandler(settings.format, os.path.expanduser(settings.file))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"log.file: {printable(settings.file)}: {why}") from None
+    for old in log.handlers:
+        old.close()
+    log.handlers[:] = [handler]
     log.setLevel(settings.level.upper())
     log.propagate = False
 
@@ -12446,10 +14700,30 @@ def port_service(number: str, row: PortSettings) -> Backend:
     return Backend(f"port {number}", settings, Device("", 1))
 
 
+def own_names(settings: Settings, is_public: bool) -> frozenset[str]:
+    """What clients may call this box, see `is_own_host`."""
+    host = socket.gethostname().lower()
+    allowed = map(str.lower, settings.server.allowed_hosts)
+    ports = any(row.public for row in settings.ports.values())
+    public = "*" if is_public or ports else ()
+    return frozenset((host, host + ".local", "*.internal", *allowed, *public))
+
+
+def tell_what_runs(gateway: Gateway) -> None:
+    """Say what stopping waits for."""
+    running = list(gateway.scheduler.running.values())
+    names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
+    what = f"{plural(len(running), 'running request')} ({names})"
+    limit = gateway.settings.server.drain_timeout
+    if running:
+        log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
+
+
 @dataclass(eq=False)
 class Service:
     settings: Settings
     demo: bool = False
+    seed: int | None = None  # of the simulated home; None: there is none
     read: Callable[[], Settings] | None = None  # reads the settings again
     stamp: Callable[[], object] | None = None  # tells one state of the file from another
     sockets: Sequence[socket.socket] = ()  # that a service manager holds too, in place of our own
@@ -12473,27 +14747,20 @@ class Service:
         self.keeper = Keeper(self.gateway, self.batches)
         self.webhooks = Webhooks(self.gateway)
         jobs = JobRoutes(self.gateway, self.runner, self.batches)
-        names, reload = self.own_names(), self.reload
+        names, reload = own_names(self.settings, self.is_public), self.reload
         self.api = Api(self.gateway, names, reload, self.changes, jobs, self.keeper)
         self.door = Door(self.api)
         self._servers: list[HttpServer] = []
         self._ports: dict[str, tuple[PortSettings, HttpServer]] = {}  # by number
         self._moving: asyncio.Future[None] | None = None  # opens and closes them
         self._tasks: list[asyncio.Task[None]] = []
+        self._clients: list[asyncio.Future[None]] = []  # of the simulated home
         self.tls: Any = None  # what each connection begins with, and what it goes on with
         self.newest_tls: Any = None
 
     def renew_tls(self, connection: Any, _name: str | None, _context: Any) -> None:
         """Let a new connection have what the files hold since the last reload."""
         connection.context = self.newest_tls
-
-    def own_names(self) -> frozenset[str]:
-        """What clients may call this box, see `is_own_host`."""
-        host = socket.gethostname().lower()
-        allowed = map(str.lower, self.settings.server.allowed_hosts)
-        ports = any(row.public for row in self.settings.ports.values())
-        public = "*" if self.is_public or ports else ()
-        return frozenset((host, host + ".local", "*.internal", *allowed, *public))
 
     async def start(self) -> None:
         """Listen and let everything run; ConfigError or StartError says why not."""
@@ -12509,10 +14776,7 @@ class Service:
         server.tls = self.tls
         self._servers.append(server)
         if self.demo:
-            runner = HttpServer(answer_demo, Settings(), 64)
-            self._servers.append(runner)
-            url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
-            self.settings.backends = {"demo": BackendSettings(url=url, kind="openai")}
+            await self.start_demo()
         gateway = self.gateway
         kept = await self.store.load()
         self.changes.kept = kept.get("clients", {})
@@ -12538,12 +14802,25 @@ class Service:
             (MEMORY_SECONDS, MemoryKeeper(gateway).step),
             (WATCH_SECONDS, self.watch),
             (PRELOAD_SECONDS, Preloader(gateway).step),
+            (CARDS_SECONDS, gateway.chooser.cards.step),
             (0.0, functools.partial(dispatch_on_news, gateway)),
             (0.0, self.runner.feed),
             (KEEP_SECONDS, self.keeper.step),
             (REAP_SECONDS, self.webhooks.step),
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
+        if self.seed is not None:
+            url = base_url("127.0.0.1", self.port) + self.settings.server.base_path
+            self._clients = start_busy_clients(self.seed, url)
+
+    async def start_demo(self) -> None:
+        """Have simulated runners in place of any other."""
+        self.settings.backends = {}
+        for name, (handler, kind) in demo_runners(self.seed).items():
+            runner = HttpServer(handler, Settings(), 64)
+            self._servers.append(runner)
+            url = base_url("127.0.0.1", await runner.listen("127.0.0.1", 0))
+            self.settings.backends[name] = BackendSettings(url=url, kind=kind, device=name)
 
     async def listen(self, server: HttpServer) -> None:
         for inherited in self.sockets:
@@ -12624,7 +14901,7 @@ class Service:
 
     def apply(self) -> None:
         """Let the settings hold for what was made after them."""
-        self.api.names = self.own_names()
+        self.api.names = own_names(self.settings, self.is_public)
         self.gateway.accounts.configure(self.settings)
         self.gateway.discovery.configure()
         self.gateway.monitor.probe_due()
@@ -12636,6 +14913,9 @@ class Service:
             settings = self.read() if self.read else self.settings
             self.check_public(settings)
             tls = server_tls(settings.server)
+            if settings.log != self.settings.log or settings.log.file:
+                self.gateway.journal.flush()
+                set_up_log(settings.log)
         except ConfigError as error:
             self.gateway.config_error = str(error)
             self.gateway.changes += 1
@@ -12651,9 +14931,6 @@ class Service:
             if bool(getattr(settings.server, name)) != bool(getattr(self.settings.server, name)):
                 log.warning("reload: server.%s needs restart", name)
         self.newest_tls = tls or self.newest_tls
-        if settings.log != self.settings.log:
-            self.gateway.journal.flush()
-            set_up_log(settings.log)
         vars(self.settings).update(vars(settings))  # its one owner, which everybody asks
         self.apply()
         if self._tasks:
@@ -12674,13 +14951,15 @@ class Service:
     async def stop(self) -> None:
         """Drain and close: what runs may finish, what waits is told, nothing is left open."""
         self.stopping.set()
+        for client in self._clients:
+            client.cancel()
         if self.sockets:
             await self.hand_over()
         if self._moving is not None:
             await asyncio.wait({self._moving})  # or a port would open behind us
         self.gateway.drain()
         self.api.stream.tell()
-        self.tell_what_runs()
+        tell_what_runs(self.gateway)
         for server in (self._servers[0], *(server for _, server in self._ports.values())):
             server.quiesce()
         await self.until(self.idle, self.settings.server.drain_timeout)
@@ -12690,6 +14969,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.gateway.monitor.close()
+        await self.gateway.chooser.cards.close()
         for server in self._servers:
             await server.close()
         self.gateway.pool.close()
@@ -12710,14 +14990,6 @@ class Service:
         self.webhooks.step()
         await self.until(lambda: self.webhooks.is_idle, LINGER_SECONDS)
         self.webhooks.close()
-
-    def tell_what_runs(self) -> None:
-        running = list(self.gateway.scheduler.running.values())
-        names = ", ".join(ticket.client.name for ticket in running[:3]) + ", …" * bool(running[3:])
-        what = f"{plural(len(running), 'running request')} ({names})"
-        limit = self.settings.server.drain_timeout
-        if running:
-            log.warning("stopping: waits %g s for %s; asked again it stops now", limit, what)
 
     async def hand_over(self) -> None:
         """Leave new connections in the sockets, for the next llmq; let those accepted speak."""
@@ -12746,8 +15018,25 @@ class Service:
                 await asyncio.wait_for(self.hurry.wait(), STOP_SECONDS)
 
 
-# ==== 48. Configuration ===========================================================================
+# ==== 54. Configuration ===========================================================================
 # Where settings come from: a file, with what it refers to, the variables and the flags.
+
+
+def load_document(path: str) -> Any:
+    """What a file holds, JSON or TOML by its name; ConfigError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if path.endswith(".json"):
+                return json.load(file)
+            import tomllib  # novm
+
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ImportError:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def read_file(path: str) -> Layer:
@@ -12755,18 +15044,9 @@ def read_file(path: str) -> Layer:
     try:
         if os.name == "posix" and os.stat(path).st_mode & 0o002:
             raise ConfigError(f"{path}: everybody may write to it; chmod o-w it first")
-        with open(path, "rb") as file:
-            if path.endswith(".json"):
-                return file_layer(path, resolved(path, json.load(file)))
-            import tomllib  # novm
-
-            return file_layer(path, resolved(path, tomllib.load(file)))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except ImportError:
-        raise ConfigError(f"{path}: TOML needs Python 3.11; write the same as .json") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return file_layer(path, resolved(path, load_document(path)))
 
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -12818,10 +15098,14 @@ def read_secret(path: str) -> str:
     return text
 
 
-def find_file(environ: Mapping[str, str]) -> str | None:
+def usual_files() -> list[str]:
+    """Where a configuration file is looked for, the first first."""
     places = [os.path.expanduser(place) for place in CONFIG_PLACES]
-    usual = [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
-    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual), None)
+    return [os.path.join(place, f"llmq.{kind}") for place in places for kind in ("toml", "json")]
+
+
+def find_file(environ: Mapping[str, str]) -> str | None:
+    return environ.get("LLMQ_CONFIG") or next(filter(os.path.isfile, usual_files()), None)
 
 
 def read_settings(flags: dict[str, Any], environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -12841,109 +15125,17 @@ def file_stamp(flags: Mapping[str, Any]) -> object:
     return None
 
 
-# ==== 49. Command line ============================================================================
-# What a person types, and what a service manager is told.  All words to people go through `say`.
+# ==== 55. Process =================================================================================
+# A process that serves: what it says when it starts, and what a service manager is told.  All words
+# to people go through `say`.
 
 READY_SECONDS = 5.0  # at most, for a busy service manager to take that llmq is ready
 REPORT_SECONDS = 1.0  # between two looks at what there is to tell the service manager
 EXTENSION_USEC = 10_000_000  # from each report on, for stopping: a drain may last longer than this
-LEASE_SECONDS = 60.0  # that a command has the device for without a word
-ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
-MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
 
 
 def say(text: str, *, error: bool = False) -> None:
     print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, of which only those that are given become options."""
-    parser.argument_default = argparse.SUPPRESS
-    parser.add_argument("--config", metavar="FILE", help="configuration file")
-    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
-    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
-    for row in known_settings():
-        text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
-        parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
-
-
-ABOUT_JOB = {
-    "job": "show one job",
-    "result": "print what came of a job",
-    "cancel": "end a job that waits or runs",
-}
-
-
-def add_kept(commands: Any) -> list[argparse.ArgumentParser]:
-    """The commands that show what is kept: jobs, and what was used."""
-    jobs = commands.add_parser("jobs", help="show the jobs that are kept, the latest first")
-    jobs.add_argument("--mine", action="store_true", help="your own, not everybody's")
-    about = [commands.add_parser(name, help=text) for name, text in ABOUT_JOB.items()]
-    for one in about:
-        one.add_argument("id", help="of the job")
-    usage = commands.add_parser("usage", help="show what was used, by day, client and model")
-    text = "how many, today among them (default: 7)"
-    usage.add_argument("--days", type=int, default=7, metavar="N", help=text)
-    return [jobs, *about, usage]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llmq",
-        description="One queue in front of the local LLM runners of a box.",
-        epilog="Without a command it serves; `llmq serve --help` lists what has a flag.  Clients,"
-        " rules, models, devices and backends are tables of the file: see the README.",
-    )
-    parser.add_argument("--version", action="version", version=f"llmq {__version__}")
-    commands = parser.add_subparsers(dest="command")
-    switch: Any = {"action": "store_true"}
-    serve = commands.add_parser("serve", help="run the queue (the default)")
-    serve.add_argument("--demo", **switch, help="with a built-in model that echoes")
-    status = commands.add_parser("status", help="show what a running llmq does: top --once")
-    status.set_defaults(once=True)
-    mode = commands.add_parser("mode", help="switch a running llmq to another mode")
-    mode.add_argument("mode", choices=[mode.value for mode in Mode])
-    top = commands.add_parser("top", help="watch and steer a running llmq in the terminal")
-    top.add_argument("--once", **switch, help="print it once, as where it is piped")
-    text = "between looks (default: 1s)"
-    top.add_argument("--interval", type=parse_duration, default=1.0, metavar="TIME", help=text)
-    run = commands.add_parser("run", help="run a command that has a whole device meanwhile")
-    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
-    run.add_argument(
-        "--class", dest="priority", choices=CLASSES, help="its class (default: as configured)"
-    )
-    run.add_argument("--unload", **switch, help="unload the device's models first")
-    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
-    models = commands.add_parser("models", help="show the models, load or unload one")
-    models.add_argument("action", nargs="?", choices=("load", "unload"))
-    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
-    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
-    kept = add_kept(commands)
-    for asking in (status, mode, top, run, models, *kept):
-        asking.add_argument("--url", help="of the llmq to ask (default: the one on this box)")
-        text = "with the key that it wants (default: the variable LLMQ_KEY)"
-        asking.add_argument("--key-file", metavar="FILE", help=text)
-    making = commands.add_parser("key", help="make a key, and the lines of the file that let it in")
-    making.add_argument("name", help="of whoever gets it")
-    for showing in (status, top, models, *kept):
-        showing.add_argument("--json", **switch, help="print what llmq tells, as JSON")
-    config = commands.add_parser("config", help="check or show the settings")
-    config.add_argument("what", choices=("check", "show"))
-    config.add_argument("--json", **switch, help="as a JSON configuration file, but for the keys")
-    add_flags(serve)
-    add_flags(config)
-    for command in commands.choices.values():
-        command.set_defaults(parser=command)
-    return parser
-
-
-def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
-    """End with what there is in place of a word that is not known, and the nearest of it."""
-    flag = next((word for word in odd if word.startswith("-")), "")
-    if flag:
-        known = re.findall(r"--[\w-]+", options.parser.format_usage())
-        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
-    parser.error(misspelt("command", odd[0], COMMANDS))
 
 
 def given_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -12960,8 +15152,11 @@ async def serve(options: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     sockets, stamp = inherited_sockets(), functools.partial(file_stamp, flags)
+    if options.busy and not options.demo:
+        raise ConfigError("--busy: means nothing without --demo")
+    seed = options.seed if options.busy else None
     service = Service(
-        settings, options.demo, lambda: read_settings(flags, os.environ)[0], stamp, sockets
+        settings, options.demo, seed, lambda: read_settings(flags, os.environ)[0], stamp, sockets
     )
     await service.start()
     if os.name == "posix":
@@ -13061,6 +15256,491 @@ def describe(backend: Backend) -> str:
     return f"{backend.url}  {words}  ({shared})"
 
 
+# ==== 56. Setup ===================================================================================
+# `llmq config init`: looks at what is here, asks what it cannot see, and writes a file that `config
+# check` accepts.  What it writes is a configuration as any other; nothing else is kept of it.
+
+BIG_MODEL = 12.0  # GiB; what is larger is for heavy work, whatever its name
+ROLES = (  # of a model by its name, the first that fits; agent-router's words
+    ("review", re.compile(r"review", re.IGNORECASE)),
+    ("code", re.compile(r"code|codestral|devstral|deepseek-v", re.IGNORECASE)),
+    ("heavy", re.compile(r"gpt-oss|reason|qwq|\br1\b|think", re.IGNORECASE)),
+    ("tool", re.compile(r"tool|function|hermes", re.IGNORECASE)),
+    ("vision", re.compile(r"llava|vision|moondream|[-.\d]vl\b|minicpm-v", re.IGNORECASE)),
+)
+PURPOSES = {
+    "fast": ("triage", "simple_chat", "summarize"),
+    "code": ("code_generate", "code_fix", "tool_use"),
+    "review": ("code_review", "code_generate", "code_fix"),
+    "heavy": ("agentic_reasoning", "large_context", "tool_use"),
+    "tool": ("tool_use", "code_generate"),
+    "vision": (),  # chosen where there are pictures
+}
+ROW_ROLES = {  # the roles of a row of [routes], the best first; all others follow
+    "code_generate": ("code", "tool", "heavy"),
+    "code_fix": ("code", "review", "heavy"),
+    "code_review": ("review", "code", "heavy"),
+    "agentic_reasoning": ("heavy", "code"),
+    "large_context": ("heavy", "code"),
+    "tool_use": ("tool", "code", "heavy"),
+}
+SETUP_NOTES = {  # above the tables of the file
+    "server": "Where llmq listens.",
+    "backends": "The runners; without this table llmq looks for them by itself.",
+    "devices": "What the backends of one host share, one GPU usually.",
+    "models": "What is known of the models, for requests that ask for `auto`.",
+    "routes": "Which models `auto` means for a type of task, the best first.",
+    "router": "How it chooses.",
+    "keys": "Who may use llmq from elsewhere.",
+}
+
+
+class Found(NamedTuple):
+    """What is on this box."""
+
+    runners: tuple[tuple[str, str, Report], ...] = ()  # kind, url, what it has
+    maker: str = "none"
+    cards: tuple[Card, ...] = ()
+    cores: int = 1
+    memory: float = 0.0  # GiB
+    installed: bool = False  # Ollama's command is here
+
+    @property
+    def models(self) -> dict[str, float]:
+        """The models that make texts, each with its GiB, 0 where that is not known."""
+        sizes: dict[str, float] = {}
+        for _, _, report in self.runners:
+            told = {str(row.get("name")): measured(row.get("size")) or 0 for row in report.tags}
+            for name in report.models:
+                sizes.setdefault(name, round(told.get(name, 0) / GIB, 1))
+        named = {name: size for name, size in sizes.items() if FREE_NAME.fullmatch(name)}
+        return {name: size for name, size in named.items() if not EMBEDDING.search(name)}
+
+    @property
+    def video_memory(self) -> float:
+        return sum(card.total for card in self.cards) / KIB
+
+    def __str__(self) -> str:
+        lines = [f"this box: {plural(self.cores, 'core')}, {self.memory:.0f} GiB of memory"]
+        lines += [
+            f"graphics: {card.name} ({self.maker}), {card.total / KIB:.1f} GiB"
+            for card in self.cards
+        ] or ["graphics: no card that tells its memory"]
+        lines += [
+            f"runner: {STARTERS[kind][0]} at {url}, {plural(len(report.models), 'model')}"
+            for kind, url, report in self.runners
+        ]
+        if not self.runners:
+            known = "Ollama is installed, but does not answer" if self.installed else "none answers"
+            lines.append(f"runner: {known}; start {HOW_TO_START}")
+        return "\n".join(lines)
+
+
+PORTS = {"http": 80, "https": 443, "": 11434}  # where OLLAMA_HOST names none, by its scheme
+PLACE = re.compile(r"(\[[^\]]*\]|[^:/]*|[^/]*:[^/]*:[^/]*?)(?::([0-9]+))?(?:/.*)?")
+
+
+def place_of_ollama(host: str) -> str:
+    """The URL that OLLAMA_HOST means, as Ollama's own command reads it; empty: none."""
+    scheme, _, rest = host.strip().strip("\"'").rpartition("://")
+    found = PLACE.fullmatch(rest)
+    if not host.strip() or not found:
+        return ""
+    name, port = found[1].strip("[]"), found[2] or PORTS.get(scheme, PORTS[""])
+    if name in ("", "0.0.0.0", "::", "localhost"):  # noqa: S104 - where it listens: to be asked
+        name = "127.0.0.1"
+    return base_url(name, int(port), scheme or "http")
+
+
+async def look_at(url: str, kind: str) -> tuple[str, str, Report] | None:
+    """What a runner of this kind has there; None where none answers, or it is an llmq."""
+    backend, late = Backend(kind, BackendSettings(url=url), Device("", 1)), BackendTimeout("late")
+
+    async def look() -> tuple[str, str, Report] | None:
+        if look_up(await fetch_json(backend, "/api/version"), "llmq"):
+            return None
+        report = await inspect(backend, "setup")
+        return (kind, url, report) if report.kind == kind else None
+
+    with contextlib.suppress(OSError, LlmqError, ValueError):
+        return await within(LOOK_SECONDS, asyncio.ensure_future(look()), late)
+    return None
+
+
+async def survey(environ: Mapping[str, str]) -> Found:
+    """Look at this box: runners at their usual places and at OLLAMA_HOST, cards, memory."""
+    places = {kind.url: kind.name for kind in RUNNERS if kind.url}
+    places.setdefault(
+        place_of_ollama(environ.get("OLLAMA_HOST", "")) or KINDS["ollama"].url, "ollama"
+    )
+    seen = await asyncio.gather(*[look_at(*place) for place in places.items()])
+    maker, cards, _ = await read_cards(RouterSettings().nvidia_smi)
+    memory = 0.0
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # Windows does not tell
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    installed = shutil.which("ollama") is not None
+    runners = tuple(one for one in seen if one is not None)
+    return Found(runners, maker, tuple(cards), os.cpu_count() or 1, memory, installed)
+
+
+def role_of(name: str, size: float) -> str:
+    """What a model is for, by its name and size."""
+    if size >= BIG_MODEL:
+        return "heavy"
+    return next((role for role, pattern in ROLES if pattern.search(name)), "fast")
+
+
+def rows_for(roles: Mapping[str, tuple[str, float]]) -> Facts:
+    """The tables [models] and [routes] for models of these roles and sizes."""
+    models: Facts = {}
+    for name, (role, size) in roles.items():
+        told = {"size_gb": size} if size else {}
+        models[name] = {**told, "purpose": list(PURPOSES[role])}
+    by_size = sorted(roles, key=lambda name: roles[name][1])
+    routes = {}
+    for task in TASKS:
+        order = (*ROW_ROLES.get(task, ()), *PURPOSES)
+        routes[task] = sorted(by_size, key=lambda name: order.index(roles[name][0]))
+    return {"models": models, "routes": routes} if models else {}
+
+
+def propose(found: Found) -> Facts:
+    """A configuration for what was found."""
+    document: Facts = {"server": {"port": ServerSettings().port}}
+    for kind, url, _ in found.runners:
+        rows = document.setdefault("backends", {})
+        rows[kind if kind not in rows else named_url(url)[0]] = {"url": url, "kind": kind}
+    document["devices"] = {LOCAL: {"slots": 1}}
+    if found.cards:
+        total = found.video_memory
+        reserve = 1.0 if total < 8 else 1.5 if total <= 24 else 2.0
+        document["devices"][LOCAL]["vram_reserve_gb"] = reserve
+        fits_all = all(0 < size <= total - reserve for size in found.models.values())
+        document["router"] = {"require_gpu": found.maker == "nvidia" and fits_all}
+    return {**document, **rows_of(found)}
+
+
+def rows_of(found: Found) -> Facts:
+    """The tables [models] and [routes] for what the runners have."""
+    return rows_for({name: (role_of(name, size), size) for name, size in found.models.items()})
+
+
+MODEL_TABLES = ("models", "routes")
+
+
+def merge_answers(document: Facts, answers: Any, place: str) -> Facts:
+    """What is proposed with what was answered: in the words of the file, or agent-router's."""
+    if not isinstance(answers, dict):
+        raise ConfigError(f"{place}: wants tables as a configuration file has them")
+    answers = dict(answers)
+    told = answers.get("models")
+    if isinstance(told, dict) and {"items", "mode"} & told.keys():  # agent-router's
+        del answers["models"]
+        items = told.get("items")
+        if not isinstance(items, list):
+            raise ConfigError(f"{place}: models.items wants a list")
+        document = {name: document[name] for name in document if name not in MODEL_TABLES}
+        document.update(rows_for(dict(read_item(place, item) for item in items)))
+    for table, values in answers.items():
+        known = document.get(table, {})
+        both = isinstance(known, dict) and isinstance(values, dict)
+        document[table] = merge_rows_of(known, values) if both else values
+    return document
+
+
+def merge_rows_of(known: Facts, values: Facts) -> Facts:
+    """A table with these values over what it has, row by row."""
+    merged = dict(known)
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(known.get(name), dict)
+        merged[name] = {**known[name], **value} if both else value
+    return merged
+
+
+def read_item(place: str, item: Any) -> tuple[str, tuple[str, float]]:
+    """A model as agent-router's answers have it: name, role and size."""
+    name, size = look_up(item, "name"), measured(look_up(item, "sizeGb")) or 0.0
+    role = look_up(item, "role") or (role_of(name, size) if isinstance(name, str) else "")
+    if not isinstance(name, str) or not isinstance(role, str) or role not in PURPOSES:
+        raise ConfigError(
+            f"{place}: models.items wants a name, and a role of {', '.join(PURPOSES)}"
+        )
+    return name, (role, size)
+
+
+# ---- the questions
+
+
+def ask_word(question: str, default: str, good: Callable[[str], str]) -> str:
+    """An answer that `good` takes (it says what is wrong); what is left empty is the default."""
+    while True:
+        say("\n" + wrapped(question))
+        told = input(f"  [{default}] > ").strip() or default
+        wrong = good(told)
+        if not wrong:
+            return told
+        say(wrapped(f"  {wrong}"))
+
+
+def wrapped(text: str) -> str:
+    """The text in lines that the terminal has room for."""
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    cut: Any = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    lines = [wrap(line, width, **cut) or [""] for line in text.split("\n")]
+    return "\n".join(part for parts in lines for part in parts)
+
+
+def ask_yes(question: str, *, default: bool) -> bool:
+    def good(word: str) -> str:
+        return "" if word.lower() in ("y", "yes", "n", "no") else "say yes or no"
+
+    return ask_word(question, "yes" if default else "no", good).lower().startswith("y")
+
+
+ANY_RUNNER = "look for them"
+
+
+def wrong_urls(text: str) -> str:
+    names = parse_names("" if text == ANY_RUNNER else text)
+    try:
+        for name in names:
+            parse_url(named_url(name)[1]["url"])
+        parse_rows("these", "backends", names)
+    except ValueError as error:
+        return str(error)
+    except ConfigError as error:
+        twice = "twice" in str(error)
+        return str(error) if twice else "wants a url like http://host:port, or NAME=URL"
+    return ""
+
+
+def wrong_number(text: str) -> str:
+    return "" if re.fullmatch("[1-9][0-9]{0,2}", text) else "say a number from 1 to 999"
+
+
+def wrong_place(text: str) -> str:
+    return "" if text in ("box", "network") else "say box or network"
+
+
+def ask_runners(question: str, document: Facts, found: Found) -> Found:
+    """Have the runners that a person names in the proposal; what is left of what was found."""
+    known = document.pop("backends", {})
+    urls = ", ".join(row["url"] for row in known.values()) or ANY_RUNNER
+    told = ask_word(question, urls, wrong_urls)
+    if told == ANY_RUNNER:
+        return found
+    named = dict(named_url(one) for one in parse_names(told))
+    names = {row["url"]: (name, row) for name, row in known.items()}  # which keep what was found
+    document["backends"] = dict(names.get(row["url"], (name, row)) for name, row in named.items())
+    kept = {row["url"] for row in document["backends"].values()}
+    found = found._replace(runners=tuple(one for one in found.runners if one[1] in kept))
+    for table in MODEL_TABLES:
+        document.pop(table, None)
+    document.update(rows_of(found))
+    return found
+
+
+def ask_all(document: Facts, found: Found) -> str:
+    """Put what a person answers into the proposal; the key that was made, if any."""
+    number = count(1)
+    question = "Which runners? Their URLs, with commas between them; NAME=URL names one."
+    found = ask_runners(f"{next(number)}. {question}", document, found)
+    question = "How many requests at once on this box?"
+    slots = ask_word(f"{next(number)}. {question}", "1", wrong_number)
+    document["devices"][LOCAL]["slots"] = int(slots)
+    if "models" in document:
+        rows = document["models"].items()
+        say(
+            "\n"
+            + "\n".join(
+                f"  {name}: {', '.join(row['purpose']) or 'pictures'}" for name, row in rows
+            )
+        )
+        question = "May `auto` choose among these models, by what they are good at?"
+        if not ask_yes(f"{next(number)}. {question}", default=True):
+            del document["models"], document["routes"]
+    router, memory = document.get("router"), f"{found.video_memory:.0f} GiB"
+    if router:
+        question = f"Refuse models that would run in part on the CPU? The card has {memory}."
+        router["require_gpu"] = ask_yes(
+            f"{next(number)}. {question}", default=router["require_gpu"]
+        )
+    question = "Who may use llmq: this box, or the network with a key?"
+    who = ask_word(f"{next(number)}. {question}", "box", wrong_place)
+    return open_to_network(document) if who == "network" else ""
+
+
+def open_to_network(document: Facts) -> str:
+    """Let everybody in who has a key; the one key that was made, of which the file has the hash."""
+    key = new_key()
+    document["server"].update(host="0.0.0.0", require_key="remote")  # noqa: S104 - as was asked
+    document["keys"] = {"me": {"key_hash": f"sha256:{hash_of(key)}", "rights": list(RIGHTS)}}
+    return key
+
+
+def new_key() -> str:
+    return "llmq-" + secrets.token_urlsafe(32)
+
+
+def hash_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+# ---- the file
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it: as JSON does, but for tables, and for what is never bare there."""
+    if isinstance(value, dict):
+        rows = [f"{toml_key(name)} = {toml_value(one)}" for name, one in value.items()]
+        return f"{{ {', '.join(rows)} }}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def toml_tables(table: str, values: Any) -> list[tuple[str, Facts]]:
+    """A table of the configuration as TOML has it: headers, and what stands below each."""
+    if table == "rules":
+        return [("[[rules]]", row) for row in values]
+    if table in ROW_TABLES:
+        return [(f"[{table}.{toml_key(name)}]", row) for name, row in values.items()]
+    return [(f"[{table}]", values)]
+
+
+def render_toml(document: Facts) -> str:
+    """The configuration as a TOML file, with what each key is for beside its first use."""
+    lines = [
+        f"# llmq's configuration, made by `llmq config init` of llmq {__version__}.",
+        "# `llmq config check` checks it, `llmq config show` shows every setting there is.",
+    ]
+    for table, values in document.items():
+        lines += ["", f"# {SETUP_NOTES[table]}"] if table in SETUP_NOTES else [""]
+        cls = {**TABLES, **ROW_TABLES}.get(table)
+        rows = known_settings({table: cls}) if cls else ()
+        helps = {row.key.partition(".")[2]: row.help for row in rows}
+        for header, row in toml_tables(table, values):
+            lines.append(header)
+            for name, value in row.items():
+                about = helps.pop(name, "")
+                lines.append(f"{toml_key(name)} = {toml_value(value)}{about and '  # ' + about}")
+    return "\n".join(lines) + "\n"
+
+
+def setup_path(options: argparse.Namespace) -> str:
+    """Where the file is to be: where one is used already, else TOML where this Python reads it."""
+    reads_toml = sys.version_info >= (3, 11)
+    usual = os.path.join(CONFIG_PLACES[0], "llmq.toml" if reads_toml else "llmq.json")
+    used = find_file(os.environ) or ""
+    if used.endswith(".toml") and not reads_toml:
+        used = ""
+    path = os.path.expanduser(options.output or used or usual)
+    if not path.endswith(".json") and not reads_toml:
+        raise ConfigError(f"{path}: TOML needs Python 3.11; write to a file named .json")
+    return path
+
+
+def write_file(path: str, text: str, *, anew: bool) -> None:
+    """Put a file in its place as a whole, readable by its owner alone; over another if `anew`."""
+    target = os.path.realpath(path)
+    draft = f"{target}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(made, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if anew:
+            os.replace(draft, target)
+        else:
+            os.link(draft, target)  # which fails where one has come meanwhile
+    except OSError as error:
+        there = os.path.isfile(target) and not anew
+        why = " is there already" if there else f": {error.strerror}"
+        raise ConfigError(path + why) from None
+    except ValueError as error:  # half a character
+        raise ConfigError(f"{path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+def with_flags(document: Facts, flags: Mapping[str, Any]) -> Facts:
+    """The configuration with what is said on the command line."""
+    known = {row.key: row for row in known_settings()}
+    for key, value in flags.items():
+        table, dot, name = key.partition(".")
+        if dot:
+            document.setdefault(table, {})[name] = parse_value("command line", known[key], value)
+        elif key == "backends":
+            document[key] = dict(named_url(one) for text in value for one in parse_names(text))
+    return document
+
+
+def compose(options: argparse.Namespace, path: str, *, silent: bool) -> tuple[str, str]:
+    """The text of the file, and the key that was made with it, if any."""
+    found = asyncio.run(survey(os.environ))
+    say(str(found) if silent else wrapped(str(found)), error=silent)
+    document, key, place = propose(found), "", options.answers or path
+    if options.answers:
+        document = merge_answers(document, load_document(options.answers), options.answers)
+    if not silent:
+        key = ask_all(document, found)
+    document = with_flags(document, given_flags(options))
+    settings = merge_layers([file_layer(place, resolved(place, document))])
+    server_tls(settings.server)
+    if path.endswith(".json"):
+        return json.dumps(document, indent=2) + "\n", key
+    return render_toml(document), key
+
+
+def set_up(options: argparse.Namespace) -> int:
+    """Look, ask and write; 1 where the person gave up, and nothing is written."""
+    path, silent = setup_path(options), options.non_interactive or bool(options.answers)
+    if not silent and not (os.isatty(0) and os.isatty(1)):
+        raise ConfigError("config init: there is no terminal to ask in; add --non-interactive")
+    there = os.path.exists(path) and not (options.overwrite or options.dry_run)
+    if there and silent:
+        raise ConfigError(f"{path} is there already: add --overwrite, or --output FILE")
+    if not silent:
+        with contextlib.suppress(ImportError):  # so that arrow keys move in a line
+            import readline  # noqa: F401
+    try:
+        if there and not ask_yes(f"{path} is there already. Write it anew?", default=False):
+            return give_up()
+        text, key = compose(options, path, silent=silent)
+        if options.dry_run:
+            say(text.rstrip())
+        elif not silent and not ask_yes(f"Write {path}?", default=True):
+            return give_up()
+    except (KeyboardInterrupt, EOFError):
+        return give_up()
+    if not options.dry_run:
+        write_file(path, text, anew=there or options.overwrite)
+        used = os.path.realpath(find_file(os.environ) or "") == os.path.realpath(path)
+        say(f"wrote {path}; `llmq` uses it from now on" if used else f"wrote {path}")
+    if key:
+        say(f"the key for the network, shown only now:\n{key}", error=options.dry_run)
+    return 0
+
+
+def give_up() -> int:
+    say("\nnothing was written")
+    return 1
+
+
+# ==== 57. Asking ==================================================================================
+# How commands ask a running llmq: where it is, with which key, and what it answers.
+
+ANSWER_SECONDS = 10.0  # for a running llmq to answer a command
+MOST_ANSWERED = 16 * MIB  # of what it answers: ten thousand that wait are 3 MiB
+
+
 def llmq_url(url: str | None) -> str:
     if url:
         return url.rstrip("/")
@@ -13152,17 +15832,223 @@ def asked(options: argparse.Namespace) -> tuple[str, Callable[..., Any]]:
     return url, functools.partial(ask_llmq, url, key=own_key(options.key_file))
 
 
+# ==== 58. Command line ============================================================================
+# What a person types: a table of commands, and what each does.  The words of other queues are taken
+# for llmq's own, with a note.
+
+LEASE_SECONDS = 60.0  # that a command has the device for without a word
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, of which only those that are given become options."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--config", metavar="FILE", help="configuration file")
+    text = "a runner, as URL or NAME=URL; repeatable (default: look for those on this box)"
+    parser.add_argument("--backend", dest="backends", action="append", metavar="URL", help=text)
+    for row in known_settings():
+        text = f"{row.help} (default: {row.shown_default or 'none'})".replace("%", "%%")
+        parser.add_argument(row.flag, dest=row.key, help=text, **TYPES[row.type].flag)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmq",
+        usage="llmq [COMMAND] [OPTIONS]",
+        description="One queue in front of the local LLM runners of a box.",
+        epilog=list_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"llmq {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="", prog="llmq", help=argparse.SUPPRESS
+    )
+    made = {name: commands.add_parser(name, help=row.help) for name, row in COMMANDS.items()}
+    switch: Any = {"action": "store_true"}
+    made["serve"].add_argument("--demo", **switch, help="with a built-in model that echoes")
+    text = "with --demo: two simulated boxes, and people who use them"
+    made["serve"].add_argument("--busy", **switch, help=text)
+    text = "of what they do (default: 1)"
+    made["serve"].add_argument("--seed", type=int, default=1, metavar="N", help=text)
+    made["status"].set_defaults(once=True)
+    made["mode"].add_argument("mode", **one_word_of("mode", [mode.value for mode in Mode]))
+    made["top"].add_argument("--once", **switch, help="print it once, as where it is piped")
+    text = "between looks (default: 1s)"
+    made["top"].add_argument(
+        "--interval", type=parse_duration, default=1.0, metavar="TIME", help=text
+    )
+    made["key"].add_argument("name", help="of whoever gets it")
+    add_run(made["run"])
+    add_models(made["models"])
+    add_kept(made)
+    add_config(made["config"])
+    made["connect"].add_argument("program", nargs="?", default="", help="(default: all)")
+    made["completion"].add_argument("shell", choices=("bash", "zsh", "fish"))
+    for name, row in COMMANDS.items():
+        if row.asks:
+            text = "of the llmq to ask (default: the one on this box)"
+            made[name].add_argument("--url", help=text)
+            text = "with the key that it wants (default: the variable LLMQ_KEY)"
+            made[name].add_argument("--key-file", metavar="FILE", help=text)
+        if row.json:
+            made[name].add_argument("--json", **switch, help=row.json)
+        made[name].set_defaults(parser=made[name])
+    add_flags(made["serve"])
+    add_flags(made["config"])
+    return parser
+
+
+def list_commands() -> str:
+    """The commands in their groups, for --help."""
+    lines = ["Without a command it serves."]
+    for group, rows in groupby(COMMANDS.items(), lambda item: item[1].group):
+        lines += ["", f"{group}:", *[f"  {name:<10} {row.help}" for name, row in rows]]
+    lines += ["", "`llmq COMMAND --help` tells more; `llmq serve --help` lists what has a flag."]
+    return "\n".join(
+        [*lines, "Clients, rules, models, devices, keys are tables of the file: see the README."]
+    )
+
+
+def one_word_of(what: str, known: Sequence[str]) -> dict[str, Any]:
+    """What argparse is told of an argument that is one of these words."""
+
+    def parse(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(misspelt(what, word, known))
+        return word
+
+    return {"type": parse, "metavar": "{" + ",".join(known) + "}"}
+
+
+def add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--device", metavar="NAME", help="(default: the only one)")
+    text = "its class (default: as configured)"
+    run.add_argument("--class", dest="priority", help=text, **one_word_of("class", CLASSES))
+    run.add_argument("--unload", action="store_true", help="unload the device's models first")
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+
+
+def add_models(models: argparse.ArgumentParser) -> None:
+    models.add_argument("action", nargs="?", **one_word_of("action", ("load", "unload")))
+    models.add_argument("name", nargs="?", default="", help="of the model; to unload: * is any")
+    models.add_argument("--on", default="any", metavar="BACKEND", help="where (default: any)")
+
+
+def add_kept(made: Mapping[str, argparse.ArgumentParser]) -> None:
+    """What the commands take that show what is kept: jobs, and what was used."""
+    made["jobs"].add_argument("--mine", action="store_true", help="your own, not everybody's")
+    for name in ("job", "result", "cancel"):
+        made[name].add_argument("id", help="of the job")
+    text = "how many, today among them (default: 7)"
+    made["usage"].add_argument("--days", type=int, default=7, metavar="N", help=text)
+
+
+def add_config(config: argparse.ArgumentParser) -> None:
+    words = one_word_of("word", ("check", "show", "init"))
+    config.add_argument("what", help="init: make a file", **words)
+    group = config.add_argument_group("for init, which looks around, asks, and writes a file")
+    group.add_argument("--non-interactive", action="store_true", help="ask nothing")
+    text = "take what it says over what was found; JSON or TOML, and ask nothing"
+    group.add_argument("--answers", metavar="FILE", help=text)
+    text = "where to write (default: ~/.config/llmq/llmq.toml, below Python 3.11 .json)"
+    group.add_argument("-o", "--output", metavar="FILE", help=text)
+    group.add_argument("--overwrite", action="store_true", help="a file that is there")
+    group.add_argument("--dry-run", action="store_true", help="print it, write nothing")
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, odd: list[str]) -> None:
+    """End with what there is in place of a word that is not known, and the nearest of it."""
+    flag = next((word for word in odd if word.startswith("-")), "")
+    if flag:
+        known = re.findall(r"--[\w-]+", options.parser.format_usage())
+        options.parser.error(misspelt("flag", flag.partition("=")[0], known))
+    parser.error(misspelt("command", odd[0], COMMANDS))
+
+
+OLD_COMMANDS = {
+    "validate-config": ("config", "check"),
+    "init": ("config", "init"),
+    "configure": ("config", "init"),
+}
+OLD_FLAGS = {  # of `serve` in other queues, and what they are here
+    "-p": ("--port",),
+    "-H": ("--host",),
+    "-b": ("--backend",),
+    "-c": ("--config",),
+    "-o": ("--backend",),
+    "--backend-urls": ("--backend",),
+    "--ollama-urls": ("--backend",),
+    "-t": ("--first-byte-timeout", "--idle-timeout"),
+    "--timeout": ("--first-byte-timeout", "--idle-timeout"),
+    "--no-tui": (),
+    "--wizard": (),
+    "--detect": (),
+}
+WITHOUT_VALUE = ("--no-tui", "--wizard", "--detect")
+
+
+def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line in the words of other queues in llmq's own; and a note of each word."""
+    words, notes = command_first(arguments), []
+    if words[0] in OLD_COMMANDS:
+        notes.append(f"{words[0]} is {' '.join(OLD_COMMANDS[words[0]])} here")
+        words[:1] = OLD_COMMANDS[words[0]]
+    if words[0] == "run":  # what follows are the words of another program
+        return words, notes
+    usual: Mapping[str, Names] = {"-u": ("--url",), **dict.fromkeys(WITHOUT_VALUE, ())}
+    known = OLD_FLAGS if words[0] == "serve" else usual
+    if words[0] == "config":
+        known = {**known, "-c": ("--config",)}
+    told, rest = words[:1], iter(words[1:])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word[:2] in known and word[1:2] != "-" and len(name) > 2:  # -p8080
+            name, equals, value = word[:2], "=", word[2:]
+        if name not in known:
+            told.append(word)
+            continue
+        notes.append(f"{name} is {' and '.join(known[name]) or 'not needed'} here")
+        if name not in WITHOUT_VALUE:
+            value = value if equals else next(rest, "")
+            told += [f"{flag}={value}" for flag in known[name]]
+    return told, notes
+
+
+def command_first(arguments: Sequence[str]) -> list[str]:
+    """The words with the command before all else; `serve` where there is none."""
+    words, ahead = list(arguments), list[str]()
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    while len(words) > 1 and re.fullmatch("(-u|--url)(=.*)?", words[0]):
+        many = 1 if "=" in words[0] else 2
+        if not words[many:] or words[many] not in COMMANDS:
+            break
+        ahead, words = [*ahead, *words[:many]], words[many:]
+    late = [word for word in words[1:] if word == "serve" or word in OLD_COMMANDS]
+    if words and words[0].startswith("-") and late:
+        words.remove(late[0])
+        words.insert(0, late[0])
+    if not words or words[0] not in (*COMMANDS, *OLD_COMMANDS, "-h", "--help", "-V", "--version"):
+        words.insert(0, "serve")
+    return [words[0], *ahead, *words[1:]]
+
+
 def cmd_key(options: argparse.Namespace) -> None:
     """A new key, which is shown this once, and the lines that let it in."""
-    key = "llmq-" + secrets.token_urlsafe(32)
-    name, digest = options.name, hashlib.sha256(key.encode()).hexdigest()
+    key = new_key()
+    name, digest = options.name, hash_of(key)
     parse_rows("key", "keys", {name: {"key_hash": f"sha256:{digest}"}})
+    if options.json:
+        say(json.dumps({"name": name, "key": key, "key_hash": f"sha256:{digest}"}))
+        return
     say(f"the key of {name}, shown only now: {key}\n")
     say(f'for the file:\n\n[keys."{name}"]\nkey_hash = "sha256:{digest}"\nrights = ["infer"]')
 
 
 def cmd_mode(options: argparse.Namespace) -> None:
     answer = asked(options)[1](("POST", "/llmq/mode", {"mode": options.mode}))
+    if options.json:
+        say(json.dumps(answer))
+        return
     say(f"mode is {printable(str(answer.get('mode')))}")
 
 
@@ -13180,19 +16066,129 @@ def cmd_models(options: argparse.Namespace) -> None:
     if options.action:
         change = {"action": options.action, "model": options.name, "backend": options.on}
         answer = ask(("POST", "/llmq/models", change))
+        if options.json:
+            say(json.dumps(answer))
+            return
         where = answer.get("backend") or "no backend has it loaded"
         say(printable(f"{options.action} {answer.get('model')}: {where}"))
         return
     snapshot = understood(ask(STATUS), url)
     backends, none = snapshot["backends"], snapshot["trouble"] or "none"
     pairs = [(name, one["name"], one) for one in backends for name in one["models"]]
-    rows = [(name, at, name in one["loaded"], one["context"].get(name)) for name, at, one in pairs]
+    rows = [
+        (
+            name,
+            at,
+            name in one["loaded"],
+            one.get("gpu_pct", {}).get(name),
+            one["context"].get(name),
+        )
+        for name, at, one in pairs
+    ]
     if options.json:
-        titles = ("model", "backend", "loaded", "context")
+        titles = ("model", "backend", "loaded", "gpu_pct", "context")
         say(json.dumps([dict(zip(titles, row)) for row in rows], indent=2))
         return
-    shown = [[name, at, "yes" if up else "-", f" {size or '-'}"] for name, at, up, size in rows]
+    shown = [
+        [name, at, "-" if not up else "yes" if part is None else f"{part}% GPU", f" {size or '-'}"]
+        for name, at, up, part, size in rows
+    ]
     show_rows(MODELS, shown, none)
+
+
+def cmd_connect(options: argparse.Namespace) -> None:
+    """Print what a program is to be told; nothing is changed."""
+    recipes, key = find_recipes(options.program), own_key(options.key_file)
+    url = llmq_url(options.url)
+    keyed = bool(key or (not options.url and read_settings({}, os.environ)[0].keys))
+    model = "MODEL"
+    with contextlib.suppress(StartError):  # it need not run for this
+        listed = ask_llmq(url, ("GET", "/v1/models", None), key=key)["data"]
+        names = [str(row["id"]) for row in listed if FREE_NAME.fullmatch(str(row["id"]))]
+        names = [name for name in names if not EMBEDDING.search(name)]
+        model = next(iter(names), model)
+    rows = [
+        {**one._asdict(), "text": fill_in(one.text, url, "YOUR-KEY" if keyed else NO_KEY, model)}
+        for one in recipes
+    ]
+    if options.json:
+        say(json.dumps(rows, indent=2))
+        return
+    for number, row in enumerate(rows):
+        say("\n" * bool(number) + f"# {row['name']}: {row['where']}")
+        say(printable_lines(row["text"]))
+
+
+def printable_lines(text: str) -> str:
+    """A text of several lines as it may be shown, whatever is in it."""
+    return "\n".join(printable(line, 1000) for line in text.split("\n"))
+
+
+def cmd_completion(options: argparse.Namespace) -> None:
+    """Print what a shell has to read to complete llmq's commands and flags."""
+    flags = {
+        name: re.findall(r"(?<![\w-])--[a-z][a-z-]+", parser.format_help())
+        for name in COMMANDS
+        for parser in [build_parser().parse_known_args([name, *ENOUGH.get(name, ())])[0].parser]
+    }
+    words = {name: " ".join(dict.fromkeys(some)) for name, some in flags.items()}
+    if options.shell == "fish":
+        for name, row in COMMANDS.items():
+            say(f"complete -c llmq -n __fish_use_subcommand -a {name} -d {json.dumps(row.help)}")
+            seen = f"'__fish_seen_subcommand_from {name}'"
+            for flag in words[name].split():
+                say(f"complete -c llmq -n {seen} -l {flag[2:]}")
+        return
+    cases = "\n".join(f'    {name}) words="{some}" ;;' for name, some in words.items())
+    if options.shell == "zsh":
+        say("autoload -U +X bashcompinit && bashcompinit")
+    say(COMPLETION.replace("CASES", cases).replace("COMMANDS", " ".join(COMMANDS)))
+
+
+ENOUGH = {  # the words without which a command is not understood
+    "config": ("show",), "key": ("name",), "job": ("id",), "result": ("id",), "cancel": ("id",),
+    "mode": ("open",), "completion": ("bash",),
+}  # fmt: skip
+COMPLETION = """_llmq() {
+  local words="COMMANDS" word=${COMP_WORDS[COMP_CWORD]}
+  if [ "$COMP_CWORD" -gt 1 ]; then case ${COMP_WORDS[1]} in
+CASES
+  esac; fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _llmq llmq"""
+
+
+def cmd_gpu(options: argparse.Namespace) -> None:
+    """Show the graphics cards, and the memory of each device."""
+    facts = asked(options)[1](("GET", "/v1/router/gpu", None))
+    if options.json:
+        say(json.dumps(facts, indent=2))
+        return
+
+    def of(value: Any, unit: str) -> str:
+        return "-" if value is None else f"{value}{unit}"
+
+    names = ("vramTotalMb", "vramUsedMb", "vramFreeMb")
+    rows = [
+        [
+            card["name"],
+            *(of(card[name], " MiB") for name in names),
+            f" {of(card['utilizationPct'], ' %')}",
+        ]
+        for card in facts["gpus"]
+    ]
+    show_rows(CARDS, rows, facts["error"] or "no card that tells its memory")
+    rows = [
+        [
+            name,
+            *(of(row and row[f"{fact}_gb"], " GiB") for fact in ("total", "free")),
+            f" {of(row and row['reserve_gb'], ' GiB')}",
+        ]
+        for name, row in facts["devices"].items()
+    ]
+    say("")
+    show_rows(MEMORIES, rows, "none")
 
 
 def cmd_jobs(options: argparse.Namespace) -> None:
@@ -13327,15 +16323,17 @@ def hide_secrets(document: Facts) -> None:
                 row[name] = dict.fromkeys(value, HIDDEN) if many else value and HIDDEN
 
 
-def cmd_config(options: argparse.Namespace) -> None:
+def cmd_config(options: argparse.Namespace) -> int:
+    if options.what == "init":
+        return set_up(options)
     settings, notes = read_settings(given_flags(options), os.environ)
     for note in notes:
         say(note, error=True)
     tables = as_document(settings)
     if options.what == "check":
         server_tls(settings.server)
-        say("the configuration is good")
-        return
+        say(json.dumps({"good": True}) if options.json else "the configuration is good")
+        return 0
     hide_secrets(tables)
     if options.json:
         say(json.dumps(tables, indent=2))
@@ -13344,36 +16342,62 @@ def cmd_config(options: argparse.Namespace) -> None:
             rows = values.items() if isinstance(values, dict) else enumerate(values, 1)
             for name, value in rows:
                 say(f"{table}.{name} = {json.dumps(value)}")
+    return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "serve": lambda options: asyncio.run(serve(options)),
-    "status": cmd_top,
-    "top": cmd_top,
-    "mode": cmd_mode,
-    "key": cmd_key,
-    "run": cmd_run,
-    "models": cmd_models,
-    "jobs": cmd_jobs,
-    "job": cmd_job,
-    "result": cmd_result,
-    "cancel": cmd_job,
-    "usage": cmd_usage,
-    "config": cmd_config,
-}
+class Command(NamedTuple):
+    """One row of the table of commands."""
+
+    group: str
+    help: str
+    run: Callable[[argparse.Namespace], int | None]
+    json: str = ""  # what --json prints, where it has it
+    asks: bool = True  # a running llmq
+
+
+AS_TOLD = "print what llmq tells, as JSON"
+RUN, SEE, STEER = "Run it", "See what it does", "Steer it"
+COMMANDS = {
+    "serve": Command(RUN, "run the queue", lambda options: asyncio.run(serve(options)), asks=False),
+    "config": Command(
+        RUN, "make, check or show the settings", cmd_config,
+        "as a JSON configuration file, but for the keys", asks=False,
+    ),
+    "connect": Command(
+        RUN, "what programs are told, so that they ask llmq", cmd_connect, "print it as JSON",
+    ),
+    "completion": Command(
+        RUN, "what bash, zsh or fish read to complete commands", cmd_completion, asks=False,
+    ),
+    "key": Command(
+        RUN, "make a key, and the lines of the file that let it in", cmd_key,
+        "print it as JSON", asks=False,
+    ),
+    "status": Command(SEE, "what a running llmq does: top --once", cmd_top, AS_TOLD),
+    "top": Command(SEE, "watch and steer it in the terminal", cmd_top, AS_TOLD),
+    "models": Command(SEE, "the models; load or unload one", cmd_models, AS_TOLD),
+    "gpu": Command(SEE, "graphics cards and their memory", cmd_gpu, AS_TOLD),
+    "jobs": Command(SEE, "the jobs that are kept, the latest first", cmd_jobs, AS_TOLD),
+    "job": Command(SEE, "one job", cmd_job, AS_TOLD),
+    "result": Command(SEE, "what came of a job, as it was answered", cmd_result),
+    "usage": Command(SEE, "what was used, by day, client and model", cmd_usage, AS_TOLD),
+    "mode": Command(STEER, "open, priority (only class high starts) or paused", cmd_mode, AS_TOLD),
+    "cancel": Command(STEER, "end a job that waits or runs", cmd_job, AS_TOLD),
+    "run": Command(STEER, "run a command that has a whole device meanwhile", cmd_run),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; exit code 0 done, 2 configuration, 78 not startable so, 1 anything else."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in (*COMMANDS, "--help", "-h", "--version"):
-        arguments.insert(0, "serve")
+    arguments, notes = modernised(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     options, odd = parser.parse_known_args(arguments)
     if odd:
         refuse(parser, options, odd)
     try:
-        return COMMANDS[options.command](options) or 0
+        for note in notes:
+            say(note, error=True)
+        return COMMANDS[options.command].run(options) or 0
     except (ConfigError, StartError) as error:
         say(f"llmq: {printable(str(error), 1000)}", error=True)
         refused = 78 if options.command == "serve" else 1
@@ -13385,7 +16409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ==== 50. Web page ================================================================================
+# ==== 59. Web page ================================================================================
 # What browsers get at `/` and `/llmq`: no build step, nothing from elsewhere, a client of events
 # and control routes like any other.  Names are hostile until shown as text: nothing here parses
 # markup (the response's policy forbids it), nothing runs without the response's own nonce.
@@ -13468,7 +16492,9 @@ th, td { padding: 7px 9px; border-top: 1px solid var(--line); text-align: left }
 dialog { width: min(430px, 92vw); margin: auto; padding: 20px 22px; border-radius: 14px;
   border: 1px solid var(--line); background: var(--card); color: var(--ink) }
 footer.wide { flex-wrap: wrap; padding-block: 16px 24px } dialog::backdrop { background: #0008 }
-dialog p, dialog table { margin: 8px 0 16px } dialog td { border: 0; padding: 4px 0 !important }
+dialog p, dialog table { margin: 8px 0 16px } #connect { width: min(760px, 94vw) }
+pre { padding: 10px 12px; margin-bottom: 16px; border-radius: 8px; background: var(--fill); overflow: auto;
+  font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace } select { font: inherit; height: 30px } dialog td { border: 0; padding: 4px 0 !important }
 kbd { margin-right: 4px; padding: 1px 6px; border: 1px solid var(--line); border-radius: 5px }
 #toasts { position: fixed; right: 0; bottom: 0; max-width: 440px; padding: 16px; color: var(--bg);
   pointer-events: none }
@@ -13517,7 +16543,8 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
 <header class="wide line top"><h1 class="line"><svg viewBox="0 0 16 16" aria-hidden="true"><path
   d="M4 5h8M4 8h8M4 11h4"/></svg>llmq</h1><p class="line" id="state"></p>
   <div class="line push" id="modes" role="radiogroup" aria-label="Mode"></div>
-  <div class="line"><button id="theme">Theme</button><button id="help">Keys</button></div></header>
+  <div class="line"><button id="connecting">Connect</button>
+  <button id="theme">Theme</button><button id="help">Keys</button></div></header>
 <section class="wide" id="notes" aria-label="Notices" aria-live="polite"></section>
 <main class="wide"><dl class="card" id="figures"></dl>
   <figure class="card" id="rate"><figcaption class="line">Requests per minute<b class="push"></b>
@@ -13545,7 +16572,10 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
     <table role="table"></table><div class="empty"></div></section></main>
 <footer class="wide line"><span id="about"></span><span class="push">Clients use</span>
   <code id="base"></code><button id="copy">Copy</button><noscript>This page needs JavaScript.</noscript>
-</footer><div id="toasts" role="status"></div>
+</footer>
+<dialog id="connect" aria-label="Connect a client"><h2>Connect a client</h2><p></p><pre></pre><form
+  class="line" method="dialog"><button type="button" id="take">Copy</button><button class="push">Close
+  </button></form></dialog><div id="toasts" role="status"></div>
 <dialog id="ask" aria-label="Confirm"><h2></h2><p></p><form class="line" method="dialog"><button
   class="push">Leave it</button><button class="danger" value="go" autofocus></button></form></dialog>
 <dialog id="map" aria-label="Keys"><h2>Keys</h2><table></table><form class="line" method="dialog">
@@ -13554,7 +16584,7 @@ summary { cursor: pointer; color: var(--soft); font-size: 12px; line-height: 30p
 <script nonce="NONCE">
 'use strict';
 const $ = id => document.getElementById(id), q = (id, what) => $(id).querySelector(what);
-const BASE = 'BASEPATH';  // before every route
+const BASE = 'BASEPATH', KEYED = KEYED_HERE, RECIPES = RECIPES_HERE;  // BASE goes before every route
 const MODES = ['open', 'priority', 'paused'], CLASSES = ['low', 'normal', 'high'];
 const THEMES = ['system', 'light', 'dark'], SPAN = 15 * 60e3;  // ms that the plots show at most
 const TONES = {up: 'green', loading: 'amber', draining: 'amber', unknown: 'grey'};
@@ -13563,7 +16593,7 @@ let found = [];  // by the filter, of those that wait beyond what the snapshot s
 const opened = new Set();  // backends whose models are shown
 const LISTS = {usage: {path: '/llmq/usage?days=7'}, jobs: {path: '/v1/jobs?all=1'}};  // by section
 const CLOCK = new Intl.DateTimeFormat([], {dateStyle: 'short', timeStyle: 'medium'});
-let past = [];  // [when, ended so far, oldest wait], as far as this page saw it
+let past = [], day;  // [when, ended so far, oldest wait], as far as this page saw it; llmq's history
 // `h` describes an element and `render` makes the page so; a node stays while its key does, and
 // with it the focus.  Text is only ever set as text: whatever a client calls itself is a name.
 const h = (tag, className = '', kids = '', props) => ({tag, kids, props: {...props, className}});
@@ -13655,6 +16685,16 @@ const drain = ({name, state}) => change('POST', `backends/${encodeURIComponent(n
   {draining: state !== 'draining'}, told => `${told.name} is ${told.state}`);
 const load = (action, model, backend) => change('POST', 'models', {action, model, backend},
   () => `Asked for: ${action} ${model} on ${backend}`);
+function connect(at = 0) {  // what a program is told, with this page's own address
+  const models = snap?.backends.flatMap(one => one.models) ?? [], [, where, text] = RECIPES[at];
+  const model = models.find(name => /^[\w.:@/+-]+$/.test(name) && !/embed/i.test(name)) ?? 'MODEL';
+  const told = {BASE: location.origin + BASE, KEY: KEYED ? 'YOUR-KEY' : 'none', MODEL: model};
+  render(q('connect', 'p'), [h('label', 'line', [h('span', '', 'Program'), h('select', '',
+    RECIPES.map(([name], i) => h('option', '', name, {value: i, selected: i === at})),
+    {onchange: event => connect(+event.target.value)})]), h('small', '', `It goes into ${where}.`)]);
+  render(q('connect', 'pre'), text.replace(/\b(BASE|KEY|MODEL)\b/g, word => told[word]));
+  if (!$('connect').open) $('connect').showModal();
+}
 async function copy(code) {
   try { await navigator.clipboard.writeText(code.textContent); toast('Copied', 'copy'); } catch {
     getSelection().selectAllChildren(code);  // a page that came by plain HTTP may not write there
@@ -13663,6 +16703,7 @@ async function copy(code) {
 function draw() {
   if (!snap) return;
   const {queue, mode, recent, trouble, draining, config_error: wrong} = snap;
+  const down = snap.backends.filter(one => one.state === 'down').map(one => one.name);
   const ready = snap.backends.some(one => one.state === 'up'), notes = [  // the first names it all
     [draining, 'amber', 'stopping', 'llmq was told to stop: what runs may finish, nothing new is let ' +
       'in.' + (live ? '' : ' It is asked again each second.')],
@@ -13672,7 +16713,8 @@ function draw() {
     [mode === 'paused', 'amber', mode, 'Paused: nothing starts, what waits is safe.', 'Resume'],
     [mode === 'priority', 'amber', 'priority only', 'Only high starts; the rest is safe.', 'Open'],
     [!ready, 'amber', 'backend starts'], [queue.running, 'blue', 'working'], [true, 'green', 'idle'],
-    [wrong, 'red', '', `The configuration was not read again: ${wrong}`]].filter(one => one[0]);
+    [!trouble && down.length, 'amber', '', `${down.join(' and ')} ${down.length > 1 ? 'are' : 'is'} ` +
+      'down: what only they have waits.'], [wrong, 'red', '', `The configuration was not read again: ${wrong}`]].filter(one => one[0]);
   const [, tone, word] = notes[0], {waiting} = queue;
   document.title = `${waiting ? `(${waiting}) ` : ''}llmq — ${word}`;
   document.body.className = live ? '' : 'lost';
@@ -13690,16 +16732,19 @@ function draw() {
   drawRecent(recent.slice(0, whole ? 50 : 10), recent.length);
   render($('about'), `llmq ${snap.version}, up ${dur(snap.uptime_s + age())}`);
 }
-function drawFigures({queue, devices, requests_total: {done = 0, client_left: left, ...failed}}) {
+function drawFigures({queue, devices, requests, requests_total: {done = 0, client_left: gone = 0,
+  cancelled = 0, ...failed}}) {
+  const rate = sum(requests.map(one => one.tokens_per_s ?? 0)), left = gone + cancelled;
   const {waiting, running, by_class: {high, low}} = queue, list = counts => Object.entries(counts)
     .filter(one => one[1]).sort((a, b) => b[1] - a[1]).map(([word, n]) => `${num(n)} ${word}`)
     .join(', ').replaceAll('_', ' ');
   render($('figures'), [
     ['Waiting', num(waiting), list({high, low}) || (waiting ? 'all normal' : 'nobody')],
-    ['Running', num(running), `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
+    ['Running', num(running), rate ? `${num(Math.round(rate))} tokens/s` :
+      `of ${plural(sum(devices.map(one => one.slots)), 'slot')}`],
     ['Oldest wait', waiting ? brief(queue.oldest_wait_s + age()) : '–',
       `room for ${num(queue.full_at - waiting)}`], ['Done', num(done),
-      left ? `${plural(left, 'client')} left early` : 'since the start'],
+      left ? `${num(left)} left or cancelled` : 'since the start'],
     ['Failed', num(sum(Object.values(failed))), list(failed) || 'none'],
   ].map(([name, value, title]) => h('div', '', [h('dt', '', name), h('dd', '', value),
     h('dd', 'clip', title, {title})])));
@@ -13764,7 +16809,8 @@ function drawBackends({devices, backends}) {
       h('small', 'clip', kind ?? ''), h('b', 'word push', state === 'up' && busy ? 'busy' : state),
       button(state === 'draining' ? 'Resume' : 'Drain', name, () => drain({name, state}))]),
     h('code', 'clip', one.url), well && h('div', '', loaded.map(m => line(m, name, m +
-      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : ''), one.orders && 'Unload'))),
+      (one.context?.[m] ? ` · ${num(one.context[m])} ctx` : '') +
+      (one.gpu_pct?.[m] >= 0 ? ` · ${one.gpu_pct[m]} % on GPU` : ''), one.orders && 'Unload'))),
     well && h('small', '', `${loaded.length || 'nothing'} loaded of ${plural(models.length,
       'model')}, answers in ${dur(one.latency_ms / 1000, true)}`, {title: models.join('\n')}),
     well && rest.length && h('details', '', [h('summary', '', plural(rest.length, 'model') +
@@ -13929,7 +16975,7 @@ const KEYS = {
   p: ['pause, resume', () => setMode(snap.mode === 'paused' ? 'open' : 'paused')],
   m: ['next mode', () => setMode(next(MODES, snap.mode))], '/': ['filter', () => $('filter').focus()],
   r: ['all recent requests, or the last 10', () => { whole = !whole; draw(); }],
-  t: ['theme', () => theme(next(THEMES, shade))], '?': ['these keys', () => $('map').showModal()],
+  c: ['connect a client', () => connect()], t: ['theme', () => theme(next(THEMES, shade))], '?': ['these keys', () => $('map').showModal()],
   Escape: ['clear filter and selection', () => { $('filter').value = chosen = ''; draw(); }],
 };
 document.onkeydown = event => {
@@ -13945,7 +16991,7 @@ document.onvisibilitychange = () => document.hidden ? leave() : listen();
 render(q('map', 'table'), Object.entries(KEYS).map(([names, [what]]) => h('tr', '', [h('td', '',
   names.split(' ').map(name => h('kbd', '', name.replace('Arrow', '')))), h('td', '', what)])));
 for (const [id, run] of Object.entries({help: KEYS['?'][1], theme: KEYS.t[1], more: KEYS.r[1],
-  all: () => cancelAll(snap.queue), copy: () => copy($('base'))})) $(id).onclick = run;
+  all: () => cancelAll(snap.queue), copy: () => copy($('base')), take: () => copy(q('connect', 'pre')), connecting: () => connect()})) $(id).onclick = run;
 $('filter').oninput = () => { draw(), search(); }, render($('base'), `${location.origin}${BASE}/v1`);
 for (const id in LISTS) $(id).ontoggle = () => { draw(), look(); };
 $('single').onchange = event => shortcuts(event.target.checked);

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -61,6 +62,8 @@ def prepare(wanted: list[str]) -> None:
     digest = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
     if stamp.exists() and stamp.read_text(encoding="utf-8") == digest:
         return
+    if VENV.is_symlink():  # `--clear` would empty the folder that others use
+        sys.exit(f"{VENV} leads to {VENV.resolve()}, which has other packages than are wanted here")
     print("setting up .venv", flush=True)
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
     if made.returncode:
@@ -71,18 +74,19 @@ def prepare(wanted: list[str]) -> None:
     stamp.write_text(digest, encoding="utf-8")
 
 
-def step(name: str, arguments: list[str]) -> None:
-    """Run one check; its output only if it fails, and then the end."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if done.returncode:
-        print(done.stdout.decode(errors="replace"), f"FAILED: {name}", sep="\n", flush=True)
-        sys.exit(done.returncode)
-    print(f"ok: {name}", flush=True)
+def check() -> None:
+    """Run all checks side by side; the output only of one that fails, and then the end."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = {
+        name: subprocess.Popen([sys.executable, *command], **options)
+        for name, command in CHECKS.items()
+    }
+    outputs = {name: process.communicate()[0] for name, process in started.items()}
+    for name, process in started.items():
+        if process.returncode:
+            print(outputs[name].decode(errors="replace"), f"FAILED: {name}", sep="\n", flush=True)
+            sys.exit(process.returncode)
+        print(f"ok: {name}", flush=True)
 
 
 def run_pytest() -> tuple[int, str]:
@@ -139,8 +143,7 @@ def main(arguments: list[str]) -> int:
         os.execv(PYTHON, [str(PYTHON), "-m", "tests", *arguments])  # noqa: S606
     if arguments:
         return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
-    for name, command in CHECKS.items():
-        step(name, command)
+    check()
     if code := subprocess.run([sys.executable, "-m", "tests.smoke"], check=False).returncode:
         return code
     subprocess.run([sys.executable, "-m", "coverage", "erase"], check=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
+import importlib
 import inspect
 import os
 import signal
@@ -20,27 +22,40 @@ from tests.fakes import Raw
 DEADLINE = 10.0  # seconds for one test; @pytest.mark.deadline(30) gives another
 GRACE = 5.0  # more, before a test that does not even stop is interrupted
 STDERR = pytest.StashKey[int]()  # the real one, for a last traceback while output is captured
+MEASURING = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE_")}
+if TRACER := sys.gettrace():  # coverage's; all that it is to see outside of tests is this import
+    importlib.import_module("llmq")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    sys.settrace(None)  # see `traced`
     config.stash[STDERR] = os.dup(sys.stderr.fileno())
     config.addinivalue_line("markers", "deadline(seconds): fail the test after so long (10)")
+    config.addinivalue_line("markers", "untraced: coverage looks away; others cover these lines")
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Coverage looks at tests and their fixtures alone: pytest's own lines are the most of all."""
+    sys.settrace(TRACER)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unmeasured() -> None:
+    """Coverage begins in no process that a test starts: it takes a while in each."""
+    for name in MEASURING:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
-def untraced() -> Iterator[None]:
-    """Coverage looks away: it would double what a simulation takes, of lines that others cover."""
-    tracer = sys.gettrace()
-    sys.settrace(None)
-    yield
-    sys.settrace(tracer)
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coverage does not begin in the processes that a test starts: it takes a while in each."""
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        monkeypatch.delenv(name)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does, for what no test of this process comes to."""
+    for name, value in MEASURING.items():
+        monkeypatch.setenv(name, value)
 
 
 def deadline_of(item: pytest.Item) -> float:
@@ -110,11 +125,20 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         gc.collect(1)  # what was forgotten open warns now, in its own test
 
 
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run `async def test_...` in an event loop of its own."""
-    if not inspect.iscoroutinefunction(pyfuncitem.function):
-        return None
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Any:
+    with traced():
+        return (yield)
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """Call the test; what is `async def test_...` runs in an event loop of its own."""
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    asyncio.run(within(pyfuncitem.function(**arguments), deadline_of(pyfuncitem)))
+    untraced = pyfuncitem.get_closest_marker("untraced")
+    with contextlib.nullcontext() if untraced else traced():
+        result = pyfuncitem.obj(**arguments)
+        if inspect.iscoroutine(result):
+            result = asyncio.run(within(result, deadline_of(pyfuncitem)))
+    assert result is None, "a test that returns something may have meant to assert it"
     return True

@@ -55,8 +55,6 @@ from tests.test_tls import (
 )
 from tray import llmq_tray as tray
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
 BASE = "/llm"
 HERE = "here every path begins with /llm/"

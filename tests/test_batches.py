@@ -404,8 +404,9 @@ async def run_many(port: int, number: int, fake: FakeBackend) -> float:
     return number / took
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(MANY_SECONDS + 20)
-@pytest.mark.usefixtures("proc", "unmeasured")
+@pytest.mark.usefixtures("proc")
 async def test_thousands_of_lines_take_no_memory(tmp_path: Path) -> None:
     flags = ("--port", "0", "--state", str(tmp_path / "state.db"))
     async with Ollama() as fake, Process(*flags, "--backend", fake.url) as p:
@@ -731,7 +732,7 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
     return bytes(new)
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.parametrize("seed", range(4))
 def test_any_form_is_read_or_refused(seed: int) -> None:
     rfc5987 = part("name*=utf-8''file; filename*0*=utf-8''%41; filename*1=\"b\"", b"x")

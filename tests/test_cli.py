@@ -61,6 +61,35 @@ def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str])
     assert "serve --help" in said
 
 
+def test_help_has_each_command_in_its_group_and_no_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert leave("--help") == 0
+    said = capsys.readouterr().out
+    listed = dict(re.findall(r"(?m)^([A-Z][^:\n]+):\n((?:  \w+ +.+\n)+)", said))
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, row in llmq.COMMANDS.items():
+        groups.setdefault(row.group, []).append((name, row.help))
+    assert {
+        group: re.findall(r"(?m)^  (\w+) +(.+)$", text) for group, text in listed.items()
+    } == groups
+    assert len(re.findall(r"(?m)^  \w", said)) == len(llmq.COMMANDS)
+    assert all(len(line) < 100 for line in said.splitlines())
+
+
+@pytest.mark.parametrize("name", llmq.COMMANDS)
+def test_each_command_has_a_help_of_its_own(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    row = llmq.COMMANDS[name]
+    assert leave(name, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: llmq {name} ")
+    assert ("--url URL" in said, "--key-file FILE" in said) == (row.asks, row.asks)
+    assert bool(re.search(rf"(?m)^ +--json +{re.escape(row.json)}$", said)) == bool(row.json)
+
+
 @pytest.mark.parametrize("name", ["serve", "config"])
 def test_help_of_a_command_lists_every_setting_with_its_default(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -100,12 +129,12 @@ def test_odd_arguments_end_with_2_and_the_usage(
 @pytest.mark.parametrize(
     ("arguments", "listed", "cure"),
     [
-        (("statsu",), "status", "unknown command statsu; did you mean status?"),
+        (("statsu",), "COMMAND", "unknown command statsu; did you mean status?"),
         (
             ("xyzzy",),
-            "config",
-            "unknown command xyzzy; known: cancel, config, job, jobs, key, mode, models, result, "
-            "run, serve, status, top, usage",
+            "COMMAND",
+            "unknown command xyzzy; known: cancel, completion, config, connect, gpu, job, jobs, "
+            "key, mode, models, result, run, serve, status, top, usage",
         ),
         (("--slotz", "2"), "--num-ctx", "unknown flag --slotz; did you mean --slots?"),
         (("serve", "--dmo"), "--demo", "unknown flag --dmo; did you mean --demo?"),
@@ -120,6 +149,33 @@ def test_what_is_not_known_is_answered_with_the_list_and_the_nearest(
     *usage, last = capsys.readouterr().err.splitlines()
     assert listed in "\n".join(usage)
     assert last.endswith(f"error: {cure}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("mode", "paussed"), "paused"),
+        (("mode", "prio"), "priority"),
+        (("mode", "opne"), "open"),
+        (("config", "chekc"), "check"),
+        (("models", "laod", "m"), "load"),
+        (("run", "--class", "hihg", "--", "x"), "high"),
+    ],
+)
+def test_misspelt_value_is_told_the_nearest(
+    arguments: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave(*arguments) == 2
+    assert f"did you mean {word}?" in capsys.readouterr().err
+
+
+def test_flag_before_its_command_is_not_told_that_the_command_is_unknown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_when(monkeypatch, lambda _: None)
+    with contextlib.suppress(SystemExit):
+        llmq.main(["--port", "0", "serve"])
+    assert "unknown command serve" not in capsys.readouterr().err
 
 
 def test_program_says_its_version() -> None:
@@ -308,6 +364,228 @@ def test_mistake_in_the_settings_is_told_by_every_command(
         assert line.startswith("llmq: variable LLMQ_QUEUE_SLOTS: queue.slots = many: ")
 
 
+# ---- As JSON -----------------------------------------------------------------------------------
+
+# What to type, and what of the JSON the words for people hold, too.
+Held = Callable[[Any], list[Any]]
+AS_JSON: dict[str, tuple[str, Held]] = {
+    "config": ("config show --slots 3", lambda told: [f"queue.slots = {told['queue']['slots']}"]),
+    "config check": ("config check", lambda told: ["good"] if told["good"] else ["?"]),
+    "key": ("key alice", lambda told: [told["name"]]),
+    "status": (
+        "status",
+        lambda told: [
+            f"waiting {told['queue']['waiting']}",
+            *[one["name"] for one in told["backends"]],
+            *[one["client"] for one in told["requests"]],
+        ],
+    ),
+    "top": ("top --once", lambda told: [told["mode"], told["recent"][0]["model"]]),
+    "models": (
+        "models",
+        lambda told: [word for row in told for word in (row["model"], row["backend"])],
+    ),
+    "connect": ("connect curl", lambda told: [told[0]["text"].splitlines()[0]]),
+    "models load": ("models load m", lambda told: [f"load {told['model']}: {told['backend']}"]),
+    "gpu": ("gpu", lambda told: list(told["devices"])),
+    "jobs": (
+        "jobs",
+        lambda told: [
+            row[name] for row in told for name in ("id", "status", "class", "client", "model")
+        ],
+    ),
+    "job": ("job JOB", lambda told: [f"{name:<13} " for name in told] + [told["id"]]),
+    "usage": (
+        "usage",
+        lambda told: [row[name] for row in told for name in ("day", "client", "model", "requests")],
+    ),
+    "mode": ("mode paused", lambda told: [f"mode is {told['mode']}"]),
+    "cancel": ("cancel JOB", lambda told: [told["id"], told["status"], "cancelled"]),
+}
+
+
+def test_every_command_that_prints_json_is_tried() -> None:
+    assert {name.partition(" ")[0] for name in AS_JSON} == {
+        name for name, row in llmq.COMMANDS.items() if row.json
+    }
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("name", AS_JSON)
+async def test_json_of_a_command_holds_what_it_shows(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line, held = AS_JSON[name]
+    async with FakeBackend(kind="ollama") as fake:
+        tool = str(tmp_path / "no-nvidia-smi")
+        settings = {"server__state": str(tmp_path / "state.db"), "router__nvidia_smi": tool}
+        async with running(f"box={fake.url}", **settings) as q:
+            assert (await q.chat("hi", headers={"X-User-ID": "alice"})).status == 200
+            await ask(q.port, "POST", "/llmq/mode", json={"mode": "paused"})
+            later = [
+                (await q.chat("hi", headers={"Prefer": "respond-async"})).json()["id"]
+                for _ in range(2)
+            ]
+            words = line.split()
+            asks = ("--url", q.base) if llmq.COMMANDS[words[0]].asks else ()
+            printed = []
+            for ident, more in zip(later, ((), ("--json",))):
+                typed = [ident if word == "JOB" else word for word in words]
+                if name == "models load" and more:  # the same once more is pending
+                    await ask(q.port, "DELETE", "/llmq/requests?state=waiting")
+                assert await command(*typed, *asks, *more) == 0
+                told = capsys.readouterr()
+                assert not told.err
+                printed.append(
+                    told.out.replace(later[0], later[-1]) if "JOB" in words else told.out
+                )
+            await ask(q.port, "DELETE", "/llmq/requests?state=waiting")
+    shown, told = printed[0], json.loads(printed[1])
+    expected = held(told)
+    assert expected
+    for one in expected:
+        assert str(one) in shown, (one, shown)
+
+
+# ---- Names from other queues ------------------------------------------------------------------
+
+OWN_WORDS = {  # what people type who come from elsewhere, and llmq's own words for it
+    # llm-queue
+    "serve": "serve",
+    # ollamaMQ
+    "-p 8123": "serve --port 8123",
+    "--port 8123": "serve --port 8123",
+    "-o http://a:1,http://b:2": "serve --backend http://a:1 --backend http://b:2",
+    "--backend-urls http://a:1,http://b:2": "serve --backend http://a:1 --backend http://b:2",
+    "--backend-urls=http://a:1": "serve --backend http://a:1",
+    "--ollama-urls http://a:1": "serve --backend http://a:1",
+    "--ollama-urls=http://a:1,http://b:2": "serve --backend http://a:1 --backend http://b:2",
+    "-b http://a:1": "serve --backend http://a:1",
+    "-t 90": "serve --first-byte-timeout 90 --idle-timeout 90",
+    "--timeout 90": "serve --first-byte-timeout 90 --idle-timeout 90",
+    "--timeout=90": "serve --first-byte-timeout 90 --idle-timeout 90",
+    "--no-tui": "serve",
+    "-H 127.0.0.2": "serve --host 127.0.0.2",
+    "--allow-all-routes": "serve --allow-all-routes",
+    "-p 8123 -o http://a:1 -t 90 --no-tui": "serve --port 8123 --backend http://a:1"
+    " --first-byte-timeout 90 --idle-timeout 90",
+    # ollama-queue-proxy and ollama-auth-sidecar have a file and variables alone
+    # ollama-agent-router
+    "serve -c llmq.json": "serve --config llmq.json",
+    "serve --config llmq.json": "serve --config llmq.json",
+    "validate-config": "config check",
+    "validate-config --config llmq.json": "config check --config llmq.json",
+    "validate-config -c llmq.json": "config check --config llmq.json",
+    "init": "config init",
+    "init --wizard": "config init",
+    "init -o llmq.toml": "config init --output llmq.toml",
+    "configure": "config init",
+    "configure --detect": "config init",
+    "configure --non-interactive --answers a.json --dry-run --overwrite": "config init"
+    " --non-interactive --answers a.json --dry-run --overwrite",
+    "-u http://x:1 status": "status --url http://x:1",
+    "--url http://x:1 status": "status --url http://x:1",
+    "--url=http://x:1 status": "status --url http://x:1",
+    "status -u http://x:1": "status --url http://x:1",
+    "-u http://x:1 models": "models --url http://x:1",
+    "-u http://x:1 gpu": "gpu --url http://x:1",
+    "-u http://x:1 jobs": "jobs --url http://x:1",
+    "-u http://x:1 job job_1": "job job_1 --url http://x:1",
+    "-u http://x:1 result job_1": "result job_1 --url http://x:1",
+    "-u http://x:1 cancel job_1": "cancel job_1 --url http://x:1",
+}
+FOREIGN = re.compile(
+    r"(?<!\S)(-[pobtHcu]|--(?:backend-urls|ollama-urls|timeout|no-tui|wizard|detect)|"
+    r"validate-config|init|configure)(?=[ =]|$)"
+)
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """What a command line says."""
+    try:
+        options = vars(llmq.build_parser().parse_args(words))
+    except SystemExit:
+        pytest.fail(f"not understood: {words}")
+    given = {name: value for name, value in options.items() if name != "parser"}
+    if "backends" in given:
+        given["backends"] = [url for one in given["backends"] for url in one.split(",")]
+    return given
+
+
+@pytest.mark.parametrize("typed", OWN_WORDS)
+def test_words_of_other_queues_mean_llmqs_own_with_a_note_each(typed: str) -> None:
+    words, notes = llmq.modernised(typed.split())
+    assert parsed(words) == parsed(OWN_WORDS[typed].split())
+    foreign = [one for one in FOREIGN.findall(typed) if one != "-o" or "init" not in typed]
+    assert [note.partition(" is ")[0] for note in notes] == foreign
+    assert all(note.isprintable() and note.endswith(" here") for note in notes)
+
+
+@pytest.mark.parametrize("word", ["-u", "-p", "-c", "-t", "-o", "--no-tui", "--detect", "--url=x"])
+def test_words_of_a_command_that_is_run_are_its_own(word: str) -> None:
+    typed = ["run", "--device", "gpu", "--", "python3", word, "train.py"]
+    assert llmq.modernised(typed) == (typed, [])
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("-V",), ("--version",), ("gpu",)])
+def test_words_of_its_own_are_no_news(words: tuple[str, ...]) -> None:
+    assert llmq.modernised(list(words))[1] == []
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_version_has_a_short_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(flag) == 0
+    assert capsys.readouterr().out == f"llmq {llmq.__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["-p", "-t", "-o", "--timeout="])
+def test_foreign_flag_without_its_value_is_a_mistake(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_when(monkeypatch, lambda _: None)
+    assert llmq.main(["--port=0", flag]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("llmq: command line: ")
+
+
+def test_ollamamqs_command_line_serves_with_its_notes_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    stop_when(monkeypatch, lambda service: seen.append(service.settings))
+    typed = f"-p 0 --ollama-urls {NOBODY},http://127.0.0.2:9 --timeout 90 --no-tui"
+    assert llmq.main(typed.split()) == 0
+    (settings,) = seen
+    assert [one.url for one in settings.backends.values()] == [NOBODY, "http://127.0.0.2:9"]
+    assert settings.upstream.first_byte_timeout == settings.upstream.idle_timeout == 90
+    assert capsys.readouterr().err.splitlines() == [
+        "-p is --port here",
+        "--ollama-urls is --backend here",
+        "--timeout is --first-byte-timeout and --idle-timeout here",
+        "--no-tui is not needed here",
+    ]
+
+
+def test_configuration_is_validated_by_its_other_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "llmq.json"
+    for text, code in (('{"queue": {"slots": 2}}', 0), ('{"queue": {"slotz": 2}}', 2)):
+        file.write_text(text)
+        assert llmq.main(["validate-config", "--config", str(file)]) == code
+        said = capsys.readouterr()
+        note, *others = said.err.splitlines()
+        assert note == "validate-config is config check here"
+        assert ("good" in said.out, len(others)) == (code == 0, int(code == 2))
+
+
+async def test_status_is_asked_with_the_url_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running(NOBODY) as q:
+        for flag in ("--url", "-u"):
+            assert await command(flag, q.base, "status", "--json") == 0
+            assert json.loads(capsys.readouterr().out)["version"] == llmq.__version__
+
+
 # ---- Settings --------------------------------------------------------------------------------
 
 
@@ -391,7 +669,8 @@ def test_interrupt_before_it_serves_is_no_traceback(monkeypatch: pytest.MonkeyPa
     def interrupted(_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(llmq.COMMANDS, "status", interrupted)
+    row = llmq.COMMANDS["status"]._replace(run=interrupted)
+    monkeypatch.setitem(llmq.COMMANDS, "status", row)
     assert llmq.main(["status"]) == 0
 
 

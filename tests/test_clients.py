@@ -322,6 +322,7 @@ def test_at_most_a_thousand_are_remembered_and_the_longest_silent_goes_first() -
     assert "c501" in clients.known
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("what", ["waiting", "running"])
 def test_a_client_with_something_in_the_queue_is_never_forgotten(what: str) -> None:
     clients = llmq.Clients()

@@ -26,6 +26,8 @@ from tests.fakes import (
 )
 from tests.test_readme import README, as_json, example
 
+pytestmark = pytest.mark.usefixtures("measured")  # commands as they are typed
+
 HERE = "http://127.0.0.1:11500"
 PYTHON = f"{shlex.quote(sys.executable)} {shlex.quote(str(LLMQ))}"
 

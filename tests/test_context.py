@@ -24,9 +24,9 @@ from tests.fake_runner import (
     Runner,
     speak,
 )
-from tests.fakes import Answer, FakeRequest, Process, Raw, ask, http, running
+from tests.fakes import Answer, FakeRequest, Process, Raw, ask, eventually, http, running
 
-QUICK = {"upstream__probe_interval": 0.1}
+QUICK = {"upstream__probe_interval": 0.05}
 FOREIGN = {"Origin": "https://evil.example"}
 HOME = {"Origin": "http://localhost:3000"}
 CARRY = (NATIVE_CHAT, GENERATE, EMBED, OLD_EMBED, CHAT, COMPLETIONS, EMBEDDINGS)
@@ -73,8 +73,7 @@ async def up(q: running) -> None:
 async def looked(q: running, fake: Runner, times: int = 2) -> None:
     """Return after so many more looks at the backend, begun and ended."""
     seen = fake.probe_paths.count("/api/ps") + times
-    while fake.probe_paths.count("/api/ps") < seen:
-        await q.status()
+    await eventually(lambda: fake.probe_paths.count("/api/ps") >= seen)
     await q.status()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import llmq
 from tests.derived import build_settings
-from tests.fakes import Answer, Process, Raw, ask, chat, http
+from tests.fakes import Answer, Process, Raw, ask, chat, eventually, http, run_llmq
 
 CHAT = "/v1/chat/completions"
 
@@ -57,7 +57,7 @@ async def test_demo_says_the_last_message_back_whole() -> None:
         assert facts["model"] == "echo"
         assert facts["choices"][0]["message"]["role"] == "assistant"
         assert facts["choices"][0]["finish_reason"] == "stop"
-        assert facts["usage"] == {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}
+        assert facts["usage"] == {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
         assert facts["created"] > 1_700_000_000
         assert (await q.chat("x")).json()["id"] != facts["id"]
 
@@ -174,3 +174,45 @@ async def test_the_command_for_the_curious_works() -> None:
         assert answer.content == "hello there"
         assert "OPENAI_BASE_URL=" in p.output
         assert await p.ended() == 0
+
+
+# ---- a busy home
+
+
+def test_a_busy_home_is_part_of_the_demo() -> None:
+    answer = run_llmq("--busy", "--port", "0")
+    assert answer.returncode == 2
+    assert "--busy: means nothing without --demo" in answer.stderr
+
+
+def test_the_same_seed_gives_the_same_chances() -> None:
+    rolls = [
+        [llmq.chance(*seed).random() for _ in range(3)] for seed in ((1, "a"), (1, "a"), (2, "a"))
+    ]
+    assert rolls[0] == rolls[1] != rolls[2]
+
+
+async def test_a_busy_home_has_its_clients_served_and_ends_cleanly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients = tuple(one._replace(pause=0.01) for one in llmq.BUSY_CLIENTS)
+    boxes = {
+        name: tuple(one._replace(load=0.01, rate=5000.0) for one in models)
+        for name, models in llmq.BUSY_BOXES.items()
+    }
+    monkeypatch.setattr(llmq, "BUSY_CLIENTS", clients)
+    monkeypatch.setattr(llmq, "BUSY_BOXES", boxes)
+    settings = build_settings({"server.port": 0, "server.drain_timeout": 1})
+    service = llmq.Service(settings, demo=True, seed=1)
+    await service.start()
+    try:
+        fleet, known = service.gateway.fleet, service.gateway.clients.known
+        assert set(fleet.backends) == set(llmq.BUSY_BOXES)
+        names = {f"user:{one.name}" for one in clients}
+        await eventually(lambda: all(name in known and known[name].done for name in names), 20)
+        assert {one.kind for one in fleet.backends.values()} == {"ollama"}
+        assert not service.store.path, "nothing is kept of a demo"
+    finally:
+        await service.stop()
+    assert all(task.done() for task in service._clients)
+    assert not service.gateway.calls

@@ -24,9 +24,9 @@ SNAPSHOT = {
     "queue": "waiting running oldest_wait_s by_class full_at",
     "requests": "id request_id client class model route state position waited_s running_s eta_s "
     "reason rule backend tokens tokens_per_s",
-    "devices": "name slots busy",
-    "backends": "name url kind device state slots busy models loaded context latency_ms error "
-    "orders",
+    "devices": "name slots busy vram",
+    "backends": "name url kind device state slots busy models loaded gpu_pct context latency_ms "
+    "error orders",
     "clients": "name address waiting running served_s done failed left class weight boost blocked "
     "max_concurrent max_waiting share",
     "recent": "id request_id client class model route backend wait_s first_s total_s tokens "
@@ -81,7 +81,7 @@ async def test_snapshot_has_the_fields_of_the_contract() -> None:
         assert snapshot["mode"] == "open"
         assert snapshot["uptime_s"] >= 0
         assert snapshot["config_error"] is None
-        assert snapshot["devices"] == [{"name": "local", "slots": 1, "busy": 1}]
+        assert snapshot["devices"] == [{"name": "local", "slots": 1, "busy": 1, "vram": None}]
         for client in clients:
             client.close()
 
@@ -262,6 +262,7 @@ async def test_backends_are_shown_with_their_models_and_health_but_without_keys(
                 "busy": 0,
                 "models": ["a", "b"],
                 "loaded": ["b"],
+                "gpu_pct": {},
                 "context": {},
                 "error": None,
                 "orders": True,
@@ -270,8 +271,8 @@ async def test_backends_are_shown_with_their_models_and_health_but_without_keys(
             assert (away["kind"], away["models"], away["latency_ms"]) == ("vllm", [], None)
             assert "connect" in away["error"].lower()
             assert snapshot["devices"] == [
-                {"name": "gpu", "slots": 4, "busy": 0},
-                {"name": "local", "slots": 1, "busy": 0},
+                {"name": "gpu", "slots": 4, "busy": 0, "vram": None},
+                {"name": "local", "slots": 1, "busy": 0, "vram": None},
             ]
             assert "backend-secret" not in json.dumps(snapshot)
 

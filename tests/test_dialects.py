@@ -900,6 +900,7 @@ def test_streams_of_both_kinds_are_recorded():
     assert kinds == {OPENAI, OLLAMA}
 
 
+@pytest.mark.untraced
 @each_stream
 def test_recorded_stream_is_shown_as_it_came_however_it_is_cut(path):
     data, complete = stream_of(path)
@@ -921,6 +922,7 @@ def test_end_of_a_recorded_stream_is_found_at_every_cut_and_only_there(path):
         assert dialect.find_end(data[:at]) == (edge if at >= edge + mark else -1), at
 
 
+@pytest.mark.untraced
 @each_stream
 def test_end_is_kept_back_and_only_whole_lines_are_shown(path):
     data, _ = stream_of(path)
@@ -960,6 +962,7 @@ def long_line(name, size):
     return start + b"x" * size + end
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("size", [60_000, 65_530, 65_536, 65_600, 200_000, 3_000_000])
 @pytest.mark.parametrize("name", ["openai", "responses", "anthropic"])
 def test_long_line_passes_with_bounded_memory_and_its_end_is_found(name, size):

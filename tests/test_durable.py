@@ -230,7 +230,6 @@ class Kills:
 
 
 @pytest.mark.deadline(30 + 10 * LOOPS)
-@pytest.mark.usefixtures("unmeasured")
 async def test_killed_at_any_moment_no_job_is_lost_and_none_ends_twice(state: Path) -> None:
     need(os.name == "posix", "signals as POSIX has them")
     chance = random.Random(SEED)
@@ -452,7 +451,6 @@ async def test_a_full_disk_is_507_until_there_is_room_again_and_loses_nothing(
             assert len(fake.requests) == 4
 
 
-@pytest.mark.usefixtures("unmeasured")
 async def test_a_disk_that_is_full_from_the_start_keeps_nobody_from_being_served(
     state: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from llmq import Backend, ClientSettings, Mode, Priority, Want
 from tests.bench import cost, replay
 from tests.simulation import Job, Simulation, Visit, jain, percentile
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = pytest.mark.untraced
 
 HIGH, NORMAL, LOW = Priority
 LENGTHS = (0.5, 8.0)  # seconds; how long requests run, at random

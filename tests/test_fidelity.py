@@ -314,6 +314,7 @@ async def test_stream_names_the_model_that_was_asked_for(path: str) -> None:
         assert answer.body == named(STREAMS_OF[path], b'"fast"')
 
 
+@pytest.mark.untraced
 @each_route
 @pytest.mark.deadline(60)
 async def test_only_own_fields_and_the_models_name_are_touched(path: str) -> None:

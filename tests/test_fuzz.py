@@ -25,7 +25,7 @@ import llmq
 from tests import corpus
 from tests.derived import build_settings
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = pytest.mark.untraced
 
 COUNT = int(os.environ.get("LLMQ_FUZZ", "20000"))
 SEED = os.environ.get("LLMQ_FUZZ_SEED", "1")

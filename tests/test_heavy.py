@@ -230,6 +230,7 @@ def test_depth_is_limited_in_what_is_skipped(monkeypatch: pytest.MonkeyPatch) ->
 # ---- Answers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 def test_parts_are_read_and_written_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmq, "PART", 3)
     numbers = "[" + ", ".join(map(str, range(3000))) + "]"

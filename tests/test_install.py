@@ -36,6 +36,8 @@ case $call in ${FAIL:-nothing}) exit 1 ;; esac
 case $call in ${FAIL_ONCE:-nothing}) mkdir "$CALLS.failed" 2>/dev/null && exit 1 ;; esac
 exit 0
 """
+# In the place of llmq.py, which takes half a second to compile and to say its configuration.
+STAND_IN = """print('{"server": {"port": 11500, "host": "127.0.0.1"}}')\n"""
 TRAY = 'import sys\nprint("tray", sys.executable, *sys.argv[1:])\n'
 SHELLS = ["dash", "bash", "busybox sh"]
 ASK = "systemctl --user show-environment"
@@ -48,7 +50,7 @@ RESTART = "systemctl --user restart llmq.service"
 class Box:
     """A machine with nothing but an empty HOME, a few tools and stubs."""
 
-    def __init__(self, folder: Path, home: str = "home") -> None:
+    def __init__(self, folder: Path, home: str = "home", program: str = "") -> None:
         self.folder = folder
         self.home = folder / home
         self.bin = folder / "bin"
@@ -63,6 +65,8 @@ class Box:
         self.tool("python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         for name in ("install.sh", "llmq.py"):
             shutil.copy(ROOT / name, self.source)
+        if program:
+            (self.source / "llmq.py").write_text(program)
         self.env = {
             "PATH": str(self.bin),
             "HOME": str(self.home),
@@ -132,7 +136,14 @@ class Box:
 
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    return Box(tmp_path, "home of o'neill")
+    """For what install.sh does whatever the program is."""
+    return Box(tmp_path, "home of o'neill", STAND_IN)
+
+
+@pytest.fixture
+def real(box: Box) -> None:
+    """What llmq itself has a part in: it runs, is compiled or says how it is configured."""
+    shutil.copy(ROOT / "llmq.py", box.source)
 
 
 TAG = sys.implementation.cache_tag
@@ -268,6 +279,7 @@ def test_prefix_says_where_to(box: Box) -> None:
         assert box.files == []
 
 
+@pytest.mark.usefixtures("real")
 def test_command_llmq_and_its_path(box: Box) -> None:
     said = box.run("--no-start", PATH=f"{box.home}/.local/bin:{box.bin}")
     assert "PATH" not in said
@@ -384,6 +396,7 @@ def test_newer_python_is_found_beside_an_old_one(box: Box) -> None:
     assert exec_start(box)[0] == os.path.realpath(sys.executable)
 
 
+@pytest.mark.usefixtures("real")
 def test_folder_that_it_is_run_from_has_no_say(box: Box) -> None:
     evil_folder(box.folder)
     box.tray()
@@ -395,6 +408,7 @@ def test_folder_that_it_is_run_from_has_no_say(box: Box) -> None:
     assert AGENT in box.files
 
 
+@pytest.mark.usefixtures("real")
 def test_mistake_in_the_configuration_is_told_before_anything_is_changed(box: Box) -> None:
     file = box.home / ".config/llmq/llmq.json"
     file.parent.mkdir(parents=True)
@@ -460,6 +474,7 @@ def test_nothing_is_compiled_when_it_starts(tmp_path: Path, home: str) -> None:
     assert box.state() == before  # nor written
 
 
+@pytest.mark.usefixtures("real")
 def test_compiled_form_is_mended_by_the_next_install(box: Box) -> None:
     box.run()
     file = box.library / f"__pycache__/llmq.{TAG}.pyc"
@@ -470,6 +485,7 @@ def test_compiled_form_is_mended_by_the_next_install(box: Box) -> None:
     assert file.read_bytes() == whole
 
 
+@pytest.mark.usefixtures("real")
 def test_file_put_in_place_by_hand_is_what_starts_whatever_its_date(box: Box) -> None:
     box.run("--no-start")
     program = box.library / "llmq.py"
@@ -485,6 +501,7 @@ def test_file_put_in_place_by_hand_is_what_starts_whatever_its_date(box: Box) ->
     assert compiled(command_of(box), f"llmq {version}\n") == set()  # it has mended it itself
 
 
+@pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("state", ["missing", "empty", "stale", "of another Python", "in the way"])
 @pytest.mark.parametrize("writable", [True, False], ids=["", "read-only"])
 def test_it_starts_without_a_good_compiled_form(box: Box, state: str, writable: bool) -> None:
@@ -521,6 +538,7 @@ def read_only(box: Box) -> str:
     return f"{require_command('setpriv')} --bounding-set -dac_override" * (os.geteuid() == 0)
 
 
+@pytest.mark.usefixtures("real")
 def test_nothing_is_imported_from_where_it_is_called(box: Box) -> None:
     box.run("--no-start")
     evil_folder(box.folder)
@@ -567,7 +585,7 @@ def verify(box: Box, *files: Path) -> str:
 def test_systemd_has_nothing_against_any_variant_of_the_unit(
     tmp_path: Path, home: str, sandbox: str, socket: bool
 ) -> None:
-    box = Box(tmp_path, home)
+    box = Box(tmp_path, home, STAND_IN)
     box.run("--sandbox", sandbox, *["--socket-activated"][: int(socket)])
     units = [path for path in box.units.iterdir() if path.is_file()]
     assert len(units) == 1 + socket
@@ -604,6 +622,7 @@ def test_unit_does_not_loop_on_a_mistake_and_outlasts_the_drain(box: Box) -> Non
     assert unit(box.units / "llmq.service")["Install"]["WantedBy"] == "default.target"
 
 
+@pytest.mark.usefixtures("real")
 def test_command_of_the_unit_serves_and_reloads(box: Box) -> None:
     box.run("--no-start")
     p = Process()
@@ -654,6 +673,7 @@ def test_sandbox_that_cannot_be_tried_stays_as_it_is(box: Box) -> None:
 # ---- The socket ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("real")
 def test_socket_listens_where_the_configuration_says(box: Box) -> None:
     file = box.home / ".config/llmq/llmq.json"
     file.parent.mkdir(parents=True)
@@ -734,7 +754,7 @@ def has_pystray() -> bool:
 @pytest.mark.parametrize("home", ["home", "a home", "100%"])
 def test_entry_in_the_menu_is_a_good_one(tmp_path: Path, home: str) -> None:
     validate = require_command("desktop-file-validate")
-    box = Box(tmp_path, home)
+    box = Box(tmp_path, home, STAND_IN)
     box.tray()
     box.run("--tray", "--no-start")
     file = box.home / ".local/share/applications/llmq-tray.desktop"
@@ -853,6 +873,7 @@ def test_uninstall_goes_on_where_the_service_cannot_be_stopped(box: Box) -> None
 # ---- Staging ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("real")
 def test_destdir_stages_and_touches_no_service(box: Box) -> None:
     stage = box.folder / "a stage"
     for slash in ("", "/"):

@@ -1377,7 +1377,6 @@ async def test_with_keys_commands_show_all_to_who_may_steer(
         assert [row["id"] for row in await commands.facts("jobs")] == [ident]
 
 
-@pytest.mark.usefixtures("unmeasured")
 async def test_a_result_is_printed_as_it_is(state: Path) -> None:
     async with FakeBackend() as fake, serving(state, fake) as q:
         ident = await submit(q, "grün \x1b[31m", stream=True)

@@ -1434,6 +1434,7 @@ class Crowd:
                 self.done["capped"] += 1
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(30)
 @pytest.mark.parametrize("seed", range(12))
 def test_in_any_story_caps_of_accounts_hold_and_nobody_is_parked_for_ever(seed: int) -> None:
@@ -1498,6 +1499,7 @@ def test_rate_allows_a_burst_and_then_one_per_its_share_of_the_time(
     assert account.take(later, "") > 0.0
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("rate", "most", "period"), RATES)
 def test_no_window_has_more_than_the_burst_and_what_came_in_it(

@@ -534,6 +534,7 @@ def cut_at(data, places):
     return [data[start:end] for start, end in zip(edges, edges[1:]) if end > start]
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", BODIES)
 def test_body_is_the_same_whole_byte_by_byte_and_cut_anywhere(name):
     length, data, meaning = BODIES[name]

@@ -15,6 +15,7 @@ import pytest
 import llmq
 from llmq import BUCKETS, LABEL_BYTES, LABEL_VALUES, METRICS, MOST_SERIES, Metrics, Record
 from tests.derived import build_settings, metrics_markdown
+from tests.fake_ollama import arrival, post
 from tests.fake_runner import NATIVE_CHAT, Runner
 from tests.fakes import (
     Answer,
@@ -30,6 +31,7 @@ from tests.fakes import (
 )
 
 CHAT = "/v1/chat/completions"
+EMBEDDINGS = "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
 HOSTILE = [
@@ -178,6 +180,15 @@ def test_more_than_two_hundred_names_count_as_other() -> None:
     assert value(samples, "llmq_tokens_out_total") == 3000
 
 
+@pytest.mark.parametrize("label", ["backend", "cache"])
+def test_backends_and_what_the_cache_did_are_bounded_too(label: str) -> None:
+    samples = counted(*(record(**{label: f"x{n}"}) for n in range(300)))
+    shown = {dict(labels)[label] for one, labels in samples if one == "llmq_requests_total"}
+    assert len(shown) == LABEL_VALUES
+    assert value(samples, "llmq_requests_total", **{label: "x0"}) == 1
+    assert value(samples, "llmq_requests_total", **{label: "other"}) == 300 - (LABEL_VALUES - 1)
+
+
 def test_name_that_is_known_stays_known_in_every_metric() -> None:
     records = [record(client=f"app:{n}", tokens=None) for n in range(300)]
     samples = counted(*records, record(client="app:7"), record(client="app:299"))
@@ -276,7 +287,7 @@ async def test_counters_agree_with_the_history_of_a_mixed_run() -> None:
         async with running(f"box={fake.url}", queue__max_depth=2) as q:
             await mixed_run(q, fake)
             samples, history = await scrape(q), (await q.status())["recent"]
-    names = ("route", "model", "client", "status", "outcome")
+    names = ("route", "model", "client", "status", "outcome", "backend", "cache")
     expected = Counter(tuple(str(one[name]) for name in names) for one in history)
     shown = {
         tuple(dict(labels)[name] for name in names): number
@@ -303,6 +314,32 @@ async def test_counters_agree_with_the_history_of_a_mixed_run() -> None:
     firsts = [one for one in history if one["first_s"] is not None]
     assert value(samples, "llmq_first_token_seconds_count") == len(firsts)
     assert value(samples, "llmq_total_seconds_count") == outcomes["done"]
+
+
+async def test_requests_are_counted_by_where_they_ran_and_what_the_cache_did() -> None:
+    embed = {"model": "m", "input": "hi"}
+    vector = {"object": "list", "data": [{"object": "embedding", "embedding": [0.5], "index": 0}]}
+    async with FakeBackend(auto=False) as one, FakeBackend(["n"]) as other:
+        async with running(f"one={one.url}", f"other={other.url}") as q:
+            for _ in range(2):
+                asked = post(q, EMBEDDINGS, embed)
+                if not one.requests:
+                    await (await arrival(asked, one)).status(200, {**vector, "model": "m"})
+                assert (await asked).status == 200
+            assert (await q.chat("hi", model="n")).status == 200
+            assert (await q.chat("hi", model="unknown")).status == 404
+            samples = await scrape(q)
+    shown = {
+        tuple(dict(labels)[name] for name in ("route", "status", "backend", "cache")): number
+        for (name, labels), number in samples.items()
+        if name == "llmq_requests_total"
+    }
+    assert shown == {
+        (EMBEDDINGS, "200", "one", "miss"): 1,
+        (EMBEDDINGS, "200", "", "hit"): 1,
+        (CHAT, "200", "other", ""): 1,
+        (CHAT, "404", "", ""): 1,
+    }
 
 
 async def test_refusals_at_the_door_are_counted() -> None:
@@ -398,6 +435,7 @@ async def test_pages_from_elsewhere_may_not_read_it() -> None:
         assert (await ask(q.port, "GET", "/metrics", headers=headers)).status == 403
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> None:
     async with FakeBackend(["m", *HOSTILE[:6]]) as fake:
@@ -428,6 +466,7 @@ async def test_parser_accepts_every_scrape_under_load_with_hostile_names() -> No
     assert len(clients) == LABEL_VALUES
 
 
+@pytest.mark.untraced
 async def test_ten_thousand_waiting_do_not_block_the_loop_while_figures_are_rendered() -> None:
     """The issue allows 50 ms; the best of some tries, for the machine may be busy."""
     gateway = llmq.Gateway(build_settings({}), "x", time.monotonic, llmq.Store(""))

@@ -671,8 +671,8 @@ async def test_command_shows_loads_and_unloads_models() -> None:
         assert head == ["MODEL", "BACKEND", "LOADED", "CONTEXT"]
         assert rows == [["m:latest", name, "yes", "-"], ["n:latest", name, "-", "-"]]
         done = await in_thread("models", "--json", *at)
-        facts = {"model": "m:latest", "backend": name, "loaded": True, "context": None}
-        assert json.loads(done.stdout)[0] == facts
+        facts = {"model": "m:latest", "backend": name, "loaded": True, "gpu_pct": None}
+        assert json.loads(done.stdout)[0] == {**facts, "context": None}
         done = await in_thread("models", "unload", "*", "--on", name, *at)
         assert done.stdout == f"unload *: {name}\n"
         await loaded(q, [])

@@ -383,7 +383,7 @@ async def test_given_socket_beyond_this_box_needs_the_word_that_it_is_meant() ->
         service = llmq.Service(settings, sockets=[held, Elsewhere()])
         with pytest.raises(llmq.ConfigError, match=r"host 0\.0\.0\.0: .* --allow-anonymous-lan"):
             await service.start()
-        assert "*" in service.own_names()
+        assert "*" in service.api.names
 
 
 def test_variables_of_the_hand_over_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -803,6 +803,7 @@ async def test_error_inside_a_line_too_long_to_be_held_stands_on_a_line_of_its_o
         assert list(json.loads(last)) == ["error"]
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(30)
 async def test_stream_cut_at_any_byte_is_the_same_stream() -> None:
     data = line(chat_line("日🦙é")) + line(chat_line("b")) + line(chat_end())

@@ -182,7 +182,7 @@ def test_page_is_one_piece_without_a_foot_in_the_door() -> None:
     assert not re.findall(r"""\son\w+=["']|\sstyle=["']|javascript:""", llmq.PAGE)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", llmq.PAGE)
     assert set(re.findall(r"https?://[\w./]+", llmq.PAGE)) == {"http://www.w3.org/2000/svg"}
-    assert llmq.PAGE.count("\n") <= 565
+    assert llmq.PAGE.count("\n") <= 590
 
 
 # ---- What it shows ---------------------------------------------------------------------------
@@ -287,7 +287,7 @@ async def test_failures_say_why_and_those_who_left_are_counted_apart(browser: Br
         figures = await page.js(
             "[...document.querySelectorAll('#figures dd')].map(n => n.innerText)"
         )
-        assert figures[6:] == ["0", "1 client left early", "1", "1 cancelled"]
+        assert figures[6:] == ["0", "2 left or cancelled", "0", "none"]
         clients = "document.querySelector('#clients tbody').innerText"
         assert re.search(r"user:hasty\s+0 %, 1 left\s+0\s+0\s+0\s+0", await page.js(clients))
     async with FakeBackend(auto=False) as fake, running(fake.url) as q:
@@ -783,6 +783,20 @@ async def test_backends_are_drained_and_their_models_loaded(browser: Browser) ->
             {"action": "unload", "model": "loaded", "backend": "box.1"},
             {"action": "load", "model": "other", "backend": "box.1"},
         ]
+
+
+async def test_models_that_are_split_over_cpu_and_gpu_are_marked(browser: Browser) -> None:
+    rows = [{"name": "half", "size": 8, "size_vram": 6}, {"name": "whole", "size": 8}]
+    rows[1]["size_vram"] = 8
+    async with FakeBackend(["half", "whole"], "ollama") as fake:
+        fake.probe_answers["/api/ps"] = 200, {"models": rows}
+        async with running(f"box={fake.url}") as q, opened(browser, q) as page:
+            await page.until(
+                "document.querySelector('#devices').innerText.includes('half · 75 % on GPU')"
+            )
+            text = await page.js("document.querySelector('#devices').innerText")
+            assert "whole" in text
+            assert text.count("on GPU") == 1
 
 
 async def test_fingers_find_every_button(browser: Browser) -> None:

@@ -30,7 +30,10 @@ from tests.fakes import (
     running,
 )
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them"),
+    pytest.mark.usefixtures("measured"),  # how llmq starts and ends, which happens in them alone
+]
 SECOND = 1.0
 CHAT = "/v1/chat/completions"
 

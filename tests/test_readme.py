@@ -41,6 +41,7 @@ from tests.fakes import (
     run_llmq,
     running,
 )
+from tests.prompts import tasks_markdown
 from tests.real import peers
 from tests.test_base_path import CADDY_LINES, NGINX_LINES
 from tests.test_client_matrix import clients_markdown
@@ -54,6 +55,7 @@ TABLES = {
     "clients": clients_markdown,
     "metrics": metrics_markdown,
     "rows": rows_markdown,
+    "tasks": tasks_markdown,
 }
 
 
@@ -82,6 +84,11 @@ def test_every_flag_that_is_named_exists():
     known = {row.flag for row in llmq.known_settings()}
     known |= flags_of_commands()
     known |= {"--system-site-packages", "--pictures"}  # of Python's venv, and of the replay
+    known |= {
+        "--no-install-recommends",
+        "--system",
+        "--uid",
+    }  # of apt and useradd, in the container
     known |= {one for cell, _ in migrations() for one in re.findall(r"--[a-z][a-z-]+", cell)}
     for path in ("install.sh", "tray/llmq_tray.py"):
         known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / path).read_text(encoding="utf-8")))
@@ -92,8 +99,8 @@ def test_every_flag_that_is_named_exists():
 def flags_of_commands() -> set[str]:
     """Those that no setting is behind."""
     command = llmq.build_parser().parse_args
-    names = ("serve", "top", "run", "models", "jobs", "usage")
-    parsers = [llmq.build_parser(), *(command([name]).parser for name in names)]
+    lines = ("serve", "top", "run", "models", "jobs", "usage", "config show")
+    parsers = [llmq.build_parser(), *(command(line.split()).parser for line in lines)]
     texts = [parser.format_help() for parser in parsers]
     return {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
 
@@ -367,7 +374,7 @@ async def test_who_asks_is_told_by_the_proxy_whatever_the_client_says(
 # ---- The ways from others --------------------------------------------------------------------
 
 OTHERS = """false class action model backend load unload models llmq top q true mode paused open
-    control json waiting""".split()  # noqa: SIM905
+    control json waiting config init check router server unknown url""".split()  # noqa: SIM905
 
 
 def migration(name: str = "migration") -> list[tuple[str, str]]:
@@ -376,8 +383,11 @@ def migration(name: str = "migration") -> list[tuple[str, str]]:
     return [(theirs, ours) for theirs, ours in rows]
 
 
+TABLES_OF_QUEUES = ("migration", "migration-oqp", "migration-sidecar", "migration-router")
+
+
 def migrations() -> list[tuple[str, str]]:
-    return [row for name in ("migration", *OTHER_QUEUES) for row in migration(name)]
+    return [row for name in TABLES_OF_QUEUES for row in migration(name)]
 
 
 # Of ollamaMQ 0.3: what its command line, its entry point, its file, its screen and HTTP have.
@@ -444,6 +454,31 @@ TABLES_OF_OTHERS = """proxy ollama ollama.hosts[] queue queue.high queue.normal 
     embedding_cache keep_alive logging services[]""".split()  # noqa: SIM905
 
 
+# Of ollama-agent-router 0.1.9: its commands and flags, what its file has, its routes.
+ROUTER = """
+    serve -c --config init configure --wizard --detect -o --output --non-interactive
+    --answers --dry-run --overwrite models.items name role sizeGb validate-config status
+    models gpu jobs job result cancel -u --url -v --base-path server host port basePath
+    requestBodyLimit server.https enabled certPath keyPath caPath ollama baseUrl
+    openAiCompatiblePath nativeApiBasePath keepAlive requestTimeoutMs provider vramTotalMb
+    vramSafetyReserveMb maxGpuUtilizationPct requireGpuOnlyByDefault intervalMs
+    nvidiaSmiPath router defaultMode syncMaxQueueTimeMs heavyLoadQueueDepth
+    heavyLoadGpuFreeMbThreshold defaultTaskType classification store resultTtlSeconds
+    maxAttempts cleanupIntervalMs models[] purpose tags maxConcurrent exclusive priority
+    costClass allowWhenBusy defaultContext maxContext timeoutMs routes queue
+    globalMaxConcurrent globalMaxQueued perUserMaxQueued defaultPriority /v1/jobs
+    /v1/jobs/{id}/result /v1/router/status /v1/router/models /v1/router/gpu
+    /v1/router/execute /v1/router/jobs access /v1/admin /health /metrics LOG_LEVEL
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("name", ROUTER)
+def test_whatever_agent_router_has_is_in_its_table(name: str) -> None:
+    theirs = [one for one, _ in migration("migration-router")]
+    told = re.findall(r"`([^`]+)`", " ".join(theirs))
+    assert name in " ".join(told).split()
+
+
 def test_what_the_tables_name_of_llmq_exists() -> None:
     told = [one for _, ours in migrations() for one in re.findall(r"`([^`]+)`", ours)]
     words = [word for one in told for word in re.split(r"[\s=]+", one)]
@@ -453,7 +488,7 @@ def test_what_the_tables_name_of_llmq_exists() -> None:
     variables |= {"LLMQ_BACKENDS", "OLLAMA_URL"}
     keys = {row.key.partition(".")[2] for row in rows}
     keys |= {row.key.partition(".")[2] for row in llmq.known_settings(llmq.ROW_TABLES)}
-    tables = {f"[{name}]" for name in (*llmq.TABLES, "aliases")}
+    tables = {f"[{name}]" for name in (*llmq.TABLES, "aliases", "routes")}
     tables |= {row_title(name) for name in llmq.ROW_TABLES} | {'[models."*"]'}
     for word in words:
         if word.startswith("--"):

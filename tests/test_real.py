@@ -362,6 +362,7 @@ def assert_cut_off(events: list[Any], curl: Curl) -> None:
     assert curl.code in (18, 56), curl.complaint  # a partial file, a reset
 
 
+@pytest.mark.deadline(30)
 async def test_a_stream_ends_well_when_llmq_is_asked_to_stop(runner: Runner) -> None:
     with queue_for(runner) as q:
         async with Curl(q.port, chat("hello", True, **LONG)) as curl:

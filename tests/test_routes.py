@@ -146,7 +146,7 @@ def test_what_changes_the_disk_of_a_runner_is_for_this_box_only() -> None:
     managed = {"pull", "push", "create", "copy", "delete", "blobs/{digest}", "me", "signout"}
     assert local == {f"/api/{name}" for name in managed} | {"/llmq/backends"}
     owned = {r.path for r in ROUTES if r.access is llmq.Access.OWNER}
-    theirs = ("/llmq/", "/metrics", "/v1/jobs", "/v1/files", "/v1/batches")
+    theirs = ("/llmq/", "/metrics", "/v1/jobs", "/v1/files", "/v1/batches", "/v1/router/")
     assert owned == {r.path for r in ROUTES if r.path.startswith(theirs)} - local
 
 
@@ -380,6 +380,50 @@ async def test_root_says_what_programs_look_for_and_health_is_ok() -> None:
         assert root.headers["content-type"].startswith("text/plain")
         health = await ask(q.port, "GET", "/health")
         assert (health.status, health.body) == (200, b"ok")
+
+
+async def health(q: running, query: str = "", method: str = "GET") -> tuple[int, str]:
+    answer = await ask(q.port, method, f"/health{query}")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return answer.status, answer.body.decode()
+
+
+async def test_llmq_is_ready_while_a_runner_is_up_and_healthy_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llmq, "REFRESH_SECONDS", 0.0)  # each fresh look is one
+    async with FakeBackend() as fake, FakeBackend() as other:
+        for one in (fake, other):
+            one.hold_probes()
+        async with running(fake.url, other.url) as q:
+            status, why = await health(q, "?ready=1")
+            assert (status, bool(why)) == (503, True), "nobody has answered yet"
+            for one in (fake, other):
+                await one.stop_listening()
+                one.drop_connections()
+            await q.gateway.monitor.refresh()
+            status, why = await health(q, "?ready=1")
+            assert (status, why) == (503, (await q.status())["trouble"])
+            assert await health(q, "?ready=1", "HEAD") == (503, "")
+            assert await health(q) == (200, "ok")
+            fake.release_probes()
+            await fake.listen_again()
+            await q.gateway.monitor.refresh()
+            assert await health(q, "?ready=1") == (200, "ok")
+            assert await health(q, "?x=y&ready=1") == (200, "ok")
+            fake.probe_status = 503  # it loads a model
+            await q.gateway.monitor.refresh()
+            assert (await health(q, "?ready=1"))[0] == 503
+            for query in ("", "?ready=0", "?ready=", "?ready", "?READY=1", "?%ff"):
+                assert await health(q, query) == (200, "ok"), query
+
+
+async def test_whether_it_is_ready_needs_no_key() -> None:
+    async with FakeBackend() as fake:
+        async with running(fake.url, keys={"alice": {"key": "sk-1"}}) as q:
+            await told(q)
+            assert await health(q, "?ready=1") == (200, "ok")
+            assert (await ask(q.port, "GET", "/v1/models")).status == 401
 
 
 async def test_version_is_one_that_ollamas_clients_believe_and_tells_llmqs_own() -> None:

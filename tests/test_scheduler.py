@@ -1450,6 +1450,7 @@ def blocks_kept(work: Callable[[int], object], times: int) -> int:
 ROUNDS = 5000
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("what", ["same lane", "new client", "new model", "new class"])
 @pytest.mark.parametrize("alone", [True, False])
@@ -1474,6 +1475,7 @@ def test_who_came_and_left_leaves_nothing_behind(what: str, mode: Mode, alone: b
     assert blocks_kept(come_and_leave, ROUNDS) < ROUNDS // 5
 
 
+@pytest.mark.untraced
 def test_attempts_without_end_leave_nothing_behind() -> None:
     box = one_slot(max_wait_normal=1e9)
     ticket = box.submit()
@@ -1486,6 +1488,7 @@ def test_attempts_without_end_leave_nothing_behind() -> None:
     assert box.run_dry() == [ticket]
 
 
+@pytest.mark.untraced
 def test_models_that_were_invented_and_ran_leave_nothing_behind() -> None:
     """Ollama sends on whatever is named as its cloud models are."""
     box = Box()
@@ -1500,6 +1503,7 @@ def test_models_that_were_invented_and_ran_leave_nothing_behind() -> None:
     assert blocks_kept(run, ROUNDS) < ROUNDS // 5
 
 
+@pytest.mark.untraced
 def test_who_ran_leaves_nothing_behind_while_others_wait() -> None:
     box = Box(max_wait_normal=60.0)
     box.add("a", "m")
@@ -2181,7 +2185,7 @@ class World(Box):
         self.recount()
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_story_keeps_every_rule(seed: int) -> None:
@@ -2199,7 +2203,7 @@ def test_any_story_keeps_every_rule(seed: int) -> None:
     assert world.done["started"] > 100, "a story in which nothing happens proves nothing"
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 def test_the_stories_know_every_ending_and_every_rule() -> None:
     endings: Counter[str] = Counter()
@@ -2214,6 +2218,7 @@ def test_the_stories_know_every_ending_and_every_rule() -> None:
     assert wanted <= set(+endings)
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(60)
 def test_a_deep_queue_of_many_clients_and_models_keeps_the_order() -> None:
     """Few rules, great depth: 10,000 tickets, cancelled and moved at random."""
@@ -2279,6 +2284,7 @@ def memory(box: Box) -> object:
     )  # fmt: skip
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("seed", range(20))
 def test_start_at_once_is_what_a_dispatch_would_have_done(seed: int) -> None:
     """Two queues get the same requests; one may start them at once, the other lets them wait."""

@@ -10,16 +10,18 @@ import logging
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llmq
 from tests.derived import build_settings
-from tests.fakes import FakeBackend, Process, Raw, ask, chat, eventually, http, running
+from tests.fakes import FakeBackend, Process, Raw, ask, chat, eventually, http, run_llmq, running
 
 CHAT = "/v1/chat/completions"
 FORMAT = next(row for row in llmq.known_settings() if row.key == "log.format")
@@ -383,6 +385,104 @@ async def test_reload_without_a_source_changes_nothing() -> None:
         before = q.service.settings
         q.service.reload()
         assert q.service.settings == before
+
+
+# ---- The log's file ---------------------------------------------------------------------------
+
+
+def ids_in(path: Path) -> list[str]:
+    """The requests that a log tells of, in its order."""
+    found = re.findall(r'(?:\bid=|"id": ")([\w-]+)', path.read_text(encoding="utf-8"))
+    return [str(one) for one in found]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+async def test_log_file_is_opened_anew_on_sighup_and_nothing_is_lost_or_doubled(
+    form: str, tmp_path: Path
+) -> None:
+    file, old = tmp_path / "llmq.log", tmp_path / "llmq.log.1"
+    file.write_text("before\n", encoding="utf-8")
+    flags = ("--port", "0", "--log-file", str(file), FORMAT.flag, form)
+    async with FakeBackend() as fake, Process(*flags, "--backend", fake.url) as p:
+
+        async def some() -> list[str]:
+            asked = [ask(p.port, "POST", CHAT, json=chat(str(n))) for n in range(10)]
+            return [one.headers["x-llmq-id"] for one in await asyncio.gather(*asked)]
+
+        first = await some()
+        file.rename(old)  # what was asked meanwhile is written when it is next looked at
+        first += await some()
+        p.signal(signal.SIGHUP)
+        await eventually(lambda: file.exists() and "reload: done" in file.read_text())
+        second = await some()
+        assert await p.ended() == 0
+        assert not re.search(r"INFO|outcome|reload", p.output)
+    assert old.read_text().startswith("before\n"), "what was there stays"
+    assert sorted(ids_in(old)) == sorted(first)
+    assert sorted(ids_in(file)) == sorted(second)
+    lines = [*old.read_text().splitlines()[1:], *file.read_text().splitlines()]
+    if form == "json":
+        assert all(json.loads(line)["level"] for line in lines)
+    else:
+        assert all(re.match(r"\d{4}-\d\d-\d\d .* (INFO|WARNING) ", line) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["gone/llmq.log", "folder", "file/llmq.log"])
+def test_log_file_that_cannot_be_is_told_in_one_line_at_the_start(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    ended = run_llmq("--port", "0", "--demo", "--log-file", str(path))
+    (line,) = ended.stderr.splitlines()
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert line.startswith("llmq: ")
+    assert f"log.file: {path}: " in line
+
+
+def test_log_file_may_be_under_the_users_home(
+    log: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    llmq.set_up_log(llmq.LogSettings(file="~/llmq.log"))
+    log.info("said")
+    llmq.set_up_log(llmq.LogSettings())
+    assert (tmp_path / "llmq.log").read_text().endswith(" INFO said\n")
+
+
+async def test_log_file_that_cannot_be_on_reload_leaves_the_old_one(
+    log: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    file = folder / "llmq.log"
+    llmq.set_up_log(llmq.LogSettings(file=str(file)))
+    async with FakeBackend() as fake:
+        async with running(fake.url, log__file=str(file)) as q:
+            for path in (folder, folder / "gone" / "llmq.log"):
+                more = build_settings({**q.values, "log.file": str(path), "queue.max_depth": 7})
+                q.service.read = lambda more=more: more
+                q.service.reload()
+                assert f"log.file: {path}: " in q.gateway.config_error
+                assert (await q.status())["queue"]["full_at"] != 7, "nothing was changed"
+                assert "log.file" in file.read_text().splitlines()[-1]
+            moved = tmp_path / "moved"
+            folder.rename(moved)
+            q.service.read = lambda: build_settings(q.values)
+            q.service.reload()
+            assert f"log.file: {file}: " in q.gateway.config_error
+            log.info("goes on")
+            assert (moved / "llmq.log").read_text().endswith(" INFO goes on\n")
+            folder.mkdir()
+            await reread(q, log__file=str(file))
+            log.info("anew")
+            assert file.read_text().endswith(" INFO anew\n")
+            assert "anew" not in (moved / "llmq.log").read_text()
+            await reread(q, log__file="")
+            log.info("to stderr")
+            assert "to stderr" not in file.read_text()
+    llmq.set_up_log(llmq.LogSettings())
 
 
 # ---- Open files ------------------------------------------------------------------------------

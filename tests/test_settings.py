@@ -212,6 +212,43 @@ def test_llmqs_own_backends_go_before_ollama_url() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["OLLAMA_URLS", "BACKEND_URLS"])
+def test_urls_of_ollamamq_are_taken_for_backends_with_a_note(name: str, tmp_path: Path) -> None:
+    urls = {name: "http://a:1, http://b:2"}
+    settings, notes = read(urls)
+    assert [one.url for one in settings.backends.values()] == ["http://a:1", "http://b:2"]
+    assert notes == [f"{name} is taken for LLMQ_BACKENDS"]
+    file = write(tmp_path / "llmq.json", {"backends": {"c": {"url": "http://c:3"}}})
+    assert list(read(urls, file)[0].backends) == ["a:1", "b:2"], "over the file"
+    for more in ({"LLMQ_BACKENDS": "http://d:4"}, {"OLLAMA_URL": "http://d:4"}):
+        assert list(read({**urls, **more})[0].backends) == ["d:4"], "below those of its own names"
+    assert list(read(urls, backends=["http://e:5"])[0].backends) == ["e:5"]
+    assert name in mistake(environ={name: "http://a:1,ftp://b"})
+
+
+def test_timeout_of_ollamamq_is_for_the_first_byte_and_between_bytes() -> None:
+    settings, notes = read({"TIMEOUT": "90"})
+    assert settings.upstream.first_byte_timeout == settings.upstream.idle_timeout == 90.0
+    told = "TIMEOUT is taken for upstream.first_byte_timeout and upstream.idle_timeout"
+    assert notes == [told]
+    more = {"LLMQ_UPSTREAM_IDLE_TIMEOUT": "7", "LLM_TIMEOUT_MS": "8000"}
+    settings, _ = read({"TIMEOUT": "90", **more})
+    assert (settings.upstream.first_byte_timeout, settings.upstream.idle_timeout) == (8.0, 7.0)
+
+
+@pytest.mark.parametrize("odd", ["0", "-5", "1.5", "300s", "5m", "soon", " 9", "1e3", "9" * 8, "٣"])
+def test_timeout_that_is_none_of_ollamamqs_is_ignored_with_one_line(odd: str) -> None:
+    """The name is a common one: what other programs want by it must not stop llmq."""
+    settings, (note,) = read({"TIMEOUT": odd})
+    assert settings == llmq.Settings()
+    assert re.match(r"TIMEOUT=.* ignored: wants seconds", note)
+
+
+@pytest.mark.parametrize("name", ["OLLAMA_URLS", "BACKEND_URLS", "TIMEOUT"])
+def test_empty_variable_of_ollamamq_is_no_variable(name: str) -> None:
+    assert read({name: ""}) == (llmq.Settings(), [])
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "localhost", "192.0.2.7"])
 def test_host_that_is_an_address_counts(host: str) -> None:
     settings, notes = read({"HOST": host})
@@ -299,6 +336,20 @@ def test_backend_that_is_no_base_url_is_refused_with_the_cure(item: str) -> None
     with pytest.raises(llmq.ConfigError, match=r"url|NAME") as raised:
         build_settings({"backends": [item]})
     assert "\n" not in str(raised.value)
+
+
+def test_backends_may_be_a_list_with_commas() -> None:
+    settings = build_settings({"backends": ["a=http://x:1, http://y:2", "z=http://z:3,"]})
+    told = {name: one.url for name, one in settings.backends.items()}
+    assert told == {"a": "http://x:1", "y:2": "http://y:2", "z": "http://z:3"}
+    with pytest.raises(llmq.ConfigError, match="twice"):
+        build_settings({"backends": ["a=http://x:1,a=http://y:2"]})
+
+
+@pytest.mark.parametrize("none", ["", " ", ",", " , "])
+def test_flag_that_names_no_backend_is_a_mistake(none: str) -> None:
+    """A script's variable that is not set is not to mean another runner than was meant."""
+    assert re.search(r"url|NAME", mistake(backends=[none]))
 
 
 def test_password_in_a_url_is_refused_and_not_repeated() -> None:
@@ -463,6 +514,15 @@ def test_no_two_settings_share_a_name() -> None:
 # ---- Every setting has an effect that a test sees --------------------------------------------
 
 EFFECTS = {
+    "router.degrade": "test_auto.py::test_smaller_model_of_the_row_goes_where_memory_is_too_short",
+    "router.require_gpu": "test_auto.py::test_split_model_is_refused_where_it_must_be_on_the_gpu",
+    "devices.vram_gb": "test_cards.py::test_memory_that_is_configured_counts_in_place_of_cards",
+    "devices.vram_reserve_gb": "test_cards.py::test_reserve_may_be_said_of_what_cards_tell",
+    "models.size_gb": "test_auto.py::test_size_of_the_settings_goes_over_what_a_runner_tells",
+    "models.purpose": "test_auto.py::test_purpose_says_what_a_model_is_good_at",
+    "models.tags": "test_auto.py::test_tags_say_what_a_runner_does_not",
+    "models.context": "test_auto.py::test_context_of_the_settings_goes_over_what_a_runner_tells",
+    "routes": "test_auto.py::test_task_without_a_row_goes_by_the_row_of_unknown_and_else_by_all",
     "cache.embeddings": "test_cache.py"
     "::test_reload_switches_it_off_and_frees_its_memory_and_on_again",
     "cache.chat": "test_cache.py"
@@ -569,6 +629,11 @@ EFFECTS = {
     "upstream.probe_interval": "test_background.py::test_backend_is_looked_at_again_after_a_while",
     "upstream.probe_timeout": "test_background.py"
     "::test_backend_that_does_not_answer_a_look_in_time_is_down",
+    "log.file": "test_service.py"
+    "::test_log_file_is_opened_anew_on_sighup_and_nothing_is_lost_or_doubled",
+    "router.gpu_interval": "test_cards.py"
+    "::test_cards_are_looked_at_once_in_each_interval_while_they_are_wanted",
+    "router.nvidia_smi": "test_cards.py::test_requests_cause_no_look_of_their_own",
     "log.format": "test_service.py::test_log_as_json_has_one_object_with_these_facts_a_line",
     "log.level": "test_service.py::test_log_level_is_the_least_that_is_logged",
     "ips.blocked": "test_identity.py::test_blocked_ips_are_refused_also_behind_a_proxy",

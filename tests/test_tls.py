@@ -50,8 +50,6 @@ from tests.real.wires import events
 from tests.test_page import LIVE
 from tests.test_routes import told
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
-
 CHAT = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 SDKS = ("openai", "anthropic", "ollama")

@@ -92,6 +92,7 @@ def test_printable_text_stays_as_it_is(text):
     assert printable(text) == text
 
 
+@pytest.mark.untraced
 def test_whatever_character_comes_what_is_shown_is_printable_and_one_line():
     codes = [*range(0x30000), *range(0xE0000, 0xE0200), 0xF0000, sys.maxunicode]
     shown = {chr(code): printable(f"a{chr(code)}b") for code in codes}
@@ -167,6 +168,7 @@ def combine(folder):
     return done.stdout + done.stderr
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("seed", range(20))
 def test_stars_of_an_alias_are_any_text(seed: int) -> None:
     chance = random.Random(seed)

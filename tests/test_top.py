@@ -38,6 +38,8 @@ from tests.fakes import (
     running,
 )
 
+pytestmark = pytest.mark.usefixtures("measured")  # the terminal is handled in them alone
+
 CHAT = "/v1/chat/completions"
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

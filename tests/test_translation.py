@@ -1726,6 +1726,7 @@ async def test_native_answer_made_of_none_is_502(body: bytes) -> None:
     assert list(answer.json()) == ["error"]
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(30)
 async def test_events_cut_at_any_byte_are_translated_to_the_same() -> None:
     data = b": ping\n\n" + b"".join(GOOD_STREAM)

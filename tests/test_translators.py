@@ -211,6 +211,7 @@ def test_tool_calls_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) ->
     assert b'"x":"' + b"a" * 150 + b'"' in told
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", ["chat-stream", "chat-stream-usage", "completion-stream"])
 @pytest.mark.parametrize("runner", ["llama-server", "vllm", "ollama", "llama-cpp-python"])
 def test_recorded_stream_of_openai_is_retold_the_same_however_it_is_cut(

@@ -51,6 +51,27 @@ def snapshot(
     return tray.read_snapshot(json.dumps(facts).encode())
 
 
+def queued(*rows: tuple[str, str, float, str], waiting: int = 0, oldest: float = 0) -> Event:
+    """A snapshot with these that wait: client, model, seconds, reason; and others unless told."""
+    names = ("client", "model", "waited_s", "reason")
+    requests = [{"state": "waiting", **dict(zip(names, row))} for row in rows]
+    runs = {"state": "running", "client": "r", "model": "m", "waited_s": 9e9, "reason": ""}
+    oldest = oldest or max((row[2] for row in rows), default=0)
+    facts = {
+        "mode": "open",
+        "queue": {"waiting": waiting or len(rows), "running": 1, "oldest_wait_s": oldest},
+        "backends": [{"name": "a", "state": "up"}],
+        "requests_total": {},
+        "requests": [runs, *requests],
+    }
+    return tray.read_snapshot(json.dumps(facts).encode())
+
+
+def lines(*events: Event) -> tuple[str, ...]:
+    """What the menu says of those that wait."""
+    return view(play(UP, *enumerate(events))[0]).waits
+
+
 def play(state: State, *events: tuple[float, Event]) -> tuple[State, list[Any]]:
     """The state after all of them, and every effect on the way."""
     all_of_them: list[Any] = []
@@ -139,6 +160,70 @@ def test_the_menu_does_not_change_with_the_numbers():
         view(replace(UP, waiting=waiting, running=1)).menu for waiting in (0, 1, 2, 99, 100, 10_000)
     }
     assert len(menus) == 1
+
+
+BUSY = "local busy (1/1): bob, llama3"
+ALICE = ("alice", "qwen3:8b", 750.0, BUSY)
+
+
+def test_the_menu_tells_who_waits_longest_and_why():
+    rows = [("dora", "m", 9.0, "next"), ("carol", "", 75.0, "paused"), ALICE, ("eve", "m", 60, "")]
+    assert lines(queued(*rows)) == (
+        f"alice, qwen3:8b: 12 min — {BUSY}",
+        "carol: 1 min — paused",
+        "eve, m: 1 min",
+        "and 1 more",
+    )
+    assert lines(queued(*rows[:3]))[2:] == ("dora, m: under 1 min — next",)
+    assert lines(queued(ALICE, waiting=2048))[1:] == ("and 2,047 more",)
+
+
+def test_nothing_is_said_of_those_that_wait_where_none_does_or_llmq_does_not_tell():
+    assert lines(queued()) == lines(queued(ALICE), queued()) == ()
+    assert lines(snapshot(waiting=7)) == ()  # an older llmq, maybe
+    for lost in (GONE, ABSENT, Event("lost", "denied")):
+        assert lines(queued(ALICE), lost) == ()
+
+
+def test_of_a_long_queue_it_is_said_that_one_waits_longer_than_all_that_llmq_shows():
+    hundred = [ALICE] * 100
+    assert lines(queued(*hundred, waiting=312))[3] == "and 309 more"
+    assert lines(queued(*hundred, waiting=312, oldest=779))[3] == "and 309 more"  # 12 min, too
+    hidden = queued(*hundred, waiting=312, oldest=7500)
+    assert lines(hidden)[3] == "and 309 more, one of them for 2 h 5 min"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "under 1 min"),
+        (59.9, "under 1 min"),
+        (60, "1 min"),
+        (3599.9, "59 min"),
+        (3600, "1 h 0 min"),
+        (190_000, "52 h 46 min"),
+    ],
+)
+def test_waits_are_told_in_minutes(seconds: float, words: str):
+    assert lines(queued(("a", "m", seconds, "next"))) == (f"a, m: {words} — next",)
+
+
+def test_the_lines_change_at_most_once_a_minute_with_time_alone():
+    events = [queued((*ALICE[:2], 720 + second, BUSY)) for second in range(60)]
+    assert len({event.what["waits"] for event in events}) == 1
+    assert events[0] == events[-1]  # so that the link does not even tell it
+    assert queued((*ALICE[:2], 780, BUSY)) != events[0]
+
+
+def test_names_of_others_stay_on_one_line_of_bounded_length():
+    evil = "a\nb\tc\x1b]0;x\x07d\u202ee\u2028f\x00"
+    for name in (evil, "x" * 10_000, "\U0001f600" * 10_000, evil * 10_000):
+        (line,) = lines(queued((name, name, 750, f"busy: {name}, {name}")))
+        assert line.isprintable()
+        assert len(line) <= 100
+        assert ": 12 min — busy: " in line  # long names leave room for the reason
+    (line,) = lines(queued((evil, "_m & <b>n</b>", 0, "next")))
+    assert line == "a?b?c?]0;x?d?e?f?, _m & <b>n</b>: under 1 min — next"
 
 
 def item(state: State, command: str) -> tray.Item:
@@ -436,6 +521,26 @@ async def test_the_link_tells_every_change_and_a_goodbye():
         events, end = await told_by(q.base, until)
     assert events[0].what["mode"] == "open"
     assert end == Event("lost", "down", goodbye=True)
+
+
+async def test_the_link_tells_who_waits_and_why():
+    async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+        asked = []
+        for name in ("bob", "alice", "carol"):
+            asked.append(asyncio.ensure_future(q.chat("x", {"X-User-ID": name})))
+            await eventually(lambda: len(q.gateway.calls) == len(asked))
+        busy = "under 1 min — local busy (1/1): user:bob, m"
+        wanted = (f"user:alice, m: {busy}", f"user:carol, m: {busy}")
+
+        async def until(events: list[Event]) -> None:
+            await eventually(lambda: events and lines(events[-1]) == wanted)
+            for _ in asked:
+                await (await fake.arrived()).answer("the end")
+            await asyncio.gather(*asked)
+            await eventually(lambda: lines(events[-1]) == ())
+            await q.service.stop()
+
+        await told_by(q.base, until)
 
 
 async def test_the_link_tells_a_death_from_a_goodbye():
@@ -1006,6 +1111,30 @@ def test_the_menu_becomes_pystrays_and_clicks_become_events(dummy: Any):
 
 
 @pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("system", ["linux", "win32"])
+def test_what_waits_stands_below_the_first_line_and_opens_the_dashboard(
+    dummy: Any, monkeypatch: pytest.MonkeyPatch, system: str
+):
+    state, _ = play(UP, (0, queued(("a&b", "_m", 750, "next"), ALICE, waiting=9)))
+    monkeypatch.setattr(tray.sys, "platform", system)
+    shell = tray.Shell(dummy, state, tray.Box(URL))
+    items = shell.icon.menu.items
+    ands = "&&" if system == "win32" else "&"  # there one would underline what follows
+    assert [one.text for one in items[:4]] == [
+        "Working",
+        f"a{ands}b, _m: 12 min — next",
+        f"alice, qwen3:8b: 12 min — {BUSY}",
+        "and 7 more",
+    ]
+    assert items[4] is dummy.Menu.SEPARATOR
+    for one in items[1:4]:
+        assert (one.enabled, one.checked) == (True, None)
+        one(shell.icon)
+        assert shell.events.get_nowait() == Event("click", "dashboard")
+    assert [one.text for one in items if one.default] == ["Open dashboard"]
+
+
+@pytest.mark.usefixtures("home")
 def test_a_failure_in_a_command_is_an_event_with_its_words(dummy: Any):
     box = tray.Box("http://127.0.0.1:9")
     shell = tray.Shell(dummy, UP, box)
@@ -1034,12 +1163,12 @@ def test_where_pystray_has_no_notifications_nothing_is_told(
     assert shell.events.get(timeout=5).what == "notify"
 
 
-@pytest.mark.usefixtures("home")
-def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: pytest.MonkeyPatch):
-    shell = tray.Shell(dummy, UP, tray.Box(URL))
+def changes(
+    shell: tray.Shell, script: list[tuple[float, Event]], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[float, tuple[str, ...]]]:
+    """When the shell changes what of the icon, until the script ends."""
     done: list[Any] = []
     clock = [0.0]
-    script = [(0.1 * step, snapshot(waiting=step)) for step in range(1, 31)]
 
     def get(**_: float) -> Event:
         if not script:
@@ -1052,11 +1181,33 @@ def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: p
     monkeypatch.setattr(shell.events, "get", get)
     with pytest.raises(Enough):
         shell.think()
+    assert done[-1] == (clock[0], ())  # a shell that has failed takes its icon away
+    return done
+
+
+@pytest.mark.usefixtures("home")
+def test_icon_and_title_follow_at_most_twice_a_second(dummy: Any, monkeypatch: pytest.MonkeyPatch):
+    shell = tray.Shell(dummy, UP, tray.Box(URL))
+    script = [(0.1 * step, snapshot(waiting=step)) for step in range(1, 31)]
+    done = changes(shell, script, monkeypatch)
     icons = [when for when, name in done if name == ("icon",)]
     assert len(icons) >= 5
     assert all(later - sooner >= 0.5 for sooner, later in zip(icons, icons[1:]))
     assert [name for _, name in done].count(("menu",)) == 1  # from idle to working
-    assert done[-1] == (clock[0], ())  # a shell that has failed takes its icon away
+
+
+@pytest.mark.usefixtures("home")
+def test_the_menu_follows_the_queue_more_rarely(dummy: Any, monkeypatch: pytest.MonkeyPatch):
+    shell = tray.Shell(dummy, UP, tray.Box(URL))
+    monkeypatch.setattr(tray, "WAITS_SECONDS", 10.0)
+    grows = [(step / 2, queued(ALICE, waiting=step)) for step in range(2, 91)]
+    still = [(46 + step, queued(ALICE, waiting=90)) for step in range(60)]
+    done = changes(shell, [*grows, *still], monkeypatch)
+    menus = [when for when, name in done if name == ("menu",)]
+    assert menus[0] == 1  # from idle to working, and who waits then
+    assert all(later - sooner >= 10 for sooner, later in zip(menus[1:], menus[2:]))
+    assert menus[-2] <= 45 < menus[-1] <= 55  # the last news, and no more without any
+    assert [name for when, name in done if when < 45].count(("icon",)) > 3 * len(menus)
 
 
 class Endless:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,13 +28,13 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-async def waiting(port: int, count: int) -> None:
+async def waiting(port: int, count: int, **headers: str) -> None:
     """`count` more requests in the queue, their clients left hanging."""
     for _ in range(count):
         body = b'{"model": "m", "messages": [{"role": "user", "content": "x"}]}'
         raw = await Raw.open(port)
-        headers = {"Content-Type": "application/json"}
-        await raw.send(http("POST", "/v1/chat/completions", headers, body))
+        fields = {"Content-Type": "application/json", **headers}
+        await raw.send(http("POST", "/v1/chat/completions", fields, body))
 
 
 async def mode_of(port: int) -> str:
@@ -65,6 +66,7 @@ async def test_icon_shows_state_and_depth_and_the_menu_steers_a_real_llmq():
                 await desktop.shows("llmq: 4 waiting, 1 running")
                 four = await eventually(desktop.pixels)
                 assert len({idle, three, four}) == 3
+                await eventually(lambda: "and 1 more" in desktop.menu())
                 menu = desktop.menu()
 
                 await desktop.click("Pause")
@@ -83,11 +85,44 @@ async def test_icon_shows_state_and_depth_and_the_menu_steers_a_real_llmq():
                 await desktop.shows("llmq: 4 waiting, 1 running")
                 assert not desktop.checked("Priority mode")
 
-                # What changed in the queue did not change the menu: an open one would close.
-                assert [*desktop.menu()] == [*menu]
+                await eventually(lambda: [*desktop.menu()] == [*menu])
                 assert menu["Working"]["enabled"] is False
                 assert desktop.notes() == []
                 assert tray.said == []
+
+
+@pytest.mark.deadline(40)
+async def test_who_waits_comes_and_goes_in_a_menu_that_may_stay_open():
+    def labels() -> list[Any]:
+        return [one.get("label") for one in desktop.ask("lines")]
+
+    with Desktop() as desktop:
+        async with FakeBackend(auto=False) as fake, running(fake.url) as q:
+            tray = desktop.tray("--url", q.base)
+            await waiting(q.port, 1)
+            await desktop.shows("llmq: 1 running")
+            await eventually(lambda: "Working" in desktop.menu())
+            before = desktop.menu()
+
+            await waiting(q.port, 4, **{"X-User-ID": "al_ice"})
+            # In a menu two underscores are one, and one alone would underline what follows.
+            line = "user:al__ice, m: under 1 min — local busy (1/1): anonymous, m"
+            told = ["Working", line, line, line, "and 1 more", None]
+            await eventually(lambda: labels()[:6] == told)
+            now = desktop.menu()
+            # Menus that are built anew have new numbers, and close under the user's hand.
+            assert [now[name]["id"] for name in before] == [one["id"] for one in before.values()]
+
+            await (await fake.arrived()).answer("the end")
+            line = "user:al__ice, m: under 1 min — local busy (1/1): user:al__ice, m"
+            await eventually(lambda: labels()[:5] == ["Working", line, line, line, None])
+            await desktop.click(line)
+            await eventually(lambda: desktop.opened() == [q.base + "/"])
+            await eventually(lambda: labels()[:5] == ["Working", line, line, line, None])
+            for _ in range(4):
+                await (await fake.arrived()).answer("the end")
+            await eventually(lambda: labels()[:2] == ["Idle", None])
+            assert tray.said == []
 
 
 @pytest.mark.deadline(60)

@@ -439,6 +439,7 @@ class Crowd:
         }
 
 
+@pytest.mark.untraced
 @pytest.mark.deadline(30)
 async def test_a_thousand_requests_of_all_kinds_count_as_the_runners_told(tmp_path: Path) -> None:
     books, crowd = [Counting(), Counting()], Crowd(5)

@@ -36,6 +36,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 # ---- State: what is known, and what follows from what happens ------------------------------------
 
+SHOWN = 3  # requests that wait, in the menu
 CONFIRM_SECONDS = 10.0  # for the second click, which stops llmq although requests run
 FULL_SECONDS = 60.0  # without a refusal, and the queue is no longer full
 TOLD = float("inf")
@@ -48,6 +49,15 @@ BUSY = {"open": "Opening…", "paused": "Pausing…", "priority": "Making way…
 FREED = "The GPU is being freed", "llmq is paused, and unloads every model once nothing runs on it."
 
 
+class Wait(NamedTuple):
+    """A request that waits."""
+
+    client: str
+    model: str
+    minutes: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class State:
     url: str = "http://127.0.0.1:11500"
@@ -57,6 +67,8 @@ class State:
     mode: str = "open"
     waiting: int = 0
     running: int = 0
+    waits: tuple[Wait, ...] = ()  # of the first hundred those that wait longest
+    oldest: int = 0  # minutes that the oldest waits, which may stand behind the first hundred
     runners_down: bool = False  # there are runners, and none can be used
     refused: int = 0  # requests so far that found the queue full
     full_until: float = 0.0
@@ -180,6 +192,9 @@ FACES = {
 }
 
 
+DASHBOARD = "Open dashboard"
+
+
 class Item(NamedTuple):
     text: str = ""  # without one it is a separator
     command: str = ""
@@ -192,6 +207,7 @@ class View(NamedTuple):
     number: int  # that wait
     title: str
     menu: tuple[Item, ...]
+    waits: tuple[str, ...]  # lines below the first of the menu
 
 
 def view(state: State) -> View:
@@ -204,7 +220,7 @@ def view(state: State) -> View:
     words = [f"{number} {word}" for word, number in counts.items() if number]
     words += [words_of(state, face)] * (face != "working")
     title = f"{name}: {', '.join(words)}"[:100]  # Windows has room for 127
-    return View(face, counts["waiting"], title, menu(state, face))
+    return View(face, counts["waiting"], title, menu(state, face), waits(state) if up else ())
 
 
 def words_of(state: State, face: str) -> str:
@@ -213,7 +229,7 @@ def words_of(state: State, face: str) -> str:
 
 
 def menu(state: State, face: str) -> tuple[Item, ...]:
-    """Without numbers of what is going on: a menu that changes closes under the user's hand."""
+    """What is no news of the queue: a menu that is built anew closes under the user's hand."""
     up, mode, free = state.link == "up", state.mode, not state.busy
     words, asked = words_of(state, face), " (requests run, click again)" * bool(state.confirm_until)
     again, free_it = ("Open again", "paused"), ("Free the GPU", "free")
@@ -227,7 +243,7 @@ def menu(state: State, face: str) -> tuple[Item, ...]:
         Item("Pause", "paused", up and mode == "paused", up and free),
         Item(*again if state.freed and mode == "paused" else free_it, None, up and free),
         Item(),
-        Item("Open dashboard", "dashboard", enabled=up),
+        Item(DASHBOARD, "dashboard", enabled=up),
         Item("Copy base URL", "copy"),
         *[switch] * state.local,
         Item(),
@@ -236,6 +252,35 @@ def menu(state: State, face: str) -> tuple[Item, ...]:
         Item(),
         Item("Quit", "quit"),
     )
+
+
+def waits(state: State) -> tuple[str, ...]:
+    """Who waits longest and why, and of the others how many and whether one waits longer."""
+    lines = [words_of_wait(one) for one in state.waits]
+    more = state.waiting - len(lines)
+    if lines and more > 0:
+        one = f", one of them for {words_of_time(state.oldest)}"
+        lines += [f"and {more:,} more" + one * (state.oldest > state.waits[0].minutes)]
+    return tuple(lines)
+
+
+def words_of_wait(wait: Wait) -> str:
+    names = ", ".join(name for name in (cut(wait.client, 24), cut(wait.model, 32)) if name)
+    why = f" — {wait.reason}" if wait.reason else ""
+    return cut(f"{names}: {words_of_time(wait.minutes)}{why}", 100)
+
+
+def words_of_time(minutes: int) -> str:
+    """No seconds: the menu would change with each."""
+    if minutes < 60:
+        return f"{minutes} min" if minutes else "under 1 min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def cut(text: str, most: int) -> str:
+    """Others gave it: nothing in it breaks the line, turns it around or makes it endless."""
+    text = "".join(one if one.isprintable() else "?" for one in text[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ---- Drawing: a tile of 16 by 16 units, painted large and shrunk ---------------------------------
@@ -376,8 +421,20 @@ def read_snapshot(data: bytes) -> Event:
     usable = [one["state"] in ("up", "loading", "unknown") for one in snapshot["backends"]]
     facts = {name: int(snapshot["queue"][name]) for name in ("waiting", "running")}
     facts["refused"] = int(snapshot["requests_total"].get("queue_full", 0))
+    facts["oldest"] = int(snapshot["queue"].get("oldest_wait_s", 0) // 60)
     mode, down = str(snapshot["mode"]), bool(usable) and not any(usable)
-    return Event("seen", {**facts, "mode": mode, "runners_down": down})
+    waits = longest(snapshot.get("requests", []))
+    return Event("seen", {**facts, "mode": mode, "runners_down": down, "waits": waits})
+
+
+def longest(requests: Any) -> tuple[Wait, ...]:
+    """Those that wait longest, as far as llmq tells: of a long queue it shows the first hundred."""
+    waiting = [one for one in requests if one["state"] == "waiting"]
+    waiting.sort(key=lambda one: float(one["waited_s"]), reverse=True)
+    return tuple(
+        Wait(str(one["client"]), str(one["model"]), int(one["waited_s"] // 60), str(one["reason"]))
+        for one in waiting[:SHOWN]
+    )
 
 
 def watch(url: str, tell: Callable[[Event], None], key_file: str = "") -> Event:
@@ -573,6 +630,8 @@ class Box:
 # ---- The shell -----------------------------------------------------------------------------------
 
 SHOW_SECONDS = 0.5  # at least, between two pictures
+# At least, between two lists of what waits: where it is not GTK's, each builds the menu anew.
+WAITS_SECONDS = 10.0 if sys.platform in ("darwin", "win32") else 1.0
 PIXELS = 44 if sys.platform == "darwin" else 64
 GTK = ("appindicator", "gtk")
 WATCHER = "org.kde.StatusNotifierWatcher"
@@ -624,17 +683,44 @@ class Shell:
             self.icon._app.setActivationPolicy_(1)
 
     def menu(self, shown: View) -> Any:
+        first, *others = shown.menu
+        items = [first, *[Item(text, "dashboard") for text in shown.waits], *others]
         separator = self.pystray.Menu.SEPARATOR
-        return self.pystray.Menu(*[self.item(one) if one.text else separator for one in shown.menu])
+        return self.pystray.Menu(*[self.item(one) if one.text else separator for one in items])
 
     def item(self, item: Item) -> Any:
+        mnemonics = sys.platform == "win32"  # GTK's menus have none that are not asked for
         return self.pystray.MenuItem(
-            item.text,
+            item.text.replace("&", "&&") if mnemonics else item.text,
             lambda: self.events.put(Event("click", item.command)),
             lambda _: item.checked,
-            default=item.command == "dashboard",
+            default=item.text == DASHBOARD,
             enabled=item.enabled,
         )
+
+    def show_waits(self, shown: View) -> None:
+        """Change the lines below the first; those that GTK draws, in the menu as it is."""
+        menu = self.menu(shown)
+        if self.kind in GTK:
+            self.icon._menu = menu  # from which pystray builds it anew after each click
+            gi("GLib").idle_add(self.change_lines)
+        else:
+            self.on_ui(setattr, self.icon, "menu", menu)
+
+    def change_lines(self) -> None:
+        menu, separators = self.icon._menu_handle, gi("Gtk").SeparatorMenuItem
+        wanted = self.icon.menu.items[1:]
+        wanted = wanted[: wanted.index(self.pystray.Menu.SEPARATOR)]
+        lines = menu.get_children()[1:]
+        lines = lines[: [isinstance(one, separators) for one in lines].index(True)]
+        for line, item in zip(lines, wanted):
+            line.get_child().set_label(item.text)  # line.set_label() lets "_" be a mnemonic
+        for line in lines[len(wanted) :]:
+            menu.remove(line)
+        for place, item in enumerate(wanted[len(lines) :], 1 + len(lines)):
+            line = self.icon._create_menu_item(item)
+            menu.insert(line, place)
+            line.show_all()
 
     def on_ui(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Let the main thread call it, where pystray does not see to that itself."""
@@ -665,7 +751,7 @@ class Shell:
 
     def think(self) -> None:
         """Every event in turn; what is shown follows the state, but not too often."""
-        shown, changed = view(self.state), 0.0
+        shown, changed, listed = view(self.state), 0.0, 0.0
         try:
             while not self.quitting:
                 event = Event("tick")
@@ -676,9 +762,14 @@ class Shell:
                 for effect in effects:
                     self.perform(*effect)
                 wanted = view(self.state)
+                if wanted.menu == shown.menu and now - listed < WAITS_SECONDS:
+                    wanted = wanted._replace(waits=shown.waits)
                 if wanted != shown and now - changed >= SHOW_SECONDS:
                     if wanted.menu != shown.menu:
                         self.on_ui(setattr, self.icon, "menu", self.menu(wanted))
+                    elif wanted.waits != shown.waits:
+                        self.show_waits(wanted)
+                        listed = now
                     if wanted[:2] != shown[:2]:  # the face, the number
                         picture = draw(FACES[wanted.face], wanted.number, PIXELS)
                         self.on_ui(setattr, self.icon, "icon", picture)
