@@ -4130,7 +4130,7 @@ CUES = {
 # the table of weights below.  `tests/tune.py` made that table from the prompts in tests/prompts.
 
 LARGE_CONTEXT = 12_000  # tokens: what is longer is that, whatever it says
-READ, HEAD, TAIL = 2400, 480, 280  # characters read of a prompt; and of its prose
+READ, HEAD, TAIL = 1200, 240, 120  # characters read of a prompt; and of its prose
 ORDERS = (  # kinds of words that say what is to be done: the first of them counts once more
     "make", "port", "judge", "fix", "shorten", "sort", "think", "explain", "act", "do", "want",
     "digest", "bin",
@@ -4421,7 +4421,7 @@ def read_cues(text: str, *, tools: bool, images: bool) -> dict[str, str]:
     seen: dict[str, str] = {}
     prose = read_prose(text, seen)
     number = read_words(prose, seen)
-    if not prose.isascii() and any(sign >= CJK for sign in prose):
+    if not prose.isascii() and max(prose) >= CJK:
         read_unspaced(prose, seen)
     if not any(kind in CUES for kind in seen):
         seen["nothing"] = ""
