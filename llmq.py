@@ -15638,10 +15638,7 @@ def setup_path(options: argparse.Namespace) -> str:
     used = find_file(os.environ) or ""
     if used.endswith(".toml") and not reads_toml:
         used = ""
-    path = os.path.expanduser(options.output or used or usual)
-    if not path.endswith(".json") and not reads_toml:
-        raise ConfigError(f"{path}: TOML needs Python 3.11; write to a file named .json")
-    return path
+    return os.path.expanduser(options.output or used or usual)
 
 
 def write_file(path: str, text: str, *, anew: bool) -> None:
