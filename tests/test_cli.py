@@ -696,3 +696,26 @@ async def test_first_line_to_paste_works(capsys: pytest.CaptureFixture[str]) -> 
         answer = await ask(int(found.group(1)), "POST", "/v1/chat/completions", json=chat("hi"))
         assert answer.content == "hi"
     assert not capsys.readouterr().out
+
+
+# ---- Help in a word --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", *llmq.COMMANDS])
+def test_help_in_a_word_is_the_help_of_a_flag(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [name] if name else []
+    assert leave("help", *words) == 0
+    said = capsys.readouterr().out
+    assert leave(*words, "--help") == 0
+    assert said == capsys.readouterr().out
+
+
+def test_help_for_what_is_no_command_is_told_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert leave("help", "statuz") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "status" in said.err
