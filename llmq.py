@@ -9250,13 +9250,13 @@ class History:
 
     def note(self, now: float, waiting: Sequence[int], counts: Sequence[int]) -> None:
         """What waits now, and what has started and was told in all; to be called each second."""
-        minute = int(now // 60)
-        if not 0 <= minute - self.minute <= MINUTES:  # it begins, or the clock was set
+        minute, nobody = int(now // 60), [0] * len(Priority)
+        if not -2 <= minute - self.minute <= MINUTES:  # it begins, or the clock was set
             self.minutes.clear()
-            self.minute, self.before = minute, list(counts)
+            self.minute, self.before, self.waited = minute, list(counts), nobody
         while self.minute < minute:
             self.minutes.append(self.latest(counts))
-            self.minute, self.before, self.waited = self.minute + 1, list(counts), list(waiting)
+            self.minute, self.before, self.waited = self.minute + 1, list(counts), nobody
         self.waited = list(map(max, self.waited, waiting))
 
     def latest(self, counts: Sequence[int]) -> tuple[int, ...]:
@@ -13053,6 +13053,7 @@ class JobRoutes:
 # README.  BASE stands for llmq's address, KEY for a key of one's own, MODEL for a model.
 
 NO_KEY = "none"  # some programs insist on one
+PLAIN_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/+-]{0,127}")  # to a shell and YAML, too
 
 
 class Recipe(NamedTuple):
@@ -13163,7 +13164,7 @@ def find_recipes(name: str) -> list[Recipe]:
     """The recipe of a program, or all; ConfigError with the nearest where there is none."""
     plain = {re.sub(r"\W", "", one.name.lower()): one for one in RECIPES}
     wanted = re.sub(r"\W", "", name.lower())
-    if not wanted:
+    if not name:
         return list(RECIPES)
     if wanted not in plain:
         raise ConfigError(misspelt("program", name.lower(), [one.name.lower() for one in RECIPES]))
@@ -13854,9 +13855,11 @@ class Door:
 # any other backend, so that what is tried with it is the real thing.
 
 DEMO_MODEL = "echo"
+DEMO_CLIENT = "demo"  # the key of those who live in the simulated home
 DEMO_NUMBERS = count(1)  # of its answers
 DEMO_WORD_SECONDS = 0.02
 BUSY_PATIENCE = 600.0  # seconds that a simulated client waits
+BUSY_WORDS, MOST_BUSY_WORDS = 50, 2000  # of an answer that nobody limits, and at most
 
 
 def demo_words(question: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -13983,7 +13986,10 @@ class BusyBox:
             "/api/show": {"capabilities": ["completion", "tools"]},
         }
         if path not in (CHAT, OLLAMA_GENERATE):
-            exchange.respond(200 if path in told else 404, render_json(told.get(path, {})))
+            if path in told:
+                exchange.respond(200, render_json(told[path]))
+            else:  # so that llmq asks where it can be answered
+                exchange.respond(404, b"404 page not found", "text/plain")
             return
         question = json.loads(await exchange.read_body(64 * MIB))
         model = self.models.get(question.get("model"))
@@ -14009,17 +14015,24 @@ class BusyBox:
             self.loaded = model.name
 
     async def chat(self, exchange: Exchange, question: Facts, model: DemoModel) -> None:
-        if exchange.request.path == OLLAMA_GENERATE:  # no more than a load
-            exchange.respond(200, render_json({"model": model.name, "done": True}))
+        if exchange.request.path == OLLAMA_GENERATE:  # without a prompt no more than a load
+            words = "a word" if question.get("prompt") else ""
+            told = {"model": model.name, "response": words, "done": True, "done_reason": "stop"}
+            exchange.respond(200, render_json(told) + b"\n", "application/x-ndjson")
             return
-        many = max(1, round(question.get("max_tokens", 50) * self.dice.uniform(0.6, 1.4)))
+        asked = question.get("max_tokens") or question.get("max_completion_tokens")
+        most = min(max(1, whole_number(asked) or BUSY_WORDS), MOST_BUSY_WORDS)
+        many = max(1, round(most * self.dice.uniform(0.6, 1.4)))
         await answer_words(exchange, question, model.name, ["word "] * many, "stop", 1 / model.rate)
 
 
-async def ask_busily(client: BusyClient, url: str, dice: random.Random) -> None:
+async def ask_busily(
+    client: BusyClient, url: str, dice: random.Random, key: str = "", tls: Any = None
+) -> None:
     """Ask llmq what this one asks, for ever."""
     llmq = Backend("llmq", BackendSettings(url=url), Device("", 1))
-    lines = f"X-User-ID: {client.name}\r\n".encode()
+    lines = f"X-User-ID: {client.name}\r\n" + (f"X-API-Key: {key}\r\n" if key else "")
+    more = {"tls": tls} if tls else {}
     while True:
         await asyncio.sleep(dice.expovariate(1 / client.pause))
         asked = {"model": client.model, "priority": client.priority, "stream": True}
@@ -14028,7 +14041,7 @@ async def ask_busily(client: BusyClient, url: str, dice: random.Random) -> None:
         seconds = dice.uniform(2, 8) if dice.random() < client.leaves else NEVER
         late = BackendTimeout("it was not waited for")
         with contextlib.suppress(LlmqError, OSError):
-            asking = asyncio.ensure_future(fetch(llmq, CHAT, body, lines))
+            asking = asyncio.ensure_future(fetch(llmq, CHAT, body, lines.encode(), **more))
             await within(min(seconds, BUSY_PATIENCE), asking, late)
 
 
@@ -14040,10 +14053,10 @@ def demo_runners(seed: int | None) -> dict[str, tuple[Handler, str]]:
     return {name: (BusyBox(models, chance(seed, name)).answer, "ollama") for name, models in boxes}
 
 
-def start_busy_clients(seed: int, url: str) -> list[asyncio.Future[None]]:
-    """Let those ask who use the simulated home."""
+def start_busy_clients(seed: int, url: str, key: str, tls: Any) -> list[asyncio.Future[None]]:
+    """Let those ask who use the simulated home, with this key if llmq wants one."""
     return [
-        asyncio.ensure_future(ask_busily(one, url, chance(seed, one.name, number)))
+        asyncio.ensure_future(ask_busily(one, url, chance(seed, one.name, number), key, tls))
         for one in BUSY_CLIENTS
         for number in range(one.at_once)
     ]
@@ -14655,15 +14668,19 @@ def inherited_sockets() -> list[socket.socket]:
     return found
 
 
+def unchecked_tls() -> Any:
+    """How somebody is asked over TLS who is told nothing that matters."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 async def who_listens(url: str) -> str:
     """Who has the port already, and what to do."""
     there, late = Backend("", BackendSettings(url=url), Device("", 1)), BackendTimeout("silent")
-    context = None
-    if url.startswith("https:"):
-        import ssl
-
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is told it
+    context = unchecked_tls() if url.startswith("https:") else None
     with contextlib.suppress(OSError, LlmqError, ValueError):
         asking = asyncio.ensure_future(fetch(there, "/api/version", tls=context))
         if "x-llmq-id" in (await within(LOOK_SECONDS, asking, late))[0].headers:
@@ -14810,12 +14827,16 @@ class Service:
         )
         self._tasks = [asyncio.ensure_future(every(*loop)) for loop in loops]
         if self.seed is not None:
-            url = base_url("127.0.0.1", self.port) + self.settings.server.base_path
-            self._clients = start_busy_clients(self.seed, url)
+            tls = unchecked_tls() if self.tls else None
+            rows = self.settings.keys
+            key = rows[DEMO_CLIENT].key if DEMO_CLIENT in rows else ""
+            self._clients = start_busy_clients(self.seed, self.addresses[0], key, tls)
 
     async def start_demo(self) -> None:
         """Have simulated runners in place of any other."""
         self.settings.backends = {}
+        if self.settings.keys and self.seed is not None:  # who lives there needs one, too
+            self.settings.keys[DEMO_CLIENT] = KeySettings(key=secrets.token_urlsafe(32))
         for name, (handler, kind) in demo_runners(self.seed).items():
             runner = HttpServer(handler, Settings(), 64)
             self._servers.append(runner)
@@ -16014,7 +16035,9 @@ def command_first(arguments: Sequence[str]) -> list[str]:
     """The words with the command before all else; `serve` where there is none."""
     words, ahead = list(arguments), list[str]()
     if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
+        about = words[1:2]
+        words = about if about and about[0] not in (*COMMANDS, "help") else [*about, "--help"]
+        words = [word for word in words if word != "help"]
     while len(words) > 1 and re.fullmatch("(-u|--url)(=.*)?", words[0]):
         many = 1 if "=" in words[0] else 2
         if not words[many:] or words[many] not in COMMANDS:
@@ -16097,17 +16120,18 @@ def cmd_connect(options: argparse.Namespace) -> None:
     """Print what a program is to be told; nothing is changed."""
     recipes, key = find_recipes(options.program), own_key(options.key_file)
     url = llmq_url(options.url)
+    if not re.match(r"https?://[^/\s]", url):
+        raise ConfigError(f"--url: {printable(url)}: wants a url like http://box:11500")
     keyed = bool(key or (not options.url and read_settings({}, os.environ)[0].keys))
     model = "MODEL"
-    with contextlib.suppress(StartError):  # it need not run for this
+    try:
         listed = ask_llmq(url, ("GET", "/v1/models", None), key=key)["data"]
-        names = [str(row["id"]) for row in listed if FREE_NAME.fullmatch(str(row["id"]))]
-        names = [name for name in names if not EMBEDDING.search(name)]
-        model = next(iter(names), model)
-    rows = [
-        {**one._asdict(), "text": fill_in(one.text, url, "YOUR-KEY" if keyed else NO_KEY, model)}
-        for one in recipes
-    ]
+        names = [str(row["id"]) for row in listed if PLAIN_MODEL.fullmatch(str(row["id"]))]
+        model = next((name for name in names if not EMBEDDING.search(name)), model)
+    except StartError as error:  # it need not run for this
+        keyed = keyed or "key" in str(error)
+    fill = functools.partial(fill_in, base=url, key="YOUR-KEY" if keyed else NO_KEY, model=model)
+    rows = [{"name": one.name, "where": fill(one.where), "text": fill(one.text)} for one in recipes]
     if options.json:
         say(json.dumps(rows, indent=2))
         return
@@ -16684,12 +16708,13 @@ const load = (action, model, backend) => change('POST', 'models', {action, model
   () => `Asked for: ${action} ${model} on ${backend}`);
 function connect(at = 0) {  // what a program is told, with this page's own address
   const models = snap?.backends.flatMap(one => one.models) ?? [], [, where, text] = RECIPES[at];
-  const model = models.find(name => /^[\w.:@/+-]+$/.test(name) && !/embed/i.test(name)) ?? 'MODEL';
+  const model = models.find(name => /^[a-z0-9][\w.:/+-]*$/i.test(name) && !/embed/i.test(name)) ?? 'MODEL';
   const told = {BASE: location.origin + BASE, KEY: KEYED ? 'YOUR-KEY' : 'none', MODEL: model};
+  const fill = words => words.replace(/\b(BASE|KEY|MODEL)\b/g, word => told[word]);
   render(q('connect', 'p'), [h('label', 'line', [h('span', '', 'Program'), h('select', '',
     RECIPES.map(([name], i) => h('option', '', name, {value: i, selected: i === at})),
-    {onchange: event => connect(+event.target.value)})]), h('small', '', `It goes into ${where}.`)]);
-  render(q('connect', 'pre'), text.replace(/\b(BASE|KEY|MODEL)\b/g, word => told[word]));
+    {onchange: event => connect(+event.target.value)})]), h('small', '', `It goes into ${fill(where)}.`)]);
+  render(q('connect', 'pre'), fill(text));
   if (!$('connect').open) $('connect').showModal();
 }
 async function copy(code) {

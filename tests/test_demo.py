@@ -312,7 +312,7 @@ class Asked:
     async def read_body(self, _most: int) -> bytes:
         return self.question
 
-    def respond(self, status: int, body: bytes) -> None:
+    def respond(self, status: int, body: bytes, _kind: str = "") -> None:
         self.status, self.sent = status, body
 
     def start(self, status: int, _kind: str) -> None:
