@@ -1106,7 +1106,7 @@ async def test_page_is_back_after_a_restart(browser: Browser) -> None:
         async with running(fake.url, server__port=q.port) as again:
             await ask(again.port, "POST", "/llmq/mode", json={"mode": "paused"})
             await page.until("document.title === 'llmq — paused' && live")
-            assert again.service.api.stream.watchers == 1
+            await eventually(lambda: again.service.api.stream.watchers == 1)
 
 
 @pytest.mark.deadline(20)
