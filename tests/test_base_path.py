@@ -55,6 +55,8 @@ from tests.test_tls import (
 )
 from tray import llmq_tray as tray
 
+pytestmark = pytest.mark.untraced  # others cover the lines behind these
+
 NOBODY = "http://127.0.0.1:9"  # where no backend listens
 BASE = "/llm"
 HERE = "here every path begins with /llm/"

@@ -51,6 +51,8 @@ from tests.fakes import (
 from tests.real import peers
 from tests.real.drivers import Driver
 
+pytestmark = pytest.mark.untraced  # others cover the lines behind these
+
 MIB = 1 << 20
 REAL = Path(__file__).resolve().parent / "real"
 ROOT_KEY = "sk-root-0123456789abcdef"

@@ -34,6 +34,8 @@ from tests.fakes import (
     sse,
 )
 
+pytestmark = pytest.mark.untraced  # others cover the lines behind these
+
 RECORDINGS = Path(__file__).parent / "real" / "recordings"
 each_shape = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 SECOND = 1.0  # the contract: after a failure the next one starts within a second
