@@ -526,7 +526,7 @@ Sent = dict[str, str]  # header fields by lower-case name, that llmq adds
 LEVELS = ("debug", "info", "warning", "error")
 CLASSES = ("high", "normal", "low")  # of requests, the most urgent first
 RIGHTS = ("infer", "models", "control")  # to use models, to manage them, to see and steer llmq
-TASKS = (  # that a request may be for, see section 16
+TASKS = (  # that a request may be for, see section 14
     "triage", "simple_chat", "summarize", "code_generate", "code_review", "code_fix",
     "agentic_reasoning", "large_context", "tool_use", "unknown",
 )  # fmt: skip
@@ -2178,9 +2178,7 @@ class Backend:
         self.needs_probe, self.next_probe = self.needs_probe and not fresh, now + interval * fresh
         self.contexts.learn(report, self.at_work)
         self.gpu_shares, self._entries, self._sizes = read_shares(report.running), None, None
-        self.shown = {
-            key: one for key, one in self.shown.items() if one[1]
-        }  # others are asked anew
+        self.shown = {key: one for key, one in self.shown.items() if one[1]}  # others: anew
         if report.began >= self.switched:
             self.loaded = frozenset(map(model_key, report.loaded))
             self.loading = {key: one for key, one in self.loading.items() if key not in self.loaded}
@@ -16147,10 +16145,11 @@ def printable_lines(text: str) -> str:
 
 def cmd_completion(options: argparse.Namespace) -> None:
     """Print what a shell has to read to complete llmq's commands and flags."""
+    parser = build_parser()
     flags = {
-        name: re.findall(r"(?<![\w-])--[a-z][a-z-]+", parser.format_help())
+        name: re.findall(r"(?<![\w-])--[a-z][a-z-]+", one.format_help())
         for name in COMMANDS
-        for parser in [build_parser().parse_known_args([name, *ENOUGH.get(name, ())])[0].parser]
+        for one in [parser.parse_known_args([name, *ENOUGH.get(name, ())])[0].parser]
     }
     words = {name: " ".join(dict.fromkeys(some)) for name, some in flags.items()}
     if options.shell == "fish":

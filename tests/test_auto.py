@@ -1661,17 +1661,23 @@ async def client(q: running) -> AsyncIterator[Any]:
         yield one
 
 
-@pytest.mark.parametrize("dialect", [CHAT, MESSAGES, NATIVE_CHAT], ids=repr)
-async def test_huge_bodies_are_read_beside_the_loop_and_answered(
-    dialect: Dialect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[bool] = []
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each prompt that is classified, whether the main thread does it."""
+    noted: list[bool] = []
 
     def classify(*_: Any, **__: Any) -> llmq.Verdict:
-        threads.append(threading.current_thread() is threading.main_thread())
+        noted.append(threading.current_thread() is threading.main_thread())
         return llmq.Verdict("unknown", "monkey")
 
     monkeypatch.setattr(llmq, "classify", classify)
+    return noted
+
+
+@pytest.mark.parametrize("dialect", [CHAT, MESSAGES, NATIVE_CHAT], ids=repr)
+async def test_huge_bodies_are_read_beside_the_loop_and_answered(
+    dialect: Dialect, threads: list[bool]
+) -> None:
     row = {"role": "user", "content": "hi"}
     bodies = [[row] * 30_000, [{"role": "user", "content": "word " * (1 << 20)}], [row]]
     async with Box(m={"context": 1 << 24}) as box, running(box.url) as q:
@@ -1683,15 +1689,8 @@ async def test_huge_bodies_are_read_beside_the_loop_and_answered(
 
 
 async def test_huge_named_bodies_with_router_are_read_beside_the_loop_too(
-    monkeypatch: pytest.MonkeyPatch,
+    threads: list[bool],
 ) -> None:
-    threads: list[bool] = []
-
-    def classify(*_: Any, **__: Any) -> llmq.Verdict:
-        threads.append(threading.current_thread() is threading.main_thread())
-        return llmq.Verdict("unknown", "monkey")
-
-    monkeypatch.setattr(llmq, "classify", classify)
     messages = [{"role": "user", "content": "hi"}] * 30_000
     async with Box("m") as box, running(box.url) as q:
         answer = await sent(q, CHAT, auto(CHAT, model="m", messages=messages, router={}))
