@@ -73,7 +73,7 @@ reads a clock.  Start reading at `Gateway.serve` in section 37: the life of one 
     48. Connect        what programs are told, so that they ask llmq
     49. Handlers       what is answered at once
     50. Routes         which path leads where
-    51. Demo           a runner that only echoes
+    51. Demo           runners that only echo, and a busy home to look at
     52. Terminal view  `llmq top`: the snapshot in a terminal, keys to change it
     53. Service        start, reload, drain, stop
     54. Configuration  which file holds the settings, and what it refers to
@@ -10811,9 +10811,7 @@ def bare_show(fleet: Fleet, model: str) -> Facts:
         told = entry.get("capabilities")
         words = [each for each in told if isinstance(each, str)] if isinstance(told, list) else []
         capabilities += [{"tool_use": "tools"}.get(word, word) for word in words]
-        seen = look_up(entry, "architecture", "input_modalities")
-        sees = entry.get("type") == "vlm" or (isinstance(seen, list) and "image" in seen)
-        capabilities += ["vision"] if sees else []
+        capabilities += ["vision"] if read_abilities(entry).get("vision") else []
         length = length_of(entry)
         if length:
             info = {"general.architecture": "unknown", "unknown.context_length": length}
